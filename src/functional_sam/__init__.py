@@ -1,0 +1,5 @@
+"""Functional-SAM and its relatives in PyTorch."""
+
+from functional_sam.sharpness import METHODS, SharpnessAware
+
+__all__ = ["METHODS", "SharpnessAware"]

@@ -1,0 +1,281 @@
+"""The passes of one step: forward and backward over all its micro-batches, at whatever weights the model holds now.
+
+A pass leaves its gradient in .grad, divided by the number of valid targets of the whole step (all micro-batches, all ranks), so
+that k micro-batches equal one batch. What a later pass at other weights needs of a micro-batch is kept in a Kept.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from functional_sam.errors import UserError
+from functional_sam.losses import IGNORE, cross_entropy
+from functional_sam.sharpness.head import pull_back
+
+Batch = tuple[Any, Tensor]
+LossFn = Callable[[Tensor, Tensor], tuple[Tensor, Any]]
+
+
+@dataclass
+class Kept:
+    """Of one micro-batch: random state before its forward, loss, number of valid targets, and u = dL/dz as u or as (h, weight)."""
+
+    rng: tuple[Tensor, ...]
+    loss: Tensor | None = None
+    count: Tensor | None = None
+    u: Tensor | None = None
+    h: Tensor | None = None
+    weight: Tensor | None = None
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The caller's module inside DistributedDataParallel and torch.compile."""
+    inner: Any = model
+    while isinstance(inner, DistributedDataParallel) or hasattr(inner, "_orig_mod"):
+        inner = inner.module if isinstance(inner, DistributedDataParallel) else inner._orig_mod
+    found: torch.nn.Module = inner
+    return found
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """True when FSDP2 (or another DTensor scheme) holds the parameters in shards."""
+    return any(hasattr(p, "device_mesh") for p in model.parameters())
+
+
+def _process_group(model: torch.nn.Module) -> Any:
+    """The group over which the model's gradients are averaged, or None for a model that lives in one process."""
+    if isinstance(model, DistributedDataParallel):
+        return model.process_group
+    for p in model.parameters():
+        if hasattr(p, "device_mesh"):  # FSDP2 averages over its whole mesh, of one dimension or two (HSDP)
+            return p.device_mesh.get_group() if p.device_mesh.ndim == 1 else dist.group.WORLD
+    return None
+
+
+class Passes:
+    """Runs passes for one model, loss and forward function; SharpnessAware explains the arguments."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        loss_fn: LossFn,
+        forward: Callable[..., Any] | None,
+        keep: str,
+        keep_dtype: torch.dtype | None,
+    ):
+        self.model, self.loss_fn, self.keep_dtype = model, loss_fn, keep_dtype
+        self.forward: Callable[..., Any] = forward or (lambda model, inputs, **readout: model(inputs, **readout))
+        takes_readout = forward is None or "readout" in inspect.signature(forward).parameters
+        possible = bool(getattr(unwrapped(model), "has_readout", False)) and takes_readout and loss_fn is cross_entropy
+        if keep not in ("auto", "hidden", "cotangent"):
+            raise UserError(f'keep={keep!r}: expected "auto", "hidden" or "cotangent"')
+        if keep == "hidden" and not possible:
+            raise UserError(
+                'keep="hidden" needs a model with has_readout, a forward that takes readout=, and the default loss_fn; '
+                'use keep="auto" or keep="cotangent"'
+            )
+        self.fused = possible and keep != "cotangent"
+        self.group = _process_group(model)
+        self.world = dist.get_world_size(self.group) if self.group is not None else 1
+        self.sharded = is_sharded(model)
+        self._job: Callable[[Tensor, Tensor], Tensor] | None = None
+        # One callable for the life of this object, or torch.compile would guard on a new one at every call.
+        self._readout = self._run_job
+        if unwrapped(model) is not model and not isinstance(model, DistributedDataParallel):
+            self._readout = torch.compiler.disable(self._run_job)  # type: ignore[no-untyped-call]
+
+    def begin(self, batches: Sequence[Batch]) -> None:
+        """Start a step: settle the divisor of its losses.
+
+        Ranks are averaged, so the divisor is (valid targets of the step) / (number of ranks). The default loss_fn counts the
+        targets beforehand; for another one the first micro-batch's count stands in and `finish` returns the correction.
+        """
+        self.num_batches = len(batches)
+        self.divisor: float | None = None
+        if self.loss_fn is cross_entropy:
+            counts = torch.stack([(targets != IGNORE).sum() for _, targets in batches])
+            (total,) = self._sum_over_ranks(counts.sum())
+            if total == 0:
+                raise UserError(f"no valid target in this step's {len(batches)} micro-batches: all are {IGNORE} (ignored)")
+            self.divisor = total / self.world
+
+    def finish(self, kept: Sequence[Kept]) -> tuple[Tensor, float]:
+        """Mean loss over all valid targets of the step (all ranks), and the factor that makes the gradients exact means."""
+        assert self.divisor is not None
+        losses = torch.stack([memory.loss for memory in kept if memory.loss is not None])
+        counts = [memory.count for memory in kept if memory.count is not None]
+        loss, count = self._sum_over_ranks(losses.double().sum(), torch.stack(counts).sum() if counts else torch.tensor(0.0))
+        correction = 1.0
+        if self.loss_fn is not cross_entropy:
+            if count == 0:
+                raise UserError("loss_fn counted no valid target in this step")
+            correction = self.world * self.divisor / count
+        return losses.new_tensor(loss / self.world * correction), correction
+
+    # ------------------------------------------------------------------ the passes
+
+    def gradient(
+        self, batches: Sequence[Batch], *, like: Sequence[Kept] | None = None, remember: bool = False, sync: bool = True
+    ) -> list[Kept]:
+        """J^T u at the weights as they are, added to .grad. `like` repeats an earlier pass's randomness; `remember` keeps u."""
+        kept = []
+        for i, (inputs, targets) in enumerate(batches):
+            memory = self._kept(i, like)
+            with self._synchronized(sync and i == len(batches) - 1):
+                if self.fused:
+                    loss = self._call(inputs, partial(self._loss_readout, targets, memory, remember))
+                    torch.autograd.backward(loss)
+                else:
+                    logits = self.forward(self.model, inputs)
+                    u = self._cotangent(logits, targets, memory)
+                    torch.autograd.backward(logits, u)
+                    if remember:
+                        memory.u = u if self.keep_dtype is None else u.to(self.keep_dtype)
+                    del logits, u
+            kept.append(memory)
+        return kept
+
+    def cotangents(self, batches: Sequence[Batch], *, like: Sequence[Kept] | None = None, copy_weight: bool = False) -> list[Kept]:
+        """A forward at the weights as they are that keeps their cotangents; no gradient.
+
+        With a readout only (h, weight) is kept and the head is not evaluated at all. `copy_weight`: the weights will have
+        changed when it is used.
+        """
+        kept: list[Kept] = []
+        for i, (inputs, targets) in enumerate(batches):
+            memory = self._kept(i, like)
+            with torch.no_grad():
+                if self.fused:
+                    self._call(inputs, partial(self._keeping_readout, memory, kept, copy_weight))
+                else:
+                    logits = self.forward(self.model, inputs)
+                    u = self._cotangent(logits, targets, memory)
+                    memory.u = u if self.keep_dtype is None else u.to(self.keep_dtype)
+            kept.append(memory)
+        if self.sharded:  # a root module stays gathered after forward; the next pass must gather the weights it will then have
+            for module in self.model.modules():
+                reshard: Any = getattr(module, "reshard", None)
+                if reshard is not None:
+                    reshard()
+        return kept
+
+    def pull(
+        self, batches: Sequence[Batch], kept: Sequence[Kept], originals: Mapping[Tensor, Tensor], *, sync: bool = True
+    ) -> None:
+        """J^T u at the weights as they are, with u kept elsewhere, added to .grad; `originals`: parameter -> its values there."""
+        for i, ((inputs, targets), memory) in enumerate(zip(batches, kept, strict=True)):
+            self._kept(i, kept)
+            with self._synchronized(sync and i == len(batches) - 1):
+                if self.fused:
+                    loss = self._call(inputs, partial(self._pull_readout, targets, memory, originals))
+                    torch.autograd.backward(loss)
+                else:
+                    assert memory.u is not None
+                    logits = self.forward(self.model, inputs)
+                    torch.autograd.backward(logits, memory.u.to(logits.dtype))
+
+    @contextlib.contextmanager
+    def buffers_kept(self, keep: bool = True) -> Iterator[None]:
+        """Buffers (BatchNorm's running statistics ...) leave the block as they entered it."""
+        buffers = list(self.model.buffers()) if keep and self.model.training else []
+        copies = [buffer.detach().clone() for buffer in buffers]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, copy in zip(buffers, copies, strict=True):
+                    buffer.copy_(copy)
+
+    # ------------------------------------------------------------------ loss and cotangent
+
+    def _cotangent(self, logits: Tensor, targets: Tensor, memory: Kept) -> Tensor:
+        """dL/dlogits of a micro-batch, L its part of the step's mean loss."""
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_()
+            result = self.loss_fn(leaf, targets)
+            if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Tensor) and result[0].ndim == 0):
+                raise UserError(
+                    f"loss_fn returned a {type(result).__name__}: expected (sum over valid targets, number of valid targets); "
+                    "a mean alone cannot be combined over micro-batches"
+                )
+            total, count = result
+            memory.count = torch.as_tensor(count, device=logits.device)
+            if self.divisor is None:
+                first = self._sum_over_ranks(memory.count)[0] / self.world
+                self.divisor = max(first, 1.0) * self.num_batches
+            scaled = total * (1.0 / self.divisor)
+            (u,) = torch.autograd.grad(scaled, leaf)
+        memory.loss = scaled.detach()
+        return u
+
+    def _call(self, inputs: Any, job: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Forward with `job(h, weight)` in the place of the head."""
+        self._job = job
+        try:
+            result: Tensor = self.forward(self.model, inputs, readout=self._readout)
+        finally:
+            self._job = None
+        return result
+
+    def _run_job(self, h: Tensor, weight: Tensor) -> Tensor:
+        assert self._job is not None
+        return self._job(h, weight)
+
+    def _loss_readout(self, targets: Tensor, memory: Kept, remember: bool, h: Tensor, weight: Tensor) -> Tensor:
+        if remember:
+            memory.h = h.detach()
+            memory.weight = weight.detach().clone() if self.sharded else weight
+        return self._pulled(memory, h, weight, h, weight, targets)
+
+    def _keeping_readout(self, memory: Kept, earlier: list[Kept], copy: bool, h: Tensor, weight: Tensor) -> Tensor:
+        memory.h, memory.weight = h.detach(), weight
+        if copy or self.sharded:  # one copy serves all micro-batches
+            memory.weight = earlier[0].weight if earlier else weight.detach().clone()
+        return h
+
+    def _pull_readout(self, targets: Tensor, memory: Kept, originals: Mapping[Tensor, Tensor], h: Tensor, weight: Tensor) -> Tensor:
+        assert memory.h is not None
+        assert memory.weight is not None
+        return self._pulled(memory, h, weight, memory.h, originals.get(memory.weight, memory.weight), targets)
+
+    def _pulled(self, memory: Kept, h: Tensor, weight: Tensor, h_u: Tensor, weight_u: Tensor, targets: Tensor) -> Tensor:
+        assert self.divisor is not None
+        scaled = pull_back(h, weight, h_u, weight_u, targets, 1.0 / self.divisor)
+        memory.loss = scaled.detach()
+        return scaled
+
+    # ------------------------------------------------------------------ randomness and ranks
+
+    def _kept(self, i: int, like: Sequence[Kept] | None) -> Kept:
+        """A record for micro-batch i, after setting the random state to what it was in pass `like`."""
+        device = next(self.model.parameters()).device
+        accelerator = torch.get_device_module(device) if device.type not in ("cpu", "meta") else None
+        if like is not None:
+            torch.set_rng_state(like[i].rng[0])
+            if accelerator:
+                accelerator.set_rng_state(like[i].rng[1], device)
+        rng: tuple[Tensor, ...] = (torch.get_rng_state(),)
+        if accelerator:
+            rng += (accelerator.get_rng_state(device),)
+        return Kept(rng)
+
+    def _synchronized(self, sync: bool) -> contextlib.AbstractContextManager[Any]:
+        """DDP averages gradients in the backward whose FORWARD ran with synchronization on, so this wraps both."""
+        if isinstance(self.model, DistributedDataParallel) and not sync:
+            return self.model.no_sync()
+        return contextlib.nullcontext()
+
+    def _sum_over_ranks(self, *values: Tensor) -> tuple[float, ...]:
+        stacked = torch.stack([value.double() for value in values])
+        if self.group is not None:
+            stacked = stacked.to(next(self.model.parameters()).device)
+            dist.all_reduce(stacked, group=self.group)
+        return tuple(stacked.tolist())

@@ -1,0 +1,64 @@
+"""Next-token prediction on real prose with the Nanodo decoder."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from functional_sam.config import Config
+from functional_sam.data.text import prepare_text
+from functional_sam.losses import cross_entropy
+from functional_sam.models import Decoder
+
+
+class Language:
+    """Training rows are packed windows, evaluation rows whole documents (padded or truncated to L), as in Nanodo."""
+
+    def __init__(self, config: Config, cache: Path, progress: Callable[[str], None] | None = None):
+        self.config = config
+        self.data = prepare_text(config.data.sources, config.data.vocab, cache, progress)
+        self.provenance: dict[str, object] = {"data": "+".join(config.data.sources), **self.data.manifest}
+
+    def model(self) -> torch.nn.Module:
+        shape = self.config.model
+        return Decoder(
+            self.config.data.vocab,
+            shape.width,
+            shape.depth,
+            shape.heads,
+            shape.length,
+            shape.mlp,
+            shape.head_dtype,
+            shape.checkpoint_blocks,
+            generator=torch.Generator().manual_seed(self.config.training.init_seed),
+        )
+
+    def batch(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        training = self.config.training
+        inputs, targets = self.data.train_batch(
+            step, training.batch, self.config.model.length, training.data_seed, self.config.data.unique_tokens or None
+        )
+        size = training.micro_batch
+        return [(inputs[i : i + size], targets[i : i + size]) for i in range(0, training.batch, size)]
+
+    def measured(self) -> list[tuple[Tensor, Tensor]]:
+        measure = self.config.measure
+        rows = self.data.eval_batches("validation", measure.micro_batch, self.config.model.length, measure.rows)
+        return [(inputs, targets) for inputs, targets, _ in rows]
+
+    def evaluate(self, model: torch.nn.Module, split: str) -> dict[str, float]:
+        """Mean nats per token and bits per byte over the whole documents of a split; float32, whatever training's precision."""
+        training = self.config.training
+        device = next(model.parameters()).device
+        nats, tokens, num_bytes = 0.0, 0, 0
+        with torch.no_grad():
+            for inputs, targets, covered in self.data.eval_batches(
+                split, training.eval_batch, self.config.model.length, training.eval_rows or None
+            ):
+                loss, count = cross_entropy(model(inputs.to(device)), targets.to(device))
+                nats += float(loss)
+                tokens += int(count)
+                num_bytes += int(covered.sum())
+        return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / num_bytes, "tokens": tokens}

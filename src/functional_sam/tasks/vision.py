@@ -1,0 +1,60 @@
+"""Image classification with a ViT of the decoder's own block."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from functional_sam.config import Config
+from functional_sam.data.images import prepare_images
+from functional_sam.losses import cross_entropy
+from functional_sam.models import ViT
+
+
+class Vision:
+    """Fashion-MNIST or MNIST-5k, as the config names it."""
+
+    def __init__(self, config: Config, cache: Path, progress: Callable[[str], None] | None = None):
+        self.config = config
+        self.data = prepare_images(config.data.images, cache, progress)
+        self.provenance: dict[str, object] = {"data": config.data.images, **self.data.manifest}
+
+    def model(self) -> torch.nn.Module:
+        shape = self.config.model
+        return ViT(
+            image=28,
+            patch=shape.patch,
+            classes=len(self.data.classes),
+            width=shape.width,
+            depth=shape.depth,
+            heads=shape.heads,
+            mlp=shape.mlp,
+            channels=1,
+            head_dtype=shape.head_dtype,
+            checkpoint_blocks=shape.checkpoint_blocks,
+            generator=torch.Generator().manual_seed(self.config.training.init_seed),
+        )
+
+    def batch(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        training = self.config.training
+        images, labels = self.data.train_batch(step, training.batch, training.data_seed)
+        size = training.micro_batch
+        return [(images[i : i + size], labels[i : i + size]) for i in range(0, training.batch, size)]
+
+    def measured(self) -> list[tuple[Tensor, Tensor]]:
+        measure = self.config.measure
+        return list(self.data.eval_batches("validation", measure.micro_batch, measure.rows))
+
+    def evaluate(self, model: torch.nn.Module, split: str) -> dict[str, float]:
+        """Mean nats per image and accuracy on a split; float32, whatever training's precision."""
+        training = self.config.training
+        device = next(model.parameters()).device
+        nats, right, images_seen = 0.0, 0, 0
+        with torch.no_grad():
+            for images, labels in self.data.eval_batches(split, training.eval_batch, training.eval_rows or None):
+                logits = model(images.to(device))
+                nats += float(cross_entropy(logits, labels.to(device))[0])
+                right += int((logits.argmax(-1).cpu() == labels).sum())
+                images_seen += len(labels)
+        return {"loss": nats / images_seen, "accuracy": right / images_seen, "images": images_seen}

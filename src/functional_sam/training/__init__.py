@@ -1,0 +1,5 @@
+"""The training run."""
+
+from functional_sam.training.loop import train
+
+__all__ = ["train"]

@@ -1,0 +1,172 @@
+"""One run, top to bottom."""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from functional_sam.config import Config
+from functional_sam.curvature import decompose_many
+from functional_sam.data.cache import Progress
+from functional_sam.records import Run
+from functional_sam.records.provenance import provenance
+from functional_sam.sharpness import SharpnessAware
+from functional_sam.tasks import Batches, Task, prepare
+from functional_sam.training import checkpoint
+from functional_sam.training.schedule import learning_rate
+
+TIMES = ("seconds",)  # fields of metrics.jsonl that differ between two runs of one config
+
+
+def train(config: Config, root: Path | None = None, progress: Progress | None = None) -> Run:
+    """Train by a config, or finish what an interrupted run began; the record is in the returned Run's directory.
+
+    A complete run is returned as it is. The same config gives the same metrics bit for bit, interrupted or not (on one kind of
+    machine with the same number of threads). Raises UserError for bad input, RunLocked when another process is at work on this
+    run, FloatingPointError with step and loss when the loss is no longer finite: such a run counts as complete, and diverged.
+    """
+    run = Run(config, root)
+    if run.done:
+        return run
+    if config.runtime.threads:
+        torch.set_num_threads(config.runtime.threads)
+    run.open()
+    try:
+        task = prepare(config, progress)
+        device = torch.device(config.runtime.device)
+        dtype = torch.float64 if config.training.precision == "float64" else torch.float32
+        model = task.model().to(device, dtype)
+        optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=config.optimizer.lr,
+            betas=(config.optimizer.beta1, config.optimizer.beta2),
+            eps=config.optimizer.eps,
+            weight_decay=config.optimizer.weight_decay,
+            fused=True,
+        )
+        sharpness = SharpnessAware(
+            model,
+            optimizer,
+            config.method.name,
+            config.method.rho,
+            forward=_forward(config),
+            **config.method.options,
+        )
+
+        start = 0
+        state = checkpoint.load_newest(run.directory / "checkpoint")
+        if state is not None:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            sharpness.load_state_dict(state["sharpness"])
+            torch.set_rng_state(state["rng"])
+            start = state["step"]
+        else:
+            run.write("provenance.json", {**provenance(), "hash": config.hash, "data": task.provenance})
+        run.restart_at(start)
+        seconds = state["seconds"] if state is not None else 0.0
+
+        measured_at = measure_steps(config.measure.points, config.training.steps)
+        evaluated: dict[str, float] = {}
+        began = time.perf_counter()
+        for step in range(start, config.training.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config.optimizer, step, config.training.steps)
+            loss = sharpness.backward(_moved(task.batch(step), device, dtype))
+            if config.optimizer.clip:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+
+            count = step + 1  # steps done
+            last = count == config.training.steps
+            elapsed = seconds + time.perf_counter() - began
+            if count % config.runtime.log_every == 0 or last or count == 1:
+                run.log("train", count, loss=float(loss), lr=group["lr"], seconds=round(elapsed, 3))
+            if last or (config.training.eval_every and count % config.training.eval_every == 0):
+                evaluated = _evaluate(task, model, "validation")
+                run.log("validation", count, **evaluated)
+            if count in measured_at:
+                run.log("decompose", count, **_decompose(task, model, optimizer, config, device, dtype))
+            if count % config.runtime.checkpoint_every == 0 or last:
+                run.sync()
+                state = {
+                    "step": count,
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "sharpness": sharpness.state_dict(),
+                    "rng": torch.get_rng_state(),
+                    "seconds": elapsed,
+                }
+                checkpoint.save(run.directory / "checkpoint", count, state)
+
+        if not evaluated:  # resumed after the last step
+            evaluated = {k: v for k, v in run.metrics("validation")[-1].items() if k not in ("kind", "step")}
+        if config.training.test:
+            evaluated = {**evaluated, **{f"test_{key}": value for key, value in _evaluate(task, model, "test").items()}}
+        elapsed = seconds + time.perf_counter() - began
+        run.write("done.json", {"step": config.training.steps, "seconds": round(elapsed, 3), **evaluated})
+        return run
+    except FloatingPointError as error:  # divergence is a result, and kept as one
+        run.write("done.json", {"diverged": True, "error": str(error), "loss": None})
+        raise
+    finally:
+        run.close()
+
+
+def measure_steps(points: int, steps: int) -> set[int]:
+    """At most `points` steps, log-spaced from 1 to `steps`, both included."""
+    if points == 0:
+        return set()
+    if points == 1:
+        return {steps}
+    return {round(math.exp(math.log(steps) * i / (points - 1))) for i in range(points)}
+
+
+def _forward(config: Config) -> Callable[..., Any]:
+    """Forward of the training passes: bf16 autocast or the parameters' own precision."""
+    enabled = config.training.precision == "bf16"
+    device = torch.device(config.runtime.device).type
+
+    def forward(model: torch.nn.Module, inputs: torch.Tensor, readout: Callable[..., Any] | None = None) -> Any:
+        with torch.autocast(device, torch.bfloat16) if enabled else contextlib.nullcontext():
+            return model(inputs, readout=readout)
+
+    return forward
+
+
+def _moved(batches: Batches, device: torch.device, dtype: torch.dtype) -> Batches:
+    """The micro-batches on the device, real inputs in the parameters' dtype."""
+    return [(x.to(device, dtype) if x.is_floating_point() else x.to(device), t.to(device)) for x, t in batches]
+
+
+def _evaluate(task: Task, model: torch.nn.Module, split: str) -> dict[str, float]:
+    model.eval()
+    try:
+        result = task.evaluate(model, split)
+    finally:
+        model.train()
+    if not math.isfinite(result["loss"]):
+        raise FloatingPointError(f"after training, the {split} loss is {result['loss']}")
+    return result
+
+
+def _decompose(
+    task: Task, model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: Config, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Norms, share and cosines of delta_logit and delta_func on the held-out rows, for each ascent; without autocast."""
+    model.eval()
+    parts = decompose_many(model, _moved(task.measured(), device, dtype), config.measure.ascents, optimizer)
+    model.train()
+    names = ("norm_gradient", "norm_logit", "norm_func", "share", "cosine", "cosine_logit_gradient", "cosine_func_gradient")
+    return {
+        "loss": parts[0].loss,
+        **{
+            ascent: {name: getattr(part, name) for name in (*names, "curvature_logit", "curvature_func")}
+            for ascent, part in zip(config.measure.ascents, parts, strict=True)
+        },
+    }

@@ -1,0 +1,73 @@
+"""Shared by all tests: two threads, and the small models and batches that most of them use."""
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+class TinyModel(torch.nn.Module):
+    """A two-layer net with an embedding, LayerNorm and a tied head: every kind of parameter, 300 numbers, no readout."""
+
+    def __init__(self, vocab: int = 11, width: int = 6, dropout: float = 0.0):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(vocab, width)
+        self.up = torch.nn.Linear(width, 2 * width)
+        self.down = torch.nn.Linear(2 * width, width, bias=False)
+        self.norm = torch.nn.LayerNorm(width)
+        self.dropout = torch.nn.Dropout(dropout)
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        x = x + self.down(self.dropout(torch.nn.functional.gelu(self.up(x))))
+        return self.norm(x) @ self.embedding.weight.T
+
+
+class TinyReadout(TinyModel):
+    """The same with the readout protocol."""
+
+    has_readout = True
+
+    def forward(self, tokens, readout=None):
+        x = self.embedding(tokens)
+        x = x + self.down(self.dropout(torch.nn.functional.gelu(self.up(x))))
+        h = self.norm(x)
+        return h @ self.embedding.weight.T if readout is None else readout(h, self.embedding.weight)
+
+
+def make_model(kind=TinyModel, seed: int = 0, dtype=torch.float64, **options):
+    torch.manual_seed(seed)
+    return kind(**options).to(dtype)
+
+
+def make_batch(rows: int = 4, length: int = 5, vocab: int = 11, seed: int = 1, ignored: int = 0):
+    """Random tokens and targets; the first `ignored` targets of each row are -100."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randint(vocab, (rows, length), generator=generator)
+    targets = torch.randint(vocab, (rows, length), generator=generator)
+    targets[:, :ignored] = -100
+    return inputs, targets
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def adamw(model, lr=1e-2, **options):
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), eps=1e-9, weight_decay=0.1, **options)
+
+
+def warmed_up(model, steps: int = 3):
+    """An AdamW with a few steps behind it, so that its moments exist."""
+    optimizer = adamw(model)
+    for step in range(steps):
+        inputs, targets = make_batch(seed=100 + step)
+        torch.nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+@pytest.fixture(autouse=True)
+def _deterministic():
+    torch.manual_seed(0)

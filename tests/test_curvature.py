@@ -1,0 +1,425 @@
+"""Curvature products against finite differences, closed forms and dense matrices; the decomposition against its formulas; float64.
+
+theta the parameters, z the logits, u = dL/dz, g the gradient, H = H_G + H_F, eps a unit vector.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from functional_sam.curvature import CurvatureProducts, decompose, decompose_many
+from functional_sam.curvature.products import _second_order
+from functional_sam.errors import UserError
+from functional_sam.losses import IGNORE, cross_entropy
+from functional_sam.models import Decoder, ViT
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def moved(model):
+    """The model away from its initialization, where every LayerNorm scale is one."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, dtype=parameter.dtype, generator=seeded(9)))
+    return model
+
+
+def decoder(**options):
+    shape = {"vocab": 13, "width": 8, "depth": 2, "heads": 2, "length": 6, "dtype": torch.float64, **options}
+    return moved(Decoder(**shape, generator=seeded()))
+
+
+def sentences(rows, seed=1):
+    tokens = torch.randint(13, (rows, 7), generator=seeded(seed))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
+    targets[:, -1] = targets[0, :2] = IGNORE
+    return inputs, targets
+
+
+def vision():
+    model = moved(ViT(image=4, patch=2, classes=5, width=8, depth=2, heads=2, dtype=torch.float64, generator=seeded()))
+    return model, [(torch.randn(6, 3, 4, 4, dtype=torch.float64, generator=seeded(1)), torch.tensor([0, 1, 2, IGNORE, 3, 4]))]
+
+
+def case(kind):
+    return (decoder(), [sentences(2), sentences(3, seed=2)]) if kind == "decoder" else vision()
+
+
+both = pytest.mark.parametrize("kind", ["decoder", "vit"])
+
+
+def generic_cross_entropy(logits, targets):
+    """The same loss, unknown to CurvatureProducts, so without the closed form."""
+    return cross_entropy(logits, targets)
+
+
+def squares(logits, targets):
+    return (logits - nn.functional.one_hot(targets.clamp(min=0), logits.shape[-1])).pow(2).sum(), targets.new_tensor(targets.numel())
+
+
+losses = pytest.mark.parametrize("loss_fn", [cross_entropy, generic_cross_entropy, squares])
+
+
+def directions(products, count=1, seed=3):
+    generator = seeded(seed)
+    drawn = [
+        [torch.randn(p.shape, dtype=p.dtype, generator=generator) for p in products.parameters] for _ in range(count)
+    ]
+    return drawn[0] if count == 1 else drawn
+
+
+def flat(tensors):
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def error(ours, reference):
+    return float((flat(ours) - flat(reference)).norm() / flat(reference).norm())
+
+
+def central_difference(function, parameters, v, h):
+    """d/dh function(theta + h v) to fourth order, theta put back."""
+    start, total = [p.detach().clone() for p in parameters], None
+    for step, weight in ((1, 8), (-1, -8), (2, -1), (-2, 1)):
+        with torch.no_grad():
+            for p, p_0, v_i in zip(parameters, start, v, strict=True):
+                p.copy_(p_0 + step * h * v_i)
+        part = weight / (12 * h) * flat(function())
+        total = part if total is None else total + part
+    with torch.no_grad():
+        for p, p_0 in zip(parameters, start, strict=True):
+            p.copy_(p_0)
+    return [total]
+
+
+# --- the three products ---------------------------------------------------------------------------------------------------
+
+
+@both
+@losses
+def test_hessian_is_the_derivative_of_the_gradient(kind, loss_fn):
+    model, batches = case(kind)
+    products = CurvatureProducts(model, batches, loss_fn)
+    v = directions(products)
+    reference = central_difference(products.gradient, products.parameters, v, h=1e-3)
+    assert error(products.hessian(v), reference) < 1e-8
+
+
+@both
+@losses
+def test_halves_add_up_to_the_hessian(kind, loss_fn):
+    products = CurvatureProducts(*case(kind), loss_fn)
+    v = directions(products)
+    logit, func, whole = products.gauss_newton(v), products.functional(v), products.hessian(v)
+    assert error([a + b for a, b in zip(logit, func, strict=True)], whole) < 1e-12
+    assert flat(logit).norm() > 0.01 * flat(whole).norm()
+    assert flat(func).norm() > 0.01 * flat(whole).norm()
+    together = products.split(v)
+    assert error(together[0], logit) < 1e-13
+    assert error(together[1], func) < 1e-13
+
+
+@both
+def test_functional_half_alone(kind):
+    """H_F v is the derivative of theta -> J(theta)^T u at fixed u."""
+    model, batches = case(kind)
+    (inputs, targets), products = batches[0], CurvatureProducts(model, batches[:1])
+    z = model(inputs)
+    u = torch.autograd.grad(cross_entropy(z, targets)[0], z)[0] / (targets != IGNORE).sum()
+    pull_back = lambda: torch.autograd.grad((model(inputs) * u).sum(), products.parameters)  # noqa: E731
+    v = directions(products)
+    assert error(products.functional(v), central_difference(pull_back, products.parameters, v, h=1e-3)) < 1e-8
+
+
+@both
+def test_logit_half_alone(kind):
+    """H_G v with J and d2L/dz2 as dense matrices."""
+    model, batches = case(kind)
+    (inputs, targets), products = batches[0], CurvatureProducts(model, batches[:1])
+    z = model(inputs)
+    loss_hessian = torch.autograd.functional.hessian(lambda z: cross_entropy(z, targets)[0], z.detach()).reshape(z.numel(), -1)
+    rows = [flat(torch.autograd.grad(z_k, products.parameters, retain_graph=True)) for z_k in z.flatten()]
+    J, v = torch.stack(rows), directions(products)
+    reference = J.T @ (loss_hessian @ (J @ flat(v))) / (targets != IGNORE).sum()
+    assert error(products.gauss_newton(v), [reference]) < 1e-12
+
+
+@both
+def test_symmetric_and_semidefinite(kind):
+    products = CurvatureProducts(*case(kind))
+    v, w = directions(products, count=2)
+    for product in (products.hessian, products.gauss_newton, products.functional):
+        assert flat(v) @ flat(product(w)) == pytest.approx(float(flat(w) @ flat(product(v))), rel=1e-10)
+    for seed in range(5):
+        v = directions(products, seed=seed)
+        assert flat(v) @ flat(products.gauss_newton(v)) > 0
+
+
+def test_closed_form_of_cross_entropy():
+    model, batches = case("decoder")
+    v = directions(CurvatureProducts(model, batches))
+    closed, generic = (CurvatureProducts(model, batches, loss).gauss_newton(v) for loss in (cross_entropy, generic_cross_entropy))
+    assert error(closed, generic) < 1e-13
+
+
+def test_softmax_regression():
+    """z = W x: H_F = 0 and H_G = mean of (diag p - p p^T) kron x x^T."""
+    model = nn.Linear(4, 3, bias=False).double()
+    x, targets = torch.randn(20, 4, dtype=torch.float64, generator=seeded()), torch.arange(20) % 3
+    products = CurvatureProducts(model, [(x, targets)])
+    v = directions(products)
+    p = model(x).softmax(-1).detach()
+    blocks = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+    H = torch.einsum("nij,nk,nl->ikjl", blocks, x, x).reshape(12, 12) / 20
+    assert error(products.gauss_newton(v), [H @ flat(v)]) < 1e-12
+    assert error(products.hessian(v), [H @ flat(v)]) < 1e-12
+    assert torch.equal(flat(products.functional(v)), torch.zeros(12, dtype=torch.float64))
+    parts = decompose(model, [(x, targets)])
+    assert (parts.share, parts.norm_func, parts.curvature_func) == (0, 0, 0)
+    assert math.isnan(parts.cosine)
+
+
+def test_loss_linear_in_the_logits_has_no_logit_half():
+    model, batches = case("decoder")
+    products = CurvatureProducts(model, batches, lambda z, targets: (z.sum(), targets.new_tensor(targets.numel())))
+    v = directions(products)
+    assert flat(products.gauss_newton(v)).count_nonzero() == 0
+    assert error(products.functional(v), products.hessian(v)) < 1e-13
+
+
+def test_quadratic_gives_back_its_matrix_and_leaves_v_alone():
+    """H = 2 I over two batches, where autograd hands v itself out as the product of a batch."""
+    theta = nn.Parameter(torch.arange(3.0, dtype=torch.float64))
+    products = CurvatureProducts(
+        nn.Module(), [(1, 1), (1, 1)], lambda z, n: (z.pow(2).sum(), torch.tensor(n)), lambda model, inputs: theta, [theta]
+    )
+    v = [torch.randn(3, dtype=torch.float64, generator=seeded())]
+    before = v[0].clone()
+    for product in (products.hessian, products.gauss_newton):
+        torch.testing.assert_close(product(v)[0], 2 * before, rtol=0, atol=1e-15)
+    assert products.functional(v)[0].count_nonzero() == 0
+    assert torch.equal(v[0], before)
+
+
+def test_uneven_batches_equal_one():
+    model, (inputs, targets) = decoder(), sentences(6)
+    whole = CurvatureProducts(model, [(inputs, targets)])
+    parts = CurvatureProducts(model, [(inputs[i:j], targets[i:j]) for i, j in ((0, 1), (1, 4), (4, 6))])
+    assert len({int((target != IGNORE).sum()) for _, target in parts.batches}) == 3
+    v = directions(whole)
+    assert error(parts.gradient(), whole.gradient()) < 1e-12
+    for name in ("hessian", "gauss_newton", "functional"):
+        assert error(getattr(parts, name)(v), getattr(whole, name)(v)) < 1e-12
+    assert decompose(model, parts.batches).loss == pytest.approx(decompose(model, whole.batches).loss, rel=1e-13)
+
+
+def test_subset_of_parameters_is_a_block_of_the_hessian():
+    model, batches = case("decoder")
+    whole, norms = CurvatureProducts(model, batches), [p for n, p in model.named_parameters() if "norm" in n]
+    products = CurvatureProducts(model, batches, parameters=norms)
+    v = directions(products)
+    inside = {id(p): v_i for p, v_i in zip(norms, v, strict=True)}
+    padded = [inside.get(id(p), torch.zeros_like(p)) for p in whole.parameters]
+    for name in ("hessian", "gauss_newton", "functional"):
+        block = [t for p, t in zip(whole.parameters, getattr(whole, name)(padded), strict=True) if id(p) in inside]
+        assert error(getattr(products, name)(v), block) < 1e-12
+
+
+# --- what surrounds the code ----------------------------------------------------------------------------------------------
+
+
+def test_checkpointed_blocks():
+    v = directions(CurvatureProducts(decoder(), [sentences(2)]))
+    off, on = (CurvatureProducts(decoder(checkpoint_blocks=flag), [sentences(2)]) for flag in (False, True))
+    for name in ("hessian", "gauss_newton", "functional"):
+        assert error(getattr(on, name)(v), getattr(off, name)(v)) < 1e-13
+
+
+def test_float32():
+    model, batches = decoder(dtype=torch.float32), [sentences(2)]
+    exact = CurvatureProducts(decoder(dtype=torch.float32).double(), batches)
+    products = CurvatureProducts(model, batches)
+    v = directions(products)
+    for name in ("hessian", "gauss_newton", "functional"):
+        ours = getattr(products, name)(v)
+        assert {tensor.dtype for tensor in ours} == {torch.float32}
+        assert error(ours, getattr(exact, name)([t.double() for t in v])) < 1e-5
+
+
+def test_leaves_the_model_alone_and_the_surroundings_out():
+    model, batches = decoder(dtype=torch.float32), [sentences(2)]
+    products = CurvatureProducts(model, batches)
+    before, v = [p.detach().clone() for p in model.parameters()], directions(products)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    plain = products.split(v)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        inside = products.split(v)
+    assert all(torch.equal(a, b) for a, b in zip(plain[0] + plain[1], inside[0] + inside[1], strict=True))
+    assert not any(tensor.requires_grad for tensor in plain[0] + plain[1])
+    for p, p_0 in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, p_0)
+        assert torch.equal(p.grad, torch.ones_like(p))
+
+
+@pytest.mark.slow
+def test_compiled_model_runs_eagerly():
+    model, batches = case("decoder")
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(batches[0][0])
+    v = directions(CurvatureProducts(model, batches))
+    assert error(CurvatureProducts(compiled, batches).functional(v), CurvatureProducts(model, batches).functional(v)) < 1e-13
+
+
+class Attention(nn.Module):
+    """Dropout that no module of its own announces."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.MultiheadAttention(4, 2, dropout=0.1, batch_first=True)
+
+    def forward(self, x):
+        return self.inner(x, x, x)[0]
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1)), Attention(), nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))]
+)
+def test_random_models_are_refused_in_training_mode(layer):
+    model = layer.double()
+    x = torch.randn(3, 4, dtype=torch.float64, generator=seeded())
+    products = CurvatureProducts(model, [(x, torch.arange(3))])
+    v = directions(products)
+    for product in (products.gradient, lambda: products.hessian(v), lambda: products.split(v)):
+        with pytest.raises(UserError, match=r"model\.eval\(\)"):
+            product()
+    model.eval()
+    assert flat(products.hessian(v)).isfinite().all()
+
+
+def test_dropout_of_zero_is_no_dropout():
+    with _second_order(nn.Sequential(nn.Dropout(0.0), nn.MultiheadAttention(4, 2)), "cpu"):
+        pass
+
+
+def test_user_errors():
+    model, batches = case("decoder")
+    ignored = [(inputs, torch.full_like(targets, IGNORE)) for inputs, targets in batches]
+    for words, build in {
+        "no batch": lambda: CurvatureProducts(model, []),
+        "no valid target": lambda: CurvatureProducts(model, ignored).gradient(),
+        "bfloat16": lambda: CurvatureProducts(decoder(dtype=torch.bfloat16), batches),
+        "frozen": lambda: CurvatureProducts(decoder().requires_grad_(False), batches),
+        "shapes": lambda: CurvatureProducts(model, batches).hessian([torch.zeros(3)]),
+        "'adam'": lambda: decompose(model, batches, "adams"),
+        "optimizer=": lambda: decompose(model, batches, "adam"),
+        "every trainable": lambda: decompose(model, batches, "adam", torch.optim.AdamW(decoder().parameters())),
+        "AdamW": lambda: decompose(model, batches, "adam", torch.optim.SGD(model.parameters(), lr=0.1)),
+        "norm 0.0": lambda: decompose(model, batches, [torch.zeros_like(p) for p in model.parameters()]),
+        "norm nan": lambda: decompose(model, batches, [torch.full_like(p, math.nan) for p in model.parameters()]),
+    }.items():
+        with pytest.raises(UserError, match=words):
+            build()
+
+
+# --- the decomposition ----------------------------------------------------------------------------------------------------
+
+
+def check(parts, products, d):
+    """Every field against its formula."""
+    g, eps = flat(products.gradient()), flat(d) / flat(d).norm()
+    shaped = [e.view_as(p) for e, p in zip(eps.split([p.numel() for p in products.parameters]), products.parameters, strict=True)]
+    logit, func = flat(products.gauss_newton(shaped)), flat(products.functional(shaped))
+    cosine = lambda a, b: float(nn.functional.cosine_similarity(a, b, dim=0))  # noqa: E731
+    assert error(parts.gradient, [g]) < 1e-13
+    assert error(parts.delta_logit, [logit]) < 1e-12
+    assert error(parts.delta_func, [func]) < 1e-12
+    total = sum(float(cross_entropy(products.model(inputs), targets)[0]) for inputs, targets in products.batches)
+    count = sum(int((targets != IGNORE).sum()) for _, targets in products.batches)
+    expected = {
+        "loss": total / count,
+        "norm_gradient": float(g.norm()),
+        "norm_logit": float(logit.norm()),
+        "norm_func": float(func.norm()),
+        "share": float(func.norm() / (func.norm() + logit.norm())),
+        "cosine": cosine(logit, func),
+        "cosine_logit_gradient": cosine(logit, g),
+        "cosine_func_gradient": cosine(func, g),
+        "curvature_logit": float(eps @ logit),
+        "curvature_func": float(eps @ func),
+    }
+    for name, value in expected.items():
+        assert getattr(parts, name) == pytest.approx(value, rel=1e-9), name
+
+
+@both
+def test_decompose_along_the_gradient(kind):
+    model, batches = case(kind)
+    products = CurvatureProducts(model, batches)
+    check(decompose(model, batches), products, products.gradient())
+
+
+def test_decompose_along_a_given_direction():
+    model, batches = case("decoder")
+    products = CurvatureProducts(model, batches)
+    d = directions(products)
+    check(decompose(model, batches, ascent=d), products, d)
+
+
+def test_decompose_along_adam():
+    model, batches = case("decoder")
+    names = dict(model.named_parameters())
+    groups = [{"params": [p for n, p in names.items() if "norm" in n], "betas": (0.8, 0.9), "eps": 1e-3},
+              {"params": [p for n, p in names.items() if "norm" not in n]}]  # fmt: skip
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.98), eps=1e-9)
+    products = CurvatureProducts(model, batches)
+    check(decompose(model, batches, "adam", optimizer), products, products.gradient())  # no state yet
+    squares = {name: torch.zeros_like(p) for name, p in names.items()}
+    for _ in range(3):
+        for name, g_i in zip(names, products.gradient(), strict=True):
+            names[name].grad = g_i
+            beta = 0.9 if "norm" in name else 0.98
+            squares[name] = beta * squares[name] + (1 - beta) * g_i**2
+        optimizer.step()
+    d = []
+    for name, g_i in zip(names, products.gradient(), strict=True):
+        beta, e = (0.9, 1e-3) if "norm" in name else (0.98, 1e-9)
+        d.append(g_i / ((squares[name] / (1 - beta**3)).sqrt() + e))
+    check(decompose(model, batches, "adam", optimizer), products, d)
+    del optimizer.state[names["positions"]]  # as if it had never had a gradient
+    at = list(names).index("positions")
+    g_i = products.gradient()[at]
+    d[at] = g_i / (g_i.abs() + 1e-9)
+    check(decompose(model, batches, "adam", optimizer), products, d)
+
+
+def test_several_ascents_share_the_gradient():
+    model, batches = case("decoder")
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    along_g, along_v = decompose_many(model, batches, ["gradient", directions(CurvatureProducts(model, batches))])
+    assert len(calls) == 3 * len(batches)  # the gradient once, then one forward for both halves of each ascent
+    assert along_g.gradient is along_v.gradient
+    alone = decompose(model, batches)
+    assert (alone.share, alone.cosine) == (along_g.share, along_g.cosine)
+
+
+def test_another_forward_and_another_loss():
+    """A model whose output is a dictionary, as those of Hugging Face are, with a loss of its own."""
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = decoder()
+
+        def forward(self, tokens):
+            return {"logits": self.inner(tokens)}
+
+    model, batches = Wrapped(), [sentences(2)]
+    parts = decompose(model, batches, loss_fn=squares, forward=lambda model, inputs: model(inputs)["logits"])
+    plain = decompose(model.inner, batches, loss_fn=squares)
+    assert error(parts.delta_func, plain.delta_func) < 1e-14
+    assert parts.share == pytest.approx(plain.share, rel=1e-12)
