@@ -1,19 +1,26 @@
-"""Curvature products against finite differences, closed forms and dense matrices; the decomposition against its formulas; float64.
+"""Curvature products against finite differences, closed forms and dense matrices, in float64.
 
-theta the parameters, z the logits, u = dL/dz, g the gradient, H = H_G + H_F, eps a unit vector.
+theta the parameters, z the logits, u = dL/dz, g the gradient, H = H_G + H_F.
 """
-
-import math
 
 import pytest
 import torch
 from torch import nn
 
-from functional_sam.curvature import CurvatureProducts, decompose, decompose_many
+from functional_sam.curvature import CurvatureProducts
 from functional_sam.curvature.products import _second_order
 from functional_sam.errors import UserError
 from functional_sam.losses import IGNORE, cross_entropy
 from functional_sam.models import Decoder, ViT
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These tensors are too small to share out, and on a busy machine two threads mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def seeded(seed=0):
@@ -58,7 +65,9 @@ def generic_cross_entropy(logits, targets):
 
 
 def squares(logits, targets):
-    return (logits - nn.functional.one_hot(targets.clamp(min=0), logits.shape[-1])).pow(2).sum(), targets.new_tensor(targets.numel())
+    return (logits - nn.functional.one_hot(targets.clamp(min=0), logits.shape[-1])).pow(2).sum(), targets.new_tensor(
+        targets.numel()
+    )
 
 
 losses = pytest.mark.parametrize("loss_fn", [cross_entropy, generic_cross_entropy, squares])
@@ -66,9 +75,7 @@ losses = pytest.mark.parametrize("loss_fn", [cross_entropy, generic_cross_entrop
 
 def directions(products, count=1, seed=3):
     generator = seeded(seed)
-    drawn = [
-        [torch.randn(p.shape, dtype=p.dtype, generator=generator) for p in products.parameters] for _ in range(count)
-    ]
+    drawn = [[torch.randn(p.shape, dtype=p.dtype, generator=generator) for p in products.parameters] for _ in range(count)]
     return drawn[0] if count == 1 else drawn
 
 
@@ -104,7 +111,7 @@ def test_hessian_is_the_derivative_of_the_gradient(kind, loss_fn):
     model, batches = case(kind)
     products = CurvatureProducts(model, batches, loss_fn)
     v = directions(products)
-    reference = central_difference(products.gradient, products.parameters, v, h=1e-3)
+    reference = central_difference(products.gradient, products.parameters, v, h=1e-4)
     assert error(products.hessian(v), reference) < 1e-8
 
 
@@ -131,7 +138,7 @@ def test_functional_half_alone(kind):
     u = torch.autograd.grad(cross_entropy(z, targets)[0], z)[0] / (targets != IGNORE).sum()
     pull_back = lambda: torch.autograd.grad((model(inputs) * u).sum(), products.parameters)  # noqa: E731
     v = directions(products)
-    assert error(products.functional(v), central_difference(pull_back, products.parameters, v, h=1e-3)) < 1e-8
+    assert error(products.functional(v), central_difference(pull_back, products.parameters, v, h=1e-4)) < 1e-8
 
 
 @both
@@ -177,9 +184,6 @@ def test_softmax_regression():
     assert error(products.gauss_newton(v), [H @ flat(v)]) < 1e-12
     assert error(products.hessian(v), [H @ flat(v)]) < 1e-12
     assert torch.equal(flat(products.functional(v)), torch.zeros(12, dtype=torch.float64))
-    parts = decompose(model, [(x, targets)])
-    assert (parts.share, parts.norm_func, parts.curvature_func) == (0, 0, 0)
-    assert math.isnan(parts.cosine)
 
 
 def test_loss_linear_in_the_logits_has_no_logit_half():
@@ -213,7 +217,7 @@ def test_uneven_batches_equal_one():
     assert error(parts.gradient(), whole.gradient()) < 1e-12
     for name in ("hessian", "gauss_newton", "functional"):
         assert error(getattr(parts, name)(v), getattr(whole, name)(v)) < 1e-12
-    assert decompose(model, parts.batches).loss == pytest.approx(decompose(model, whole.batches).loss, rel=1e-13)
+    assert float(parts.loss_and_gradient()[0]) == pytest.approx(float(whole.loss_and_gradient()[0]), rel=1e-13)
 
 
 def test_subset_of_parameters_is_a_block_of_the_hessian():
@@ -314,112 +318,6 @@ def test_user_errors():
         "bfloat16": lambda: CurvatureProducts(decoder(dtype=torch.bfloat16), batches),
         "frozen": lambda: CurvatureProducts(decoder().requires_grad_(False), batches),
         "shapes": lambda: CurvatureProducts(model, batches).hessian([torch.zeros(3)]),
-        "'adam'": lambda: decompose(model, batches, "adams"),
-        "optimizer=": lambda: decompose(model, batches, "adam"),
-        "every trainable": lambda: decompose(model, batches, "adam", torch.optim.AdamW(decoder().parameters())),
-        "AdamW": lambda: decompose(model, batches, "adam", torch.optim.SGD(model.parameters(), lr=0.1)),
-        "norm 0.0": lambda: decompose(model, batches, [torch.zeros_like(p) for p in model.parameters()]),
-        "norm nan": lambda: decompose(model, batches, [torch.full_like(p, math.nan) for p in model.parameters()]),
     }.items():
         with pytest.raises(UserError, match=words):
             build()
-
-
-# --- the decomposition ----------------------------------------------------------------------------------------------------
-
-
-def check(parts, products, d):
-    """Every field against its formula."""
-    g, eps = flat(products.gradient()), flat(d) / flat(d).norm()
-    shaped = [e.view_as(p) for e, p in zip(eps.split([p.numel() for p in products.parameters]), products.parameters, strict=True)]
-    logit, func = flat(products.gauss_newton(shaped)), flat(products.functional(shaped))
-    cosine = lambda a, b: float(nn.functional.cosine_similarity(a, b, dim=0))  # noqa: E731
-    assert error(parts.gradient, [g]) < 1e-13
-    assert error(parts.delta_logit, [logit]) < 1e-12
-    assert error(parts.delta_func, [func]) < 1e-12
-    total = sum(float(cross_entropy(products.model(inputs), targets)[0]) for inputs, targets in products.batches)
-    count = sum(int((targets != IGNORE).sum()) for _, targets in products.batches)
-    expected = {
-        "loss": total / count,
-        "norm_gradient": float(g.norm()),
-        "norm_logit": float(logit.norm()),
-        "norm_func": float(func.norm()),
-        "share": float(func.norm() / (func.norm() + logit.norm())),
-        "cosine": cosine(logit, func),
-        "cosine_logit_gradient": cosine(logit, g),
-        "cosine_func_gradient": cosine(func, g),
-        "curvature_logit": float(eps @ logit),
-        "curvature_func": float(eps @ func),
-    }
-    for name, value in expected.items():
-        assert getattr(parts, name) == pytest.approx(value, rel=1e-9), name
-
-
-@both
-def test_decompose_along_the_gradient(kind):
-    model, batches = case(kind)
-    products = CurvatureProducts(model, batches)
-    check(decompose(model, batches), products, products.gradient())
-
-
-def test_decompose_along_a_given_direction():
-    model, batches = case("decoder")
-    products = CurvatureProducts(model, batches)
-    d = directions(products)
-    check(decompose(model, batches, ascent=d), products, d)
-
-
-def test_decompose_along_adam():
-    model, batches = case("decoder")
-    names = dict(model.named_parameters())
-    groups = [{"params": [p for n, p in names.items() if "norm" in n], "betas": (0.8, 0.9), "eps": 1e-3},
-              {"params": [p for n, p in names.items() if "norm" not in n]}]  # fmt: skip
-    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.98), eps=1e-9)
-    products = CurvatureProducts(model, batches)
-    check(decompose(model, batches, "adam", optimizer), products, products.gradient())  # no state yet
-    squares = {name: torch.zeros_like(p) for name, p in names.items()}
-    for _ in range(3):
-        for name, g_i in zip(names, products.gradient(), strict=True):
-            names[name].grad = g_i
-            beta = 0.9 if "norm" in name else 0.98
-            squares[name] = beta * squares[name] + (1 - beta) * g_i**2
-        optimizer.step()
-    d = []
-    for name, g_i in zip(names, products.gradient(), strict=True):
-        beta, e = (0.9, 1e-3) if "norm" in name else (0.98, 1e-9)
-        d.append(g_i / ((squares[name] / (1 - beta**3)).sqrt() + e))
-    check(decompose(model, batches, "adam", optimizer), products, d)
-    del optimizer.state[names["positions"]]  # as if it had never had a gradient
-    at = list(names).index("positions")
-    g_i = products.gradient()[at]
-    d[at] = g_i / (g_i.abs() + 1e-9)
-    check(decompose(model, batches, "adam", optimizer), products, d)
-
-
-def test_several_ascents_share_the_gradient():
-    model, batches = case("decoder")
-    calls = []
-    model.register_forward_hook(lambda *_: calls.append(1))
-    along_g, along_v = decompose_many(model, batches, ["gradient", directions(CurvatureProducts(model, batches))])
-    assert len(calls) == 3 * len(batches)  # the gradient once, then one forward for both halves of each ascent
-    assert along_g.gradient is along_v.gradient
-    alone = decompose(model, batches)
-    assert (alone.share, alone.cosine) == (along_g.share, along_g.cosine)
-
-
-def test_another_forward_and_another_loss():
-    """A model whose output is a dictionary, as those of Hugging Face are, with a loss of its own."""
-
-    class Wrapped(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = decoder()
-
-        def forward(self, tokens):
-            return {"logits": self.inner(tokens)}
-
-    model, batches = Wrapped(), [sentences(2)]
-    parts = decompose(model, batches, loss_fn=squares, forward=lambda model, inputs: model(inputs)["logits"])
-    plain = decompose(model.inner, batches, loss_fn=squares)
-    assert error(parts.delta_func, plain.delta_func) < 1e-14
-    assert parts.share == pytest.approx(plain.share, rel=1e-12)

@@ -58,7 +58,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TextData:
 def test_splits_depend_on_the_id_alone_and_are_about_90_5_5() -> None:
     counts = {split: sum(split_of(str(i)) == split for i in range(20_000)) / 20_000 for split in SPLITS}
     assert counts == pytest.approx({"train": 0.9, "validation": 0.05, "test": 0.05}, abs=0.01)
-    assert [split_of(f"document-{i}") for i in (0, 2, 10, 13)] == ["train", "train", "train", "train"]
+    assert [split_of(f"document-{i}") for i in (0, 1, 8)] == ["test", "train", "validation"]  # fixed for good
 
 
 def test_no_document_is_in_two_parts_and_none_is_lost(data: TextData) -> None:
@@ -128,7 +128,7 @@ def test_packing_by_hand_on_three_documents(tmp_path: Path) -> None:
     texts = ["loss of the caf\u00e9 " * 30, "sharp flat minimum", "na\u00efve gradient step\nthe end"]
     three = in_order([Document(i, t, "news") for i, t in zip(of_split("train", 3), texts, strict=True)])
     tmp_path.joinpath("m").mkdir()
-    manifest = build_text([*three, *extra], 280, tmp_path / "m")
+    manifest = build_text([*three, *extra], 283, tmp_path / "m")
     data = TextData(tmp_path / "m", {"sha256": "", **manifest})
     stream = [token for d in three for token in (BOS, *data.tokenizer.encode(d.text), EOS)]
     assert manifest["tokens"]["train"] == len(stream)
@@ -219,7 +219,7 @@ def test_rows_and_bytes_by_hand(data: TextData, length: int) -> None:
 
 def test_bytes_of_truncated_rows_are_those_of_the_decoded_text(tmp_path: Path) -> None:
     held_out = [Document(i, "caf\u00e9 \u6570\u636e \U0001f600 na\u00efve loss", "news") for i in of_split("test", 1)]
-    data = prepared(tmp_path, [*corpus(), *held_out])
+    data = prepared(tmp_path, [*(d for d in corpus() if split_of(d.id) == "train"), *held_out])
     whole = data.tokenizer.encode(held_out[0].text)
     for length in range(2, len(whole) + 4):
         rows = [

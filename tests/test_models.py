@@ -105,7 +105,7 @@ def test_init_distributions():
     model = decoder(torch.float32, vocab=2000, width=D, depth=1, length=500)
     block = model.blocks[0]
     for weight in (model.tokens, model.positions):
-        assert float(weight.std()) == pytest.approx(D**-0.5, rel=0.02)
+        assert weight.std().item() == pytest.approx(D**-0.5, rel=0.02)
         assert weight.abs().max() > 3 * D**-0.5  # normal, neither truncated at two deviations nor uniform
     q, k, v = block.qkv.weight.chunk(3)
     for weight, fans in ((q, D + D), (k, D + D), (v, D + D), (block.out.weight, D + D), (block.up.weight, D + wide)):
@@ -244,7 +244,7 @@ def test_float64_stays_float64(kind, head_dtype):
 
 
 def test_parameters_in_bfloat16():
-    """What a block sees under the mixed precision of FSDP2: narrow parameters, stream and logits still float32."""
+    """What the mixed precision of FSDP2 makes (with cast_forward_inputs=False): narrow parameters, wide stream and logits."""
     model, tokens = case("decoder", torch.float32)
     exact, stream = model(tokens), []
     model.bfloat16().blocks[-1].register_forward_hook(lambda module, arguments, output: stream.append(output.dtype))

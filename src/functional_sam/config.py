@@ -152,10 +152,10 @@ def read_yaml(folder: str, name: str) -> dict[str, Any]:
     path = configs_directory() / folder / f"{name}.yaml"
     if not path.is_file():
         raise nearest(folder.rstrip("s"), name, (file.stem for file in path.parent.glob("*.yaml")))
-    content = OmegaConf.to_container(OmegaConf.load(path)) or {}
+    content: Any = OmegaConf.to_container(OmegaConf.load(path)) or {}
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a mapping, found a {type(content).__name__}")
-    return content
+    return dict(content)
 
 
 def compose(
@@ -208,12 +208,14 @@ def _check_keys(base: Any, layer: Any, where: str, prefix: str) -> None:
     """An unknown key is refused here and not by OmegaConf, so that the message can name the nearest known one."""
     if not isinstance(layer, dict | DictConfig):
         return
-    for key in layer:
+    for key in map(str, layer):
         full = f"{prefix}{key}"
         if key not in base:
             known = {f"{prefix}{name}" for name in base}
             near = difflib.get_close_matches(full, known, n=1, cutoff=0.4)
-            raise UserError(f"{where}: unknown key {full!r}" + (f"; did you mean {near[0]!r}?" if near else f" (known: {sorted(known)})"))
+            raise UserError(
+                f"{where}: unknown key {full!r}" + (f"; did you mean {near[0]!r}?" if near else f" (known: {sorted(known)})")
+            )
         if isinstance(base, DictConfig) and isinstance(base[key], DictConfig) and full != "method.options":
             _check_keys(base[key], layer[key], where, f"{full}.")
 
@@ -263,7 +265,9 @@ def validated(config: Config) -> Config:
         training.micro_batch >= 1 and training.batch % training.micro_batch == 0,
         f"training.micro_batch={training.micro_batch} does not divide training.batch={training.batch}",
     )
-    require(training.precision in ("bf16", "float32", "float64"), f"training.precision={training.precision!r}: bf16, float32 or float64")
+    require(
+        training.precision in ("bf16", "float32", "float64"), f"training.precision={training.precision!r}: bf16, float32 or float64"
+    )
     require(measure.points >= 0 and measure.rows >= 1, f"measure.points={measure.points}, measure.rows={measure.rows}")
     require(1 <= measure.micro_batch, f"measure.micro_batch={measure.micro_batch}: at least 1")
     require(config.runtime.checkpoint_every >= 1, f"runtime.checkpoint_every={config.runtime.checkpoint_every}: at least 1")

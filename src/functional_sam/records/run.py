@@ -70,14 +70,18 @@ class Run:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot make {self.directory} ({error.strerror}): choose another with runtime.runs=DIRECTORY") from error
+            raise UserError(
+                f"cannot make {self.directory} ({error.strerror}): choose another with runtime.runs=DIRECTORY"
+            ) from error
         self._lock = FileLock(self.directory / ".lock")
         try:
             self._lock.acquire(blocking=False)
         except Timeout:
             raise RunLocked(f"{self.directory} is being written by another process: wait for it, or stop it") from None
         except OSError as error:
-            raise UserError(f"cannot write in {self.directory} ({error.strerror}): choose another with runtime.runs=DIRECTORY") from error
+            raise UserError(
+                f"cannot write in {self.directory} ({error.strerror}): choose another with runtime.runs=DIRECTORY"
+            ) from error
         path = self.directory / "config.yaml"
         if path.exists():
             there = load(path)
@@ -93,7 +97,7 @@ class Run:
         kept = [line for line in self._lines() if line["step"] <= step]
         with atomic_file(path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        self._metrics = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._metrics = path.open("a", encoding="utf-8")
 
     def log(self, kind: str, step: int, **values: Any) -> None:
         """Append one line; it reaches the file at once."""

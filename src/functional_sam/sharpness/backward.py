@@ -2,8 +2,9 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from functional_sam.sharpness.ascent import ASCENTS, norm, owners, subset
 from functional_sam.sharpness.mix import MIXES, Mix
 from functional_sam.sharpness.options import resolve
 from functional_sam.sharpness.passes import Batch, Kept, LossFn, Passes
-from functional_sam.sharpness.path import PATHS
+from functional_sam.sharpness.path import PATHS, needs_cotangent
+
+AT_THETA, AT_PERTURBED = "pass 1 (at theta)", "pass 2 (at theta + eps)"
 
 
 @dataclass
@@ -25,6 +28,8 @@ class Step:
     batches: Sequence[Batch]
     sync: bool = True  # the pass that leaves the gradient averages over ranks
     onto: dict[Tensor, Tensor] = field(default_factory=dict)  # gradients of earlier micro-batches (m="microbatch")
+    like: Sequence[Kept] | None = None  # a pass before pass 1 whose randomness pass 1 repeats (tram)
+    base: dict[Tensor, Tensor] = field(default_factory=dict)  # g, for a mix and for the penalty path
     params: list[Tensor] = field(default_factory=list)
     directions: list[Tensor] = field(default_factory=list)  # eps = radius * direction / size
     size: float = 0.0
@@ -62,11 +67,10 @@ class SharpnessAware:
         self.method, self.rho, self.options = resolve(method, rho, options, model, optimizer)
         self.passes = Passes(model, loss_fn, forward, self.options["keep"], self.options["keep_dtype"])
         self.only = subset(model, self.options["only"])
-        self.lr_max = self.options["lr_max"] or max(group.get("initial_lr", group["lr"]) for group in optimizer.param_groups)
         self.steps = 0
         self.mix: Mix | None = MIXES[self.method.mix](self) if self.method.mix else None
+        self.where = AT_THETA  # named in errors
         self._theta: dict[Tensor, Tensor] = {}
-        self._pass = "pass 1"
 
     def backward(self, batches: Sequence[Batch]) -> Tensor:
         """Replace .grad by the method's gradient on the micro-batches of ONE step; return the mean loss at the unperturbed weights.
@@ -81,7 +85,14 @@ class SharpnessAware:
             got = "an empty list" if isinstance(batches, list) else f"a {type(batches).__name__}"
             raise UserError(f"backward takes a non-empty list of micro-batches, [(inputs, targets), ...]; got {got}")
         self.steps += 1
-        self._pass = "pass 1"
+        try:
+            return self._backward(batches)
+        except BaseException:
+            self.steps -= 1
+            raise
+
+    def _backward(self, batches: Sequence[Batch]) -> Tensor:
+        self.where = AT_THETA
         self.passes.begin(batches)
         if self.options["m"] == "microbatch":
             kept: list[Kept] = []
@@ -95,19 +106,23 @@ class SharpnessAware:
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         if correction != 1.0:
             torch._foreach_mul_(grads, correction)
-        self._require_finite(float(loss), "loss")
-        self._require_finite(norm(grads), "gradient")
+        unvisited = self.method.ascent == "momentum" and self.method.path != "functional"
+        self._require_finite(float(loss), "loss", self.where if unvisited else AT_THETA)
+        self._require_finite(norm(grads), "gradient", self.where)
+        if self.mix is not None:
+            self.mix.done()
         return loss
 
     def _gradient(self, step: Step) -> list[Kept]:
         """The method's gradient on the batches of `step`, added to step.onto; what pass 1 kept (its losses)."""
-        passes, path = self.passes, self.method.path
+        passes, path, mix = self.passes, self.method.path, self.mix
+        everyone = self.options["m"] == "global"
         step.radii = self.radii()
         due = path != "plain" and (self.steps - 1) % self.options["interval"] == 0 and any(step.radii.values())
-        if self.mix is not None:
-            due = self.mix.prepare(step) and due
+        if mix is not None:
+            due = mix.prepare(step, due)
 
-        if due and self.method.ascent == "momentum" and self.mix is None:
+        if due and self.method.ascent == "momentum" and mix is None and path != "penalty":
             step.params = [p for p in step.radii if p.requires_grad]
             self._ascend(step, [])
             if step.size > 0.0:
@@ -117,25 +132,36 @@ class SharpnessAware:
 
         self._reset({} if due else step.onto)
         kept = passes.gradient(
-            step.batches, remember=due and path == "functional", sync=step.sync if not due else self.options["m"] == "global"
+            step.batches,
+            like=step.like,
+            remember=due and needs_cotangent(path, self.options),
+            logits=due and mix is not None and mix.compares_logits,
+            sync=everyone if due else step.sync,
         )
-        if due:
-            step.params = [p for p in step.radii if p.grad is not None]
-            base: dict[Tensor, Tensor] = {p: p.grad for p in self.model.parameters() if p.grad is not None}
-            if self.mix is not None and getattr(self.model, "gradient_as_bucket_view", False):
-                base = {p: g.clone() for p, g in base.items()}  # DDP will write the next pass into the same memory
-            self._ascend(step, [base[p] for p in step.params])
-            if step.size > 0.0:
-                if self.mix is None:
-                    base.clear()
-                PATHS[path](self, step, kept)
-            elif step.onto or self.options["m"] != "global":  # eps = 0: the plain gradient, which pass 1 left unsynchronized
-                self._reset(step.onto)
-                passes.gradient(step.batches, like=kept, sync=step.sync)
-            if self.mix is not None:
-                self.mix.combine(base)
-        elif self.mix is not None:
-            self.mix.reuse()
+        if not due:
+            if mix is not None:
+                mix.reuse(any(step.radii.values()))
+            return kept
+
+        if self.options["m"] != "microbatch":
+            correction = passes.settle(kept)
+            if correction != 1.0:
+                torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], correction)
+        if mix is not None:
+            mix.measure(step, kept)
+        step.params = [p for p in step.radii if p.grad is not None]
+        if mix is not None or path == "penalty":
+            step.base = {p: p.grad for p in self.model.parameters() if p.grad is not None}
+            if getattr(self.model, "gradient_as_bucket_view", False):  # DDP will write the next pass into the same memory
+                step.base = {p: g.clone() for p, g in step.base.items()}
+        self._ascend(step, [step.base.get(p, p.grad) for p in step.params])
+        if step.size == 0.0 or not any(step.radii.values()):  # eps = 0: the plain gradient
+            if everyone:
+                return kept  # which pass 1 left
+            step.size, step.radii = 1.0, dict.fromkeys(step.radii, 0.0)  # all ranks take the same passes
+        PATHS[path](self, step, kept)
+        if mix is not None:
+            mix.combine(step.base)
         return kept
 
     def _ascend(self, step: Step, grads: list[Tensor]) -> None:
@@ -144,35 +170,50 @@ class SharpnessAware:
         assert self.method.ascent is not None
         with torch.no_grad():
             step.directions, step.size = ASCENTS[self.method.ascent](
-                step.params, grads, optimizer=self.optimizer, consume=self.mix is None, **own
+                step.params, grads, optimizer=self.optimizer, consume=not step.base, **own
             )
-        self._require_finite(step.size, "gradient")
+        if self.passes.world > 1 and self.options["m"] != "global" and not math.isfinite(step.size):
+            step.size = 0.0  # raising here would leave the other ranks waiting: pass 2 at theta finds it again, for all of them
+        self._require_finite(step.size, "gradient", self.where)
 
     # ------------------------------------------------------------------ weights, gradients, radii
 
     @contextlib.contextmanager
-    def perturbed(self, step: Step) -> Iterator[dict[Tensor, Tensor]]:
-        """The weights at theta' inside the block, theta bit for bit after it; yields {parameter: theta}. Gradients start anew.
+    def moved(self, params: Iterable[Tensor], move: Callable[[], None]) -> Iterator[dict[Tensor, Tensor]]:
+        """The weights where `move` puts them inside the block, as they were, bit for bit, after it; yields {parameter: theta}.
 
         Restores by copy: theta + eps - eps is not theta in floating point.
         """
         with torch.no_grad():
-            theta = {p: self._copy(p) for p in step.params}
+            theta = {p: self._copy(p) for p in params}
             try:
-                for radius in set(step.radii.values()):
-                    chosen = [i for i, p in enumerate(step.params) if step.radii[p] == radius]
-                    if chosen and radius:
-                        torch._foreach_add_(
-                            [step.params[i] for i in chosen], [step.directions[i] for i in chosen], alpha=radius / step.size
-                        )
-                self._pass = "pass 2"
-                step.directions = []  # frees them, gradients of pass 1 mostly, before pass 2 allocates its own
-                self._reset(step.onto)
+                move()
+                torch.clear_autocast_cache()  # casts of the weights as they were, if the caller has autocast around it all
                 with torch.enable_grad():
                     yield theta
+            except BaseException:
+                self.passes.reshard()
+                raise
             finally:
                 for p, value in theta.items():
                     p.copy_(value)
+                torch.clear_autocast_cache()
+
+    @contextlib.contextmanager
+    def perturbed(self, step: Step, scale: float = 1.0) -> Iterator[dict[Tensor, Tensor]]:
+        """The weights at theta + scale * eps inside the block, where gradients start anew; yields {parameter: theta}."""
+        with self.moved(step.params, partial(self._displace, step, scale)) as theta:
+            self.where = AT_PERTURBED
+            step.directions = []  # frees them, gradients of pass 1 mostly, before pass 2 allocates its own
+            self._reset(step.onto)
+            yield theta
+
+    def _displace(self, step: Step, scale: float) -> None:
+        for radius in set(step.radii.values()):
+            chosen = [i for i, p in enumerate(step.params) if step.radii[p] == radius]
+            if chosen and radius:
+                params, directions = [step.params[i] for i in chosen], [step.directions[i] for i in chosen]
+                torch._foreach_add_(params, directions, alpha=scale * radius / step.size)
 
     def _copy(self, p: Tensor) -> Tensor:
         """A copy of p's values in memory that is kept from step to step."""
@@ -189,7 +230,8 @@ class SharpnessAware:
     def radii(self) -> dict[Tensor, float]:
         """Radius of this step for each parameter that may be perturbed: rho (or its group's "rho") under the schedule.
 
-        constant rho; warmup rho * min(1, step / warmup_steps); lr rho_min + (rho - rho_min) (lr - lr_min) / (lr_max - lr_min).
+        constant rho; warmup rho * min(1, step / warmup_steps); lr rho_min + (rho - rho_min) (lr - lr_min) / (lr_max - lr_min),
+        the fraction held in [0, 1].
         """
         options, result = self.options, {}
         for p, group in owners(self.optimizer).items():
@@ -199,27 +241,33 @@ class SharpnessAware:
             if options["rho_schedule"] == "warmup":
                 rho *= min(1.0, self.steps / options["warmup_steps"])
             elif options["rho_schedule"] == "lr":
-                span = self.lr_max - options["lr_min"]
-                fraction = (group["lr"] - options["lr_min"]) / span if span else 1.0
+                fraction = (group["lr"] - options["lr_min"]) / (options["lr_max"] - options["lr_min"])
                 rho = options["rho_min"] + (rho - options["rho_min"]) * min(max(fraction, 0.0), 1.0)
-            result[p] = rho * (self.mix.radius if self.mix is not None else 1.0)
+            result[p] = rho
         return result
 
-    def _require_finite(self, value: float, what: str) -> None:
+    def _require_finite(self, value: float, what: str, where: str) -> None:
         if not math.isfinite(value):
             raise FloatingPointError(
-                f"step {self.steps}, {self._pass}: the {what} is not finite ({value}); the weights are unchanged. "
+                f"step {self.steps}, {where}: the {what} is not finite ({value}); the weights are unchanged. "
                 "A smaller rho or learning rate, or a longer warm-up, is the usual remedy"
             )
 
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """What the method carries from step to step: the step count, and the state of its mix. The optimizer's is its own."""
-        return {"steps": self.steps, "mix": self.mix.state_dict() if self.mix is not None else {}}
+        """What the method carries from step to step: the step count, the lr that rho follows, and the state of its mix.
+
+        The optimizer's state is its own. Tensors are named by parameter and are the live ones, as in an optimizer's state_dict.
+        """
+        mix = self.mix.state_dict() if self.mix is not None else {}
+        return {"steps": self.steps, "lr_max": self.options["lr_max"], "mix": mix}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `state_dict` was taken."""
-        self.steps = int(state["steps"])
+        """Continue exactly where `state_dict` was taken, by the same method on a model with the same parameters."""
+        known = set(self.mix.state_dict()) if self.mix is not None else set()
+        if set(state) != {"steps", "lr_max", "mix"} or set(state["mix"]) != known:
+            raise UserError(f"this state is not one of mix {self.method.mix!r}: load it into the method that saved it")
+        self.steps, self.options["lr_max"] = int(state["steps"]), state["lr_max"]
         if self.mix is not None:
             self.mix.load_state_dict(state["mix"])

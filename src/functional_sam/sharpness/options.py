@@ -19,6 +19,7 @@ CHOICES = {
     "rho_schedule": ("constant", "warmup", "lr"),
     "derivative": ("exact", "difference"),
     "divergence": ("previous", "initial"),
+    "sign": (1.0, -1.0),
 }
 
 
@@ -63,6 +64,19 @@ def resolve(
         raise UserError(f"interval={options['interval']!r}: the perturbed pass comes every interval >= 1 steps")
     if options["rho_schedule"] == "warmup" and options["warmup_steps"] < 1:
         raise UserError('rho_schedule="warmup" needs warmup_steps >= 1')
+    if options["lr_max"] is None:
+        options["lr_max"] = max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
+    if options["rho_schedule"] == "lr" and options["lr_max"] <= options["lr_min"]:
+        raise UserError(
+            f"rho_schedule=\"lr\": lr_max={options['lr_max']:g} is not above lr_min={options['lr_min']:g}; give lr_max=, the highest "
+            "learning rate of the run (by default the optimizer's when SharpnessAware is made)"
+        )
+    if options.get("step", 1.0) <= 0:
+        raise UserError(f"step={options['step']!r}: the displacement of the finite difference is > 0")
+    if not 0.0 <= options.get("gamma", 0.0) < 1.0:
+        raise UserError(f"gamma={options['gamma']!r}: the weight of the sharpness is in [0, 1)")
+    if options.get("k", 1) < 1:
+        raise UserError(f"k={options['k']!r}: looksam takes its perturbed pass every k >= 1 steps")
     _check_combination(method, options, model, optimizer)
     return method, float(rho), options
 

@@ -6,6 +6,8 @@ that k micro-batches equal one batch. What a later pass at other weights needs o
 
 import contextlib
 import inspect
+import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +34,7 @@ class Kept:
     loss: Tensor | None = None
     count: Tensor | None = None
     u: Tensor | None = None
+    logits: Tensor | None = None
     h: Tensor | None = None
     weight: Tensor | None = None
 
@@ -87,10 +90,7 @@ class Passes:
         self.world = dist.get_world_size(self.group) if self.group is not None else 1
         self.sharded = is_sharded(model)
         self._job: Callable[[Tensor, Tensor], Tensor] | None = None
-        # One callable for the life of this object, or torch.compile would guard on a new one at every call.
-        self._readout = self._run_job
-        if unwrapped(model) is not model and not isinstance(model, DistributedDataParallel):
-            self._readout = torch.compiler.disable(self._run_job)  # type: ignore[no-untyped-call]
+        self._eager_readout: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def begin(self, batches: Sequence[Batch]) -> None:
         """Start a step: settle the divisor of its losses.
@@ -111,76 +111,129 @@ class Passes:
         """Mean loss over all valid targets of the step (all ranks), and the factor that makes the gradients exact means."""
         assert self.divisor is not None
         losses = torch.stack([memory.loss for memory in kept if memory.loss is not None])
-        counts = [memory.count for memory in kept if memory.count is not None]
-        loss, count = self._sum_over_ranks(losses.double().sum(), torch.stack(counts).sum() if counts else torch.tensor(0.0))
-        correction = 1.0
-        if self.loss_fn is not cross_entropy:
-            if count == 0:
-                raise UserError("loss_fn counted no valid target in this step")
-            correction = self.world * self.divisor / count
+        loss, count = self._sum_over_ranks(losses.double().sum(), self._count(kept))
+        correction = 1.0 if self.loss_fn is cross_entropy else self._correction(count)
         return losses.new_tensor(loss / self.world * correction), correction
+
+    def settle(self, kept: Sequence[Kept]) -> float:
+        """After a pass over the whole step: put the true divisor for the one that stood in; the factor for that pass's gradients."""
+        if self.loss_fn is cross_entropy:
+            return 1.0
+        (count,) = self._sum_over_ranks(self._count(kept))
+        correction = self._correction(count)
+        if correction != 1.0:
+            self.divisor = count / self.world
+            for memory in kept:
+                for tensor in (memory.loss, memory.u):
+                    if tensor is not None:
+                        tensor.mul_(correction)
+        return correction
+
+    def _count(self, kept: Sequence[Kept]) -> Tensor:
+        counts = [memory.count for memory in kept if memory.count is not None]
+        return torch.stack(counts).sum() if counts else torch.tensor(0.0)
+
+    def _correction(self, count: float) -> float:
+        assert self.divisor is not None
+        if count == 0:
+            raise UserError("loss_fn counted no valid target in this step")
+        correction = self.world * self.divisor / count
+        return 1.0 if math.isclose(correction, 1.0, rel_tol=1e-12) else correction
 
     # ------------------------------------------------------------------ the passes
 
     def gradient(
-        self, batches: Sequence[Batch], *, like: Sequence[Kept] | None = None, remember: bool = False, sync: bool = True
+        self,
+        batches: Sequence[Batch],
+        *,
+        like: Sequence[Kept] | None = None,
+        remember: bool = False,
+        logits: bool = False,
+        sync: bool = True,
     ) -> list[Kept]:
-        """J^T u at the weights as they are, added to .grad. `like` repeats an earlier pass's randomness; `remember` keeps u."""
-        kept = []
+        """J^T u at the weights as they are, added to .grad.
+
+        `like` repeats an earlier pass's randomness; `remember` keeps u, `logits` the logits (with a readout (h, weight) is both).
+        """
+        kept: list[Kept] = []
         for i, (inputs, targets) in enumerate(batches):
-            memory = self._kept(i, like)
+            memory = self.rewind(i, like)
             with self._synchronized(sync and i == len(batches) - 1):
                 if self.fused:
-                    loss = self._call(inputs, partial(self._loss_readout, targets, memory, remember))
+                    loss = self._call(inputs, partial(self._loss_readout, targets, memory, kept if remember or logits else None))
                     torch.autograd.backward(loss)
                 else:
-                    logits = self.forward(self.model, inputs)
-                    u = self._cotangent(logits, targets, memory)
-                    torch.autograd.backward(logits, u)
+                    z = self.forward(self.model, inputs)
+                    u = self._cotangent(z, targets, memory)
+                    torch.autograd.backward(z, u)
                     if remember:
                         memory.u = u if self.keep_dtype is None else u.to(self.keep_dtype)
-                    del logits, u
+                    if logits:
+                        memory.logits = z.detach()
+                    del z, u
             kept.append(memory)
         return kept
 
-    def cotangents(self, batches: Sequence[Batch], *, like: Sequence[Kept] | None = None, copy_weight: bool = False) -> list[Kept]:
-        """A forward at the weights as they are that keeps their cotangents; no gradient.
+    def cotangents(
+        self, batches: Sequence[Batch], *, like: Sequence[Kept] | None = None, copy_weight: bool = False, logits: bool = False
+    ) -> list[Kept]:
+        """A forward at the weights as they are that keeps their cotangents (or the logits); no gradient.
 
         With a readout only (h, weight) is kept and the head is not evaluated at all. `copy_weight`: the weights will have
         changed when it is used.
         """
         kept: list[Kept] = []
         for i, (inputs, targets) in enumerate(batches):
-            memory = self._kept(i, like)
+            memory = self.rewind(i, like)
             with torch.no_grad():
                 if self.fused:
                     self._call(inputs, partial(self._keeping_readout, memory, kept, copy_weight))
                 else:
-                    logits = self.forward(self.model, inputs)
-                    u = self._cotangent(logits, targets, memory)
-                    memory.u = u if self.keep_dtype is None else u.to(self.keep_dtype)
+                    z = self.forward(self.model, inputs)
+                    if logits:
+                        memory.logits = z
+                    else:
+                        u = self._cotangent(z, targets, memory)
+                        memory.u = u if self.keep_dtype is None else u.to(self.keep_dtype)
             kept.append(memory)
-        if self.sharded:  # a root module stays gathered after forward; the next pass must gather the weights it will then have
+        self.reshard()  # a root module stays gathered after forward; the next pass must gather the weights it will then have
+        return kept
+
+    def pull(
+        self,
+        batches: Sequence[Batch],
+        kept: Sequence[Kept],
+        originals: Mapping[Tensor, Tensor],
+        *,
+        share: float = 1.0,
+        own: float = 0.0,
+        sync: bool = True,
+    ) -> None:
+        """J^T (share * u kept elsewhere + own * u here) at the weights as they are, added to .grad, in one backward.
+
+        originals: parameter -> its values where u was kept.
+        """
+        for i, ((inputs, targets), memory) in enumerate(zip(batches, kept, strict=True)):
+            self.rewind(i, kept)
+            with self._synchronized(sync and i == len(batches) - 1):
+                if self.fused:
+                    loss = self._call(inputs, partial(self._pull_readout, targets, memory, originals, share, own))
+                    torch.autograd.backward(loss)
+                else:
+                    assert memory.u is not None
+                    z = self.forward(self.model, inputs)
+                    u = memory.u.to(z.dtype)
+                    if own or share != 1.0:
+                        u = u * share + self._cotangent(z, targets, Kept(())) * own
+                    torch.autograd.backward(z, u)
+
+    def reshard(self) -> None:
+        """Drop the whole parameters that FSDP2 has gathered: they are of weights that change now."""
+        if self.sharded:
             for module in self.model.modules():
                 reshard: Any = getattr(module, "reshard", None)
                 if reshard is not None:
                     reshard()
-        return kept
-
-    def pull(
-        self, batches: Sequence[Batch], kept: Sequence[Kept], originals: Mapping[Tensor, Tensor], *, sync: bool = True
-    ) -> None:
-        """J^T u at the weights as they are, with u kept elsewhere, added to .grad; `originals`: parameter -> its values there."""
-        for i, ((inputs, targets), memory) in enumerate(zip(batches, kept, strict=True)):
-            self._kept(i, kept)
-            with self._synchronized(sync and i == len(batches) - 1):
-                if self.fused:
-                    loss = self._call(inputs, partial(self._pull_readout, targets, memory, originals))
-                    torch.autograd.backward(loss)
-                else:
-                    assert memory.u is not None
-                    logits = self.forward(self.model, inputs)
-                    torch.autograd.backward(logits, memory.u.to(logits.dtype))
 
     @contextlib.contextmanager
     def buffers_kept(self, keep: bool = True) -> Iterator[None]:
@@ -218,9 +271,16 @@ class Passes:
 
     def _call(self, inputs: Any, job: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Forward with `job(h, weight)` in the place of the head."""
+        # One callable for the life of this object, or torch.compile would guard on a new one at every call. Whoever compiled
+        # anything has imported torch._dynamo, which is slow to import for those who did not.
+        readout: Callable[[Tensor, Tensor], Tensor] = self._run_job
+        if "torch._dynamo" in sys.modules:
+            if self._eager_readout is None:
+                self._eager_readout = torch.compiler.disable(self._run_job)  # type: ignore[no-untyped-call]
+            readout = self._eager_readout
         self._job = job
         try:
-            result: Tensor = self.forward(self.model, inputs, readout=self._readout)
+            result: Tensor = self.forward(self.model, inputs, readout=readout)
         finally:
             self._job = None
         return result
@@ -229,32 +289,54 @@ class Passes:
         assert self._job is not None
         return self._job(h, weight)
 
-    def _loss_readout(self, targets: Tensor, memory: Kept, remember: bool, h: Tensor, weight: Tensor) -> Tensor:
-        if remember:
-            memory.h = h.detach()
-            memory.weight = weight.detach().clone() if self.sharded else weight
+    def _loss_readout(self, targets: Tensor, memory: Kept, earlier: list[Kept] | None, h: Tensor, weight: Tensor) -> Tensor:
+        """The scaled loss here; `earlier`: keep (h, weight), these being the micro-batches kept so far."""
+        if earlier is not None:
+            self._keep(memory, earlier, False, h, weight)
         return self._pulled(memory, h, weight, h, weight, targets)
 
     def _keeping_readout(self, memory: Kept, earlier: list[Kept], copy: bool, h: Tensor, weight: Tensor) -> Tensor:
-        memory.h, memory.weight = h.detach(), weight
-        if copy or self.sharded:  # one copy serves all micro-batches
-            memory.weight = earlier[0].weight if earlier else weight.detach().clone()
+        self._keep(memory, earlier, copy, h, weight)
         return h
 
-    def _pull_readout(self, targets: Tensor, memory: Kept, originals: Mapping[Tensor, Tensor], h: Tensor, weight: Tensor) -> Tensor:
+    def _keep(self, memory: Kept, earlier: list[Kept], copy: bool, h: Tensor, weight: Tensor) -> None:
+        memory.h, memory.weight = h.detach(), weight.detach()
+        # A parameter is found again in `originals`. A view of one would move with it, FSDP2's whole parameter is freed.
+        if isinstance(weight, torch.nn.Parameter) and not (copy or self.sharded):
+            memory.weight = weight
+        elif earlier and earlier[0].weight is not None:
+            memory.weight = earlier[0].weight  # one copy serves all micro-batches
+        else:
+            memory.weight = weight.detach().clone()
+
+    def _pull_readout(
+        self,
+        targets: Tensor,
+        memory: Kept,
+        originals: Mapping[Tensor, Tensor],
+        share: float,
+        own: float,
+        h: Tensor,
+        weight: Tensor,
+    ) -> Tensor:
         assert memory.h is not None
         assert memory.weight is not None
-        return self._pulled(memory, h, weight, memory.h, originals.get(memory.weight, memory.weight), targets)
+        result = self._pulled(memory, h, weight, memory.h, originals.get(memory.weight, memory.weight), targets, share)
+        if own:
+            result = result + self._pulled(Kept(()), h, weight, h, weight, targets, own)
+        return result
 
-    def _pulled(self, memory: Kept, h: Tensor, weight: Tensor, h_u: Tensor, weight_u: Tensor, targets: Tensor) -> Tensor:
+    def _pulled(
+        self, memory: Kept, h: Tensor, weight: Tensor, h_u: Tensor, weight_u: Tensor, targets: Tensor, share: float = 1.0
+    ) -> Tensor:
         assert self.divisor is not None
-        scaled = pull_back(h, weight, h_u, weight_u, targets, 1.0 / self.divisor)
-        memory.loss = scaled.detach()
+        scaled = pull_back(h, weight, h_u, weight_u, targets, share / self.divisor)
+        memory.loss = scaled.detach() / share
         return scaled
 
     # ------------------------------------------------------------------ randomness and ranks
 
-    def _kept(self, i: int, like: Sequence[Kept] | None) -> Kept:
+    def rewind(self, i: int, like: Sequence[Kept] | None) -> Kept:
         """A record for micro-batch i, after setting the random state to what it was in pass `like`."""
         device = next(self.model.parameters()).device
         accelerator = torch.get_device_module(device) if device.type not in ("cpu", "meta") else None

@@ -3,15 +3,17 @@
     sam         J(theta')^T u(theta')     (g_sam - g) / rho         -> H eps
     functional  J(theta')^T u(theta)      (g_functional - g) / rho  -> H_F eps
     logit       J(theta)^T  u(theta')     (g_logit - g) / rho       -> H_G eps
+    penalty     those limits themselves, added to g (penalty.py)
 
 Each takes what pass 1 at theta kept (None where the ascent needed no pass 1) and returns what was kept of the unperturbed
 weights; the gradient is in .grad. Source: Foret et al. 2020 (sam); Singh et al. 2025 (functional); the third is the other half.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from functional_sam.sharpness.passes import Kept
+from functional_sam.sharpness.penalty import needs_u, penalty
 
 if TYPE_CHECKING:
     from functional_sam.sharpness.backward import SharpnessAware, Step
@@ -46,4 +48,9 @@ def logit(sharpness: "SharpnessAware", step: "Step", kept: list[Kept] | None) ->
     return kept or there
 
 
-PATHS: dict[str, Path] = {"sam": sam, "functional": functional, "logit": logit}
+PATHS: dict[str, Path] = {"sam": sam, "functional": functional, "logit": logit, "penalty": penalty}
+
+
+def needs_cotangent(path: str, options: dict[str, Any]) -> bool:
+    """Whether pass 1 must keep u(theta)."""
+    return path == "functional" or (path == "penalty" and needs_u(options))

@@ -36,13 +36,15 @@ def ascend(theta: Theta, g: Theta, rho: float, preconditioner: Theta | None = No
     return {name: theta[name] + rho * d[name] / size for name in theta}
 
 
-def sam(model: torch.nn.Module, theta: Theta, inputs: Tensor, targets: Tensor, rho: float, preconditioner: Theta | None = None) -> Theta:
+def sam(
+    model: torch.nn.Module, theta: Theta, inputs: Tensor, targets: Tensor, rho: float, preconditioner: Theta | None = None
+) -> Theta:
     """J(theta')^T u(theta')."""
     z_of, loss = logits_of(model, inputs), mean_loss(targets)
-    z, pull_back = vjp(z_of, theta)
+    z, pull_back = vjp(z_of, theta)[:2]
     u = grad(loss)(z)
     theta_ = ascend(theta, pull_back(u)[0], rho, preconditioner)
-    z_, pull_back_ = vjp(z_of, theta_)
+    z_, pull_back_ = vjp(z_of, theta_)[:2]
     u_ = grad(loss)(z_)
     result: Theta = pull_back_(u_)[0]
     return result
@@ -53,10 +55,10 @@ def functional_sam(
 ) -> Theta:
     """J(theta')^T u(theta): SAM's lines but the last two."""
     z_of, loss = logits_of(model, inputs), mean_loss(targets)
-    z, pull_back = vjp(z_of, theta)
+    z, pull_back = vjp(z_of, theta)[:2]
     u = grad(loss)(z)
     theta_ = ascend(theta, pull_back(u)[0], rho, preconditioner)
-    _, pull_back_ = vjp(z_of, theta_)
+    _, pull_back_ = vjp(z_of, theta_)[:2]
     result: Theta = pull_back_(u)[0]
     return result
 
@@ -66,7 +68,7 @@ def logit_sam(
 ) -> Theta:
     """J(theta)^T u(theta'): the other half."""
     z_of, loss = logits_of(model, inputs), mean_loss(targets)
-    z, pull_back = vjp(z_of, theta)
+    z, pull_back = vjp(z_of, theta)[:2]
     u = grad(loss)(z)
     theta_ = ascend(theta, pull_back(u)[0], rho, preconditioner)
     u_ = grad(loss)(z_of(theta_))

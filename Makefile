@@ -1,0 +1,53 @@
+# The front door. Every target sets the project up first (once; again when the lock or pyproject.toml changed).
+SCALE ?= quick
+JOBS ?= 0
+PYTHON ?= python3.11
+BIN := .venv/bin
+READY := .venv/ready
+EXHIBITS := $(basename $(notdir $(wildcard configs/exhibits/*.yaml)))
+export PYTHONUTF8 := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint format clean $(EXHIBITS) $(addprefix draw-,$(EXHIBITS)) $(addprefix plan-,$(EXHIBITS))
+
+help:  ## this list
+	@echo "make TARGET [SCALE=quick|laptop] [JOBS=processes]      times: 2 CPU cores, scale quick, after setup"
+	@echo
+	@sed -n 's/^\([a-z0-9%-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{printf "  %-16s %s\n", $$1, $$2}'
+
+setup: $(READY)  ## .venv with every pinned package (1-2 min, once)
+
+$(READY): requirements.lock requirements-data.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11, or say make PYTHON=/path/to/python3.11"; exit 2; }
+	@rm -f $@
+	@echo "setting up .venv (pinned packages, 1 to 2 minutes, once)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-data.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+figure-1: $(READY)  ## logit and functional share of the sharpness gradient, language beside vision (4 min)
+table-1: $(READY)  ## SAM, Functional-SAM and both preconditioned against AdamW in language modeling (10 min)
+
+$(EXHIBITS): $(READY)
+	@$(BIN)/functional-sam run $@ --scale $(SCALE) --jobs $(JOBS)
+	@$(BIN)/functional-sam draw $@ --scale $(SCALE)
+
+$(addprefix draw-,$(EXHIBITS)): draw-%: $(READY)
+	@$(BIN)/functional-sam draw $* --scale $(SCALE)
+
+$(addprefix plan-,$(EXHIBITS)): plan-%: $(READY)
+	@$(BIN)/functional-sam plan $* --scale $(SCALE)
+
+test: $(READY)  ## the whole test suite (5 min; make test ARGS='-m "not slow"' under 2)
+	@$(BIN)/pytest $(ARGS)
+
+lint: $(READY)  ## ruff, and mypy (strict on sharpness/ and curvature/)
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+format: $(READY)  ## ruff's formatter and its safe fixes
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+clean:  ## remove .venv and tool caches; runs/ and prepared data stay
+	@rm -rf .venv build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,60 @@
+"""Executing analysis/*.ipynb by papermill: the notebook that a reader opens is the one that drew the exhibit."""
+
+import json
+from pathlib import Path
+
+import nbformat
+import papermill
+
+from functional_sam.errors import UserError
+from functional_sam.exhibits import draw, known, notebook, spec
+from functional_sam.exhibits.output import paper_directory, stem
+from functional_sam.files import atomic_file
+
+
+def execute_notebook(name: str, scale: str) -> tuple[list[Path], str]:
+    """Run the exhibit's notebook in place at a scale; the files it wrote, and its verdict."""
+    if name not in known() or not notebook(name).exists():
+        draw(name, scale)  # raises for an unknown name
+        raise UserError(f"{notebook(name)} is missing: restore it with git checkout")
+    drawn = spec(name, scale)
+    _refuse_missing(name, scale)
+    path = notebook(name)
+    with atomic_file(path) as temporary:
+        try:
+            papermill.execute_notebook(
+                str(path), str(temporary), {"scale": scale}, kernel_name="python3", progress_bar=False, cwd=str(path.parents[1])
+            )
+        except papermill.PapermillExecutionError as error:
+            raise UserError(f"{path}: {error.ename}: {error.evalue}") from error
+        _tidy(temporary)
+    record = json.loads(stem(drawn).with_suffix(".json").read_text())
+    files = [paper_directory().parent / file for file in record["files"]]
+    return [*files, stem(drawn).with_suffix(".json")], record["verdict"]
+
+
+def _refuse_missing(name: str, scale: str) -> None:
+    """The clear error for a missing run, before a kernel is started."""
+    from functional_sam.exhibits import plan
+    from functional_sam.records import Run
+
+    missing = [config for config in plan(name, scale) if not Run(config).done]
+    if missing:
+        draw(name, scale)
+
+
+def _tidy(path: Path) -> None:
+    """Drop what differs between two executions of the same content: times, paths, machine."""
+    content = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
+    content.metadata.pop("papermill", None)
+    for cell in content.cells:
+        for key in ("papermill", "execution"):
+            cell.metadata.pop(key, None)
+        tags = cell.metadata.get("tags")
+        if tags == []:
+            del cell.metadata["tags"]
+    # papermill adds a cell with the parameters it was given; fold it into the cell that declares them.
+    injected = [cell for cell in content.cells if "injected-parameters" in cell.metadata.get("tags", [])]
+    for cell in injected:
+        content.cells.remove(cell)
+    nbformat.write(content, path)  # type: ignore[no-untyped-call]

@@ -1,0 +1,48 @@
+"""What an exhibit is made of: configs/exhibits/NAME.yaml, with a section per scale."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from functional_sam.config import nearest, read_yaml
+from functional_sam.errors import UserError
+
+
+@dataclass
+class Spec:
+    """One exhibit at one scale."""
+
+    name: str = ""
+    scale: str = "quick"
+    title: str = ""
+    tasks: list[str] = field(default_factory=list)
+    methods: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)  # of the reported runs: initialization and data order
+    tuning_seed: int = 0  # of the runs that choose rho; must not be among seeds
+    rho: list[float] = field(default_factory=list)  # grid from which each method's rho is chosen on the validation split
+    overrides: dict[str, Any] = field(default_factory=dict)  # on the config of every run
+
+
+def load_spec(name: str, scale: str) -> Spec:
+    """The exhibit's spec at a scale. Raises UserError for an unknown exhibit or scale, or a spec that cannot be."""
+    content = read_yaml("exhibits", name)
+    read_yaml("scales", scale)
+    scales = content.pop("scales", {})
+    if scale not in scales:
+        raise nearest(f"scale of {name}", scale, scales)
+    where = f"configs/exhibits/{name}.yaml"
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Spec), content, scales[scale] or {}, {"name": name, "scale": scale})
+        spec = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{where}, scale {scale}: {error.full_key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(spec, Spec)
+    if not spec.seeds:
+        raise UserError(f"{where}, scale {scale}: seeds is empty")
+    if spec.rho and spec.tuning_seed in spec.seeds:
+        raise UserError(
+            f"{where}, scale {scale}: rho is tuned on seed {spec.tuning_seed}, which is also reported: choose another tuning_seed"
+        )
+    return spec

@@ -1,0 +1,48 @@
+"""How every figure looks: ICML column widths, one colour and marker per method, everywhere."""
+
+import matplotlib as mpl
+import seaborn as sns
+
+COLUMN = 3.25  # inches, one column of the ICML style
+PAGE = 6.75  # inches, both
+
+# Okabe-Ito (colour-blind safe). A method keeps its colour in every figure.
+METHOD_COLOR = {
+    "adamw": "#000000",
+    "sam": "#D55E00",
+    "functional-sam": "#0072B2",
+    "precond-sam": "#E69F00",
+    "precond-functional-sam": "#009E73",
+}
+METHOD_LABEL = {
+    "adamw": "AdamW",
+    "sam": "SAM",
+    "functional-sam": "Functional-SAM",
+    "precond-sam": "Precond SAM",
+    "precond-functional-sam": "Precond Functional-SAM",
+}
+PART_COLOR = {"functional": "#0072B2", "logit": "#D55E00"}
+TASK_LABEL = {"language": "Language", "vision": "Vision"}
+
+
+def use() -> None:
+    """Set matplotlib's defaults for print: 8 pt text, thin lines, vector text in PDF."""
+    sns.set_theme(context="paper", style="ticks")
+    mpl.rcParams.update(
+        {
+            "font.size": 8,
+            "axes.labelsize": 8,
+            "axes.titlesize": 8,
+            "xtick.labelsize": 7,
+            "ytick.labelsize": 7,
+            "legend.fontsize": 7,
+            "legend.frameon": False,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "lines.linewidth": 1.2,
+            "lines.markersize": 3.5,
+            "pdf.fonttype": 42,
+            "savefig.dpi": 300,
+            "figure.dpi": 150,
+        }
+    )

@@ -1,0 +1,206 @@
+"""Many runs: worker processes that claim runs by their locks, and one display of what they do."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from functional_sam.config import Config, to_yaml
+from functional_sam.errors import UserError
+from functional_sam.files import write_text
+from functional_sam.records import Run
+from functional_sam.sharpness.methods import METHODS
+from functional_sam.tasks import prepare
+
+Show = Callable[[int, int, float, float, list[str]], None]  # runs done, of, share of the work done, seconds left, a line per active run
+PLAIN_EVERY = 15.0  # seconds between lines where the output is no terminal
+
+
+@dataclass
+class Watched:
+    """A run seen from outside: how far it is, by the last line it logged."""
+
+    run: Run
+    cost: float  # gradient evaluations, all steps, all rows
+    seconds: float = 0.0
+    step: int = 0
+    loss: float = float("nan")
+    size: int = -1
+
+    def look(self) -> None:
+        """Read the last training line if the file has grown."""
+        path = self.run.directory / "metrics.jsonl"
+        try:
+            size = path.stat().st_size
+        except OSError:
+            return
+        if size != self.size:
+            self.size = size
+            lines = self.run.metrics("train")
+            if lines:
+                self.step, self.loss, self.seconds = lines[-1]["step"], lines[-1]["loss"], lines[-1]["seconds"]
+
+    @property
+    def fraction(self) -> float:
+        """Share of the run's steps done."""
+        return 1.0 if self.run.done else self.step / self.run.config.training.steps
+
+    def line(self) -> str:
+        """One line for the display."""
+        config = self.run.config
+        per_row, unit = (config.model.length, "tokens/s") if config.model.kind == "decoder" else (1, "images/s")
+        rate = self.step * config.training.batch * per_row / self.seconds if self.seconds else 0.0
+        rho = "" if config.method.rho is None else f" rho {config.method.rho:g}"
+        return (
+            f"{config.task} {config.method.name}{rho} seed {config.training.init_seed}: "
+            f"step {self.step}/{config.training.steps}, loss {self.loss:.3f}, {rate:,.0f} {unit}"
+        )
+
+
+def execute(configs: Sequence[Config], jobs: int, console: Console) -> None:
+    """Run what is not complete with `jobs` worker processes; show run, step, loss, rate and time left.
+
+    Every run is tried, also after another failed. Raises UserError listing the runs that are not complete at the end.
+    """
+    runs = [Run(config) for config in configs]
+    missing = [run for run in runs if not run.done]
+    if not missing:
+        return
+    for config in {(c.task, repr(c.data), c.runtime.cache): c for c in (run.config for run in missing)}.values():
+        prepare(config, lambda line: console.print(f"[dim]{line}[/dim]", highlight=False))
+    for run in missing:
+        path = run.directory / "config.yaml"
+        if not path.exists():
+            write_text(path, to_yaml(run.config))
+    watched = [Watched(run, _cost(run.config)) for run in missing]
+    jobs = max(1, min(jobs, len(missing)))
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    console.print(f"{len(missing)} runs to do ({len(runs) - len(missing)} complete), {jobs} at a time, {threads} thread(s) each")
+    workers = [_start(missing, threads, index) for index in range(jobs)]
+    try:
+        _watch(workers, watched, console)
+    finally:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.terminate()
+        for worker in workers:
+            worker.wait()
+    failed = [run for run in missing if not run.done]
+    if failed:
+        lines = [f"{len(failed)} of {len(missing)} runs did not finish:"]
+        for run in failed:
+            error = run.directory / "error.txt"
+            reason = (
+                error.read_text().strip().splitlines()[-1] if error.exists() else "its process ended early; run again to resume"
+            )
+            lines.append(f"  {run.directory}: {reason}")
+        raise UserError("\n".join(lines))
+    for run in missing:
+        summary = run.summary()
+        if summary.get("diverged"):
+            console.print(f"[yellow]{run.directory} diverged: {summary['error']}[/yellow]")
+
+
+def _cost(config: Config) -> float:
+    found = re.search(r"[\d.]+", METHODS[config.method.name].passes)
+    assert found
+    return config.training.steps * config.training.batch * float(found[0])
+
+
+def _start(runs: Sequence[Run], threads: int, index: int) -> subprocess.Popen[bytes]:
+    log = runs[0].directory.parent / f"worker-{index}.log"
+    command = [sys.executable, "-m", "functional_sam", "train", "--worker", "--threads", str(threads)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [*command, *(str(run.directory) for run in runs)],
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+        )
+
+
+def _watch(workers: Sequence[subprocess.Popen[bytes]], watched: Sequence[Watched], console: Console) -> None:
+    began, total = time.monotonic(), sum(w.cost for w in watched)
+    for w in watched:
+        w.look()
+    before = sum(w.cost * w.fraction for w in watched)  # done by an earlier, interrupted call
+    with _display(console) as show:
+        while any(worker.poll() is None for worker in workers):
+            time.sleep(0.5)
+            for w in watched:
+                w.look()
+            done = sum(w.cost * w.fraction for w in watched)
+            elapsed = time.monotonic() - began
+            left = (total - done) * elapsed / (done - before) if done > before else float("nan")
+            active = [w for w in watched if w.step > 0 and not w.run.done]
+            show(sum(w.run.done for w in watched), len(watched), done / total, left, [w.line() for w in active])
+
+
+@contextmanager
+def _display(console: Console) -> Iterator[Show]:
+    """A live display on a terminal, a line now and then elsewhere."""
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"), TimeElapsedColumn())
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("", total=1.0, left="")
+
+            def show(done: int, count: int, fraction: float, left: float, lines: list[str]) -> None:
+                description = "\n".join([*lines, f"{done}/{count} runs"])
+                progress.update(task, completed=fraction, description=description, left=_time(left))
+
+            yield show
+    else:
+        last = [time.monotonic()]
+
+        def show_plain(done: int, count: int, fraction: float, left: float, lines: list[str]) -> None:
+            if time.monotonic() - last[0] >= PLAIN_EVERY:
+                last[0] = time.monotonic()
+                console.print(
+                    f"{done}/{count} runs, {fraction:.0%}, {_time(left)}; " + "; ".join(lines), highlight=False, soft_wrap=True
+                )
+
+        yield show_plain
+
+
+def _time(seconds: float) -> str:
+    if not seconds < 1e7:
+        return "time left unknown yet"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02d} left"
+
+
+def work(directories: Sequence[Path], threads: int) -> int:
+    """A worker: claim and do each run that is neither complete nor held by another; the number that failed."""
+    import traceback
+
+    from functional_sam.config import load
+    from functional_sam.records import RunLocked
+    from functional_sam.training.loop import train
+
+    failures = 0
+    for directory in directories:
+        error = directory / "error.txt"
+        try:
+            config = load(directory / "config.yaml")
+            config.runtime.threads = threads
+            train(config, directory.parent)
+            error.unlink(missing_ok=True)
+        except RunLocked:
+            continue
+        except FloatingPointError as diverged:  # recorded by train: complete
+            print(f"{directory}: {diverged}", flush=True)
+        except Exception as failure:
+            failures += 1
+            traceback.print_exc()
+            write_text(error, f"{type(failure).__name__}: {failure}\n")
+    return failures
