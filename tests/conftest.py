@@ -71,3 +71,12 @@ def warmed_up(model, steps: int = 3):
 @pytest.fixture(autouse=True)
 def _deterministic():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tests of many tiny operations: a second thread gains nothing there, and on a busy machine costs tenfold."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -9,6 +9,7 @@ from functional_sam import METHODS, SharpnessAware
 from functional_sam.errors import UserError
 from functional_sam.sharpness import reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 REFERENCE = {
     "sam": (reference.sam, False),
     "functional-sam": (reference.functional_sam, False),
@@ -228,8 +229,8 @@ def test_wrong_use_says_what_is_wrong():
         sharpness.backward([])
     with pytest.raises(UserError, match="a tuple"):
         sharpness.backward(make_batch())
+    inputs, targets = make_batch()
     with pytest.raises(UserError, match="no valid target"):
-        inputs, targets = make_batch()
         sharpness.backward([(inputs, torch.full_like(targets, -100))])
     mean = SharpnessAware(model, sgd, "sam", loss_fn=lambda z, t: F.cross_entropy(z.flatten(0, 1), t.flatten()))
     with pytest.raises(UserError, match="sum over valid targets"):

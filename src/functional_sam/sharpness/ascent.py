@@ -16,18 +16,27 @@ from functional_sam.errors import UserError
 Ascent = Callable[..., tuple[list[Tensor], float]]
 
 
+NARROW = (torch.bfloat16, torch.float16)
+
+
 def norm(tensors: Sequence[Tensor]) -> float:
-    """Euclidean norm of a list of tensors taken as one vector; sharded tensors count whole."""
-    if not tensors:
-        return 0.0
-    total: Any = torch.nn.utils.get_total_norm(tensors)
-    return float(total.full_tensor() if hasattr(total, "full_tensor") else total)
+    """Euclidean norm of a list of tensors taken as one vector, in float32 at least; sharded tensors count whole."""
+    parts: list[Any] = []
+    wide = [x for x in tensors if x.dtype not in NARROW]
+    narrow = [x for x in tensors if x.dtype in NARROW]
+    if wide:
+        parts.append(torch.nn.utils.get_total_norm(wide))
+    if narrow:
+        parts.append(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(narrow, 2, dtype=torch.float32))))
+    return math.hypot(*(float(part.full_tensor() if hasattr(part, "full_tensor") else part) for part in parts))
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """Inner product of two lists of tensors taken as vectors."""
+    """Inner product of two lists of tensors taken as vectors, in float32 at least."""
     parts = []
     for x, y in zip(a, b, strict=True):
+        if x.dtype in NARROW:
+            x, y = x.float(), y.float()
         product: Any = (x * y).sum() if hasattr(x, "full_tensor") else torch.dot(x.reshape(-1), y.reshape(-1))
         parts.append((product.full_tensor() if hasattr(product, "full_tensor") else product).double())
     return float(torch.stack(parts).sum()) if parts else 0.0
@@ -160,9 +169,9 @@ def momentum(
     for p in params:
         state = optimizer.state.get(p, {})
         moment = state.get("exp_avg", state.get("momentum_buffer"))
-        m.append(torch.zeros_like(p) if moment is None else moment.clone() if sign == 1.0 else -moment)
+        m.append(torch.zeros_like(p) if moment is None else moment if sign == 1.0 else -moment)
     if preconditioned:
-        m = _preconditioned(optimizer, params, m, consume=True) or m
+        m = _preconditioned(optimizer, params, m, consume=sign != 1.0) or m  # the optimizer's own moments stay as they are
     return m, norm(m)
 
 

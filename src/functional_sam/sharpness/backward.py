@@ -13,11 +13,19 @@ from torch import Tensor
 from functional_sam.errors import UserError
 from functional_sam.losses import cross_entropy
 from functional_sam.sharpness.ascent import ASCENTS, norm, owners, subset
-from functional_sam.sharpness.mix import MIXES, Mix
+from functional_sam.sharpness.mix import GradientNormPenalty, LookSAM, Mix, SurrogateGap, WeightedSharpness
 from functional_sam.sharpness.options import resolve
 from functional_sam.sharpness.passes import Batch, Kept, LossFn, Passes
 from functional_sam.sharpness.path import PATHS, needs_cotangent
+from functional_sam.sharpness.tram import TrustRegion
 
+MIXES: dict[str, type[Mix]] = {
+    "gnp": GradientNormPenalty,
+    "wsam": WeightedSharpness,
+    "gsam": SurrogateGap,
+    "looksam": LookSAM,
+    "tram": TrustRegion,
+}
 AT_THETA, AT_PERTURBED = "pass 1 (at theta)", "pass 2 (at theta + eps)"
 
 
@@ -106,9 +114,9 @@ class SharpnessAware:
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         if correction != 1.0:
             torch._foreach_mul_(grads, correction)
-        unvisited = self.method.ascent == "momentum" and self.method.path != "functional"
-        self._require_finite(float(loss), "loss", self.where if unvisited else AT_THETA)
-        self._require_finite(norm(grads), "gradient", self.where)
+        unvisited = self.method.ascent == "momentum" and self.method.path in ("sam", "logit") and self.mix is None
+        self.require_finite(float(loss), "loss", self.where if unvisited else AT_THETA)
+        self.require_finite(norm(grads), "gradient", self.where)
         if self.mix is not None:
             self.mix.done()
         return loss
@@ -154,7 +162,7 @@ class SharpnessAware:
             step.base = {p: p.grad for p in self.model.parameters() if p.grad is not None}
             if getattr(self.model, "gradient_as_bucket_view", False):  # DDP will write the next pass into the same memory
                 step.base = {p: g.clone() for p, g in step.base.items()}
-        self._ascend(step, [step.base.get(p, p.grad) for p in step.params])
+        self._ascend(step, [g for g in (step.base.get(p, p.grad) for p in step.params) if g is not None])
         if step.size == 0.0 or not any(step.radii.values()):  # eps = 0: the plain gradient
             if everyone:
                 return kept  # which pass 1 left
@@ -174,7 +182,7 @@ class SharpnessAware:
             )
         if self.passes.world > 1 and self.options["m"] != "global" and not math.isfinite(step.size):
             step.size = 0.0  # raising here would leave the other ranks waiting: pass 2 at theta finds it again, for all of them
-        self._require_finite(step.size, "gradient", self.where)
+        self.require_finite(step.size, "gradient", self.where)
 
     # ------------------------------------------------------------------ weights, gradients, radii
 
@@ -203,10 +211,14 @@ class SharpnessAware:
     def perturbed(self, step: Step, scale: float = 1.0) -> Iterator[dict[Tensor, Tensor]]:
         """The weights at theta + scale * eps inside the block, where gradients start anew; yields {parameter: theta}."""
         with self.moved(step.params, partial(self._displace, step, scale)) as theta:
-            self.where = AT_PERTURBED
+            self.at_perturbed()
             step.directions = []  # frees them, gradients of pass 1 mostly, before pass 2 allocates its own
             self._reset(step.onto)
             yield theta
+
+    def at_perturbed(self) -> None:
+        """From here on errors are of pass 2."""
+        self.where = AT_PERTURBED
 
     def _displace(self, step: Step, scale: float) -> None:
         for radius in set(step.radii.values()):
@@ -246,7 +258,8 @@ class SharpnessAware:
             result[p] = rho
         return result
 
-    def _require_finite(self, value: float, what: str, where: str) -> None:
+    def require_finite(self, value: float, what: str, where: str) -> None:
+        """Raise FloatingPointError, naming step and pass, unless `value` is finite."""
         if not math.isfinite(value):
             raise FloatingPointError(
                 f"step {self.steps}, {where}: the {what} is not finite ({value}); the weights are unchanged. "

@@ -72,7 +72,7 @@ METHODS: dict[str, Method] = {
         "gradient",
         "penalty",
         options={"phi": 0.0},
-        passes="about 4",
+        passes="about 3",
         memory="graph of second order",
         source=f"{SINGH}; scaling ours",
     ),
@@ -87,5 +87,13 @@ METHODS: dict[str, Method] = {
     "looksam": Method("gradient", "sam", "looksam", passes="1 + 1/k", memory="theta, g, g_v", source="Liu et al. 2022"),
     "momentum-sam": Method("momentum", "sam", options={"sign": -1.0}, passes="1", source="Becker et al. 2024"),
     "momentum-functional-sam": Method("momentum", "functional", passes="1.33", memory="theta, h", source="ours"),
-    "tram": Method("gradient", "sam", "tram", passes="2.67", memory="2 theta, logits", rho=1.0, source="Sherborne et al. 2023"),
+    "tram": Method("gradient", "sam", "tram", passes="2.33", memory="2 theta, h twice", rho=1.0, source="Sherborne et al. 2023"),
 }
+
+
+def table() -> list[tuple[str, str, str, str, str, str, float, str]]:
+    """One row a method: name, ascent, path, mix, passes, extra memory, default rho, source; "-" where there is none."""
+    return [
+        (name, method.ascent or "-", method.path, method.mix or "-", method.passes, method.memory, method.rho, method.source)
+        for name, method in METHODS.items()
+    ]

@@ -1,36 +1,49 @@
 """What some methods do with both gradients: g at theta (base) and g' at theta' (now in .grad).
 
-A Mix may also set the radius (tram) or let a step go without its own perturbed pass (looksam).
+A Mix may also set the radius (tram.py) or let a step go without its own perturbed pass (looksam).
 """
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from functional_sam.errors import UserError
+from functional_sam.sharpness.ascent import dot, norm, owners
+from functional_sam.sharpness.passes import unwrapped
+
 if TYPE_CHECKING:
     from functional_sam.sharpness.backward import SharpnessAware, Step
+    from functional_sam.sharpness.passes import Kept
 
 Gradients = dict[Tensor, Tensor]
 
 
 class Mix:
-    """Keep g' as it is. Subclasses change what they need."""
+    """Keep g' as it is. Subclasses change what they need; keys of state_dict are always the same."""
 
-    radius = 1.0  # factor on rho
+    compares_logits = False  # pass 1 keeps its logits for `measure`
 
     def __init__(self, sharpness: "SharpnessAware"):
         self.sharpness, self.options = sharpness, sharpness.options
 
-    def prepare(self, step: "Step") -> bool:
-        """Called before pass 1; False lets this step go without a perturbed pass."""
-        return True
+    def prepare(self, step: "Step", due: bool) -> bool:
+        """Called before pass 1; whether this step, `due` by interval and radius, has a perturbed pass."""
+        return due
+
+    def measure(self, step: "Step", kept: "Sequence[Kept]") -> None:
+        """Called after pass 1 of a step with a perturbed pass, which it may give other radii."""
 
     def combine(self, base: Gradients) -> None:
-        """Called with g after the perturbed pass; the result goes to .grad."""
+        """Called with g after the perturbed pass; the result goes to .grad. It may use up g."""
 
-    def reuse(self) -> None:
-        """Called after pass 1 of a step without a perturbed pass."""
+    def reuse(self, active: bool) -> None:
+        """Called after pass 1 of a step without a perturbed pass; `active`: rho is not zero."""
+
+    def done(self) -> None:
+        """Called at the end of every step, weights restored."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -44,6 +57,22 @@ class Mix:
         return [g for g, _ in pairs], [there for _, there in pairs]
 
 
+def named(model: torch.nn.Module, tensors: Gradients) -> dict[str, Tensor]:
+    """The tensors by the name of their parameter, the same inside DDP and torch.compile."""
+    return {name: tensors[p] for name, p in unwrapped(model).named_parameters() if p in tensors}
+
+
+def unnamed(model: torch.nn.Module, tensors: dict[str, Tensor]) -> Gradients:
+    """The inverse of `named`, copied to each parameter's device and dtype."""
+    parameters = dict(unwrapped(model).named_parameters())
+    for name in tensors:
+        if name not in parameters:
+            raise UserError(
+                f"this state is of another model: it has a parameter {name!r}, which {type(unwrapped(model)).__name__} lacks"
+            )
+    return {parameters[name]: torch.zeros_like(parameters[name]).detach().copy_(value) for name, value in tensors.items()}
+
+
 class GradientNormPenalty(Mix):
     """GNP: (1 - alpha) g + alpha g'; alpha = 1 is SAM. Source: Zhao et al. 2022 (r 0.1, alpha 0.8)."""
 
@@ -53,4 +82,116 @@ class GradientNormPenalty(Mix):
         torch._foreach_add_(there, g, alpha=1.0 - self.options["alpha"])
 
 
-MIXES: dict[str, type[Mix]] = {"gnp": GradientNormPenalty}
+class WeightedSharpness(Mix):
+    """WSAM: the gradient of L + w (L(theta') - L), w = gamma / (1 - gamma), that is g + w (g' - g).
+
+    decoupled (as published): .grad = g, and when optimizer.step() has made its step, theta -= lr w (g' - g), as decoupled weight
+    decay does: the optimizer's moments see g alone. Whatever is done to .grad between the two, clipping above all, does not
+    reach that correction (the published code clips g and g' each); a step that is left out leaves the correction out too,
+    for the next backward replaces it. decoupled=False: g + w (g' - g) goes to .grad, where clipping sees all of it.
+    Source: Yue et al. 2023 (rho 0.05, gamma 0.9, decoupled), Algorithm 1.
+    """
+
+    def __init__(self, sharpness: "SharpnessAware"):
+        super().__init__(sharpness)
+        self.weight = self.options["gamma"] / (1.0 - self.options["gamma"])
+        self.pending: Gradients = {}
+        if self.options["decoupled"]:
+            sharpness.optimizer.register_step_post_hook(self._correct)
+
+    def prepare(self, step: "Step", due: bool) -> bool:
+        self.pending = {}
+        return due
+
+    def combine(self, base: Gradients) -> None:
+        g, there = self._both(base)
+        torch._foreach_add_(there, g, alpha=-1.0)
+        if self.options["decoupled"]:
+            self.pending = {p: p.grad for p in base if p.grad is not None}
+            for p in self.pending:
+                p.grad = base[p]
+        else:
+            torch._foreach_mul_(there, self.weight)
+            torch._foreach_add_(there, g)
+
+    def done(self) -> None:
+        size = norm(list(self.pending.values()))  # not in .grad, where the core looks
+        if not math.isfinite(size):
+            self.pending = {}
+        self.sharpness.require_finite(size, "gradient", self.sharpness.where)
+
+    @torch.no_grad()
+    def _correct(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for p, group in owners(optimizer).items():
+            if p in self.pending:
+                p.add_(self.pending[p], alpha=-float(group["lr"]) * self.weight)
+        self.pending = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty between steps; the correction when taken between backward and optimizer.step()."""
+        return {"pending": named(self.sharpness.model, self.pending)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.pending = unnamed(self.sharpness.model, state["pending"])
+
+
+class SurrogateGap(Mix):
+    """GSAM: g' - alpha g_orth, g_orth = g - (g . g' / |g'|^2) g' the part of g orthogonal to g': lowers the surrogate gap
+    L(theta') - L without raising L(theta').
+
+    Source: Zhuang et al. 2022, Algorithm 1 (alpha and rho by task; ViT-S on ImageNet: alpha 1, rho 0.6 following the lr to 0).
+    """
+
+    def combine(self, base: Gradients) -> None:
+        g, there = self._both(base)
+        square, alpha = norm(there) ** 2, self.options["alpha"]
+        if square > 0.0:
+            torch._foreach_mul_(there, 1.0 + alpha * dot(g, there) / square)
+            torch._foreach_add_(there, g, alpha=-alpha)
+
+
+class LookSAM(Mix):
+    """LookSAM: every k steps g' and g_v = g' - (g . g' / |g|^2) g, the part of g' orthogonal to g; g + alpha (|g| / |g_v|) g_v
+    in the steps between.
+
+    Keeps g_v. With the functional or logit path g' is that path's. Source: Liu et al. 2022, Algorithm 1 (k 10, alpha 0.7).
+    """
+
+    def __init__(self, sharpness: "SharpnessAware"):
+        super().__init__(sharpness)
+        self.orthogonal: Gradients = {}
+        self.size = 0.0
+        self._next: tuple[Gradients, float] | None = None
+
+    def prepare(self, step: "Step", due: bool) -> bool:
+        self._next = None
+        return due and (self.sharpness.steps - 1) % self.options["k"] == 0
+
+    def combine(self, base: Gradients) -> None:
+        g, there = self._both(base)
+        if not g:
+            return
+        torch._foreach_mul_(g, -dot(g, there) / norm(g) ** 2)
+        torch._foreach_add_(g, there)
+        self._next = ({p: base[p] for p in base if p.grad is not None}, norm(g))
+        # g' parallel to g leaves rounding alone, which the steps between would blow up to the size of g.
+        if self._next[1] <= 8 * torch.finfo(g[0].dtype).eps * norm(there):
+            self._next = ({}, 0.0)
+
+    def done(self) -> None:
+        if self._next is not None:  # taken over only now, when the step is known to be sound
+            (self.orthogonal, self.size), self._next = self._next, None
+
+    def reuse(self, active: bool) -> None:
+        if not active or self.size == 0.0:
+            return
+        grads = [p.grad for p in self.sharpness.model.parameters() if p.grad is not None]
+        pairs = [(p.grad, orthogonal) for p, orthogonal in self.orthogonal.items() if p.grad is not None]
+        factor = self.options["alpha"] * norm(grads) / self.size
+        torch._foreach_add_([g for g, _ in pairs], [orthogonal for _, orthogonal in pairs], alpha=factor)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"orthogonal": named(self.sharpness.model, self.orthogonal), "size": self.size}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.orthogonal, self.size = unnamed(self.sharpness.model, state["orthogonal"]), float(state["size"])

@@ -25,7 +25,7 @@ CHOICES = {
 
 def unknown(kind: str, value: object, known: Any) -> UserError:
     """The error for a name that is not in `known`, with the nearest one."""
-    near = difflib.get_close_matches(str(value), list(known), n=1, cutoff=0.4)
+    near = difflib.get_close_matches(str(value), list(map(str, known)), n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return UserError(f"unknown {kind} {value!r}{hint} (known: {', '.join(map(str, known))})")
 
@@ -60,6 +60,9 @@ def resolve(
     rho = named.rho if rho is None else rho
     if not isinstance(rho, int | float) or not math.isfinite(rho) or rho < 0:
         raise UserError(f"rho={rho!r}: the radius is a finite number >= 0 (0 is the plain gradient)")
+    for group in optimizer.param_groups:
+        if not math.isfinite(group.get("rho", 0.0)) or group.get("rho", 0.0) < 0:
+            raise UserError(f"rho={group['rho']!r} in a parameter group: the radius is a finite number >= 0")
     if not isinstance(options["interval"], int) or options["interval"] < 1:
         raise UserError(f"interval={options['interval']!r}: the perturbed pass comes every interval >= 1 steps")
     if options["rho_schedule"] == "warmup" and options["warmup_steps"] < 1:
@@ -68,7 +71,7 @@ def resolve(
         options["lr_max"] = max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
     if options["rho_schedule"] == "lr" and options["lr_max"] <= options["lr_min"]:
         raise UserError(
-            f"rho_schedule=\"lr\": lr_max={options['lr_max']:g} is not above lr_min={options['lr_min']:g}; give lr_max=, the highest "
+            f'rho_schedule="lr": lr_max={options["lr_max"]:g} is not above lr_min={options["lr_min"]:g}; give lr_max=, the highest '
             "learning rate of the run (by default the optimizer's when SharpnessAware is made)"
         )
     if options.get("step", 1.0) <= 0:

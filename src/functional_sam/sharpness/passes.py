@@ -102,7 +102,7 @@ class Passes:
         self.divisor: float | None = None
         if self.loss_fn is cross_entropy:
             counts = torch.stack([(targets != IGNORE).sum() for _, targets in batches])
-            (total,) = self._sum_over_ranks(counts.sum())
+            (total,) = self.sum_over_ranks(counts.sum())
             if total == 0:
                 raise UserError(f"no valid target in this step's {len(batches)} micro-batches: all are {IGNORE} (ignored)")
             self.divisor = total / self.world
@@ -111,15 +111,15 @@ class Passes:
         """Mean loss over all valid targets of the step (all ranks), and the factor that makes the gradients exact means."""
         assert self.divisor is not None
         losses = torch.stack([memory.loss for memory in kept if memory.loss is not None])
-        loss, count = self._sum_over_ranks(losses.double().sum(), self._count(kept))
+        loss, count = self.sum_over_ranks(losses.double().sum(), self._count(kept))
         correction = 1.0 if self.loss_fn is cross_entropy else self._correction(count)
         return losses.new_tensor(loss / self.world * correction), correction
 
     def settle(self, kept: Sequence[Kept]) -> float:
-        """After a pass over the whole step: put the true divisor for the one that stood in; the factor for that pass's gradients."""
+        """After a pass over the whole step: the true divisor for the one that stood in; returns the factor for its gradients."""
         if self.loss_fn is cross_entropy:
             return 1.0
-        (count,) = self._sum_over_ranks(self._count(kept))
+        (count,) = self.sum_over_ranks(self._count(kept))
         correction = self._correction(count)
         if correction != 1.0:
             self.divisor = count / self.world
@@ -262,7 +262,7 @@ class Passes:
             total, count = result
             memory.count = torch.as_tensor(count, device=logits.device)
             if self.divisor is None:
-                first = self._sum_over_ranks(memory.count)[0] / self.world
+                first = self.sum_over_ranks(memory.count)[0] / self.world
                 self.divisor = max(first, 1.0) * self.num_batches
             scaled = total * (1.0 / self.divisor)
             (u,) = torch.autograd.grad(scaled, leaf)
@@ -355,7 +355,8 @@ class Passes:
             return self.model.no_sync()
         return contextlib.nullcontext()
 
-    def _sum_over_ranks(self, *values: Tensor) -> tuple[float, ...]:
+    def sum_over_ranks(self, *values: Tensor) -> tuple[float, ...]:
+        """Each value summed over the ranks, as a float."""
         stacked = torch.stack([value.double() for value in values])
         if self.group is not None:
             stacked = stacked.to(next(self.model.parameters()).device)

@@ -1,0 +1,207 @@
+"""GELU, SiLU, LayerNorm and attention, with second derivatives that take fewer steps than PyTorch's.
+
+PyTorch differentiates the backward of these op by op: about forty passes over memory for a GELU, where three suffice once the two
+derivatives at x are at hand. In a Hessian product of a small transformer those passes take longer than the matrix products.
+g a cotangent of the output, r a cotangent of the gradient by the input; each Grad is differentiable once and no more.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+
+class Quick(TorchFunctionMode):
+    """Inside it, a model that calls these functions calls the ones below."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        quick = _QUICK.get(func)
+        return func(*args, **(kwargs or {})) if quick is None else quick(*args, **(kwargs or {}))
+
+
+# --- y = f(x), element by element -----------------------------------------------------------------------------------------
+
+
+def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """x Phi(x), or its tanh form."""
+    with torch.no_grad():
+        if approximate == "tanh":
+            k, a = math.sqrt(2 / math.pi), 0.044715
+            square = x * x
+            inner = k * (x + a * square * x)
+            slope = k * (1 + 3 * a * square)  # of inner
+            half, sech2 = 0.5 * (1 + inner.tanh()), inner.cosh().pow(-2)
+            first = half + 0.5 * x * sech2 * slope
+            second = sech2 * (slope + 3 * a * k * square - x * (2 * half - 1) * slope * slope)
+        else:
+            phi = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+            first = 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * phi
+            second = phi * (2 - x * x)
+        y = F.gelu(x, approximate=approximate)
+    result: Tensor = _Pointwise.apply(x, y, first, second)  # type: ignore[no-untyped-call]
+    return result
+
+
+def silu(x: Tensor, inplace: bool = False) -> Tensor:
+    """x sigmoid(x)."""
+    with torch.no_grad():
+        s = x.sigmoid()
+        y, first = x * s, s * (1 + x * (1 - s))
+        second = s * (1 - s) * (2 + x * (1 - 2 * s))
+    result: Tensor = _Pointwise.apply(x, y, first, second)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Pointwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        ctx.save_for_backward(x, first, second)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
+        x, first, second = ctx.saved_tensors
+        return _PointwiseGrad.apply(g, x, first, second), None, None, None  # type: ignore[no-untyped-call]
+
+
+class _PointwiseGrad(torch.autograd.Function):
+    """g f'(x)."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        ctx.save_for_backward(g, first, second)
+        return g * first
+
+    @staticmethod
+    def backward(ctx: Any, r: Tensor) -> tuple[Tensor | None, ...]:
+        g, first, second = ctx.saved_tensors
+        by_g, by_x = ctx.needs_input_grad[:2]
+        return r * first if by_g else None, (r * g).mul_(second) if by_x else None, None, None
+
+
+# --- n = (x - mean) / sqrt(var + eps) over the last dimensions --------------------------------------------------------------
+
+
+def layer_norm(
+    x: Tensor, shape: list[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *_: Any
+) -> Tensor:
+    """LayerNorm, its scale and shift outside."""
+    width = math.prod(shape)
+    rows = x.reshape(*x.shape[: x.ndim - len(shape)], width)
+    n: Tensor = _Normal.apply(rows, eps)  # type: ignore[no-untyped-call]
+    n = n.view(x.shape)
+    n = n if weight is None else n * weight
+    return n if bias is None else n + bias
+
+
+def _project(g: Tensor, n: Tensor, rstd: Tensor) -> Tensor:
+    """dn/dx g = rstd (g - mean(g) - n mean(g n)); the matrix is symmetric."""
+    projected = torch.addcmul(g, n, (g * n).mean(-1, keepdim=True), value=-1)
+    return projected.sub_(g.mean(-1, keepdim=True)).mul_(rstd)
+
+
+class _Normal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        n, _, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+        ctx.save_for_backward(x, n, rstd)
+        return n
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        x, n, rstd = ctx.saved_tensors
+        return _NormalGrad.apply(g, x, n, rstd), None  # type: ignore[no-untyped-call]
+
+
+class _NormalGrad(torch.autograd.Function):
+    """dn/dx g. By n and rstd it is r . (...) = rstd (r . g - D mean(r) mean(g) - D a b) with a = mean(r n), b = mean(g n)."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, n: Tensor, rstd: Tensor) -> Tensor:
+        ctx.save_for_backward(g, n, rstd)
+        return _project(g, n, rstd)
+
+    @staticmethod
+    def backward(ctx: Any, r: Tensor) -> tuple[Tensor | None, ...]:
+        g, n, rstd = ctx.saved_tensors
+        by_g, by_x, by_n = ctx.needs_input_grad[:3]
+        along_g = _project(r, n, rstd)
+        if not (by_x or by_n):
+            return along_g, None, None, None
+        # rstd moves with x by -rstd^2 n / D, and the part in brackets is (along_g . g) / rstd.
+        along_x = n * ((along_g * g).mean(-1, keepdim=True) * -rstd)
+        along_n = torch.addcmul(r * (g * n).mean(-1, keepdim=True), g, (r * n).mean(-1, keepdim=True)).mul_(-rstd)
+        return along_g if by_g else None, along_x, along_n, None
+
+
+# --- attention ------------------------------------------------------------------------------------------------------------
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """softmax(q k^T scale) v; what has a mask of its own, dropout or grouped heads is left to PyTorch."""
+    if attn_mask is not None or dropout_p or enable_gqa:
+        options = {"scale": scale, "enable_gqa": enable_gqa}
+        return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, **options)  # type: ignore[arg-type]
+    scores = (q * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)) @ k.mT
+    p: Tensor = _Softmax.apply(scores, is_causal)  # type: ignore[no-untyped-call]
+    return p @ v
+
+
+class _Softmax(torch.autograd.Function):
+    """p of a row of scores; where a causal mask makes it zero its derivatives are zero too, with no mask in them."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, causal: bool) -> Tensor:
+        if causal:
+            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(hidden, -torch.inf)
+        p = scores.softmax(-1)
+        ctx.save_for_backward(p)
+        return p
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        (p,) = ctx.saved_tensors
+        return _SoftmaxGrad.apply(g, p), None  # type: ignore[no-untyped-call]
+
+
+class _SoftmaxGrad(torch.autograd.Function):
+    """p (g - p . g)."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, p: Tensor) -> Tensor:
+        ctx.save_for_backward(g, p)
+        return torch._softmax_backward_data(g, p, -1, p.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, r: Tensor) -> tuple[Tensor | None, ...]:
+        g, p = ctx.saved_tensors
+        by_g, by_p = ctx.needs_input_grad[:2]
+        along_g = torch._softmax_backward_data(r, p, -1, p.dtype) if by_g else None
+        if not by_p:
+            return along_g, None
+        r_p, g_p = (torch.einsum("...n,...n->...", t, p).unsqueeze(-1) for t in (r, g))
+        # r (g - p . g) - g (p . r)
+        return along_g, torch.addcmul(r * (g - g_p), g, r_p, value=-1)
+
+
+_QUICK: dict[Any, Callable[..., Tensor]] = {
+    F.gelu: gelu,
+    F.silu: silu,
+    F.layer_norm: layer_norm,
+    torch.layer_norm: layer_norm,
+    F.scaled_dot_product_attention: attention,
+}

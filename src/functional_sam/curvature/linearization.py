@@ -1,0 +1,145 @@
+"""The graph of one batch from which every curvature product is taken, as often as wanted.
+
+theta the parameters, y = y(theta) the outputs: the logits z, or (h, W), last hidden state and head, where the model hands them over.
+L(y) the loss summed over the batch (outer.py), c = dL/dy, J = dy/dtheta, v a direction.
+
+One forward and one backward leave the graph of the gradient g = J(theta)^T c(y(theta)). It is made of the nodes of J^T, and of one
+Node for y -> c, whose derivative is that of the loss alone and is done by hand. Backward through it with v gives, in units of one
+forward F (a gradient is 3 F),
+
+    down to c only                                                    J v                              2 F
+    down to theta, Node answers dy = J v with both halves of dc       H v                              6 F
+    down to theta, Node answers with the functional half              H_F v, and J v on the way        6 F
+
+and one backward through the forward makes H_G v = J^T (d2L/dz2) J v of the first: 4 F.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from functional_sam.curvature.outer import LossFn, OnHead, OnLogits, Outer, Tangents, pull_back
+
+Forward = Callable[..., Any]
+
+
+class Linearization:
+    """Products for one batch, its sums not yet divided by the number of targets.
+
+    num_bytes: what its graph and its loss hold, without the parameters; known if `measure`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: Forward,
+        readout: bool,
+        loss_fn: LossFn,
+        parameters: Sequence[nn.Parameter],
+        inputs: Any,
+        targets: Any,
+        keep_bytes: float,
+        measure: bool,
+    ) -> None:
+        self.parameters = list(parameters)
+        held = _Held(model) if measure else None
+        with torch.autograd.graph.saved_tensors_hooks(held.pack, held.unpack) if held else nullcontext():
+            outer: Outer
+            if readout:
+                h, weight = _read_out(forward, model, inputs)
+                own = weight.requires_grad and (not weight.is_leaf or any(weight is p for p in parameters))
+                self.outputs = [h] * h.requires_grad + [weight] * own
+                outer = OnHead(h, weight, targets, h.requires_grad, own, keep_bytes)
+            else:
+                z = forward(model, inputs)
+                self.outputs = [z] * z.requires_grad
+                outer = OnLogits(z, targets, loss_fn)
+            self.loss, self.count = outer.loss, outer.count
+            self.state = _State(outer)
+            # No graph of y -> c but this one, or its backward would also run through the loss.
+            self.c: tuple[Tensor, ...] = _Node.apply(self.state, *self.outputs) if self.outputs else ()  # type: ignore[no-untyped-call]
+            self.g = pull_back(self.outputs, self.parameters, self.c, create_graph=True)
+        self.num_bytes = outer.num_bytes + (held.num_bytes if held else 0)
+
+    def gradient(self) -> list[Tensor]:
+        """J^T c."""
+        return [g_i.detach() for g_i in self.g]
+
+    def hessian(self, v: Sequence[Tensor], keep: bool) -> list[Tensor]:
+        """H v. keep: the graph will be asked again."""
+        return self._through_gradient(v, True, keep)
+
+    def gauss_newton(self, v: Sequence[Tensor], keep: bool) -> list[Tensor]:
+        """H_G v."""
+        return self._logit_half(pull_back(self.g, self.c, v, retain_graph=True), keep)
+
+    def functional(self, v: Sequence[Tensor], keep: bool) -> list[Tensor]:
+        """H_F v."""
+        return self._through_gradient(v, False, keep)
+
+    def split(self, v: Sequence[Tensor], keep: bool) -> list[Tensor]:
+        """H_G v and H_F v, one after the other in one list: 8 F."""
+        functional = self._through_gradient(v, False, True)
+        return [*self._logit_half(self.state.dy, keep), *functional]
+
+    def _through_gradient(self, v: Sequence[Tensor], logit: bool, keep: bool) -> list[Tensor]:
+        self.state.logit, self.state.dy = logit, [None] * len(self.outputs)
+        return pull_back(self.g, self.parameters, v, retain_graph=keep)
+
+    def _logit_half(self, dy: Tangents, keep: bool) -> list[Tensor]:
+        dc = self.state.outer.second(dy, logit=True, functional=False)
+        self.state.dy = []
+        return pull_back(self.outputs, self.parameters, dc, retain_graph=keep)
+
+
+class _State:
+    """What Node is to answer with, and the dy it was asked with. It holds no graph, or Node and graph would keep each other alive."""
+
+    def __init__(self, outer: Outer) -> None:
+        self.outer, self.logit = outer, False
+        self.dy: Tangents = []
+
+
+class _Node(torch.autograd.Function):
+    """y -> c."""
+
+    @staticmethod
+    def forward(ctx: Any, state: _State, *outputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.state = state
+        return tuple(state.outer.cotangents())
+
+    @staticmethod
+    def backward(ctx: Any, *dy: Tensor | None) -> tuple[Any, ...]:
+        state: _State = ctx.state
+        state.dy = dy
+        return None, *state.outer.second(dy, state.logit, functional=True)
+
+
+class _Held:
+    """Counts what a graph saves, each storage once, parameters and buffers not."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.num_bytes = 0
+        self.seen = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.seen:
+            self.seen.add(storage.data_ptr())
+            self.num_bytes += storage.nbytes()
+        # Detached, for an output that its own node holds would keep itself alive; autograd gives it its history back.
+        return tensor.detach()
+
+    @staticmethod
+    def unpack(tensor: Tensor) -> Tensor:
+        return tensor
+
+
+def _read_out(forward: Forward, model: nn.Module, inputs: Any) -> tuple[Tensor, Tensor]:
+    """(h, W) of a model with has_readout; see functional_sam.models."""
+    pair: tuple[Tensor, Tensor] = forward(model, inputs, readout=lambda h, weight: (h, weight))
+    return pair

@@ -1,0 +1,208 @@
+"""The penalty path: the two halves of the sharpness gradient themselves, in the limit of a small radius, at an angle phi.
+
+    gradient = g + c (cos(phi) delta_func + sin(phi) delta_logit),  delta_func = H_F eps,  delta_logit = H_G eps,  c = sqrt(2)
+
+with eps the ascent's perturbation (radius included, as in the other paths). phi in degrees: 45 is g + H eps, the gradient of
+L + rho |g| for the gradient ascent (penalty-SAM); 0 the functional half alone, 90 the logit half alone.
+With a radius per parameter group, eps is scaled group by group (eps_p = rho_p d_p / size) and H acts on all of it: the limit of
+what the sam path does with the same groups. A group of rho = 0 is not perturbed, and still gets its share of H eps.
+Source: Singh et al. 2025 for the sweep between the halves; c and the convention of phi are ours, theirs was not seen.
+"""
+
+import contextlib
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from functional_sam.losses import IGNORE, cross_entropy
+from functional_sam.sharpness.ascent import norm
+from functional_sam.sharpness.passes import Kept, LossFn
+
+if TYPE_CHECKING:
+    from functional_sam.sharpness.backward import SharpnessAware, Step
+
+
+def coefficients(phi: float) -> tuple[float, float]:
+    """(c cos(phi), c sin(phi)), the weights of delta_func and delta_logit; exactly 0 and 1 where they should be."""
+    angle = math.radians(phi)
+    return round(math.sqrt(2.0) * math.cos(angle), 14), round(math.sqrt(2.0) * math.sin(angle), 14)
+
+
+def needs_u(options: dict[str, Any]) -> bool:
+    """Whether pass 1 must keep u(theta): only the difference does, and not where one gradient at theta + step gives H eps."""
+    functional, logit = coefficients(options["phi"])
+    return bool(options["derivative"] == "difference" and functional != logit)
+
+
+def penalty(sharpness: "SharpnessAware", step: "Step", kept: list[Kept] | None) -> list[Kept]:
+    """g + c (cos(phi) H_F eps + sin(phi) H_G eps); derivative "exact" or "difference"."""
+    assert kept is not None
+    if sharpness.options["derivative"] == "exact":
+        exact(sharpness, step, kept)
+    else:
+        difference(sharpness, step, kept)
+    return kept
+
+
+# ---------------------------------------------------------------------- by finite difference
+
+
+def difference(sharpness: "SharpnessAware", step: "Step", kept: list[Kept]) -> None:
+    """One more pass, at theta_h = theta + h eps/|eps|, h = `step`: both halves are differences of pulled-back cotangents.
+
+        H_F eps ~ (J(theta_h)^T u(theta)   - J(theta)^T u(theta))   |eps| / h
+        H eps   ~ (J(theta_h)^T u(theta_h) - J(theta)^T u(theta))   |eps| / h,  and H_G = H - H_F,
+
+    so every phi is J(theta_h)^T (a u(theta) + b u(theta_h)) with b = c sin(phi), a = c cos(phi) - b: one forward and backward.
+    The error is of order h, plus rounding of order (precision of a gradient) |g| |eps| / h. In float32 the default h = 1e-3 is
+    about right; under bf16 autocast take h of the order of rho.
+    """
+    passes = sharpness.passes
+    functional, logit = coefficients(sharpness.options["phi"])
+    g = step.base
+    factor = _size(step) / sharpness.options["step"]
+    with sharpness.perturbed(step, 1.0 / factor) as originals, passes.buffers_kept():
+        if functional == logit:
+            passes.gradient(step.batches, like=kept, sync=step.sync)
+        else:
+            passes.pull(step.batches, kept, originals, share=functional - logit, own=logit, sync=step.sync)
+    there = [p.grad for p in g if p.grad is not None]
+    here = [g[p] for p in g if p.grad is not None]
+    # The difference first: factor is large, and its terms nearly cancel.
+    if functional == logit:
+        torch._foreach_mul_(there, logit)
+    torch._foreach_add_(there, here, alpha=-functional)
+    torch._foreach_mul_(there, factor)
+    torch._foreach_add_(there, here)
+
+
+def _size(step: "Step") -> float:
+    """|eps|, over all radii."""
+    parts = []
+    for radius in set(step.radii.values()):
+        chosen = [d for p, d in zip(step.params, step.directions, strict=True) if step.radii[p] == radius]
+        parts.append(radius * norm(chosen) / step.size)
+    return math.hypot(*parts)
+
+
+# ---------------------------------------------------------------------- by second derivatives
+
+
+def exact(sharpness: "SharpnessAware", step: "Step", kept: list[Kept]) -> None:
+    """By double backward, micro-batch by micro-batch; only the halves whose coefficient is not zero are computed.
+
+    (J^T u) . eps is bilinear in u and eps: its derivative by theta with u held is H_F eps, by u it is J eps, and then
+    H_G eps = J^T (d2L/dz2) J eps, with d2L/dz2 in closed form for cross-entropy. At 45 degrees u is not held, and one double
+    backward gives H eps. Logits are whole here, and the graph of the gradient is kept: a few times the memory of a pass.
+    """
+    passes = sharpness.passes
+    sharpness.at_perturbed()
+    functional, logit = coefficients(sharpness.options["phi"])
+    params = list(step.base)
+    total = [torch.zeros_like(p) for p in params]
+    with torch.no_grad():
+        eps = torch._foreach_mul(step.directions, [step.radii[p] / step.size for p in step.params])
+    along = dict(zip(step.params, eps, strict=True))
+    step.directions = []
+    assert passes.divisor is not None
+    with _second_order(), passes.buffers_kept():
+        for i, (inputs, targets) in enumerate(step.batches):
+            passes.rewind(i, kept)
+            z = passes.forward(passes.model, inputs)
+            if functional == logit:
+                u = _cotangent(passes.loss_fn, z, targets, passes.divisor)
+                (part,) = _along(_pull(z, params, u), params, along, [params])
+                torch._foreach_add_(total, part, alpha=functional)
+                continue
+            u = _cotangent(passes.loss_fn, z.detach(), targets, passes.divisor).detach().requires_grad_()
+            wanted = [params if functional else [], [u] if logit else []]
+            part, (*Jeps,) = _along(_pull(z, params, u), params, along, wanted, keep=bool(logit))
+            if functional:
+                torch._foreach_add_(total, part, alpha=functional)
+            if logit:
+                leaf = z.detach().requires_grad_()
+                (BJeps,) = torch.autograd.grad(_cotangent(passes.loss_fn, leaf, targets, passes.divisor), leaf, Jeps[0])
+                part = list(torch.autograd.grad(z, params, BJeps, allow_unused=True, materialize_grads=True))
+                torch._foreach_add_(total, part, alpha=logit)
+    with torch.no_grad():
+        torch._foreach_add_(total, list(step.base.values()))
+    for p, value in zip(params, total, strict=True):
+        p.grad = value
+
+
+def _pull(z: Tensor, params: Sequence[Tensor], u: Tensor) -> list[Tensor]:
+    """J^T u as a graph over theta and u; zeros for parameters that z does not see."""
+    return list(torch.autograd.grad(z, params, u, create_graph=True, allow_unused=True, materialize_grads=True))
+
+
+def _along(
+    g: Sequence[Tensor],
+    params: Sequence[Tensor],
+    along: dict[Tensor, Tensor],
+    wanted: Sequence[Sequence[Tensor]],
+    keep: bool = False,
+) -> list[list[Tensor]]:
+    """Derivative of g . eps by each list of `wanted`."""
+    live = [(x, along[p]) for x, p in zip(g, params, strict=True) if p in along and x.requires_grad]
+    leaves = [leaf for leaves in wanted for leaf in leaves]
+    flat = list(
+        torch.autograd.grad(
+            [x for x, _ in live],
+            leaves,
+            [v for _, v in live],
+            retain_graph=keep,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        if live
+        else map(torch.zeros_like, leaves)
+    )
+    return [[flat.pop(0) for _ in leaves] for leaves in wanted]
+
+
+class _CrossEntropyCotangent(torch.autograd.Function):
+    """u = (softmax(z) - onehot) / divisor on rows with a target, whose derivative along w is (p * w - p (p . w)) / divisor.
+
+    Double backward through F.cross_entropy keeps several times the logits; this keeps p.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, targets: Tensor, divisor: float) -> Tensor:
+        valid = (targets != IGNORE).unsqueeze(-1)
+        p = z.to(torch.promote_types(z.dtype, torch.float32)).softmax(-1) * valid
+        ctx.save_for_backward(p)
+        ctx.divisor = divisor
+        u = p.clone()
+        u.scatter_add_(-1, targets.where(valid.squeeze(-1), 0).unsqueeze(-1), -valid.to(u.dtype))
+        return u.div_(divisor).to(z.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        (p,) = ctx.saved_tensors
+        (w,) = cotangents
+        pw = p * w
+        return torch.addcmul(pw, p, pw.sum(-1, keepdim=True), value=-1).div_(ctx.divisor).to(w.dtype), None, None
+
+
+def _cotangent(loss_fn: LossFn, z: Tensor, targets: Tensor, divisor: float) -> Tensor:
+    """dL/dz as a differentiable function of z."""
+    if loss_fn is cross_entropy:
+        result: Tensor = _CrossEntropyCotangent.apply(z, targets, divisor)  # type: ignore[no-untyped-call]
+        return result
+    if not z.requires_grad:
+        z = z.detach().requires_grad_()
+    (u,) = torch.autograd.grad(loss_fn(z, targets)[0] / divisor, z, create_graph=True)
+    return u
+
+
+@contextlib.contextmanager
+def _second_order() -> Iterator[None]:
+    """Where a second derivative exists: eager, gradients on, plain attention."""
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+    with eager, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        yield
