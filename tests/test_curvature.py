@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from functional_sam.curvature import CurvatureProducts
-from functional_sam.curvature.products import _second_order
+from functional_sam.curvature.context import second_order as _second_order
 from functional_sam.errors import UserError
 from functional_sam.losses import IGNORE, cross_entropy
 from functional_sam.models import Decoder, ViT

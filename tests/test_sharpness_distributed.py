@@ -148,6 +148,9 @@ def ddp_worker(rank):
             m_is_rank_or_microbatch(rank, kind, view)
         reductions(rank, kind)
         ranks_that_differ(rank, kind)
+    wrapped_otherwise(rank)
+    with pytest.raises(UserError, match="static_graph"):
+        SharpnessAware(ddp(make_model(), static_graph=True), adamw(make_model()), "sam")
     with pytest.raises(UserError, match="difference"):
         SharpnessAware(ddp(make_model()), adamw(make_model()), "penalty-sam")
 
@@ -176,6 +179,42 @@ def m_is_rank_or_microbatch(rank, kind, view):
             result = {clean(n): g for n, g in gradients(model).items()}
             for name in expected:
                 torch.testing.assert_close(result[name], expected[name], rtol=1e-10, atol=1e-10)
+
+
+class Inside(torch.nn.Module):
+    """A module of the caller's around a DDP."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, tokens):
+        return self.inner(tokens)
+
+
+def wrapped_otherwise(rank):
+    """DDP outside and inside of torch.compile, in a module of the caller's, and looking for unused parameters."""
+    for wrap in (
+        lambda m: ddp(m, find_unused_parameters=True),
+        lambda m: ddp(torch.compile(m, backend="aot_eager")),
+        lambda m: torch.compile(ddp(m), backend="aot_eager"),
+        lambda m: Inside(ddp(m)),
+    ):
+        for method, options in [("functional-sam", {}), ("logit-sam", {}), ("gnp", {}), ("momentum-functional-sam", {})]:
+            for kind in (TinyModel, TinyReadout):
+                results = []
+                for parallel in (False, True):
+                    model = make_model(kind)
+                    given = wrap(model) if parallel else model
+                    optimizer = adamw(model)
+                    sharpness = SharpnessAware(given, optimizer, method, rho=0.3, **options)
+                    for step in range(3):
+                        sharpness.backward(share(global_batch(step), rank) if parallel else [global_batch(step)])
+                        optimizer.step()
+                        optimizer.zero_grad()
+                    results.append(theta_of(model))
+                for name in results[0]:
+                    torch.testing.assert_close(results[1][name], results[0][name], rtol=1e-9, atol=1e-9)
 
 
 def reductions(rank, kind):
@@ -227,9 +266,9 @@ def ranks_that_differ(rank, kind):
             for name in expected:
                 torch.testing.assert_close(result[name], expected[name], rtol=1e-10, atol=1e-10)
 
-            def forward(model, inputs, **readout):
-                result = model(inputs, **readout)
-                return result * float("nan") if rank == 0 else result
+            def forward(model, inputs, readout=None):
+                spoil = float("nan") if rank == 0 else 1.0
+                return model(inputs) * spoil if readout is None else model(inputs, lambda h, weight: readout(h * spoil, weight))
 
             bad = SharpnessAware(model, adamw(model), method, rho=0.2, m=mode, forward=forward, keep="auto")
             with pytest.raises(FloatingPointError, match="step 1"):

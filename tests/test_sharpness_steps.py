@@ -405,6 +405,21 @@ def test_a_head_that_is_a_view_of_a_parameter():
             close(gradients(model), expected)
 
 
+@pytest.mark.parametrize("method", ["adamw", "functional-sam", "momentum-functional-sam"])
+def test_a_model_that_changes_what_readout_returned(method):
+    """A temperature after the head: right without readout, refused with it."""
+
+    class Tempered(TinyReadout):
+        def forward(self, tokens, readout=None):
+            return super().forward(tokens, readout) / 2.0
+
+    model = make_model(Tempered)
+    optimizer = warmed_up(model)
+    with pytest.raises(UserError, match="returns what readout returned"):
+        SharpnessAware(model, optimizer, method).backward([make_batch()])
+    SharpnessAware(model, optimizer, method, keep="cotangent").backward([make_batch()])
+
+
 def test_the_kept_cotangent_may_be_bf16():
     model = make_model(dtype=torch.float32, width=16)
     SharpnessAware(model, adamw(model), "functional-sam", rho=0.3).backward([make_batch()])

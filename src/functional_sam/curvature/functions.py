@@ -16,11 +16,18 @@ from torch.overrides import TorchFunctionMode
 
 
 class Quick(TorchFunctionMode):
-    """Inside it, a model that calls these functions calls the ones below."""
+    """Inside it, a model that calls these functions calls the ones below; not in a checkpointed block, which runs again outside."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         quick = _QUICK.get(func)
-        return func(*args, **(kwargs or {})) if quick is None else quick(*args, **(kwargs or {}))
+        if quick is not None and not _checkpointed():
+            return quick(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _checkpointed() -> bool:
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and "checkpoint" in getattr(hooks[0], "__module__", "")
 
 
 # --- y = f(x), element by element -----------------------------------------------------------------------------------------

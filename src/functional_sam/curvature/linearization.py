@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 from functional_sam.curvature.outer import LossFn, OnHead, OnLogits, Outer, Tangents, pull_back
 
-Forward = Callable[..., Any]
+Forward = Callable[..., Any]  # (model, inputs), and readout= of a model that has one
 
 
 class Linearization:
     """Products for one batch, its sums not yet divided by the number of targets.
 
-    num_bytes: what its graph and its loss hold, without the parameters; known if `measure`.
+    keep_bytes: what it may hold of the softmax. measure: whether to find num_bytes, what it holds in all but the parameters.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Linearization:
         with torch.autograd.graph.saved_tensors_hooks(held.pack, held.unpack) if held else nullcontext():
             outer: Outer
             if readout:
-                h, weight = _read_out(forward, model, inputs)
+                h, weight = forward(model, inputs, readout=lambda h, weight: (h, weight))
                 own = weight.requires_grad and (not weight.is_leaf or any(weight is p for p in parameters))
                 self.outputs = [h] * h.requires_grad + [weight] * own
                 outer = OnHead(h, weight, targets, h.requires_grad, own, keep_bytes)
@@ -62,7 +62,16 @@ class Linearization:
             # No graph of y -> c but this one, or its backward would also run through the loss.
             self.c: tuple[Tensor, ...] = _Node.apply(self.state, *self.outputs) if self.outputs else ()  # type: ignore[no-untyped-call]
             self.g = pull_back(self.outputs, self.parameters, self.c, create_graph=True)
-        self.num_bytes = outer.num_bytes + (held.num_bytes if held else 0)
+        self._graph_bytes = held.num_bytes if held else 0
+
+    @property
+    def num_bytes(self) -> int:
+        return self._graph_bytes + self.state.outer.num_bytes
+
+    def shed(self) -> None:
+        """Give up what can be made again from the graph."""
+        if isinstance(self.state.outer, OnHead):
+            self.state.outer.p_NV = None
 
     def gradient(self) -> list[Tensor]:
         """J^T c."""
@@ -137,9 +146,3 @@ class _Held:
     @staticmethod
     def unpack(tensor: Tensor) -> Tensor:
         return tensor
-
-
-def _read_out(forward: Forward, model: nn.Module, inputs: Any) -> tuple[Tensor, Tensor]:
-    """(h, W) of a model with has_readout; see functional_sam.models."""
-    pair: tuple[Tensor, Tensor] = forward(model, inputs, readout=lambda h, weight: (h, weight))
-    return pair

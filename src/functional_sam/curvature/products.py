@@ -1,26 +1,30 @@
 """Products of the Hessian, and of its two halves, with a vector.
 
-theta the parameters, z = F(theta) the logits, L the loss on them, u = dL/dz, J = dz/dtheta, v and w directions in the space of the
-parameters and of the logits. V classes; a batch has any number of leading dimensions.
+theta the parameters, z = F(theta) the logits, L the loss on them, u = dL/dz, J = dz/dtheta, v a direction in the space of the
+parameters. A batch has any number of leading dimensions.
 """
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from functional_sam.curvature.batches import Batch, Batches
+from functional_sam.curvature.context import drawing_nothing, second_order
+from functional_sam.curvature.difference import Differences
+from functional_sam.curvature.functions import Quick
+from functional_sam.curvature.geometry import AdamGeometry, adam_scales
+from functional_sam.curvature.groups import Selection, select
+from functional_sam.curvature.linearization import Forward, Linearization
+from functional_sam.curvature.outer import LossFn, OnHead
 from functional_sam.errors import UserError
-from functional_sam.losses import IGNORE, cross_entropy
+from functional_sam.losses import cross_entropy
 
-Batch = tuple[Any, Any]
-LossFn = Callable[[Tensor, Any], tuple[Tensor, Tensor]]
-Forward = Callable[[nn.Module, Any], Tensor]
-OfBatch = Callable[[Tensor, Any], tuple[list[Tensor], Tensor]]
+Product = Callable[[Linearization, bool], list[Tensor]]
+
+MEMORY_BUDGET = 2 * 2**30
 
 
 class CurvatureProducts:
@@ -31,15 +35,30 @@ class CurvatureProducts:
         hessian(v)       H v   = d/dtheta (g . v)
         gauss_newton(v)  H_G v = J^T (d2L/dz2) J v
         functional(v)    H_F v = d/dtheta (J^T u . v), u held fixed;  H = H_G + H_F
+        split(v)         (H_G v, H_F v) for less than the price of both
 
-    batches: list of (inputs, targets). loss_fn(logits, targets) -> (sum over valid targets, their number). forward: `model(inputs)`
-    unless given. parameters: those to differentiate by, the trainable ones unless given; v and every result are lists of tensors
-    shaped like them. The weights, their .grad and the list v are left alone. Nothing is kept between two products. A model inside
-    DDP is given without its wrapper; one sharded by FSDP2 cannot be given.
+    batches: a list of (inputs, targets), or something that gives the same ones at every pass. loss_fn(logits, targets) -> (sum over
+    valid targets, their number). forward: `model(inputs)` unless given. parameters: those to differentiate by, the trainable ones
+    unless given: a kind ("embedding", "attention", "mlp", "norm", "head"), a pattern of names ("blocks.0.*"), parameters, or a list
+    of any of these; the products are then of that block of the matrix. v and every result are lists of tensors shaped like them.
+    The weights, their .grad and v are left alone.
 
-    The code runs eagerly, without autocast and with the plain attention, for the fused one has no second derivative.
-    Raises UserError for no batch or no valid target, for parameters that are frozen or in half precision, for a v of other shapes,
-    and, at each product, for active dropout or batch normalization in training mode, which would give each product another loss.
+    retain: the graph of a batch serves many products. "auto" keeps the graphs of as many batches as fit memory_budget (bytes,
+    2 GiB unless given), True those of all, False none, and the batch at hand has one in any case. Amortized over many products and
+    in units of one gradient, H_G v costs about 1.1, H_F v 1.4, H v 1.7, split 2.0; 1 more without a graph kept. Graphs of weights
+    that have changed since are made anew. `release()` frees them; they go with this object in any case.
+
+    A model with has_readout (functional_sam.models) under the default loss_fn, and a forward that takes readout=, if one is given,
+    never makes logits beyond a chunk of rows, but for their softmax where that fits the budget. Any other model holds them twice.
+
+    method="difference" takes central differences of gradients instead; that is the way for a model sharded by FSDP2. Its costs,
+    its parallel meaning and its error estimate (`error`) are those of functional_sam.curvature.difference.Differences.
+
+    The code runs eagerly, without autocast and with an attention of its own, for the fused one has no second derivative. A model
+    inside DDP is given without its wrapper.
+    Raises UserError for no batch or no valid target; for parameters that are frozen, in half precision or not found; for a v of
+    other shapes; for sharded parameters with method="exact"; and, at each product, for a model or batches that are not the same at
+    every pass: active dropout, batch normalization in training mode, random numbers drawn in forward, a shuffled loader.
     """
 
     def __init__(
@@ -48,117 +67,176 @@ class CurvatureProducts:
         batches: Iterable[Batch],
         loss_fn: LossFn = cross_entropy,
         forward: Forward | None = None,
-        parameters: Iterable[nn.Parameter] | None = None,
+        parameters: Selection = None,
+        *,
+        method: str = "exact",
+        retain: bool | str = "auto",
+        memory_budget: int = MEMORY_BUDGET,
     ) -> None:
         self.model, self.loss_fn = model, loss_fn
-        self.batches = list(batches)
-        self.forward: Forward = forward or (lambda module, inputs: module(inputs))
-        trainable = (parameter for parameter in model.parameters() if parameter.requires_grad)
-        self.parameters = list(trainable if parameters is None else parameters)
-        if not self.batches:
-            raise UserError("curvature over no batch: give a list with at least one (inputs, targets)")
-        if not self.parameters or not all(parameter.requires_grad for parameter in self.parameters):
-            raise UserError("curvature by frozen parameters, or by none: set requires_grad on those that are meant")
+        self.batches = Batches(batches)
+        self.readout = _reads_out(model, forward, loss_fn)
+        self.forward: Forward = forward or (lambda module, inputs, **readout: module(inputs, **readout))
+        self.parameters = select(model, parameters)
+        self.retain, self.memory_budget = retain, memory_budget
+        if retain not in ("auto", True, False):
+            raise UserError(f"retain={retain!r}: choose 'auto', True or False")
         narrow = {str(p.dtype) for p in self.parameters if p.dtype not in (torch.float32, torch.float64)}
         if narrow:
             raise UserError(f"curvature of parameters in {', '.join(sorted(narrow))}: use model.float() or model.double()")
+        if method not in ("exact", "difference"):
+            raise UserError(f"method={method!r}: choose 'exact' or 'difference'")
+        sharded = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+        if sharded and method == "exact":
+            raise UserError("exact products of a sharded model do not exist: use method='difference'")
+        self._differences = None
+        if method == "difference":
+            self._differences = Differences(model, self.batches, loss_fn, self.forward, self.parameters)
+        self._kept: dict[int, Linearization] = {}
+        self._stamp: list[Any] = []
+        self._full = False
+
+    @property
+    def error(self) -> float:
+        """Estimated relative error of the last product of method="difference"; 0 for exact products, whose error is rounding."""
+        return self._differences.error if self._differences else 0.0
+
+    def release(self) -> None:
+        """Free the kept graphs."""
+        self._kept.clear()
+        self._full = False
+
+    def loss(self) -> Tensor:
+        """L, a scalar tensor; one forward, no graph."""
+        if self._differences:
+            return self._differences.loss_and_gradient()[0]
+        total, count = 0.0, 0.0
+        with second_order(self.model, self._device.type), torch.no_grad():
+            for inputs, targets in self.batches:
+                with drawing_nothing(self._device):
+                    if self.readout:
+                        h, weight = self.forward(self.model, inputs, readout=lambda h, weight: (h, weight))
+                        head = OnHead(h, weight, targets, by_h=False, by_weight=False, keep_bytes=0)
+                        part, valid = head.loss, head.count
+                    else:
+                        part, valid = self.loss_fn(self.forward(self.model, inputs), targets)
+                total, count = total + float(part), count + float(valid)
+        return self.parameters[0].new_tensor(total / self._some(count))
 
     def gradient(self) -> list[Tensor]:
         """g = J^T u."""
         return self.loss_and_gradient()[1]
 
     def loss_and_gradient(self) -> tuple[Tensor, list[Tensor]]:
-        """L, a scalar tensor, and g."""
-
-        def of_batch(z: Tensor, targets: Any) -> tuple[list[Tensor], Tensor]:
-            total, count = self.loss_fn(z, targets)
-            return [total.detach(), *_pull_back([total], self.parameters)], count
-
-        loss, *gradient = self._mean(of_batch, [self.parameters[0].new_zeros(()), *map(torch.zeros_like, self.parameters)])
-        return loss, gradient
+        """L, a scalar tensor, and g; from the graphs where they are kept."""
+        if self._differences:
+            return self._differences.loss_and_gradient()
+        loss, *gradient = self._mean(
+            lambda batch, _: [batch.loss, *batch.gradient()],
+            [torch.zeros((), dtype=torch.float64, device=self._device), *map(torch.zeros_like, self.parameters)],
+        )
+        return loss.to(self.parameters[0].dtype), [g_i.detach() for g_i in gradient]
 
     def hessian(self, v: Sequence[Tensor]) -> list[Tensor]:
-        """H v, by double backward through the loss; it shares nothing with the two halves."""
+        """H v."""
         v = self._checked(v)
-
-        def of_batch(z: Tensor, targets: Any) -> tuple[list[Tensor], Tensor]:
-            total, count = self.loss_fn(z, targets)
-            g = _pull_back([total], self.parameters, create_graph=True)
-            return _pull_back(g, self.parameters, v), count
-
-        return self._mean(of_batch)
+        if self._differences:
+            return self._differences.hessian(v)
+        return self._mean(lambda batch, keep: batch.hessian(v, keep))
 
     def gauss_newton(self, v: Sequence[Tensor]) -> list[Tensor]:
         """H_G v = J^T (d2L/dz2) J v."""
         v = self._checked(v)
-
-        def of_batch(z: Tensor, targets: Any) -> tuple[list[Tensor], Tensor]:
-            u, g, count = self._linearize(z, targets)
-            (Jv,) = _pull_back(g, [u], v, retain_graph=True)
-            return _pull_back([z], self.parameters, [self._loss_curvature(z, targets, Jv)]), count
-
-        return self._mean(of_batch)
+        if self._differences:
+            return self._differences.gauss_newton(v)
+        return self._mean(lambda batch, keep: batch.gauss_newton(v, keep))
 
     def functional(self, v: Sequence[Tensor]) -> list[Tensor]:
         """H_F v, the Hessian of (z . u) with u = dL/dz held fixed, times v."""
         v = self._checked(v)
-
-        def of_batch(z: Tensor, targets: Any) -> tuple[list[Tensor], Tensor]:
-            _, g, count = self._linearize(z, targets)
-            return _pull_back(g, self.parameters, v), count
-
-        return self._mean(of_batch)
+        if self._differences:
+            return self._differences.functional(v)
+        return self._mean(lambda batch, keep: batch.functional(v, keep))
 
     def split(self, v: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """(H_G v, H_F v) for little more than the price of H_F v: the same double backward gives H_F v and J v."""
+        """(H_G v, H_F v): the backward that gives H_F v gives J v on its way."""
         v = self._checked(v)
-
-        def of_batch(z: Tensor, targets: Any) -> tuple[list[Tensor], Tensor]:
-            u, g, count = self._linearize(z, targets)
-            *functional, Jv = _pull_back(g, [*self.parameters, u], v, retain_graph=True)
-            logit = _pull_back([z], self.parameters, [self._loss_curvature(z, targets, Jv)])
-            return logit + functional, count
-
-        both = self._mean(of_batch, [torch.zeros_like(parameter) for parameter in self.parameters * 2])
+        if self._differences:
+            return self._differences.gauss_newton(v), self._differences.functional(v)
+        both = self._mean(lambda batch, keep: batch.split(v, keep), [torch.zeros_like(p) for p in self.parameters * 2])
         return both[: len(self.parameters)], both[len(self.parameters) :]
 
-    def _linearize(self, z: Tensor, targets: Any) -> tuple[Tensor, list[Tensor], Tensor]:
-        """u as a leaf, J^T u as a graph over theta and u, and the number of valid targets.
+    def in_adam_geometry(
+        self, optimizer: torch.optim.Optimizer | None = None, second_moments: Sequence[Tensor] | None = None, eps: float = 1e-8
+    ) -> AdamGeometry:
+        """The same products of P^1/2 A P^1/2, P = 1 / (sqrt(v_hat) + eps): the curvature in the geometry of Adam.
 
-        (J^T u) . v is bilinear in u and v: its derivative by u is J v, by theta it is H_F v. Forward mode would make H_G v alone
-        about a tenth cheaper (measured on the decoder), but not every operation has it, and this graph serves both halves.
+        v_hat and eps from the state of an optimizer, or v_hat given as second_moments, bias-corrected and shaped like the parameters.
+        See AdamGeometry. Raises UserError for both or neither, and for an optimizer that is no Adam or lacks a parameter.
         """
-        leaf = z.detach().requires_grad_()
-        total, count = self.loss_fn(leaf, targets)
-        u = _pull_back([total], [leaf])[0].requires_grad_()
-        return u, _pull_back([z], self.parameters, [u], create_graph=True), count
+        return AdamGeometry(self, adam_scales(self.parameters, optimizer, second_moments, eps, self.gradient))
 
-    def _loss_curvature(self, z: Tensor, targets: Any, w: Tensor) -> Tensor:
-        """(d2L/dz2) w; for cross-entropy in closed form, p * w - p (p . w), which keeps a tenth of what double backward does."""
-        z = z.detach()
-        if self.loss_fn is cross_entropy:
-            p = z.softmax(-1)
-            pw = p * w
-            product = torch.addcmul(pw, p, pw.sum(-1, keepdim=True), value=-1)
-            return product.masked_fill_((targets == IGNORE).unsqueeze(-1), 0)
-        z.requires_grad_()
-        u = _pull_back([self.loss_fn(z, targets)[0]], [z], create_graph=True)
-        return _pull_back(u, [z], [w])[0]
+    @property
+    def _device(self) -> torch.device:
+        return self.parameters[0].device
 
-    def _mean(self, of_batch: OfBatch, total: list[Tensor] | None = None) -> list[Tensor]:
-        """Sum of of_batch(logits, targets) over all batches, divided by the number of valid targets in all of them."""
+    def _mean(self, product: Product, total: list[Tensor] | None = None) -> list[Tensor]:
+        """Sum of product over all batches, divided by the number of valid targets in all of them."""
         # Into zeros and not into the first result, which autograd may have made a view of v itself.
         total = [torch.zeros_like(parameter) for parameter in self.parameters] if total is None else total
-        count: Tensor | int = 0
-        with _second_order(self.model, self.parameters[0].device.type):
-            for inputs, targets in self.batches:
-                part, valid = of_batch(self.forward(self.model, inputs), targets)
-                torch._foreach_add_(total, part)
-                count = count + valid
+        count = 0.0
+        with second_order(self.model, self._device.type):
+            self._drop_stale()
+            # With all graphs at hand the batches themselves are not read again.
+            stream = ((None, None) for _ in self._kept) if len(self._kept) == len(self.batches) else self.batches
+            for i, (inputs, targets) in enumerate(stream):
+                batch = self._kept.get(i) or self._linearized(i, inputs, targets)
+                torch._foreach_add_(total, product(batch, i in self._kept))
+                count += float(batch.count)
+                del batch
+        torch._foreach_div_(total, self._some(count))
+        return total
+
+    def _linearized(self, i: int, inputs: Any, targets: Any) -> Linearization:
+        """The graph of one batch, kept as retain says."""
+        room = self.memory_budget - sum(batch.num_bytes for batch in self._kept.values())
+        auto = self.retain == "auto"
+        measure = auto and not self._full
+        with drawing_nothing(self._device), Quick():
+            batch = Linearization(
+                self.model,
+                self.forward,
+                self.readout,
+                self.loss_fn,
+                self.parameters,
+                inputs,
+                targets,
+                float("inf") if self.retain is True else room,
+                measure,
+            )
+        if measure and batch.num_bytes > room:
+            batch.shed()
+            self._full = batch.num_bytes > room
+        if self.retain is True or (measure and not self._full):
+            self._kept[i] = batch
+        return batch
+
+    def _drop_stale(self) -> None:
+        """Forget the graphs of weights that have changed, in whatever way, since they were made."""
+        floating = (buffer for buffer in self.model.buffers() if buffer.is_floating_point())
+        tensors = list(dict.fromkeys([*self.parameters, *self.model.parameters(), *floating]))
+        with torch.no_grad():
+            norms = torch.stack([n.double() for n in torch._foreach_norm(tensors)]).tolist()
+        stamp = [norms, [(t.data_ptr(), t._version) for t in tensors], self.model.training]
+        if stamp != self._stamp:
+            self.release()
+            self._stamp = stamp
+
+    @staticmethod
+    def _some(count: float) -> float:
         if not count:
             raise UserError("curvature over no valid target: every target of every batch is ignored")
-        torch._foreach_div_(total, float(count))
-        return total
+        return count
 
     def _checked(self, v: Sequence[Tensor]) -> list[Tensor]:
         given, wanted = [tuple(t.shape) for t in v], [tuple(p.shape) for p in self.parameters]
@@ -167,41 +245,7 @@ class CurvatureProducts:
         return [tensor.detach() for tensor in v]
 
 
-def _pull_back(
-    outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    cotangents: Sequence[Tensor] | None = None,
-    retain_graph: bool | None = None,
-    create_graph: bool = False,
-) -> list[Tensor]:
-    """torch.autograd.grad with zeros where an output does not depend on an input (a model linear in theta has such)."""
-    weights = [None] * len(outputs) if cotangents is None else cotangents
-    live = [(output, weight) for output, weight in zip(outputs, weights, strict=True) if output.requires_grad]
-    if not live:
-        return [torch.zeros_like(tensor) for tensor in inputs]
-    return list(
-        torch.autograd.grad(
-            [output for output, _ in live],
-            list(inputs),
-            [weight for _, weight in live],
-            retain_graph=retain_graph,
-            create_graph=create_graph,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-    )
-
-
-@contextlib.contextmanager
-def _second_order(model: nn.Module, device: str) -> Iterator[None]:
-    """Eager, gradients on, autocast off, plain attention: where second derivatives exist. Refuses a model that is no function."""
-    for name, module in model.named_modules():
-        random = any("drop" in key and isinstance(value, float) and value > 0 for key, value in vars(module).items())
-        random = random or (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0)
-        if module.training and (random or isinstance(module, _BatchNorm)):
-            kind = type(module).__name__
-            raise UserError(f"curvature of a model in training mode with an active {kind} ({name!r}): call model.eval() first")
-    # Only compiled code needs telling, and torch._dynamo, slow to import, is there if any was.
-    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
-    with eager, torch.enable_grad(), torch.autocast(device, enabled=False), sdpa_kernel(SDPBackend.MATH):
-        yield
+def _reads_out(model: nn.Module, forward: Forward | None, loss_fn: LossFn) -> bool:
+    """Whether the model can hand over (h, W) in place of logits."""
+    takes = forward is None or "readout" in inspect.signature(forward).parameters
+    return bool(getattr(model, "has_readout", False)) and takes and loss_fn is cross_entropy

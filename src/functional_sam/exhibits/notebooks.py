@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import nbformat
+import warnings
+
 import papermill
 
 from functional_sam.errors import UserError

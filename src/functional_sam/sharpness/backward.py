@@ -160,7 +160,7 @@ class SharpnessAware:
         step.params = [p for p in step.radii if p.grad is not None]
         if mix is not None or path == "penalty":
             step.base = {p: p.grad for p in self.model.parameters() if p.grad is not None}
-            if getattr(self.model, "gradient_as_bucket_view", False):  # DDP will write the next pass into the same memory
+            if any(replica.gradient_as_bucket_view for replica in passes.replicas):  # the next pass writes to the same memory
                 step.base = {p: g.clone() for p, g in step.base.items()}
         self._ascend(step, [g for g in (step.base.get(p, p.grad) for p in step.params) if g is not None])
         if step.size == 0.0 or not any(step.radii.values()):  # eps = 0: the plain gradient

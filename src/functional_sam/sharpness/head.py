@@ -30,13 +30,15 @@ def _chunks(num_rows: int, num_classes: int) -> Iterator[slice]:
 
 def _loss_and_cotangent(z_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
     """Summed loss and softmax(z) - onehot, in place of z; rows of ignored targets are zero."""
-    valid_C = targets_C != IGNORE
-    index_C1 = targets_C.where(valid_C, 0).unsqueeze(1)
-    logsumexp_C1 = z_CV.logsumexp(1, keepdim=True)
-    loss = ((logsumexp_C1 - z_CV.gather(1, index_C1)).squeeze(1) * valid_C).sum()
-    u_CV = z_CV.sub_(logsumexp_C1).exp_()
-    u_CV.scatter_add_(1, index_C1, torch.full_like(index_C1, -1, dtype=u_CV.dtype))
-    u_CV.mul_(valid_C.unsqueeze(1))
+    valid_C1 = (targets_C != IGNORE).unsqueeze(1)
+    index_C1 = targets_C.unsqueeze(1).where(valid_C1, 0)
+    # Five sweeps over the chunk and one exponential: max, subtract, exp, sum, scale (which also zeroes the ignored rows).
+    z_CV.sub_(z_CV.amax(1, keepdim=True))
+    target_C1 = z_CV.gather(1, index_C1)
+    sum_C1 = z_CV.exp_().sum(1, keepdim=True)
+    loss = ((sum_C1.log() - target_C1) * valid_C1).sum()
+    u_CV = z_CV.mul_(valid_C1 / sum_C1)
+    u_CV.scatter_add_(1, index_C1, -valid_C1.to(u_CV.dtype))
     return loss, u_CV
 
 
@@ -50,30 +52,31 @@ class _PullBack(torch.autograd.Function):
     def forward(
         ctx: Any, h_ND: Tensor, weight_VD: Tensor, h_u_ND: Tensor, weight_u_VD: Tensor, targets_N: Tensor, scale: float
     ) -> Tensor:
-        with torch.autocast(h_ND.device.type, enabled=False):
-            dtype = h_ND.dtype
+        device = h_ND.device.type
+        # Under autocast (the model's head_dtype is bfloat16) the products run in its dtype, the softmax in float32 all the same.
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_ND.dtype
+        with torch.autocast(device, enabled=False):
             weight = weight_VD.to(dtype)
             weight_u = weight if weight_u_VD is weight_VD else weight_u_VD.to(dtype)
-            loss = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=h_ND.device)
+            h_u = h_u_ND.to(dtype)
             # Scaling h costs N*D, scaling u would cost N*V.
-            scaled_h_ND = h_ND * scale
+            scaled_h = (h_ND * scale).to(dtype)
+            loss = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=h_ND.device)
             want_h, want_weight = ctx.needs_input_grad[:2]
             dh_ND = torch.empty_like(h_ND) if want_h else None
             dweight_VD = torch.zeros_like(weight_VD) if want_weight else None
             for rows in _chunks(len(h_ND), len(weight_VD)):
-                z_CV = (h_u_ND[rows] @ weight_u.T).to(loss.dtype)
-                part, u_CV = _loss_and_cotangent(z_CV, targets_N[rows])
+                part, u_CV = _loss_and_cotangent((h_u[rows] @ weight_u.T).to(loss.dtype), targets_N[rows])
                 loss += part
                 u_CV = u_CV.to(dtype)
                 if dh_ND is not None:
-                    torch.mm(u_CV, weight, out=dh_ND[rows])
-                if dweight_VD is not None:
-                    if dweight_VD.dtype == dtype:
-                        dweight_VD.addmm_(u_CV.T, scaled_h_ND[rows])
-                    else:
-                        dweight_VD += u_CV.T @ scaled_h_ND[rows]
-            if dh_ND is not None:
-                dh_ND *= scale
+                    torch.mul(u_CV @ weight, scale, out=dh_ND[rows])
+                if dweight_VD is None:
+                    pass
+                elif dweight_VD.dtype == dtype:
+                    dweight_VD.addmm_(u_CV.T, scaled_h[rows])
+                else:
+                    dweight_VD += u_CV.T @ scaled_h[rows]
         ctx.gradients = (dh_ND, dweight_VD)
         return loss * scale
 
@@ -87,11 +90,11 @@ class _PullBack(torch.autograd.Function):
 def pull_back(h: Tensor, weight: Tensor, h_u: Tensor, weight_u: Tensor, targets: Tensor, scale: float) -> Tensor:
     """scale * (summed loss at (h_u, weight_u)), a scalar whose .backward() pulls that point's cotangent back through (h, weight).
 
-    h, h_u [..., D]; weight, weight_u [V, D]; targets [...]. Logits are h @ weight.T in the dtype of h, the softmax in float32
-    (float64 if h is).
+    h, h_u [..., D]; weight, weight_u [V, D]; targets [...]. Logits are h @ weight.T in the dtype of h (of autocast where it is on),
+    the softmax in float32 (float64 if h is).
     """
     width = h.shape[-1]
     result: Tensor = _PullBack.apply(
-        h.reshape(-1, width), weight, h_u.detach().reshape(-1, width), weight_u.detach(), targets.reshape(-1), scale
+        h.reshape(-1, width), weight, h_u.detach().reshape(-1, width), weight_u, targets.reshape(-1), scale
     )  # type: ignore[no-untyped-call]
     return result

@@ -6,12 +6,11 @@ import math
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from functional_sam.errors import UserError
 from functional_sam.sharpness.ascent import has_second_moment
 from functional_sam.sharpness.methods import ASCENT_OPTIONS, GENERAL_OPTIONS, METHODS, MIX_OPTIONS, PATH_OPTIONS, Method
-from functional_sam.sharpness.passes import is_sharded
+from functional_sam.sharpness.passes import is_sharded, replicas
 
 CHOICES = {
     "form": ("a", "b", "c"),
@@ -103,7 +102,7 @@ def _check_combination(method: Method, options: dict[str, Any], model: torch.nn.
             raise UserError('m="microbatch" does not combine with ascent "fisher", whose F is the step\'s gradient squared')
         if is_sharded(model):
             raise UserError(f'm={options["m"]!r} needs whole parameters on each rank (DDP); with sharded ones use m="global"')
-    many = is_sharded(model) or isinstance(model, DistributedDataParallel)
+    many = is_sharded(model) or bool(replicas(model))
     if method.path == "penalty" and options["derivative"] == "exact" and many:
         raise UserError('exact second derivatives need the model in one process: use derivative="difference"')
     if method.mix == "looksam" and options["interval"] != 1:

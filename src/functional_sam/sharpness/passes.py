@@ -37,6 +37,7 @@ class Kept:
     logits: Tensor | None = None
     h: Tensor | None = None
     weight: Tensor | None = None
+    returned: Tensor | None = None  # by a model whose readout returned `loss`
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
@@ -48,6 +49,11 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     return found
 
 
+def replicas(model: torch.nn.Module) -> list[DistributedDataParallel]:
+    """The DistributedDataParallel modules in the model: itself, or inside torch.compile or the caller's own module."""
+    return [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+
+
 def is_sharded(model: torch.nn.Module) -> bool:
     """True when FSDP2 (or another DTensor scheme) holds the parameters in shards."""
     return any(hasattr(p, "device_mesh") for p in model.parameters())
@@ -55,8 +61,8 @@ def is_sharded(model: torch.nn.Module) -> bool:
 
 def _process_group(model: torch.nn.Module) -> Any:
     """The group over which the model's gradients are averaged, or None for a model that lives in one process."""
-    if isinstance(model, DistributedDataParallel):
-        return model.process_group
+    for replica in replicas(model):
+        return replica.process_group
     for p in model.parameters():
         if hasattr(p, "device_mesh"):  # FSDP2 averages over its whole mesh, of one dimension or two (HSDP)
             return p.device_mesh.get_group() if p.device_mesh.ndim == 1 else dist.group.WORLD
@@ -89,6 +95,9 @@ class Passes:
         self.group = _process_group(model)
         self.world = dist.get_world_size(self.group) if self.group is not None else 1
         self.sharded = is_sharded(model)
+        self.replicas = replicas(model)
+        if any(replica.static_graph for replica in self.replicas):
+            raise UserError("DDP(static_graph=True) takes one synchronized pass a step: build it with static_graph=False")
         self._job: Callable[[Tensor, Tensor], Tensor] | None = None
         self._eager_readout: Callable[[Tensor, Tensor], Tensor] | None = None
 
@@ -112,8 +121,20 @@ class Passes:
         assert self.divisor is not None
         losses = torch.stack([memory.loss for memory in kept if memory.loss is not None])
         loss, count = self.sum_over_ranks(losses.double().sum(), self._count(kept))
+        if self.fused:
+            returned = torch.stack([memory.returned for memory in kept if memory.returned is not None]).sum()
+            self._require_untouched(float(losses.sum()), float(returned))
         correction = 1.0 if self.loss_fn is cross_entropy else self._correction(count)
         return losses.new_tensor(loss / self.world * correction), correction
+
+    @staticmethod
+    def _require_untouched(loss: float, returned: float) -> None:
+        """The head's backward counts on a cotangent of 1 (2 % for a model that casts its outputs to bf16)."""
+        if math.isfinite(loss) and not math.isclose(loss, returned, rel_tol=0.02):
+            raise UserError(
+                f"readout(h, weight) returned {loss:g} and the model {returned:g}: a model with has_readout returns what readout "
+                'returned, and scales h or weight where it would scale logits (keep="cotangent" does without readout)'
+            )
 
     def settle(self, kept: Sequence[Kept]) -> float:
         """After a pass over the whole step: the true divisor for the one that stood in; returns the factor for its gradients."""
@@ -161,6 +182,7 @@ class Passes:
             with self._synchronized(sync and i == len(batches) - 1):
                 if self.fused:
                     loss = self._call(inputs, partial(self._loss_readout, targets, memory, kept if remember or logits else None))
+                    memory.returned = loss.detach()
                     torch.autograd.backward(loss)
                 else:
                     z = self.forward(self.model, inputs)
@@ -218,6 +240,8 @@ class Passes:
             with self._synchronized(sync and i == len(batches) - 1):
                 if self.fused:
                     loss = self._call(inputs, partial(self._pull_readout, targets, memory, originals, share, own))
+                    if not own:
+                        memory.returned = loss.detach() / share
                     torch.autograd.backward(loss)
                 else:
                     assert memory.u is not None
@@ -351,9 +375,10 @@ class Passes:
 
     def _synchronized(self, sync: bool) -> contextlib.AbstractContextManager[Any]:
         """DDP averages gradients in the backward whose FORWARD ran with synchronization on, so this wraps both."""
-        if isinstance(self.model, DistributedDataParallel) and not sync:
-            return self.model.no_sync()
-        return contextlib.nullcontext()
+        stack = contextlib.ExitStack()
+        for replica in [] if sync else self.replicas:
+            stack.enter_context(replica.no_sync())
+        return stack
 
     def sum_over_ranks(self, *values: Tensor) -> tuple[float, ...]:
         """Each value summed over the ranks, as a float."""
