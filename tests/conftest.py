@@ -49,6 +49,20 @@ def make_batch(rows: int = 4, length: int = 5, vocab: int = 11, seed: int = 1, i
     return inputs, targets
 
 
+def parts_of(batch, cuts):
+    """The batch cut into micro-batches before the rows `cuts`."""
+    inputs, targets = batch
+    return [(inputs[a:b], targets[a:b]) for a, b in zip([0, *cuts], [*cuts, len(inputs)], strict=True)]
+
+
+def run(sharpness, optimizer, steps, cuts=()):
+    """Train for some steps, each of 6 rows cut before `cuts`."""
+    for step in range(steps):
+        optimizer.zero_grad()
+        sharpness.backward(parts_of(make_batch(6, seed=step), list(cuts)))
+        optimizer.step()
+
+
 def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 

@@ -186,6 +186,49 @@ def test_softmax_regression():
     assert torch.equal(flat(products.functional(v)), torch.zeros(12, dtype=torch.float64))
 
 
+def test_two_layer_net_by_hand():
+    """z = a tanh(b x), loss z^2 / 2, at one x: u = z, H_G = J^T J and H_F = z d2z."""
+    a, b = (nn.Parameter(torch.tensor([value], dtype=torch.float64)) for value in (0.7, -0.4))
+    x, h = 1.3, torch.tanh(torch.tensor(-0.4 * 1.3, dtype=torch.float64))
+    slope = (1 - h * h) * x  # dh/db
+    z, J = 0.7 * h, torch.stack([h, 0.7 * slope])
+    d2z = torch.stack([torch.stack([0 * h, slope]), torch.stack([slope, 0.7 * -2 * h * slope * x])])
+    products = CurvatureProducts(
+        nn.Module(), [(x, None)], lambda z, _: (z.square().sum() / 2, torch.tensor(1)), lambda _, x: a * torch.tanh(b * x), [a, b]
+    )
+    for i, v in enumerate(torch.eye(2, dtype=torch.float64)):
+        v = list(v.split(1))
+        assert error(products.gauss_newton(v), [J * J[i]]) < 1e-14
+        assert error(products.functional(v), [z * d2z[i]]) < 1e-14
+        assert error(products.hessian(v), [J * J[i] + z * d2z[i]]) < 1e-14
+        assert products.loss().item() == pytest.approx(float(z * z / 2))
+
+
+def test_tied_embedding_counts_twice():
+    """Of E used at both ends, H is the sum of the four blocks of an untied twin whose two matrices happen to be equal."""
+
+    class Twin(nn.Module):
+        def __init__(self, tied):
+            super().__init__()
+            self.inner = tied
+            self.head = nn.Parameter(tied.tokens.detach().clone())
+
+        def forward(self, tokens):
+            h = self.inner(tokens, readout=lambda h, _: h)
+            return h @ self.head.T
+
+    tied, batches = decoder(), [sentences(3)]
+    twin = Twin(tied)
+    ours = CurvatureProducts(tied, batches, parameters=[tied.tokens])
+    both_ends = CurvatureProducts(twin, batches, parameters=[tied.tokens, twin.head])
+    v = directions(ours)
+    for name in ("hessian", "gauss_newton", "functional"):
+        at_embedding, at_head = getattr(both_ends, name)(v * 2)
+        assert error(getattr(ours, name)(v), [at_embedding + at_head]) < 1e-12
+        assert (at_embedding * at_head).count_nonzero()
+    assert error(ours.gradient(), [sum(both_ends.gradient())]) < 1e-12
+
+
 def test_loss_linear_in_the_logits_has_no_logit_half():
     model, batches = case("decoder")
     products = CurvatureProducts(model, batches, lambda z, targets: (z.sum(), targets.new_tensor(targets.numel())))
@@ -253,6 +296,19 @@ def test_float32():
         assert error(ours, getattr(exact, name)([t.double() for t in v])) < 1e-5
 
 
+def test_bfloat16_weights_in_float32():
+    """What bf16 training leaves, widened: the products are those of the same numbers in float64."""
+    narrow, batches = decoder(dtype=torch.bfloat16), [sentences(2)]
+    with pytest.raises(UserError, match=r"bfloat16.*model\.float\(\)"):
+        CurvatureProducts(narrow, batches)
+    exact = decoder()
+    exact.load_state_dict(narrow.state_dict())
+    products, reference = CurvatureProducts(narrow.float(), batches), CurvatureProducts(exact, batches)
+    v = directions(products)
+    for name in ("hessian", "gauss_newton", "functional"):
+        assert error([t.double() for t in getattr(products, name)(v)], getattr(reference, name)([t.double() for t in v])) < 1e-5
+
+
 def test_leaves_the_model_alone_and_the_surroundings_out():
     model, batches = decoder(dtype=torch.float32), [sentences(2)]
     products = CurvatureProducts(model, batches)
@@ -309,6 +365,46 @@ def test_dropout_of_zero_is_no_dropout():
         pass
 
 
+@pytest.mark.parametrize("method", ["exact", "difference"])
+def test_random_numbers_in_forward_are_refused(method):
+    class Noisy(nn.Linear):
+        def forward(self, x):
+            return super().forward(nn.functional.dropout(x, 0.1))
+
+    x = torch.randn(3, 4, dtype=torch.float64, generator=seeded())
+    products = CurvatureProducts(Noisy(4, 4).double(), [(x, torch.arange(3))], method=method)
+    with pytest.raises(UserError, match="random numbers"):
+        products.hessian(directions(products))
+
+
+def test_shuffled_batches_are_refused():
+    """A loader is good if its passes are alike; an iterator has one pass only."""
+    x, y = torch.randn(12, 4, dtype=torch.float64, generator=seeded()), torch.arange(12) % 3
+    rows = torch.utils.data.TensorDataset(x, y)
+    model = nn.Linear(4, 3).double()
+    whole = CurvatureProducts(model, [(x, y)])
+    v = directions(whole)
+    steady = CurvatureProducts(model, torch.utils.data.DataLoader(rows, 5))
+    assert error(steady.hessian(v), whole.hessian(v)) < 1e-12
+    shuffled = CurvatureProducts(model, torch.utils.data.DataLoader(rows, 5, shuffle=True, generator=seeded()))
+    with pytest.raises(UserError, match="shuffle=False"):
+        shuffled.hessian(v)
+
+    class Shorter:
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            return iter([(x, y)] * (3 - self.passes))
+
+    with pytest.raises(UserError, match="differ"):
+        CurvatureProducts(model, Shorter()).hessian(v)
+    with pytest.raises(UserError, match="list"):
+        CurvatureProducts(model, iter([(x, y)]))
+    with pytest.raises(UserError, match="list"):
+        CurvatureProducts(model, (batch for batch in [(x, y)]))
+
+
 def test_user_errors():
     model, batches = case("decoder")
     ignored = [(inputs, torch.full_like(targets, IGNORE)) for inputs, targets in batches]
@@ -318,6 +414,9 @@ def test_user_errors():
         "bfloat16": lambda: CurvatureProducts(decoder(dtype=torch.bfloat16), batches),
         "frozen": lambda: CurvatureProducts(decoder().requires_grad_(False), batches),
         "shapes": lambda: CurvatureProducts(model, batches).hessian([torch.zeros(3)]),
+        "'always'": lambda: CurvatureProducts(model, batches, retain="always"),
+        "'forward'": lambda: CurvatureProducts(model, batches, method="forward"),
+        "'blocks.9": lambda: CurvatureProducts(model, batches, parameters="blocks.9.*"),
     }.items():
         with pytest.raises(UserError, match=words):
             build()

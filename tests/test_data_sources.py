@@ -55,9 +55,7 @@ def test_encyclopedia_title_and_extract(tmp_path: Path, monkeypatch: pytest.Monk
     assert [document.text for document in encyclopedia()] == ["A\nFirst letter."]
 
 
-def test_technical_one_document_an_operation_tags_stripped_paragraphs_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_technical_one_document_an_operation_tags_stripped_paragraphs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     service = {
         "documentation": "<p>Stores <b>things</b>.</p><p>Use &lt;name&gt;.</p>",
         "operations": {

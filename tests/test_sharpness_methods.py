@@ -1,98 +1,18 @@
-"""Every method against its formula, written here independently with torch.func, in float64."""
-
-import math
+"""Every method against its formula (test_sharpness_oracle.py), in float64."""
 
 import pytest
 import torch
 from conftest import TinyModel, TinyReadout, adamw, gradients, make_batch, make_model, warmed_up
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.func import functional_call, grad, jvp, vjp
+from test_sharpness_oracle import close, combine, dot, norm, oracle, state_of, theta_of
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from functional_sam import METHODS, SharpnessAware
 from functional_sam.sharpness.methods import ASCENT_OPTIONS, table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-# ---------------------------------------------------------------------- the oracle: dicts of tensors, nothing in place
-
-
-def norm(x):
-    return math.sqrt(sum(float((value * value).sum().detach()) for value in x.values()))
-
-
-def dot(x, y):
-    return sum(float((x[name] * y[name]).sum()) for name in x)
-
-
-def combine(a, x, b, y):
-    return {name: a * x[name] + b * y[name] for name in x}
-
-
-def state_of(model, optimizer, beta1=0.9, beta2=0.98, e=1e-9):
-    """(m, P = 1 / (sqrt(v_hat) + e)) of AdamW by name."""
-    states = {name: optimizer.state[p] for name, p in model.named_parameters()}
-    m = {name: state["exp_avg"].clone() for name, state in states.items()}
-    precision = {
-        name: 1 / ((state["exp_avg_sq"] / (1 - beta2 ** state["step"].item())).sqrt() + e) for name, state in states.items()
-    }
-    return m, precision
-
-
-def direction(ascent, theta, g, m, P, form="a", eta=None, sign=1.0, preconditioned=False):
-    """(d, size)."""
-    if ascent == "gradient":
-        return g, norm(g)
-    if ascent == "adam":
-        d = {n: P[n] * g[n] for n in g}
-        return d, {"a": norm(d), "b": norm(g), "c": math.sqrt(dot(g, d))}[form]
-    if ascent == "adaptive":
-        T = {n: theta[n].abs() + (eta or 0.01) if theta[n].ndim > 1 else torch.ones_like(theta[n]) for n in g}
-        return {n: T[n] ** 2 * g[n] for n in g}, norm({n: T[n] * g[n] for n in g})
-    if ascent == "fisher":
-        d = {n: g[n] / (1 + (eta or 1.0) * g[n] ** 2) for n in g}
-        return d, math.sqrt(dot(g, d))
-    d = {n: sign * m[n] * (P[n] if preconditioned else 1.0) for n in g}
-    return d, norm(d)
-
-
-def oracle(model, theta, batch, ascent="gradient", path="sam", rho=0.3, m=None, P=None, phi=45.0, forward=None, **options):
-    """(g, method's gradient); rho a number or {name: number}."""
-    inputs, targets = batch
-    z_of = forward or (lambda values: functional_call(model, values, (inputs,)))
-
-    def loss(z):
-        return F.cross_entropy(z.flatten(0, -2), targets.flatten())
-
-    z, pull = vjp(z_of, theta)
-    u = grad(loss)(z)
-    g = pull(u)[0]
-    d, size = direction(ascent, theta, g, m, P, **options)
-    eps = {n: (rho[n] if isinstance(rho, dict) else rho) * d[n] / size for n in d}
-    there = combine(1.0, theta, 1.0, eps)
-    if path == "sam":
-        return g, grad(lambda values: loss(z_of(values)))(there)
-    if path == "functional":
-        return g, vjp(z_of, there)[1](u)[0]
-    if path == "logit":
-        return g, pull(grad(loss)(z_of(there)))[0]
-    # Forward over reverse, the composition that is right for layer_norm.
-    func = jvp(lambda values: vjp(z_of, values)[1](u)[0], (theta,), (eps,))[1]
-    logit = pull(jvp(grad(loss), (z,), (jvp(z_of, (theta,), (eps,))[1],))[1])[0]
-    a, b = math.sqrt(2) * math.cos(math.radians(phi)), math.sqrt(2) * math.sin(math.radians(phi))
-    return g, {n: g[n] + a * func[n] + b * logit[n] for n in g}
-
-
-def theta_of(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def close(a, b, tolerance=1e-10):
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
-
 
 # ---------------------------------------------------------------------- the grid
 

@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 a run failed or diverged, 2 bad input (one line, no traceb
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,7 +19,13 @@ console = Console()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and dispatch; turns a UserError into one line and exit code 2."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    # argparse gives up on a list of key=value that an option interrupts: take what it left over.
+    options, rest = parser.parse_known_args(arguments)
+    taking = "overrides" if hasattr(options, "overrides") else "arguments"
+    if rest and (not hasattr(options, taking) or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        setattr(options, taking, [*getattr(options, taking), *rest])
     try:
         code: int = options.command(options)
         return code
@@ -39,7 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, function: Callable[[argparse.Namespace], int], text: str, exhibit: bool = True) -> argparse.ArgumentParser:
+    def command(
+        name: str, function: Callable[[argparse.Namespace], int], text: str, exhibit: bool = True
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(command=function)
         if exhibit:

@@ -269,7 +269,7 @@ def validated(config: Config) -> Config:
         training.precision in ("bf16", "float32", "float64"), f"training.precision={training.precision!r}: bf16, float32 or float64"
     )
     require(measure.points >= 0 and measure.rows >= 1, f"measure.points={measure.points}, measure.rows={measure.rows}")
-    require(1 <= measure.micro_batch, f"measure.micro_batch={measure.micro_batch}: at least 1")
+    require(measure.micro_batch >= 1, f"measure.micro_batch={measure.micro_batch}: at least 1")
     require(config.runtime.checkpoint_every >= 1, f"runtime.checkpoint_every={config.runtime.checkpoint_every}: at least 1")
     require(config.runtime.log_every >= 1, f"runtime.log_every={config.runtime.log_every}: at least 1")
     return config

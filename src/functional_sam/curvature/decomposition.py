@@ -10,11 +10,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from functional_sam.curvature.products import Batch, CurvatureProducts, Forward, LossFn
-from functional_sam.errors import UserError
+from functional_sam.curvature.ascent import Ascent, direction
+from functional_sam.curvature.batches import Batch
+from functional_sam.curvature.groups import labels
+from functional_sam.curvature.linearization import Forward
+from functional_sam.curvature.outer import LossFn
+from functional_sam.curvature.products import MEMORY_BUDGET, CurvatureProducts
+from functional_sam.curvature.vectors import dot, norm, ratio, unit
 from functional_sam.losses import cross_entropy
 
-Ascent = str | Sequence[Tensor]
+
+@dataclass(frozen=True)
+class Part:
+    """What a group of parameters has of g, of delta_logit and of delta_func: the norms of these restricted to it."""
+
+    num_parameters: int
+    norm_eps: float
+    norm_gradient: float
+    norm_logit: float
+    norm_func: float
+
+    @property
+    def share(self) -> float:
+        """|delta_func| / (|delta_func| + |delta_logit|) within the group, nan where both are zero."""
+        return ratio(self.norm_func, self.norm_func + self.norm_logit)
 
 
 @dataclass(frozen=True)
@@ -35,8 +54,11 @@ class Decomposition:
     cosine: float  # between delta_logit and delta_func
     cosine_logit_gradient: float
     cosine_func_gradient: float
+    cosine_eps_gradient: float  # 1 for ascent="gradient"
     curvature_logit: float  # eps^T H_G eps, never negative for a loss convex in the logits
     curvature_func: float  # eps^T H_F eps
+    by_kind: dict[str, Part]  # "embedding", "attention", "mlp", "norm", "head", and "other" for what no rule knows
+    by_layer: dict[str, Part]  # "blocks.0", ..., and by kind what is outside of the blocks
 
 
 def decompose(
@@ -46,21 +68,21 @@ def decompose(
     optimizer: torch.optim.Optimizer | None = None,
     loss_fn: LossFn = cross_entropy,
     forward: Forward | None = None,
+    *,
+    eta: float | None = None,
+    memory_budget: int = MEMORY_BUDGET,
 ) -> Decomposition:
     """The two halves of the sharpness gradient along one ascent direction d: delta_logit = H_G eps, delta_func = H_F eps.
 
-    eps = d / |d|, where d is
-        "gradient"         g
-        "adam"             g / (sqrt(v_hat) + e), v_hat = exp_avg_sq / (1 - beta2^step) and e from the optimizer; a parameter that
-                           it has not stepped counts as at its first step, v_hat = g^2; while it has stepped none, d = g
-        a list of tensors  itself
-    batches, loss_fn, forward: see CurvatureProducts.
-    Costs about five gradients: g, then one double backward and one backward for both halves.
-    Raises UserError for an unknown ascent, for "adam" without an Adam that holds the parameters, for a d that is zero or not
-    finite, and whatever CurvatureProducts raises.
+    eps = d / |d|, d by "gradient", "adam", "adaptive", "fisher" or "momentum", or itself as a list of tensors; see
+    functional_sam.curvature.ascent.direction for the formulas, for optimizer and for eta.
+    batches, loss_fn, forward, memory_budget: see CurvatureProducts.
+    Costs about three gradients where the graphs fit the budget (one for g, two for both halves), about five where not.
+    Raises UserError for an unknown ascent, for "adam" without an Adam that holds the parameters, for a d of zero, and whatever
+    CurvatureProducts raises; FloatingPointError for a d that is not finite.
     Source: arXiv 2502.02407, for the split and for the preconditioned ascent, whose exact form there was not seen.
     """
-    return decompose_many(model, batches, [ascent], optimizer, loss_fn, forward)[0]
+    return decompose_many(model, batches, [ascent], optimizer, loss_fn, forward, eta=eta, memory_budget=memory_budget)[0]
 
 
 def decompose_many(
@@ -70,16 +92,19 @@ def decompose_many(
     optimizer: torch.optim.Optimizer | None = None,
     loss_fn: LossFn = cross_entropy,
     forward: Forward | None = None,
+    *,
+    eta: float | None = None,
+    memory_budget: int = MEMORY_BUDGET,
 ) -> list[Decomposition]:
-    """decompose for each of several ascents, with one gradient between them."""
-    products = CurvatureProducts(model, batches, loss_fn, forward)
+    """decompose for each of several ascents, with one gradient, and graphs that fit the budget, between them."""
+    products = CurvatureProducts(model, batches, loss_fn, forward, memory_budget=memory_budget)
     loss, g = products.loss_and_gradient()
-    return [_along(products, float(loss), g, _unit(_direction(ascent, g, products.parameters, optimizer))) for ascent in ascents]
+    return [_along(products, float(loss), g, unit(direction(d, g, products.parameters, optimizer, eta))) for d in ascents]
 
 
 def _along(products: CurvatureProducts, loss: float, g: list[Tensor], eps: list[Tensor]) -> Decomposition:
     logit, func = products.split(eps)
-    norm_g, norm_logit, norm_func = _norm(g), _norm(logit), _norm(func)
+    norm_g, norm_logit, norm_func = norm(g), norm(logit), norm(func)
     return Decomposition(
         loss=loss,
         gradient=g,
@@ -88,61 +113,23 @@ def _along(products: CurvatureProducts, loss: float, g: list[Tensor], eps: list[
         norm_gradient=norm_g,
         norm_logit=norm_logit,
         norm_func=norm_func,
-        share=_ratio(norm_func, norm_func + norm_logit),
-        cosine=_ratio(_dot(logit, func), norm_logit * norm_func),
-        cosine_logit_gradient=_ratio(_dot(logit, g), norm_logit * norm_g),
-        cosine_func_gradient=_ratio(_dot(func, g), norm_func * norm_g),
-        curvature_logit=_dot(eps, logit),
-        curvature_func=_dot(eps, func),
+        share=ratio(norm_func, norm_func + norm_logit),
+        cosine=ratio(dot(logit, func), norm_logit * norm_func),
+        cosine_logit_gradient=ratio(dot(logit, g), norm_logit * norm_g),
+        cosine_func_gradient=ratio(dot(func, g), norm_func * norm_g),
+        cosine_eps_gradient=ratio(dot(eps, g), norm_g),
+        curvature_logit=dot(eps, logit),
+        curvature_func=dot(eps, func),
+        by_kind=_parts(labels(products.model, products.parameters, "kind"), eps, g, logit, func),
+        by_layer=_parts(labels(products.model, products.parameters, "layer"), eps, g, logit, func),
     )
 
 
-def _direction(
-    ascent: Ascent, g: list[Tensor], parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer | None
-) -> Sequence[Tensor]:
-    if not isinstance(ascent, str):
-        return ascent
-    if ascent == "gradient":
-        return g
-    if ascent == "adam":
-        return _preconditioned(g, parameters, optimizer)
-    raise UserError(f"ascent={ascent!r}: choose 'gradient', 'adam', or give a list of tensors shaped like the parameters")
-
-
-def _preconditioned(g: list[Tensor], parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
-    """g / (sqrt(v_hat) + e) from the state of an Adam."""
-    if optimizer is None:
-        raise UserError("ascent='adam' needs optimizer=, the Adam or AdamW that trains the model")
-    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
-    if not all("betas" in groups.get(parameter, {}) for parameter in parameters):
-        raise UserError("ascent='adam' needs an Adam or AdamW that holds every trainable parameter of the model")
-    states = [optimizer.state.get(parameter, {}) for parameter in parameters]
-    if not any("exp_avg_sq" in state for state in states):
-        return g
-    direction = []
-    for g_i, parameter, state in zip(g, parameters, states, strict=True):
-        v_hat = g_i.square()
-        if "exp_avg_sq" in state:
-            v_hat = state["exp_avg_sq"] / (1 - groups[parameter]["betas"][1] ** float(state["step"]))
-        direction.append(g_i / (v_hat.sqrt() + groups[parameter]["eps"]))
-    return direction
-
-
-def _unit(d: Sequence[Tensor]) -> list[Tensor]:
-    norm = _norm(d)
-    if not 0 < norm < math.inf:
-        raise UserError(f"the ascent direction has norm {norm}: there is no unit vector along it")
-    return [tensor / norm for tensor in d]
-
-
-def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """Summed in float64, for the parts differ in size by orders of magnitude."""
-    return float(torch.stack([(x * y).sum(dtype=torch.float64) for x, y in zip(a, b, strict=True)]).sum())
-
-
-def _norm(a: Sequence[Tensor]) -> float:
-    return math.sqrt(_dot(a, a))
-
-
-def _ratio(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator else math.nan
+def _parts(names: list[str], *vectors: list[Tensor]) -> dict[str, Part]:
+    squares: dict[str, list[float]] = {name: [0.0] * 4 for name in dict.fromkeys(names)}
+    sizes = dict.fromkeys(squares, 0)
+    for i, name in enumerate(names):
+        sizes[name] += vectors[0][i].numel()
+        for j, vector in enumerate(vectors):
+            squares[name][j] += dot([vector[i]], [vector[i]])
+    return {name: Part(sizes[name], *map(math.sqrt, sums)) for name, sums in squares.items()}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from functional_sam.curvature.batches import Batch
 from functional_sam.curvature.context import drawing_nothing, second_order
 from functional_sam.curvature.outer import LossFn
-from functional_sam.curvature.vectors import norm
+from functional_sam.curvature.vectors import length, norm
 from functional_sam.errors import UserError
 
 Forward = Callable[..., Any]
@@ -32,11 +32,11 @@ class Differences:
 
     A model sharded by FSDP2 is called on all ranks alike, each with as many batches of its own; the loss is the mean over the valid
     targets of all. v and the results are sharded as the parameters are. Costs in gradients: H v 4, H_F v 4 and a forward, H_G v 1
-    and 4 forwards. It holds the weights a second time and, for the halves, the logits of a batch. The weights are moved and put back
-    by copy, bit for bit; .grad is left alone.
+    and 4 forwards. It holds the weights a second time and, for the halves, the logits of a batch. The weights are moved and put
+    back by copy, bit for bit; .grad is left alone.
 
-    error: of the last product, |D(h/2) - D(h)| / 3 as a part of the result's size (of H_G v: in u, before J^T). That is the error of
-    D(h/2), truncation and rounding together; what is returned, extrapolated, is better unless rounding is the larger.
+    error: of the last product, |D(h/2) - D(h)| / 3 as a part of the result's size (of H_G v: in u, before J^T). That is the error
+    of D(h/2), truncation and rounding together; what is returned, extrapolated, is better unless rounding is the larger.
     step: |h v| / |theta|, the fourth root of the machine epsilon, 2e-2 in float32 and 1e-4 in float64.
     """
 
@@ -57,7 +57,7 @@ class Differences:
         with self._passes():
             for inputs, targets in self.batches:
                 summed, valid = self.loss_fn(self._logits(inputs), targets)
-                summed.backward()
+                torch.autograd.backward(summed)
                 torch._foreach_add_(total, self._take())
                 loss, count = loss + float(summed.detach()), count + float(valid)
         loss, count = self._over_ranks(loss, count)
@@ -68,7 +68,7 @@ class Differences:
 
         def pull(inputs: Any, targets: Any) -> tuple[float, Callable[[], None]]:
             def at_moved_weights() -> None:
-                self.loss_fn(self._logits(inputs), targets)[0].backward()
+                torch.autograd.backward(self.loss_fn(self._logits(inputs), targets)[0])
 
             return self._count(inputs, targets), at_moved_weights
 
@@ -81,7 +81,7 @@ class Differences:
             u, valid = self._cotangent(inputs, targets)
 
             def at_moved_weights() -> None:
-                self._logits(inputs).backward(u)
+                torch.autograd.backward(self._logits(inputs), u)
 
             return valid, at_moved_weights
 
@@ -105,7 +105,7 @@ class Differences:
                 size += float(du.norm(dtype=torch.float64)) ** 2
                 z = self._logits(inputs)
                 valid = self.loss_fn(z.detach(), targets)[1]
-                z.backward(du)
+                torch.autograd.backward(z, du)
                 torch._foreach_add_(total, self._take())
                 count += float(valid)
         count, size, gap = self._over_ranks(count, size, gap)
@@ -137,10 +137,7 @@ class Differences:
     def _settle(self, v: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
         """h, and a copy of the weights."""
         start = [p.detach().clone() for p in self.parameters]
-        size = norm(v)
-        if not 0 < size < float("inf"):
-            raise UserError(f"v has norm {size}: there is no difference along it")
-        return self.step * (norm(start) or 1.0) / size, start
+        return self.step * (norm(start) or 1.0) / length(v, "v"), start
 
     def _move(self, start: list[Tensor], v: Sequence[Tensor], step: float) -> None:
         """theta = start + step v; at 0 the very bits of start."""
@@ -193,7 +190,9 @@ class Differences:
         (u,) = torch.autograd.grad(total, leaf)
         return u, float(valid)
 
-    def _cotangent_at(self, start: list[Tensor], v: Sequence[Tensor], step: float, inputs: Any, targets: Any) -> tuple[Tensor, float]:
+    def _cotangent_at(
+        self, start: list[Tensor], v: Sequence[Tensor], step: float, inputs: Any, targets: Any
+    ) -> tuple[Tensor, float]:
         self._move(start, v, step)
         return self._cotangent(inputs, targets)
 

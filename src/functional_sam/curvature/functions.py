@@ -6,7 +6,8 @@ g a cotangent of the output, r a cotangent of the gradient by the input; each Gr
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +24,20 @@ class Quick(TorchFunctionMode):
         if quick is not None and not _checkpointed():
             return quick(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def tangents_only() -> Iterator[None]:
+    """Inside it, a Grad differentiated gives the part by g alone, all that J v needs; autograd does not tell what is asked for."""
+    global _by_inputs
+    _by_inputs = False
+    try:
+        yield
+    finally:
+        _by_inputs = True
+
+
+_by_inputs = True
 
 
 def _checkpointed() -> bool:
@@ -80,14 +95,13 @@ class _PointwiseGrad(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        ctx.save_for_backward(g, first, second)
+        ctx.save_for_backward(first, g * second)
         return g * first
 
     @staticmethod
     def backward(ctx: Any, r: Tensor) -> tuple[Tensor | None, ...]:
-        g, first, second = ctx.saved_tensors
-        by_g, by_x = ctx.needs_input_grad[:2]
-        return r * first if by_g else None, (r * g).mul_(second) if by_x else None, None, None
+        first, g_second = ctx.saved_tensors
+        return r * first, r * g_second if _by_inputs else None, None, None
 
 
 # --- n = (x - mean) / sqrt(var + eps) over the last dimensions --------------------------------------------------------------
@@ -105,10 +119,10 @@ def layer_norm(
     return n if bias is None else n + bias
 
 
-def _project(g: Tensor, n: Tensor, rstd: Tensor) -> Tensor:
-    """dn/dx g = rstd (g - mean(g) - n mean(g n)); the matrix is symmetric."""
-    projected = torch.addcmul(g, n, (g * n).mean(-1, keepdim=True), value=-1)
-    return projected.sub_(g.mean(-1, keepdim=True)).mul_(rstd)
+def _project(g: Tensor, n: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """dn/dx g = rstd (g - mean(g) - n mean(g n)), by a symmetric matrix, and mean(g n)."""
+    g_n = (g * n).mean(-1, keepdim=True)
+    return torch.addcmul(g, n, g_n, value=-1).sub_(g.mean(-1, keepdim=True)).mul_(rstd), g_n
 
 
 class _Normal(torch.autograd.Function):
@@ -125,24 +139,24 @@ class _Normal(torch.autograd.Function):
 
 
 class _NormalGrad(torch.autograd.Function):
-    """dn/dx g. By n and rstd it is r . (...) = rstd (r . g - D mean(r) mean(g) - D a b) with a = mean(r n), b = mean(g n)."""
+    """dn/dx g. Against r it is s = rstd (r . g - D mean(r) mean(g) - D mean(r n) mean(g n)), and both rstd and n move with x:
+    drstd/dx = -rstd^2 n / D, so that the part by x through rstd is -rstd s n / D, and the part by n is left to n."""
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor, n: Tensor, rstd: Tensor) -> Tensor:
-        ctx.save_for_backward(g, n, rstd)
-        return _project(g, n, rstd)
+        projected, g_n = _project(g, n, rstd)
+        ctx.save_for_backward(g, n, rstd, g_n * -rstd)
+        return projected
 
     @staticmethod
     def backward(ctx: Any, r: Tensor) -> tuple[Tensor | None, ...]:
-        g, n, rstd = ctx.saved_tensors
-        by_g, by_x, by_n = ctx.needs_input_grad[:3]
-        along_g = _project(r, n, rstd)
-        if not (by_x or by_n):
-            return along_g, None, None, None
-        # rstd moves with x by -rstd^2 n / D, and the part in brackets is (along_g . g) / rstd.
-        along_x = n * ((along_g * g).mean(-1, keepdim=True) * -rstd)
-        along_n = torch.addcmul(r * (g * n).mean(-1, keepdim=True), g, (r * n).mean(-1, keepdim=True)).mul_(-rstd)
-        return along_g if by_g else None, along_x, along_n, None
+        g, n, rstd, minus_g_n = ctx.saved_tensors
+        by_g, r_n = _project(r, n, rstd)
+        if not _by_inputs:
+            return by_g, None, None, None
+        by_x = n * ((by_g * g).mean(-1, keepdim=True) * -rstd)  # by_g . g = s
+        by_n = torch.addcmul(r * minus_g_n, g, r_n * -rstd)
+        return by_g, by_x, by_n, None
 
 
 # --- attention ------------------------------------------------------------------------------------------------------------
@@ -186,23 +200,19 @@ class _Softmax(torch.autograd.Function):
 
 
 class _SoftmaxGrad(torch.autograd.Function):
-    """p (g - p . g)."""
+    """p G, G = g - p . g. Of the part by p, G r - g (p . r), what is constant along a row is left out, for softmax ignores it."""
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, p: Tensor) -> Tensor:
-        ctx.save_for_backward(g, p)
-        return torch._softmax_backward_data(g, p, -1, p.dtype)
+        centred = g - (g * p).sum(-1, keepdim=True)
+        ctx.save_for_backward(centred, p)
+        return centred * p
 
     @staticmethod
     def backward(ctx: Any, r: Tensor) -> tuple[Tensor | None, ...]:
-        g, p = ctx.saved_tensors
-        by_g, by_p = ctx.needs_input_grad[:2]
-        along_g = torch._softmax_backward_data(r, p, -1, p.dtype) if by_g else None
-        if not by_p:
-            return along_g, None
-        r_p, g_p = (torch.einsum("...n,...n->...", t, p).unsqueeze(-1) for t in (r, g))
-        # r (g - p . g) - g (p . r)
-        return along_g, torch.addcmul(r * (g - g_p), g, r_p, value=-1)
+        centred, p = ctx.saved_tensors
+        r = r - (r * p).sum(-1, keepdim=True)
+        return r * p, r * centred if _by_inputs else None
 
 
 _QUICK: dict[Any, Callable[..., Tensor]] = {

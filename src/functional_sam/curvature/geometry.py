@@ -29,8 +29,8 @@ class Products(Protocol):
 class AdamGeometry:
     """The products of P^1/2 H P^1/2, of its halves, and P^1/2 g: derivatives by x, where theta = P^1/2 x with P held fixed.
 
-    A unit step along the gradient by x is a step along P g by theta, which is the preconditioned ascent. The eigenvalues are those of
-    P A, the matrix whose largest times the learning rate says whether Adam is stable (Cohen et al. 2022, arXiv 2207.14484).
+    A unit step along the gradient by x is a step along P g by theta, which is the preconditioned ascent. The eigenvalues are those
+    of P A, the largest of which, times the learning rate, says whether Adam is stable (Cohen et al. 2022, arXiv 2207.14484).
     """
 
     def __init__(self, products: Products, scales: list[Tensor]) -> None:

@@ -1,6 +1,6 @@
 """The graph of one batch from which every curvature product is taken, as often as wanted.
 
-theta the parameters, y = y(theta) the outputs: the logits z, or (h, W), last hidden state and head, where the model hands them over.
+theta the parameters, y = y(theta) the outputs: the logits z, or (h, W), last hidden state and head, where the model gives them.
 L(y) the loss summed over the batch (outer.py), c = dL/dy, J = dy/dtheta, v a direction.
 
 One forward and one backward leave the graph of the gradient g = J(theta)^T c(y(theta)). It is made of the nodes of J^T, and of one
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from functional_sam.curvature.functions import tangents_only
 from functional_sam.curvature.outer import LossFn, OnHead, OnLogits, Outer, Tangents, pull_back
 
 Forward = Callable[..., Any]  # (model, inputs), and readout= of a model that has one
@@ -83,7 +84,9 @@ class Linearization:
 
     def gauss_newton(self, v: Sequence[Tensor], keep: bool) -> list[Tensor]:
         """H_G v."""
-        return self._logit_half(pull_back(self.g, self.c, v, retain_graph=True), keep)
+        with tangents_only():
+            Jv = pull_back(self.g, self.c, v, retain_graph=True)
+        return self._logit_half(Jv, keep)
 
     def functional(self, v: Sequence[Tensor], keep: bool) -> list[Tensor]:
         """H_F v."""
@@ -105,7 +108,7 @@ class Linearization:
 
 
 class _State:
-    """What Node is to answer with, and the dy it was asked with. It holds no graph, or Node and graph would keep each other alive."""
+    """What Node is to answer with, and the dy it was asked with. It holds no graph, or Node and graph would never be freed."""
 
     def __init__(self, outer: Outer) -> None:
         self.outer, self.logit = outer, False

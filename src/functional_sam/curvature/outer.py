@@ -23,7 +23,8 @@ from functional_sam.losses import IGNORE, cross_entropy
 LossFn = Callable[[Tensor, Any], tuple[Tensor, Tensor]]
 Tangents = Sequence[Tensor | None]  # None is zero
 
-CHUNK_BYTES = 16 * 2**20  # of logits held at once
+CHUNK_BYTES = 4 * 2**20  # of logits held at once
+LEAST_ROWS = 64  # in a chunk, for fewer make slow matrix products
 
 
 class Outer(Protocol):
@@ -50,7 +51,7 @@ class OnLogits:
         leaf = z.detach().requires_grad_()
         total, self.count = loss_fn(leaf, targets)
         self.loss = total.detach()
-        self.targets = targets if loss_fn is cross_entropy else None
+        self.targets: Any = targets if loss_fn is cross_entropy else None
         # Of a loss unknown the graph of u is kept, from the leaf; of cross-entropy u itself.
         self.leaf = leaf if self.targets is None else None
         (self.u,) = pull_back([total], [leaf], create_graph=self.targets is None)
@@ -77,7 +78,7 @@ class OnLogits:
         valid_N = y_N != IGNORE
         y_N = y_N.where(valid_N, 0)
         own_N = dz_NV.gather(1, y_N) * valid_N  # u is zero for an ignored target, and so is q then
-        s_N = torch.einsum("nv,nv->n", u_NV, dz_NV).unsqueeze(1) + own_N
+        s_N = (u_NV * dz_NV).sum(1, keepdim=True) + own_N
         torch.sub(dz_NV, s_N, out=q_NV).mul_(u_NV)
         q_NV.scatter_add_(1, y_N, (own_N - s_N) * valid_N)
         return q
@@ -130,7 +131,7 @@ class OnHead:
                 dz_CV = torch.zeros_like(p_CV) if dh is None else dh[rows] @ self.W_VD.T
                 if dW is not None:
                     dz_CV.addmm_(self.h_ND[rows], dW.T)
-                q_CV = dz_CV.sub_(torch.einsum("nv,nv->n", p_CV, dz_CV).unsqueeze(1)).mul_(p_CV)
+                q_CV = dz_CV.sub_((p_CV * dz_CV).sum(1, keepdim=True)).mul_(p_CV)
                 _add(by_h_ND, rows, q_CV, self.W_VD)
                 _add_transposed(by_W_VD, q_CV, self.h_ND[rows])
             if functional:
@@ -168,8 +169,8 @@ class OnHead:
 
 
 def chunks(num_rows: int, row_bytes: int) -> Iterator[slice]:
-    """Slices of rows that fit CHUNK_BYTES, of 64 rows at least, for fewer make slow matrix products."""
-    size = max(64, CHUNK_BYTES // row_bytes)
+    """Slices of rows that fit CHUNK_BYTES, of LEAST_ROWS at least."""
+    size = max(LEAST_ROWS, CHUNK_BYTES // row_bytes)
     for start in range(0, num_rows, size):
         yield slice(start, min(start + size, num_rows))
 

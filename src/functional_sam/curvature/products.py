@@ -171,7 +171,7 @@ class CurvatureProducts:
     ) -> AdamGeometry:
         """The same products of P^1/2 A P^1/2, P = 1 / (sqrt(v_hat) + eps): the curvature in the geometry of Adam.
 
-        v_hat and eps from the state of an optimizer, or v_hat given as second_moments, bias-corrected and shaped like the parameters.
+        v_hat and eps from the state of an optimizer, or v_hat given as second_moments, bias-corrected, shaped like the parameters.
         See AdamGeometry. Raises UserError for both or neither, and for an optimizer that is no Adam or lacks a parameter.
         """
         return AdamGeometry(self, adam_scales(self.parameters, optimizer, second_moments, eps, self.gradient))

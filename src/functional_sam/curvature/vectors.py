@@ -29,11 +29,19 @@ def ratio(numerator: float, denominator: float) -> float:
 
 
 def unit(d: Sequence[Tensor], what: str = "the ascent direction") -> list[Tensor]:
-    """d / |d|. Raises UserError where that is no vector."""
-    size = norm(d)
-    if not 0 < size < math.inf:
-        raise UserError(f"{what} has norm {size}: there is no unit vector along it")
+    """d / |d|. Raises UserError for a d of zero, FloatingPointError for one that is not finite."""
+    size = length(d, what)
     return [tensor / size for tensor in d]
+
+
+def length(d: Sequence[Tensor], what: str) -> float:
+    """|d|. Raises as unit does."""
+    size = norm(d)
+    if not math.isfinite(size):
+        raise FloatingPointError(f"{what} has norm {size}: the weights or the loss are no longer finite")
+    if size == 0:
+        raise UserError(f"{what} is zero: there is no unit vector along it")
+    return size
 
 
 class Space:
@@ -55,13 +63,13 @@ class Space:
 
     def flat(self, tensors: Sequence[Tensor], into: Tensor | None = None) -> Tensor:
         into = torch.empty(self.local_size, dtype=self.dtype, device=self.device) if into is None else into
-        for part, tensor in zip(into.split(self.sizes), tensors, strict=True):
+        for part, tensor in zip(torch.split(into, self.sizes), tensors, strict=True):
             part.copy_(_local(tensor.detach()).reshape(-1))
         return into
 
     def tensors(self, flat: Tensor) -> list[Tensor]:
         """Views of the row, shaped and sharded as the list is."""
-        parts = [part.view(shape) for part, shape in zip(flat.split(self.sizes), self.shapes, strict=True)]
+        parts = [part.view(shape) for part, shape in zip(torch.split(flat, self.sizes), self.shapes, strict=True)]
         if not self.meshes:
             return parts
         from torch.distributed.tensor import DTensor
@@ -80,17 +88,18 @@ class Space:
         return partial
 
     def norm(self, flat: Tensor) -> float:
-        return math.sqrt(float(self.summed((flat.double() @ flat.double()) if flat.dtype != torch.float64 else flat @ flat)))
+        size = torch.linalg.vector_norm(flat, dtype=torch.float64)
+        return math.sqrt(float(self.summed(size * size)))
 
     def gaussian(self, generator: Generator | None) -> Tensor:
         """Independent standard normal numbers, the same whatever the number of ranks."""
-        return self._drawn(lambda shape: torch.randn(shape, dtype=self.dtype, device=_where(generator, self.device), generator=generator))
+        where = self.device if generator is None else generator.device
+        return self._drawn(lambda shape: torch.randn(shape, dtype=self.dtype, device=where, generator=generator))
 
     def signs(self, generator: Generator | None) -> Tensor:
         """Independent numbers of which each is 1 or -1."""
-        return self._drawn(
-            lambda shape: torch.randint(2, shape, device=_where(generator, self.device), generator=generator).to(self.dtype) * 2 - 1
-        )
+        where = self.device if generator is None else generator.device
+        return self._drawn(lambda shape: torch.randint(2, shape, device=where, generator=generator).to(self.dtype) * 2 - 1)
 
     def _drawn(self, draw: Any) -> Tensor:
         drawn = []
@@ -107,7 +116,3 @@ class Space:
 def _local(tensor: Tensor) -> Tensor:
     local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return local
-
-
-def _where(generator: Generator | None, device: torch.device) -> torch.device:
-    return device if generator is None else generator.device

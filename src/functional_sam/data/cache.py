@@ -26,9 +26,7 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def cached(
-    directory: Path, build: Callable[[Path], dict[str, Any]], progress: Progress, verify: bool = False
-) -> dict[str, Any]:
+def cached(directory: Path, build: Callable[[Path], dict[str, Any]], progress: Progress, verify: bool = False) -> dict[str, Any]:
     """The manifest of `directory`, which `build(temporary directory)` fills once; what `build` returns goes into the manifest.
 
     The manifest also holds `files` (name -> bytes, sha256) and `sha256`, one digest of the content of all files. One process

@@ -138,9 +138,7 @@ def array_sha256(array: np.ndarray) -> str:
 
 def _run(command: list[str], directory: Path) -> None:
     try:
-        subprocess.run(
-            command, cwd=directory, check=True, capture_output=True, text=True, errors="replace", timeout=60 * _MINUTES
-        )
+        subprocess.run(command, cwd=directory, check=True, capture_output=True, text=True, errors="replace", timeout=60 * _MINUTES)
     except subprocess.CalledProcessError as error:
         last = (error.stderr or error.stdout or "").strip().splitlines()[-1:]
         raise Unavailable(f"`{' '.join(command[:1] + command[-2:])}` failed: {''.join(last)}") from error

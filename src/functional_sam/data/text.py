@@ -143,9 +143,7 @@ class TextData:
             raise UserError(f"no window of length {length:,} fits into {unique_tokens or available:,} train tokens: lower it")
         return windows
 
-    def train_batch(
-        self, step: int, batch: int, length: int, seed: int, unique_tokens: int | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def train_batch(self, step: int, batch: int, length: int, seed: int, unique_tokens: int | None = None) -> tuple[Tensor, Tensor]:
         """Inputs and targets of batch number `step`, int64 [B, L] each.
 
         Every window is met once per epoch, in an order drawn from (seed, epoch); the batch depends on the arguments alone.

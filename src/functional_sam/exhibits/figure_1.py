@@ -93,8 +93,8 @@ def _words(spec: Spec, configs: list[Config], data: pd.DataFrame) -> tuple[str, 
         for task, config in ((task, next(c for c in configs if c.task == task)) for task in spec.tasks)
     )
     caption = (
-        "Logit and functional part of the sharpness gradient H eps = H_G eps + H_F eps during AdamW training: |part| / (sum of both "
-        "norms), and the cosine between the two, on a fixed held-out batch, under the gradient and under the Adam ascent. "
+        "Logit and functional part of the sharpness gradient H eps = H_G eps + H_F eps during AdamW training: |part| / (sum of "
+        "both norms), and the cosine between the two, on a fixed held-out batch, under the gradient and under the Adam ascent. "
         f"Mean over n={n} seeds, bands are one standard error. Scale {spec.scale}, not the paper's: {sizes}."
     )
     verdict = "logit share |delta_logit| / (|delta_logit| + |delta_func|) at the end: " + "; ".join(

@@ -1,11 +1,10 @@
 """Executing analysis/*.ipynb by papermill: the notebook that a reader opens is the one that drew the exhibit."""
 
 import json
+import warnings
 from pathlib import Path
 
 import nbformat
-import warnings
-
 import papermill
 
 from functional_sam.errors import UserError
@@ -24,6 +23,7 @@ def execute_notebook(name: str, scale: str) -> tuple[list[Path], str]:
     path = notebook(name)
     with atomic_file(path) as temporary:
         try:
+            warnings.filterwarnings("ignore", message="The specified file", module="papermill")  # the name of a temporary file
             papermill.execute_notebook(
                 str(path), str(temporary), {"scale": scale}, kernel_name="python3", progress_bar=False, cwd=str(path.parents[1])
             )

@@ -136,5 +136,7 @@ def _markdown(frame: pd.DataFrame, published: pd.DataFrame, caption: str, text: 
         "",
     ]
     lines += ["| model | method | loss (nats/token) | source |", "|---|---|---|---|"]
-    lines += [f"| {r.model} | {r.method} | {r.value} | {r.source} ({r.standing}) |" for r in published.itertuples()]
+    for row in published.itertuples():
+        value = "diverged" if pd.isna(row.value) else f"{row.value:g}"
+        lines.append(f"| {row.model} | {row.method} | {value} | {row.source} ({row.standing}) |")
     return "\n".join(lines) + "\n"

@@ -57,7 +57,7 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
             **config.method.options,
         )
 
-        start = 0
+        start = count = 0
         state = checkpoint.load_newest(run.directory / "checkpoint")
         if state is not None:
             model.load_state_dict(state["model"])
@@ -112,8 +112,9 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
         run.write("done.json", {"step": config.training.steps, "seconds": round(elapsed, 3), **evaluated})
         return run
     except FloatingPointError as error:  # divergence is a result, and kept as one
-        run.write("done.json", {"diverged": True, "error": str(error), "loss": None})
-        raise
+        message = str(error) if str(error).startswith("step") else f"after step {count}: {error}"
+        run.write("done.json", {"diverged": True, "error": message, "loss": None})
+        raise FloatingPointError(message) from error
     finally:
         run.close()
 

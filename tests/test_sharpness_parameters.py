@@ -1,0 +1,157 @@
+"""Frozen, tied, unused parameters, zero gradients, odd heads."""
+
+import math
+
+import pytest
+import torch
+from conftest import TinyModel, TinyReadout, adamw, gradients, make_batch, make_model, warmed_up
+from test_sharpness_oracle import close, combine, norm, oracle, state_of, theta_of
+from torch.nn import functional as F
+
+from functional_sam import METHODS, SharpnessAware
+from functional_sam.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+KINDS = pytest.mark.parametrize("kind", [TinyModel, TinyReadout])
+ALL = pytest.mark.parametrize("method", METHODS)
+PERTURBED = [name for name in METHODS if name != "adamw"]
+
+
+def uneven_batch(rows=8):
+    inputs, targets = make_batch(rows)
+    targets[0, :4] = targets[5] = -100
+    return inputs, targets
+
+
+def relative(a, b):
+    return norm(combine(1.0, a, -1.0, b)) / norm(b)
+
+
+# ---------------------------------------------------------------------- odd parameters
+
+
+class Odd(TinyReadout):
+    """A tied head (as ever), a frozen bias, a parameter that is never used, one used every other call, one out of the optimizer."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.unused = torch.nn.Parameter(torch.ones(3))
+        self.sometimes = torch.nn.Parameter(torch.ones(1))
+        self.stranger = torch.nn.Parameter(torch.ones(1))
+        self.up.bias.requires_grad_(False)
+        self.used = False
+
+    def forward(self, tokens, readout=None):
+        scale = self.sometimes if self.used else 1.0
+        if readout is None:
+            return super().forward(tokens) * self.stranger * scale
+        return super().forward(tokens, lambda h, weight: readout(h * self.stranger * scale, weight))
+
+
+@pytest.mark.parametrize("keep", ["auto", "cotangent"])
+@ALL
+def test_frozen_tied_unused_and_unknown_parameters(method, keep):
+    model = make_model(Odd)
+    optimizer = adamw(model)
+    optimizer.param_groups[0]["params"] = [p for p in model.parameters() if p is not model.stranger]
+    sharpness = SharpnessAware(model, optimizer, method, rho=0.2, keep=keep)
+    model.unused.grad = torch.full_like(model.unused, 3.0)  # stale: replaced, not accumulated
+    for step in range(4):
+        model.used = step % 2 == 1
+        before = theta_of(model)
+        sharpness.backward([make_batch(seed=step)])
+        assert all(torch.equal(before[n], p) for n, p in theta_of(model).items())
+        assert model.unused.grad is None or not model.unused.grad.any()
+        assert model.up.bias.grad is None
+        assert model.stranger.grad is not None
+        if METHODS[method].mix is None and METHODS[method].ascent == "gradient" and method != "sam-on":
+            # The parameter outside of the optimizer stays where it is and counts for no norm.
+            trained = {n: p.detach() for n, p in model.named_parameters() if n not in ("stranger", "up.bias")}
+            _, expected = oracle(
+                model, trained, make_batch(seed=step), "gradient", METHODS[method].path, 0.2, phi=sharpness.options.get("phi", 0)
+            )
+            close(
+                {n: g for n, g in gradients(model).items() if n in expected},
+                {n: expected[n] for n in gradients(model) if n in expected},
+            )
+        optimizer.step()
+        assert torch.equal(before["up.bias"], model.up.bias)
+
+
+@KINDS
+@pytest.mark.parametrize("method", PERTURBED)
+def test_a_zero_gradient_is_left_alone(method, kind):
+    """|g| = 0: no perturbation, no NaN. Zero embeddings and norm make every logit 0 and every gradient but the bias's 0."""
+    model = make_model(kind)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    sharpness = SharpnessAware(model, adamw(model), method, rho=0.3)
+    for _ in range(2):
+        loss = sharpness.backward([make_batch()])
+        assert float(loss) == pytest.approx(math.log(11))
+        assert all(not g.any() for g in gradients(model).values())
+        assert all(not p.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["gnp", "gsam", "wsam", "sam", "functional-sam", "penalty-sam"])
+@pytest.mark.parametrize("options", [{"only": lambda name, p: name == "unused"}, {"ascent": "momentum"}])
+def test_a_zero_direction_leaves_the_plain_gradient(method, options):
+    """Size 0 though g is not: nothing to perturb, or no momentum yet."""
+
+    class Unused(TinyModel):
+        def __init__(self):
+            super().__init__()
+            self.unused = torch.nn.Parameter(torch.ones(3))
+
+        def forward(self, tokens):
+            return super().forward(tokens) + 0.0 * self.unused.sum()
+
+    model = make_model(Unused)
+    SharpnessAware(model, adamw(model), "adamw").backward([make_batch()])
+    expected = gradients(model)
+    SharpnessAware(model, adamw(model), method, rho=0.3, **options).backward([make_batch()])
+    close(gradients(model), expected, 0)
+
+
+def test_a_head_that_is_a_view_of_a_parameter():
+    """The kept head must not move with the parameter it is a slice of."""
+
+    class Padded(TinyReadout):
+        def forward(self, tokens, readout=None):
+            h = self.norm(self.embedding(tokens) + self.down(F.gelu(self.up(self.embedding(tokens)))))
+            weight = self.embedding.weight[:11]
+            return h @ weight.T if readout is None else readout(h, weight)
+
+    model = make_model(Padded, vocab=16)
+    optimizer = warmed_up(model)
+    m, P = state_of(model, optimizer)
+    for ascent in ("gradient", "momentum"):
+        for path in ("sam", "functional", "logit"):
+            _, expected = oracle(model, theta_of(model), make_batch(), ascent, path, 0.3, m, P)
+            SharpnessAware(model, optimizer, "sam", rho=0.3, ascent=ascent, path=path).backward([make_batch()])
+            close(gradients(model), expected)
+
+
+@pytest.mark.parametrize("method", ["adamw", "functional-sam", "momentum-functional-sam"])
+def test_a_model_that_changes_what_readout_returned(method):
+    """A temperature after the head: right without readout, refused with it."""
+
+    class Tempered(TinyReadout):
+        def forward(self, tokens, readout=None):
+            return super().forward(tokens, readout) / 2.0
+
+    model = make_model(Tempered)
+    optimizer = warmed_up(model)
+    with pytest.raises(UserError, match="returns what readout returned"):
+        SharpnessAware(model, optimizer, method).backward([make_batch()])
+    SharpnessAware(model, optimizer, method, keep="cotangent").backward([make_batch()])
+
+
+def test_the_kept_cotangent_may_be_bf16():
+    model = make_model(dtype=torch.float32, width=16)
+    SharpnessAware(model, adamw(model), "functional-sam", rho=0.3).backward([make_batch()])
+    expected = gradients(model)
+    sharpness = SharpnessAware(model, adamw(model), "functional-sam", rho=0.3, keep_dtype=torch.bfloat16)
+    sharpness.backward([make_batch()])
+    assert 0 < relative(gradients(model), expected) < 0.01
