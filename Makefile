@@ -8,7 +8,7 @@ EXHIBITS := $(basename $(notdir $(wildcard configs/exhibits/*.yaml)))
 export PYTHONUTF8 := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format clean $(EXHIBITS) $(addprefix draw-,$(EXHIBITS)) $(addprefix plan-,$(EXHIBITS))
+.PHONY: help setup methods benchmark test lint format clean $(EXHIBITS) $(addprefix draw-,$(EXHIBITS)) $(addprefix plan-,$(EXHIBITS))
 
 help:  ## this list
 	@echo "make TARGET [SCALE=quick|laptop] [JOBS=processes]      times: 2 CPU cores, scale quick, after setup"
@@ -27,8 +27,8 @@ $(READY): requirements.lock requirements-data.txt pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-figure-1: $(READY)  ## logit and functional share of the sharpness gradient, language beside vision (4 min)
-table-1: $(READY)  ## SAM, Functional-SAM and both preconditioned against AdamW in language modeling (10 min)
+figure-1: $(READY)  ## logit and functional share of the sharpness gradient, language beside vision (3 min)
+table-1: $(READY)  ## SAM, Functional-SAM and both preconditioned against AdamW in language modeling (9 min)
 
 $(EXHIBITS): $(READY)
 	@$(BIN)/functional-sam run $@ --scale $(SCALE) --jobs $(JOBS)
@@ -39,6 +39,12 @@ $(addprefix draw-,$(EXHIBITS)): draw-%: $(READY)
 
 $(addprefix plan-,$(EXHIBITS)): plan-%: $(READY)
 	@$(BIN)/functional-sam plan $* --scale $(SCALE)
+
+methods: $(READY)  ## the table of methods: where each looks, which derivative it takes there, what it costs
+	@$(BIN)/functional-sam methods
+
+benchmark: $(READY)  ## time and memory of every method as ratios to AdamW, measured on this machine (8 min)
+	@$(BIN)/functional-sam benchmark
 
 test: $(READY)  ## the whole test suite (5 min; make test ARGS='-m "not slow"' under 2)
 	@$(BIN)/pytest $(ARGS)

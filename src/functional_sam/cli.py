@@ -71,6 +71,8 @@ def _parser() -> argparse.ArgumentParser:
 
     command("status", _status, "every run under runs/ and its state", exhibit=False)
     command("methods", _methods, "the methods: where each looks, which derivative it takes there, what it costs", exhibit=False)
+    bench = command("benchmark", _benchmark, "time and memory of every method as ratios to AdamW, measured here", exhibit=False)
+    bench.add_argument("--rounds", type=int, default=0, help="turns of each method (default: enough for stable medians)")
     return parser
 
 
@@ -155,20 +157,21 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _methods(options: argparse.Namespace) -> int:
-    from functional_sam.sharpness.methods import METHODS
+    from functional_sam.sharpness.methods import table
 
-    table = Table("name", "ascent", "path", "mix", "passes", "memory beyond AdamW", "rho", "source")
-    for name, method in METHODS.items():
-        row = (
-            name,
-            method.ascent or "",
-            method.path,
-            method.mix or "",
-            method.passes,
-            method.memory,
-            f"{method.rho:g}",
-            method.source,
-        )
-        table.add_row(*row)
-    console.print(table)
+    shown = Table("name", "ascent", "path", "mix", "passes", "memory beyond AdamW", "rho", "source")
+    for *row, rho, source in table():
+        shown.add_row(*map(str, row), f"{rho:g}", source)
+    # Wide enough not to cut a cell where the output is no terminal.
+    (console if console.is_terminal else Console(width=160)).print(shown)
+    return 0
+
+
+def _benchmark(options: argparse.Namespace) -> int:
+    from functional_sam.training.benchmark import benchmark
+
+    directory = Path("results/benchmark")
+    for name, frame in benchmark(directory, console, options.rounds or None).items():
+        console.print(frame.to_string(index=False, float_format="%.3f"), highlight=False, soft_wrap=True)
+        console.print(f"wrote {directory / name}.csv", highlight=False)
     return 0

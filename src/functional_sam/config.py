@@ -1,6 +1,7 @@
 """What a run is: the schema with every default. YAML files under configs/ hold differences only.
 
-compose() = defaults <- tasks/TASK.yaml <- scales/SCALE.yaml (its section for the task) <- methods/METHOD.yaml <- exhibit <- overrides.
+compose() = defaults <- tasks/TASK.yaml <- scales/SCALE.yaml (its section for the task) <- methods/METHOD.yaml <-
+exhibit <- overrides.
 """
 
 import dataclasses
@@ -175,8 +176,7 @@ def compose(
         base = _merge(base, layer, where)
     base = _merge(base, {"task": task, "method": {"name": method}}, "command")
     for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals:
+        if "=" not in override:
             raise UserError(f"override {override!r}: expected key=value, for instance training.steps=100")
         base = _merge(base, OmegaConf.from_dotlist([override]), f"override {override!r}")
     return validated(_to_object(base, "the merged config"))

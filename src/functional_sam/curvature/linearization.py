@@ -20,9 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from functional_sam.curvature.functions import tangents_only
-from functional_sam.curvature.outer import LossFn, OnHead, OnLogits, Outer, Tangents, pull_back
+from functional_sam.curvature.outer import CrossEntropyOnLogits, LossFn, OnHead, OnLogits, Outer, Tangents, pull_back
+from functional_sam.losses import cross_entropy
 
 Forward = Callable[..., Any]  # (model, inputs), and readout= of a model that has one
 
@@ -52,17 +54,19 @@ class Linearization:
             if readout:
                 h, weight = forward(model, inputs, readout=lambda h, weight: (h, weight))
                 own = weight.requires_grad and (not weight.is_leaf or any(weight is p for p in parameters))
-                self.outputs = [h] * h.requires_grad + [weight] * own
+                outputs = [h] * h.requires_grad + [weight] * own
                 outer = OnHead(h, weight, targets, h.requires_grad, own, keep_bytes)
             else:
                 z = forward(model, inputs)
-                self.outputs = [z] * z.requires_grad
-                outer = OnLogits(z, targets, loss_fn)
+                outputs = [z] * z.requires_grad
+                outer = CrossEntropyOnLogits(z, targets) if loss_fn is cross_entropy else OnLogits(z, targets, loss_fn)
             self.loss, self.count = outer.loss, outer.count
             self.state = _State(outer)
             # No graph of y -> c but this one, or its backward would also run through the loss.
-            self.c: tuple[Tensor, ...] = _Node.apply(self.state, *self.outputs) if self.outputs else ()  # type: ignore[no-untyped-call]
-            self.g = pull_back(self.outputs, self.parameters, self.c, create_graph=True)
+            self.c: tuple[Tensor, ...] = _Node.apply(self.state, *outputs) if outputs else ()  # type: ignore[no-untyped-call]
+            self.g = pull_back(outputs, self.parameters, self.c, create_graph=True)
+        # The place of the outputs in the graph is enough: logits need not be held for it.
+        self.outputs = [get_gradient_edge(output) for output in outputs]
         self._graph_bytes = held.num_bytes if held else 0
 
     @property

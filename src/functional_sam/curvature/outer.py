@@ -3,6 +3,7 @@
 N targets, D width, V classes; y the outputs, c = dL/dy, dy a tangent of y. Two kinds of outputs:
 
 OnLogits   y = z, the logits. c = u, and dc = (d2L/dz2) dz = q, which is the logit half of the Hessian; there is no other.
+           CrossEntropyOnLogits is the same for cross-entropy.
 OnHead     y = (h, W), z = h W^T, for cross-entropy. With p = softmax(z) and u = p - onehot(target), both zero for an ignored
            target, c = (u W, u^T h). Along (dh, dW), dz = dh W^T + h dW^T, q = p * dz - p (p . dz), and
 
@@ -17,8 +18,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
-from functional_sam.losses import IGNORE, cross_entropy
+from functional_sam.losses import IGNORE
 
 LossFn = Callable[[Tensor, Any], tuple[Tensor, Tensor]]
 Tangents = Sequence[Tensor | None]  # None is zero
@@ -45,43 +47,62 @@ class Outer(Protocol):
 
 
 class OnLogits:
-    """Any loss_fn of the logits. Cross-entropy in closed form, for double backward would keep ten times the logits."""
+    """Any loss_fn of the logits, by autograd."""
 
     def __init__(self, z: Tensor, targets: Any, loss_fn: LossFn) -> None:
-        leaf = z.detach().requires_grad_()
-        total, self.count = loss_fn(leaf, targets)
+        self.z = z.detach().requires_grad_()
+        total, self.count = loss_fn(self.z, targets)
         self.loss = total.detach()
-        self.targets: Any = targets if loss_fn is cross_entropy else None
-        # Of a loss unknown the graph of u is kept, from the leaf; of cross-entropy u itself.
-        self.leaf = leaf if self.targets is None else None
-        (self.u,) = pull_back([total], [leaf], create_graph=self.targets is None)
+        (self.u,) = pull_back([total], [self.z], create_graph=True)
 
     @property
     def num_bytes(self) -> int:
-        return self.u.nbytes * (1 if self.leaf is None else 3)
+        return 3 * self.z.nbytes  # z, u, and as much again for the graph between them
 
     def cotangents(self) -> list[Tensor]:
         return [self.u.detach()]
 
     def second(self, dy: Tangents, logit: bool, functional: bool) -> list[Tensor | None]:
+        return list(pull_back([self.u], [self.z], dy, retain_graph=True)) if logit else [None]
+
+
+class CrossEntropyOnLogits:
+    """Cross-entropy of the logits in closed form: u is kept, where double backward would keep ten times as much."""
+
+    def __init__(self, z: Tensor, targets: Tensor) -> None:
+        z, V = z.detach(), z.shape[-1]
+        self.valid_N1 = targets.reshape(-1, 1) != IGNORE
+        self.y_N1 = targets.reshape(-1, 1).where(self.valid_N1, 0)
+        self.count, self.loss = self.valid_N1.sum(), torch.zeros((), dtype=torch.float64, device=z.device)
+        self.u = torch.empty_like(z, memory_format=torch.contiguous_format)
+        z_NV, u_NV = z.reshape(-1, V), self.u.view(-1, V)
+        for rows in chunks(len(z_NV), z_NV.element_size() * V):
+            z_CV, valid_C1, y_C1 = z_NV[rows].to(torch.promote_types(z.dtype, torch.float32)), self.valid_N1[rows], self.y_N1[rows]
+            lse_C1 = z_CV.logsumexp(1, keepdim=True)
+            self.loss += ((lse_C1 - z_CV.gather(1, y_C1)) * valid_C1).sum(dtype=torch.float64)
+            u_CV = (z_CV - lse_C1.masked_fill(~valid_C1, torch.inf)).exp_()  # an ignored row is exp(-inf) = 0
+            u_NV[rows] = u_CV.scatter_add_(1, y_C1, -valid_C1.to(u_CV.dtype))
+
+    @property
+    def num_bytes(self) -> int:
+        return self.u.nbytes
+
+    def cotangents(self) -> list[Tensor]:
+        return [self.u.detach()]
+
+    def second(self, dy: Tangents, logit: bool, functional: bool) -> list[Tensor | None]:
+        """By u = p - onehot: with s = p . dz = u . dz + dz_y, q is u (dz - s) and, at the target y, dz_y - s more."""
         (dz,) = dy
         if dz is None or not logit:
             return [None]
-        if self.leaf is not None:
-            return list(pull_back([self.u], [self.leaf], [dz], retain_graph=True))
-        return [self._closed(dz)]
-
-    def _closed(self, dz: Tensor) -> Tensor:
-        """q by u = p - onehot: with s = p . dz = u . dz + dz_y, it is u (dz - s) and, at the target y, dz_y - s more."""
-        q, V = torch.empty_like(dz), dz.shape[-1]
-        u_NV, dz_NV, q_NV, y_N = self.u.view(-1, V), dz.reshape(-1, V), q.view(-1, V), self.targets.reshape(-1, 1)
-        valid_N = y_N != IGNORE
-        y_N = y_N.where(valid_N, 0)
-        own_N = dz_NV.gather(1, y_N) * valid_N  # u is zero for an ignored target, and so is q then
-        s_N = (u_NV * dz_NV).sum(1, keepdim=True) + own_N
-        torch.sub(dz_NV, s_N, out=q_NV).mul_(u_NV)
-        q_NV.scatter_add_(1, y_N, (own_N - s_N) * valid_N)
-        return q
+        q, V = torch.empty_like(self.u), self.u.shape[-1]
+        u_NV, dz_NV, q_NV = self.u.view(-1, V), dz.reshape(-1, V), q.view(-1, V)
+        for rows in chunks(len(u_NV), u_NV.element_size() * V):
+            u_CV, dz_CV, y_C1 = u_NV[rows], dz_NV[rows], self.y_N1[rows]
+            own_C1 = dz_CV.gather(1, y_C1) * self.valid_N1[rows]  # u is zero for an ignored target, and so is q then
+            s_C1 = (u_CV * dz_CV).sum(1, keepdim=True) + own_C1
+            torch.sub(dz_CV, s_C1, out=q_NV[rows]).mul_(u_CV).scatter_add_(1, y_C1, (own_C1 - s_C1) * self.valid_N1[rows])
+        return [q]
 
 
 class OnHead:
@@ -176,7 +197,7 @@ def chunks(num_rows: int, row_bytes: int) -> Iterator[slice]:
 
 
 def pull_back(
-    outputs: Sequence[Tensor],
+    outputs: Sequence[Tensor | GradientEdge],
     inputs: Sequence[Tensor],
     cotangents: Tangents | None = None,
     retain_graph: bool | None = None,
@@ -184,11 +205,11 @@ def pull_back(
 ) -> list[Tensor]:
     """torch.autograd.grad with zeros where an output does not depend on an input (a model linear in theta has such).
 
-    cotangents: of scalars need not be given; one that is None is zero.
+    outputs: tensors, or their edges in the graph. cotangents: of scalars need not be given; one that is None is zero.
     """
-    weights = [torch.ones_like(output) for output in outputs] if cotangents is None else cotangents
+    weights = [torch.ones_like(output) for output in outputs] if cotangents is None else cotangents  # type: ignore[arg-type]
     pairs = zip(outputs, weights, strict=True)
-    live = [(output, weight) for output, weight in pairs if output.requires_grad and weight is not None]
+    live = [(output, weight) for output, weight in pairs if getattr(output, "requires_grad", True) and weight is not None]
     if not live:
         return [torch.zeros_like(tensor) for tensor in inputs]
     return list(

@@ -12,6 +12,8 @@ from functional_sam.exhibits import draw, known, notebook, spec
 from functional_sam.exhibits.output import paper_directory, stem
 from functional_sam.files import atomic_file
 
+QUIET = ["--IPKernelApp.log_level=40"]  # errors only
+
 
 def execute_notebook(name: str, scale: str) -> tuple[list[Path], str]:
     """Run the exhibit's notebook in place at a scale; the files it wrote, and its verdict."""
@@ -25,7 +27,13 @@ def execute_notebook(name: str, scale: str) -> tuple[list[Path], str]:
         try:
             warnings.filterwarnings("ignore", message="The specified file", module="papermill")  # the name of a temporary file
             papermill.execute_notebook(
-                str(path), str(temporary), {"scale": scale}, kernel_name="python3", progress_bar=False, cwd=str(path.parents[1])
+                str(path),
+                str(temporary),
+                {"scale": scale},
+                kernel_name="python3",
+                progress_bar=False,
+                extra_arguments=QUIET,
+                cwd=str(path.parents[1]),
             )
         except papermill.PapermillExecutionError as error:
             raise UserError(f"{path}: {error.ename}: {error.evalue}") from error

@@ -101,7 +101,8 @@ class PlainGPT(nn.Module):
         length = tokens.shape[1]
         mask = nn.Transformer.generate_square_subsequent_mask(length)
         x = self.blocks(self.tokens(tokens) + self.positions.weight[:length], mask=mask, is_causal=True)
-        return x @ self.tokens.weight.T
+        logits: Tensor = x @ self.tokens.weight.T
+        return logits
 
 
 def _autocast(model: nn.Module, inputs: Tensor, readout: Callable[..., Any] | None = None) -> Any:
@@ -145,7 +146,7 @@ def contender(case: Case, name: str, batch: tuple[Tensor, Tensor]) -> Contender:
         optimizer = adamw(model.parameters())
 
         def plain() -> None:
-            _loss(model, inputs, targets).backward()
+            torch.autograd.backward(_loss(model, inputs, targets))
             optimizer.step()
             optimizer.zero_grad()
 
@@ -154,7 +155,8 @@ def contender(case: Case, name: str, batch: tuple[Tensor, Tensor]) -> Contender:
         return _public(name, model, inputs, targets)
 
     method, _, option = name.partition(" ")
-    options: dict[str, Any] = {"keep u": {"keep": "cotangent", "keep_dtype": torch.bfloat16}, "k=5": {"k": 5}}.get(option, {})
+    settings: dict[str, dict[str, Any]] = {"keep u": {"keep": "cotangent", "keep_dtype": torch.bfloat16}, "k=5": {"k": 5}}
+    options = settings.get(option, {})
     optimizer = adamw(model.parameters())
     sharpness = SharpnessAware(model, optimizer, method, 0.01, forward=_autocast, **options)
 
@@ -170,7 +172,7 @@ def _public(name: str, model: nn.Module, inputs: Tensor, targets: Tensor) -> Con
     """The same method in the package pytorch-optimizer, used as its documentation shows."""
     import pytorch_optimizer as public
 
-    settings = {"lr": 1e-4, "betas": (0.9, 0.98), "eps": 1e-9, "weight_decay": 0.1, "fused": True}
+    settings: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.98), "eps": 1e-9, "weight_decay": 0.1, "fused": True}
     optimizer: Any
     if "GSAM" in name:
         base = torch.optim.AdamW(model.parameters(), **settings)
@@ -197,7 +199,7 @@ def _public(name: str, model: nn.Module, inputs: Tensor, targets: Tensor) -> Con
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = _loss(model, inputs, targets)
-        loss.backward()
+        torch.autograd.backward(loss)
         return loss
 
     def step() -> None:
