@@ -90,9 +90,9 @@ def draw(spec: Spec, configs: list[Config]) -> Exhibit:
     caption = (
         f"Language modeling at equal steps, scale {spec.scale}, not the paper's: decoder of width {config.model.width}, depth "
         f"{config.model.depth}, {config.data.vocab} pieces, {config.training.steps} steps = {tokens:,} tokens of "
-        f"{' + '.join(config.data.sources)}. Test loss in nats per token over {config.training.eval_rows or 'all'} whole "
-        "documents, mean and standard error over n seeds, difference to AdamW paired by initialization and data order; better or worse only "
-        f"where the 95 % t interval leaves out zero. rho chosen on the validation split with another seed from {spec.rho}."
+        f"{' + '.join(config.data.sources)}. Test loss in nats per token over {config.training.eval_rows or 'all'} documents, "
+        "mean and standard error over n seeds, difference to AdamW paired by initialization and data order; better or worse "
+        f"only where the 95 % t interval leaves out zero. rho chosen on the validation split with another seed from {spec.rho}."
     )
     edges = [style.METHOD_LABEL[row["method"]] for row in rows if row["rho_at_edge"]]
     if edges:
