@@ -87,6 +87,8 @@ class _Pointwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
         x, first, second = ctx.saved_tensors
+        if not torch.is_grad_enabled():  # no graph is asked for, here as in the others below
+            return g * first, None, None, None
         return _PointwiseGrad.apply(g, x, first, second), None, None, None  # type: ignore[no-untyped-call]
 
 
@@ -135,6 +137,8 @@ class _Normal(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         x, n, rstd = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return _project(g, n, rstd)[0], None
         return _NormalGrad.apply(g, x, n, rstd), None  # type: ignore[no-untyped-call]
 
 
@@ -196,6 +200,8 @@ class _Softmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (p,) = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return torch._softmax_backward_data(g, p, -1, p.dtype), None
         return _SoftmaxGrad.apply(g, p), None  # type: ignore[no-untyped-call]
 
 

@@ -214,7 +214,7 @@ def pull_back(
         return [torch.zeros_like(tensor) for tensor in inputs]
     return list(
         torch.autograd.grad(
-            [output for output, _ in live],
+            [output for output, _ in live],  # type: ignore[arg-type]
             list(inputs),
             [weight for _, weight in live],
             retain_graph=retain_graph,
