@@ -168,7 +168,7 @@ def _methods(options: argparse.Namespace) -> int:
 
 
 def _benchmark(options: argparse.Namespace) -> int:
-    from functional_sam.training.benchmark import benchmark
+    from functional_sam.benchmark import benchmark
 
     directory = Path("results/benchmark")
     for name, frame in benchmark(directory, console, options.rounds or None).items():

@@ -291,7 +291,7 @@ def measure_memory(console: Console) -> pd.DataFrame:
         console.print(f"memory: {name}", style="dim", highlight=False)
         # Large blocks go back to the system when freed, so that the resident set follows what is held.
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
-        command = [sys.executable, "-m", "functional_sam.training.benchmark", name]
+        command = [sys.executable, "-m", "functional_sam.benchmark", name]
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         found = json.loads(done.stdout.splitlines()[-1])
         rows.append({"method": name, "peak_mib": found["peak"] / 2**20, "parameters_mib": found["parameters"] / 2**20})
