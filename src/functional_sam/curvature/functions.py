@@ -218,7 +218,7 @@ class _SoftmaxGrad(torch.autograd.Function):
     def backward(ctx: Any, r: Tensor) -> tuple[Tensor | None, ...]:
         centred, p = ctx.saved_tensors
         r = r - (r * p).sum(-1, keepdim=True)
-        return r * p, r * centred if _by_inputs else None
+        return r * p, r.mul_(centred) if _by_inputs else None
 
 
 _QUICK: dict[Any, Callable[..., Tensor]] = {

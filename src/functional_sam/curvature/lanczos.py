@@ -21,7 +21,7 @@ class Lanczos:
 
     After each step A Q_j = T_j Q_j + beta e_j q_{j+1} (rows; e_j the last unit vector), so that a pair (theta, s) of T_j, |s| = 1,
     belongs to the Ritz vector s Q with |A y - theta y| = beta |s_j|: there is an eigenvalue of A within that of theta.
-    Every new vector is orthogonalized against all rows, twice. `contract` replaces the rows by chosen Ritz vectors, in place, and
+    Every new vector is orthogonalized against all rows. `contract` replaces the rows by chosen Ritz vectors, in place, and
     goes on from the same residual (thick restart: Wu and Simon 2000, SIAM J. Matrix Anal. 22).
     Raises FloatingPointError for a product that is not finite.
     """
@@ -44,12 +44,14 @@ class Lanczos:
         j = self.size
         w = self.space.flat(self.product(self.space.tensors(self.Q[j])))
         self.num_products += 1
-        coefficients = self._project(w, j + 1)
-        coefficients += self._project(w, j + 1)
+        # First the two rows that it is not orthogonal to in exact arithmetic, so that one pass over the others is accurate.
+        coefficients = torch.zeros(j + 1, dtype=torch.float64)
+        coefficients[max(j - 1, 0) :] = orthogonalize(w, self.Q[max(j - 1, 0) : j + 1], self.space)
+        coefficients += orthogonalize(w, self.Q[: j + 1], self.space)
         beta = self.space.norm(w)
         if not bool(coefficients.isfinite().all()) or not beta < float("inf"):
             raise FloatingPointError(f"product {self.num_products} of Lanczos is not finite: nor are the weights or the loss")
-        self.T[: j + 1, j] = self.T[j, : j + 1] = coefficients.cpu()
+        self.T[: j + 1, j] = self.T[j, : j + 1] = coefficients
         self.scale = max(self.scale, float(coefficients.norm()), beta)
         self.size += 1
         # A residual of rounding alone: the rows span an invariant subspace, and any other vector leads on.
@@ -85,18 +87,24 @@ class Lanczos:
 
     def _start(self, vector: Tensor) -> None:
         """Make it a unit row orthogonal to the others."""
-        for _ in range(2):
-            self._project(vector, self.size)
-            vector = vector / self.space.norm(vector)
-        self.Q[self.size] = vector
+        orthogonalize(vector, self.Q[: self.size], self.space)
+        self.Q[self.size] = vector.div_(self.space.norm(vector))
 
-    def _project(self, w: Tensor, rows: int) -> Tensor:
-        """Take the first rows out of w, in place; the coefficients in float64."""
-        if not rows:
-            return torch.zeros(0, dtype=torch.float64)
-        coefficients = self.space.summed(torch.mv(self.Q[:rows], w))
-        w.addmv_(self.Q[:rows].T, coefficients, alpha=-1)
-        return coefficients.double()
+
+def orthogonalize(w: Tensor, rows: Tensor, space: Space) -> Tensor:
+    """Take orthonormal rows out of w, in place; what was taken, in float64 on the CPU.
+
+    One pass, and another if w has become less than half as long and so has lost digits ("twice is enough").
+    """
+    taken = torch.zeros(len(rows), dtype=torch.float64)
+    for _ in range(2 if len(rows) else 0):
+        before = space.norm(w)
+        coefficients = space.summed(torch.mv(rows, w))
+        w.addmv_(rows.T, coefficients, alpha=-1)
+        taken += coefficients.double().cpu()
+        if not space.norm(w) < 0.5 * before:
+            break
+    return taken
 
 
 def rows_within(max_basis_bytes: int, space: Space, least: int) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from functional_sam.curvature.lanczos import MAX_BASIS_BYTES, Lanczos, Product, rows_within
+from functional_sam.curvature.lanczos import MAX_BASIS_BYTES, Lanczos, Product, orthogonalize, rows_within
 from functional_sam.curvature.vectors import Space
 from functional_sam.errors import UserError
 
@@ -216,11 +216,8 @@ def _quadrature(product: Product, space: Space, order: int, window: int, generat
         w = space.flat(product(space.tensors(q)))
         if before is not None:
             w.sub_(before, alpha=beta)
-        alpha = float(space.summed(w @ q))
-        w.sub_(q, alpha=alpha)
-        rows = Q[: min(j + 1, window)]
-        for _ in range(2):
-            w.addmv_(rows.T, space.summed(torch.mv(rows, w)), alpha=-1)
+        alpha = float(orthogonalize(w, q.unsqueeze(0), space))
+        orthogonalize(w, Q[: min(j + 1, window)], space)
         beta = space.norm(w)
         if not abs(alpha) < math.inf or not beta < math.inf:
             raise FloatingPointError(f"product {j + 1} of Lanczos is not finite: nor are the weights or the loss")

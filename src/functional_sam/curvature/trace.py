@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from functional_sam.curvature.lanczos import MAX_BASIS_BYTES, Product, rows_within
+from functional_sam.curvature.lanczos import MAX_BASIS_BYTES, Product, orthogonalize, rows_within
 from functional_sam.curvature.vectors import Space, dot, unit
 from functional_sam.errors import UserError
 
@@ -71,8 +71,7 @@ def hutch_plus_plus(
         y = space.flat(product(space.tensors(space.signs(generator))))
         used += 1
         size = space.norm(y)
-        for _ in range(2):
-            _take_out(Q[:rows], y, space)
+        orthogonalize(y, Q[:rows], space)
         left = space.norm(y)
         if left > 1e3 * torch.finfo(y.dtype).eps * size:  # otherwise A has no more directions to give
             Q[rows] = y / left
@@ -84,7 +83,7 @@ def hutch_plus_plus(
     samples: list[float] = []
     while used < num_products or len(samples) < 2:
         x = space.signs(generator)
-        _take_out(Q[:rows], x, space)
+        orthogonalize(x, Q[:rows], space)
         direction = space.tensors(x)
         samples.append(low + dot(direction, product(direction)))
         used += 1
@@ -95,12 +94,6 @@ def quadratic(product: Product, direction: Sequence[Tensor]) -> float:
     """eps^T A eps along eps = direction / |direction|. Raises UserError for a direction of zero."""
     eps = unit(direction, "the direction")
     return dot(eps, product(eps))
-
-
-def _take_out(Q: Tensor, x: Tensor, space: Space) -> None:
-    """x = (1 - Q^T Q) x, in place."""
-    if len(Q):
-        x.addmv_(Q.T, space.summed(torch.mv(Q, x)), alpha=-1)
 
 
 def _at_least(given: int, least: int) -> None:

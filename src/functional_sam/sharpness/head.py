@@ -15,6 +15,7 @@ from torch import Tensor
 from functional_sam.losses import IGNORE
 
 CHUNK_BYTES = 64 * 2**20  # of float32 logits held at once
+SWEEP_BYTES = 4 * 2**20  # of float32 logits that the softmax sweeps over at a time on a CPU: they stay in its cache
 
 
 def chunk_rows(num_classes: int) -> int:
@@ -28,18 +29,27 @@ def _chunks(num_rows: int, num_classes: int) -> Iterator[slice]:
         yield slice(start, min(start + rows, num_rows))
 
 
-def _loss_and_cotangent(z_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed loss and softmax(z) - onehot, in place of z; rows of ignored targets are zero."""
-    valid_C1 = (targets_C != IGNORE).unsqueeze(1)
-    index_C1 = targets_C.unsqueeze(1).where(valid_C1, 0)
-    # Five sweeps over the chunk and one exponential: max, subtract, exp, sum, scale (which also zeroes the ignored rows).
-    z_CV.sub_(z_CV.amax(1, keepdim=True))
-    target_C1 = z_CV.gather(1, index_C1)
-    sum_C1 = z_CV.exp_().sum(1, keepdim=True)
-    loss = ((sum_C1.log() - target_C1) * valid_C1).sum()
-    u_CV = z_CV.mul_(valid_C1 / sum_C1)
-    u_CV.scatter_add_(1, index_C1, -valid_C1.to(u_CV.dtype))
-    return loss, u_CV
+def _to_cotangent(z_CV: Tensor, targets_C: Tensor, dtype: torch.dtype) -> Tensor:
+    """Put softmax(z) - onehot in the place of z, computed in `dtype`; the summed loss. Rows of ignored targets become zero."""
+    num_rows, num_classes = z_CV.shape
+    sweep = max(1, SWEEP_BYTES // (4 * num_classes)) if z_CV.device.type == "cpu" else num_rows
+    buffer = None if z_CV.dtype == dtype else torch.empty(min(sweep, num_rows), num_classes, dtype=dtype, device=z_CV.device)
+    loss = torch.zeros((), dtype=dtype, device=z_CV.device)
+    for start in range(0, num_rows, sweep):
+        part_CV, targets = z_CV[start : start + sweep], targets_C[start : start + sweep]
+        u_CV = part_CV if buffer is None else buffer[: len(part_CV)].copy_(part_CV)
+        valid_C1 = (targets != IGNORE).unsqueeze(1)
+        index_C1 = targets.unsqueeze(1).where(valid_C1, 0)
+        # Five passes over the rows and one exponential: max, subtract, exp, sum, scale (which also zeroes the ignored rows).
+        u_CV.sub_(u_CV.amax(1, keepdim=True))
+        target_C1 = u_CV.gather(1, index_C1)
+        sum_C1 = u_CV.exp_().sum(1, keepdim=True)
+        loss += ((sum_C1.log() - target_C1) * valid_C1).sum()
+        u_CV.mul_(valid_C1 / sum_C1)
+        u_CV.scatter_add_(1, index_C1, -valid_C1.to(dtype))
+        if buffer is not None:
+            part_CV.copy_(u_CV)
+    return loss
 
 
 class _PullBack(torch.autograd.Function):
@@ -66,9 +76,8 @@ class _PullBack(torch.autograd.Function):
             dh_ND = torch.empty_like(h_ND) if want_h else None
             dweight_VD = torch.zeros_like(weight_VD) if want_weight else None
             for rows in _chunks(len(h_ND), len(weight_VD)):
-                part, u_CV = _loss_and_cotangent((h_u[rows] @ weight_u.T).to(loss.dtype), targets_N[rows])
-                loss += part
-                u_CV = u_CV.to(dtype)
+                u_CV = h_u[rows] @ weight_u.T  # logits, soon to be u
+                loss += _to_cotangent(u_CV, targets_N[rows], loss.dtype)
                 if dh_ND is not None:
                     torch.mul(u_CV @ weight, scale, out=dh_ND[rows])
                 if dweight_VD is None:
