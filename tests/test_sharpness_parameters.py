@@ -48,7 +48,7 @@ class Odd(TinyReadout):
         return super().forward(tokens, lambda h, weight: readout(h * self.stranger * scale, weight))
 
 
-@pytest.mark.parametrize("keep", ["auto", "cotangent"])
+@pytest.mark.parametrize("keep", ["auto", "u", "cotangent"])
 @ALL
 def test_frozen_tied_unused_and_unknown_parameters(method, keep):
     model = make_model(Odd)

@@ -43,7 +43,7 @@ def raising(error):
     return fault
 
 
-@pytest.mark.parametrize("keep", ["auto", "cotangent"])
+@pytest.mark.parametrize("keep", ["auto", "u", "cotangent"])
 @pytest.mark.parametrize("error", [RuntimeError("the caller's"), KeyboardInterrupt()])
 @ALL
 def test_whatever_the_model_raises_the_weights_are_back(method, error, keep):
@@ -71,7 +71,7 @@ def test_whatever_the_model_raises_the_weights_are_back(method, error, keep):
         twin_optimizer.step()
 
 
-@pytest.mark.parametrize("keep", ["auto", "cotangent"])
+@pytest.mark.parametrize("keep", ["auto", "u", "cotangent"])
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_not_finite_is_named(method, keep):
     """Step and pass, weights restored before it is raised."""

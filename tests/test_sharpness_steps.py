@@ -266,7 +266,7 @@ class Checkpointed(TinyReadout):
         return h @ self.embedding.weight.T if readout is None else readout(h, self.embedding.weight)
 
 
-@pytest.mark.parametrize("keep", ["auto", "cotangent"])
+@pytest.mark.parametrize("keep", ["auto", "u", "cotangent"])
 @ALL
 def test_activation_checkpointing(method, keep):
     results = []

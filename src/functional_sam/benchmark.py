@@ -74,14 +74,22 @@ OTHERS = (
     "tram",
 )
 PUBLIC = ("public SAM", "public GSAM", "public WSAM", "public LookSAM k=5")
-EVERY = ("adamw", "plain AdamW", *TWO_PASS, "functional-sam keep u", *OTHERS, *PUBLIC)
+EVERY = ("adamw", "plain AdamW", *TWO_PASS, "functional-sam keep u", "functional-sam naive", *OTHERS, *PUBLIC)
 CASES = {
     "decoder-32k": Case("decoder", 256, 4, 4, 8, 128, 32000, "bfloat16", (*EVERY, "plain GPT")),
     "decoder-quick": Case("decoder", 64, 4, 1, 16, 128, 1024, "float32", (*EVERY, "penalty-sam", "angle-sam", "plain GPT")),
     "vit-quick": Case("vit", 64, 4, 1, 64, methods=(*EVERY, "penalty-sam", "angle-sam")),
 }
 MEMORY_CASE = Case(
-    "decoder", 576, 6, 9, 8, 512, 32000, "bfloat16", ("adamw", "plain AdamW", "sam", "functional-sam", "functional-sam keep u")
+    "decoder",
+    576,
+    6,
+    9,
+    8,
+    512,
+    32000,
+    "bfloat16",
+    ("adamw", "plain AdamW", "sam", "functional-sam", "functional-sam keep u", "functional-sam naive"),
 )
 ROUNDS = {"decoder-32k": 15, "decoder-quick": 40, "vit-quick": 40}
 
@@ -155,7 +163,7 @@ def contender(case: Case, name: str, batch: tuple[Tensor, Tensor]) -> Contender:
         return _public(name, model, inputs, targets)
 
     method, _, option = name.partition(" ")
-    settings: dict[str, dict[str, Any]] = {"keep u": {"keep": "cotangent", "keep_dtype": torch.bfloat16}, "k=5": {"k": 5}}
+    settings: dict[str, dict[str, Any]] = {"keep u": {"keep": "u"}, "naive": {"keep": "cotangent"}, "k=5": {"k": 5}}
     options = settings.get(option, {})
     optimizer = adamw(model.parameters())
     sharpness = SharpnessAware(model, optimizer, method, 0.01, forward=_autocast, **options)

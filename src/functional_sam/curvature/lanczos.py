@@ -69,7 +69,7 @@ class Lanczos:
         To the residual of exact arithmetic ten units in the last place of |A| are added, the rounding of a product.
         """
         values, s = torch.linalg.eigh(self.T[: self.size, : self.size])
-        return values, self.beta * s[-1].abs() + 10 * torch.finfo(self.space.dtype).eps * self.scale, s
+        return values, self.beta * s[-1].abs() + 10 * torch.finfo(self.space.dtype).eps * values.abs().max(), s
 
     def contract(self, s: Tensor) -> None:
         """Keep the Ritz vectors of these columns of s, and the residual as the row to go on with."""

@@ -52,6 +52,12 @@ def _to_cotangent(z_CV: Tensor, targets_C: Tensor, dtype: torch.dtype) -> Tensor
     return loss
 
 
+def compute_dtype(h: Tensor) -> torch.dtype:
+    """Of the head's products: autocast's where it is on (head_dtype "bfloat16"), that of h elsewhere; the softmax is in float32."""
+    device = h.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+
+
 class _PullBack(torch.autograd.Function):
     """Returns scale * loss at (h_u, W_u); its backward gives scale * u^T h and scale * u W at (h, W).
 
@@ -60,11 +66,17 @@ class _PullBack(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, h_ND: Tensor, weight_VD: Tensor, h_u_ND: Tensor, weight_u_VD: Tensor, targets_N: Tensor, scale: float
+        ctx: Any,
+        h_ND: Tensor,
+        weight_VD: Tensor,
+        h_u_ND: Tensor,
+        weight_u_VD: Tensor,
+        targets_N: Tensor,
+        scale: float,
+        u_NV: Tensor | None,
+        known: bool,
     ) -> Tensor:
-        device = h_ND.device.type
-        # Under autocast (the model's head_dtype is bfloat16) the products run in its dtype, the softmax in float32 all the same.
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_ND.dtype
+        device, dtype = h_ND.device.type, compute_dtype(h_ND)
         with torch.autocast(device, enabled=False):
             weight = weight_VD.to(dtype)
             weight_u = weight if weight_u_VD is weight_VD else weight_u_VD.to(dtype)
@@ -76,8 +88,13 @@ class _PullBack(torch.autograd.Function):
             dh_ND = torch.empty_like(h_ND) if want_h else None
             dweight_VD = torch.zeros_like(weight_VD) if want_weight else None
             for rows in _chunks(len(h_ND), len(weight_VD)):
-                u_CV = h_u[rows] @ weight_u.T  # logits, soon to be u
-                loss += _to_cotangent(u_CV, targets_N[rows], loss.dtype)
+                if u_NV is not None and known:
+                    u_CV = u_NV[rows].to(dtype)
+                else:
+                    u_CV = h_u[rows] @ weight_u.T  # logits, soon to be u
+                    loss += _to_cotangent(u_CV, targets_N[rows], loss.dtype)
+                    if u_NV is not None:
+                        u_NV[rows] = u_CV
                 if dh_ND is not None:
                     torch.mul(u_CV @ weight, scale, out=dh_ND[rows])
                 if dweight_VD is None:
@@ -93,17 +110,27 @@ class _PullBack(torch.autograd.Function):
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
         dh_ND, dweight_VD = ctx.gradients
         ctx.gradients = None
-        return dh_ND, dweight_VD, None, None, None, None
+        return dh_ND, dweight_VD, None, None, None, None, None, None
 
 
-def pull_back(h: Tensor, weight: Tensor, h_u: Tensor, weight_u: Tensor, targets: Tensor, scale: float) -> Tensor:
+def pull_back(
+    h: Tensor,
+    weight: Tensor,
+    h_u: Tensor,
+    weight_u: Tensor,
+    targets: Tensor,
+    scale: float,
+    u: Tensor | None = None,
+    known: bool = False,
+) -> Tensor:
     """scale * (summed loss at (h_u, weight_u)), a scalar whose .backward() pulls that point's cotangent back through (h, weight).
 
     h, h_u [..., D]; weight, weight_u [V, D]; targets [...]. Logits are h @ weight.T in the dtype of h (of autocast where it is on),
-    the softmax in float32 (float64 if h is).
+    the softmax in float32 (float64 if h is). u [number of targets, V] takes the unscaled cotangent for a later call, which with
+    `known` reads it, skips the product and the softmax that made it, and returns 0 for the loss.
     """
     width = h.shape[-1]
     result: Tensor = _PullBack.apply(
-        h.reshape(-1, width), weight, h_u.detach().reshape(-1, width), weight_u, targets.reshape(-1), scale
+        h.reshape(-1, width), weight, h_u.detach().reshape(-1, width), weight_u, targets.reshape(-1), scale, u, known
     )  # type: ignore[no-untyped-call]
     return result

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from functional_sam.errors import UserError
 from functional_sam.losses import IGNORE, cross_entropy
-from functional_sam.sharpness.head import pull_back
+from functional_sam.sharpness.head import compute_dtype, pull_back
 
 Batch = tuple[Any, Tensor]
 LossFn = Callable[[Tensor, Tensor], tuple[Tensor, Any]]
@@ -84,14 +84,15 @@ class Passes:
         self.forward: Callable[..., Any] = forward or (lambda model, inputs, **readout: model(inputs, **readout))
         takes_readout = forward is None or "readout" in inspect.signature(forward).parameters
         possible = bool(getattr(unwrapped(model), "has_readout", False)) and takes_readout and loss_fn is cross_entropy
-        if keep not in ("auto", "hidden", "cotangent"):
-            raise UserError(f'keep={keep!r}: expected "auto", "hidden" or "cotangent"')
-        if keep == "hidden" and not possible:
+        if keep not in ("auto", "hidden", "u", "cotangent"):
+            raise UserError(f'keep={keep!r}: expected "auto", "hidden", "u" or "cotangent"')
+        if keep in ("hidden", "u") and not possible:
             raise UserError(
-                'keep="hidden" needs a model with has_readout, a forward that takes readout=, and the default loss_fn; '
+                f'keep="{keep}" needs a model with has_readout, a forward that takes readout=, and the default loss_fn; '
                 'use keep="auto" or keep="cotangent"'
             )
         self.fused = possible and keep != "cotangent"
+        self.keep_u = keep == "u"
         self.group = _process_group(model)
         self.world = dist.get_world_size(self.group) if self.group is not None else 1
         self.sharded = is_sharded(model)
@@ -317,7 +318,10 @@ class Passes:
         """The scaled loss here; `earlier`: keep (h, weight), these being the micro-batches kept so far."""
         if earlier is not None:
             self._keep(memory, earlier, False, h, weight)
-        return self._pulled(memory, h, weight, h, weight, targets)
+            if self.keep_u:  # the one place where u is ever whole: it saves a third of the head's work in the next pass
+                dtype = self.keep_dtype or compute_dtype(h)
+                memory.u = torch.empty(targets.numel(), len(weight), dtype=dtype, device=h.device)
+        return self._pulled(memory, h, weight, h, weight, targets, u=memory.u)
 
     def _keeping_readout(self, memory: Kept, earlier: list[Kept], copy: bool, h: Tensor, weight: Tensor) -> Tensor:
         self._keep(memory, earlier, copy, h, weight)
@@ -345,17 +349,31 @@ class Passes:
     ) -> Tensor:
         assert memory.h is not None
         assert memory.weight is not None
-        result = self._pulled(memory, h, weight, memory.h, originals.get(memory.weight, memory.weight), targets, share)
+        result = self._pulled(
+            memory, h, weight, memory.h, originals.get(memory.weight, memory.weight), targets, share, memory.u, True
+        )
         if own:
             result = result + self._pulled(Kept(()), h, weight, h, weight, targets, own)
         return result
 
     def _pulled(
-        self, memory: Kept, h: Tensor, weight: Tensor, h_u: Tensor, weight_u: Tensor, targets: Tensor, share: float = 1.0
+        self,
+        memory: Kept,
+        h: Tensor,
+        weight: Tensor,
+        h_u: Tensor,
+        weight_u: Tensor,
+        targets: Tensor,
+        share: float = 1.0,
+        u: Tensor | None = None,
+        known: bool = False,
     ) -> Tensor:
         assert self.divisor is not None
-        scaled = pull_back(h, weight, h_u, weight_u, targets, share / self.divisor)
-        memory.loss = scaled.detach() / share
+        scaled = pull_back(h, weight, h_u, weight_u, targets, share / self.divisor, u, known)
+        if u is None or not known:
+            memory.loss = scaled.detach() / share
+        elif memory.loss is not None:
+            scaled = scaled + memory.loss * share
         return scaled
 
     # ------------------------------------------------------------------ randomness and ranks
