@@ -124,3 +124,18 @@ def test_python_on_the_pages_runs(page, tmp_path):
     script.write_text("\n".join(blocks))
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_costs_on_the_page_are_those_measured():
+    """The table of costs in sharpness/README.md holds results/benchmark/time.csv."""
+    import csv
+
+    page = (PACKAGE / "sharpness" / "README.md").read_text()
+    table = page.split("<!-- costs -->")[1].split("<!-- end of costs -->")[0]
+    with (ROOT / "results" / "benchmark" / "time.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert rows
+    for row in rows:
+        cell = f"{float(row['ratio']):.2f} ({float(row['ratio_q1']):.2f}-{float(row['ratio_q3']):.2f})"
+        line = next(line for line in table.splitlines() if line.startswith(f"| {row['method']} |"))
+        assert cell in line, (row["method"], row["case"])

@@ -13,7 +13,7 @@ from test_curvature import both, case, decoder, directions, error, generic_cross
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from functional_sam.curvature import CurvatureProducts, decompose, density, eigenvalues, hutch_plus_plus, hutchinson
+from functional_sam.curvature import CurvatureProducts, decompose, density, eigenvalues, hutch_plus_plus, hutchinson, quadratic_fit
 from functional_sam.errors import UserError
 
 NAMES = ("hessian", "gauss_newton", "functional")
@@ -120,6 +120,15 @@ def sharded_equals_whole(rank):
         decompose(model, [batches[rank]])
     products = CurvatureProducts(model, [batches[rank]], method="difference")
     before = [p.to_local().clone() for p in model.parameters()]
+    ours, reference = decompose(model, [batches[rank]], method="difference"), decompose(make_model(), batches)
+    for field in ("share", "cosine", "curvature_logit", "curvature_func", "norm_gradient"):
+        assert getattr(ours, field) == pytest.approx(getattr(reference, field), rel=1e-6)
+    assert ours.by_kind["mlp"].norm_func == pytest.approx(reference.by_kind["mlp"].norm_func, rel=1e-6)
+    fits = [
+        quadratic_fit(of, [1e-3]).points[0].measured
+        for of in (CurvatureProducts(model, [batches[rank]], method="difference"), whole)
+    ]
+    assert fits[0] == pytest.approx(fits[1], rel=1e-7)
     gather = lambda tensors: [t.full_tensor() for t in tensors]  # noqa: E731
     loss, gradient = products.loss_and_gradient()
     assert float(loss) == pytest.approx(float(whole.loss()), rel=1e-12)

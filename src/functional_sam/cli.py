@@ -169,9 +169,12 @@ def _methods(options: argparse.Namespace) -> int:
 
 def _benchmark(options: argparse.Namespace) -> int:
     from functional_sam.benchmark import benchmark
+    from functional_sam.exhibits.cost import draw_cost
 
     directory = Path("results/benchmark")
     for name, frame in benchmark(directory, console, options.rounds or None).items():
         console.print(frame.to_string(index=False, float_format="%.3f"), highlight=False, soft_wrap=True)
         console.print(f"wrote {directory / name}.csv", highlight=False)
+    for path in draw_cost(directory / "time.csv"):
+        console.print(f"wrote {path.relative_to(Path.cwd())}", highlight=False)
     return 0

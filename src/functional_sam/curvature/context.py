@@ -1,12 +1,12 @@
-"""Where second derivatives exist, and models that are no function of their inputs and weights."""
+"""Where second derivatives exist, where weights are moved, and models that are no function of their inputs and weights."""
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -32,6 +32,27 @@ def second_order(model: nn.Module, device: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def moved(model: nn.Module, parameters: Sequence[nn.Parameter], v: Sequence[Tensor], step: float) -> Iterator[None]:
+    """theta + step v inside the block; after it theta bit for bit, by copy."""
+    start = [p.detach().clone() for p in parameters]
+    try:
+        _set(model, parameters, [p_0 + v_i.detach() * step for p_0, v_i in zip(start, v, strict=True)])
+        yield
+    finally:
+        _set(model, parameters, start)
+
+
+def _set(model: nn.Module, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    for module in model.modules() if any(hasattr(p, "device_mesh") for p in parameters) else ():
+        reshard: Any = getattr(module, "reshard", None)
+        if reshard is not None:  # FSDP2 drops the whole parameters that it has gathered, of weights that change now
+            reshard()
+    with torch.no_grad():
+        for p, value in zip(parameters, values, strict=True):
+            p.copy_(value)
+
+
+@contextlib.contextmanager
 def drawing_nothing(device: torch.device) -> Iterator[None]:
     """Raises UserError if the block drew from PyTorch's random generators: dropout or noise that no module announces."""
     before = _random_states(device)
@@ -43,7 +64,7 @@ def drawing_nothing(device: torch.device) -> Iterator[None]:
         )
 
 
-def _random_states(device: torch.device) -> list[torch.Tensor]:
+def _random_states(device: torch.device) -> list[Tensor]:
     states = [torch.get_rng_state()]
     if device.type not in ("cpu", "meta"):
         module: Any = torch.get_device_module(device)

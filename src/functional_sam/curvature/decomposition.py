@@ -70,19 +70,22 @@ def decompose(
     forward: Forward | None = None,
     *,
     eta: float | None = None,
+    method: str = "exact",
     memory_budget: int = MEMORY_BUDGET,
 ) -> Decomposition:
     """The two halves of the sharpness gradient along one ascent direction d: delta_logit = H_G eps, delta_func = H_F eps.
 
     eps = d / |d|, d by "gradient", "adam", "adaptive", "fisher" or "momentum", or itself as a list of tensors; see
     functional_sam.curvature.ascent.direction for the formulas, for optimizer and for eta.
-    batches, loss_fn, forward, memory_budget: see CurvatureProducts.
+    batches, loss_fn, forward, method ("difference" for a sharded model), memory_budget: see CurvatureProducts.
     Costs about three gradients where the graphs fit the budget (one for g, two for both halves), about five where not.
     Raises UserError for an unknown ascent, for "adam" without an Adam that holds the parameters, for a d of zero, and whatever
     CurvatureProducts raises; FloatingPointError for a d that is not finite.
     Source: arXiv 2502.02407, for the split and for the preconditioned ascent, whose exact form there was not seen.
     """
-    return decompose_many(model, batches, [ascent], optimizer, loss_fn, forward, eta=eta, memory_budget=memory_budget)[0]
+    return decompose_many(
+        model, batches, [ascent], optimizer, loss_fn, forward, eta=eta, method=method, memory_budget=memory_budget
+    )[0]
 
 
 def decompose_many(
@@ -94,10 +97,11 @@ def decompose_many(
     forward: Forward | None = None,
     *,
     eta: float | None = None,
+    method: str = "exact",
     memory_budget: int = MEMORY_BUDGET,
 ) -> list[Decomposition]:
     """decompose for each of several ascents, with one gradient, and graphs that fit the budget, between them."""
-    products = CurvatureProducts(model, batches, loss_fn, forward, memory_budget=memory_budget)
+    products = CurvatureProducts(model, batches, loss_fn, forward, method=method, memory_budget=memory_budget)
     loss, g = products.loss_and_gradient()
     return [_along(products, float(loss), g, unit(direction(d, g, products.parameters, optimizer, eta))) for d in ascents]
 

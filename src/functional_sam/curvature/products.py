@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from functional_sam.curvature.batches import Batch, Batches
-from functional_sam.curvature.context import drawing_nothing, second_order
-from functional_sam.curvature.difference import Differences
+from functional_sam.curvature.context import drawing_nothing, moved, second_order
+from functional_sam.curvature.difference import Differences, some
 from functional_sam.curvature.functions import Quick
 from functional_sam.curvature.geometry import AdamGeometry, adam_scales
 from functional_sam.curvature.groups import Selection, select
@@ -49,7 +49,8 @@ class CurvatureProducts:
     that have changed since are made anew. `release()` frees them; they go with this object in any case.
 
     A model with has_readout (functional_sam.models) under the default loss_fn, and a forward that takes readout=, if one is given,
-    never makes logits beyond a chunk of rows, but for their softmax where that fits the budget. Any other model holds them twice.
+    never makes logits beyond a chunk of rows, but for their softmax where that fits the budget. Any other
+    holds them three times, as its plain gradient does.
 
     method="difference" takes central differences of gradients instead; that is the way for a model sharded by FSDP2. Its costs,
     its parallel meaning and its error estimate (`error`) are those of functional_sam.curvature.difference.Differences.
@@ -109,7 +110,7 @@ class CurvatureProducts:
     def loss(self) -> Tensor:
         """L, a scalar tensor; one forward, no graph."""
         if self._differences:
-            return self._differences.loss_and_gradient()[0]
+            return self._differences.loss()
         total, count = 0.0, 0.0
         with second_order(self.model, self._device.type), torch.no_grad():
             for inputs, targets in self.batches:
@@ -121,7 +122,13 @@ class CurvatureProducts:
                     else:
                         part, valid = self.loss_fn(self.forward(self.model, inputs), targets)
                 total, count = total + float(part), count + float(valid)
-        return self.parameters[0].new_tensor(total / self._some(count))
+        return self.parameters[0].new_tensor(total / some(count))
+
+    def loss_along(self, v: Sequence[Tensor], rho: float) -> Tensor:
+        """L(theta + rho v). The weights are moved and put back by copy, bit for bit."""
+        v = self._checked(v)
+        with moved(self.model, self.parameters, v, rho):
+            return self.loss()
 
     def gradient(self) -> list[Tensor]:
         """g = J^T u."""
@@ -194,7 +201,7 @@ class CurvatureProducts:
                 torch._foreach_add_(total, product(batch, i in self._kept))
                 count += float(batch.count)
                 del batch
-        torch._foreach_div_(total, self._some(count))
+        torch._foreach_div_(total, some(count))
         return total
 
     def _linearized(self, i: int, inputs: Any, targets: Any) -> Linearization:
@@ -231,12 +238,6 @@ class CurvatureProducts:
         if stamp != self._stamp:
             self.release()
             self._stamp = stamp
-
-    @staticmethod
-    def _some(count: float) -> float:
-        if not count:
-            raise UserError("curvature over no valid target: every target of every batch is ignored")
-        return count
 
     def _checked(self, v: Sequence[Tensor]) -> list[Tensor]:
         given, wanted = [tuple(t.shape) for t in v], [tuple(p.shape) for p in self.parameters]

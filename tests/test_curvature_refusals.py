@@ -1,0 +1,99 @@
+"""Models, batches and arguments of which there is no curvature: refused, with a way out."""
+
+import pytest
+import torch
+from test_curvature import case, decoder, directions, error, flat, one_thread, seeded  # noqa: F401
+from torch import nn
+
+from functional_sam.curvature import CurvatureProducts
+from functional_sam.curvature.context import second_order
+from functional_sam.errors import UserError
+from functional_sam.losses import IGNORE
+
+
+class Attention(nn.Module):
+    """Dropout that no module of its own announces."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.MultiheadAttention(4, 2, dropout=0.1, batch_first=True)
+
+    def forward(self, x):
+        return self.inner(x, x, x)[0]
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1)), Attention(), nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))]
+)
+def test_random_models_are_refused_in_training_mode(layer):
+    model = layer.double()
+    x = torch.randn(3, 4, dtype=torch.float64, generator=seeded())
+    products = CurvatureProducts(model, [(x, torch.arange(3))])
+    v = directions(products)
+    for product in (products.gradient, lambda: products.hessian(v), lambda: products.split(v)):
+        with pytest.raises(UserError, match=r"model\.eval\(\)"):
+            product()
+    model.eval()
+    assert flat(products.hessian(v)).isfinite().all()
+
+
+def test_dropout_of_zero_is_no_dropout():
+    with second_order(nn.Sequential(nn.Dropout(0.0), nn.MultiheadAttention(4, 2)), "cpu"):
+        pass
+
+
+@pytest.mark.parametrize("method", ["exact", "difference"])
+def test_random_numbers_in_forward_are_refused(method):
+    class Noisy(nn.Linear):
+        def forward(self, x):
+            return super().forward(nn.functional.dropout(x, 0.1))
+
+    x = torch.randn(3, 4, dtype=torch.float64, generator=seeded())
+    products = CurvatureProducts(Noisy(4, 4).double(), [(x, torch.arange(3))], method=method)
+    with pytest.raises(UserError, match="random numbers"):
+        products.hessian(directions(products))
+
+
+def test_shuffled_batches_are_refused():
+    """A loader is good if its passes are alike; an iterator has one pass only."""
+    x, y = torch.randn(12, 4, dtype=torch.float64, generator=seeded()), torch.arange(12) % 3
+    rows = torch.utils.data.TensorDataset(x, y)
+    model = nn.Linear(4, 3).double()
+    whole = CurvatureProducts(model, [(x, y)])
+    v = directions(whole)
+    steady = CurvatureProducts(model, torch.utils.data.DataLoader(rows, 5))
+    assert error(steady.hessian(v), whole.hessian(v)) < 1e-12
+    shuffled = CurvatureProducts(model, torch.utils.data.DataLoader(rows, 5, shuffle=True, generator=seeded()))
+    with pytest.raises(UserError, match="shuffle=False"):
+        shuffled.hessian(v)
+
+    class Shorter:
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            return iter([(x, y)] * (3 - self.passes))
+
+    with pytest.raises(UserError, match="differ"):
+        CurvatureProducts(model, Shorter()).hessian(v)
+    with pytest.raises(UserError, match="list"):
+        CurvatureProducts(model, iter([(x, y)]))
+    with pytest.raises(UserError, match="list"):
+        CurvatureProducts(model, (batch for batch in [(x, y)]))
+
+
+def test_user_errors():
+    model, batches = case("decoder")
+    ignored = [(inputs, torch.full_like(targets, IGNORE)) for inputs, targets in batches]
+    for words, build in {
+        "no batch": lambda: CurvatureProducts(model, []),
+        "no valid target": lambda: CurvatureProducts(model, ignored).gradient(),
+        "bfloat16": lambda: CurvatureProducts(decoder(dtype=torch.bfloat16), batches),
+        "frozen": lambda: CurvatureProducts(decoder().requires_grad_(False), batches),
+        "shapes": lambda: CurvatureProducts(model, batches).hessian([torch.zeros(3)]),
+        "'always'": lambda: CurvatureProducts(model, batches, retain="always"),
+        "'forward'": lambda: CurvatureProducts(model, batches, method="forward"),
+        "'blocks.9": lambda: CurvatureProducts(model, batches, parameters="blocks.9.*"),
+    }.items():
+        with pytest.raises(UserError, match=words):
+            build()
