@@ -210,7 +210,8 @@ def _public(name: str, model: nn.Module, inputs: Tensor, targets: Tensor) -> Con
         return loss
 
     def step() -> None:
-        closure()
+        if "WSAM" not in name:  # its step calls the closure for the first gradient too
+            closure()
         optimizer.step(closure)
         optimizer.zero_grad()
 
