@@ -104,20 +104,23 @@ def test_readme_commands_are_the_makefiles():
     assert used <= targets, used - targets
 
 
+def git(*arguments):
+    """Output of git on this checkout; skips the test outside one."""
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout: what was committed cannot be told from what was drawn since")
+    return done.stdout
+
+
 def test_readme_numbers_are_those_of_the_records():
     """The README quotes the verdicts of the committed exhibits word for word (a reader's own, drawn since, may differ)."""
     import json
 
-    def git(*arguments):
-        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
-
-    if git("rev-parse", "HEAD").returncode:
-        pytest.skip("not a git checkout: what was committed cannot be told from what was drawn since")
-    readme = git("show", "HEAD:README.md").stdout
-    records = [name for name in git("ls-files", "paper").stdout.split() if name.endswith(".json")]
+    readme = git("show", "HEAD:README.md")
+    records = [name for name in git("ls-files", "paper").split() if name.endswith(".json")]
     assert records
     for name in records:
-        content = json.loads(git("show", f"HEAD:{name}").stdout)
+        content = json.loads(git("show", f"HEAD:{name}"))
         if content["scale"] == "quick":
             assert content["verdict"] in readme, f"README does not hold the verdict of {name}"
 
@@ -134,13 +137,12 @@ def test_python_on_the_pages_runs(page, tmp_path):
 
 
 def test_costs_on_the_page_are_those_measured():
-    """The table of costs in sharpness/README.md holds results/benchmark/time.csv."""
+    """The table of costs in sharpness/README.md holds results/benchmark/time.csv, both as committed."""
     import csv
 
-    page = (PACKAGE / "sharpness" / "README.md").read_text()
+    page = git("show", "HEAD:src/functional_sam/sharpness/README.md")
     table = page.split("<!-- costs -->")[1].split("<!-- end of costs -->")[0]
-    with (ROOT / "results" / "benchmark" / "time.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader(git("show", "HEAD:results/benchmark/time.csv").splitlines()))
     assert rows
     for row in rows:
         cell = f"{float(row['ratio']):.2f} ({float(row['ratio_q1']):.2f}-{float(row['ratio_q3']):.2f})"
