@@ -90,7 +90,7 @@ MEMORY_CASE = Case(
     "bfloat16",
     ("adamw", "plain AdamW", "sam", "functional-sam", "functional-sam keep u", "functional-sam naive"),
 )
-ROUNDS = {"decoder-32k": 5, "decoder-quick": 15, "vit-quick": 15}
+ROUNDS = {"decoder-32k": 7, "decoder-quick": 20, "vit-quick": 20}
 
 
 class PlainGPT(nn.Module):
