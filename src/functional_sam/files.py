@@ -33,7 +33,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         temporary.replace(path)
         sync(path.parent)
     except OSError as error:
-        raise _explained(error, path) from error
+        raise explained(error, path) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -62,7 +62,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
                 raise
         sync(path.parent)
     except OSError as error:
-        raise _explained(error, path) from error
+        raise explained(error, path) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -89,7 +89,10 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _explained(error: OSError, path: Path) -> OSError | UserError:
+def explained(error: OSError, path: Path) -> OSError | UserError:
+    """The UserError for a full disk or a place that cannot be written; any other error itself."""
+    if error.errno == errno.EFBIG:
+        return UserError(f"{path} would exceed this process's limit (ulimit -f): raise it and run the same command again")
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(f"disk full while writing {path}: free some space and run the same command again")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

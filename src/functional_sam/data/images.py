@@ -44,8 +44,13 @@ def prepare_images(name: str, cache_dir: Path, progress: Progress | None = None,
         parts, source = _fashion(say) if name == "fashion-mnist" else _mnist_5k()
         return {"format": FORMAT, "name": name, "source": source} | write_parts(parts, directory)
 
-    directory = Path(cache_dir) / f"images-{name}-{digest([FORMAT, name])[:12]}"
+    directory = images_directory(name, cache_dir)
     return ImageData(directory, cached(directory, build, say, verify))
+
+
+def images_directory(name: str, cache_dir: Path) -> Path:
+    """Where prepare_images keeps its result."""
+    return Path(cache_dir) / f"images-{name}-{digest([FORMAT, name])[:12]}"
 
 
 def write_parts(parts: dict[str, Part], directory: Path) -> dict[str, Any]:

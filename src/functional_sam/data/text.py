@@ -39,8 +39,22 @@ def prepare_text(
     What is cached loads without the source packages. Raises UserError for an unknown source, a missing package or one of
     another version, a vocab that does not fit the text, a damaged cache, a full disk.
     """
-    check_sources(sources)
+    directory, made_from = text_directory(sources, vocab, cache_dir, max_train_tokens)
     say = progress or silent
+    names = list(made_from["sources"])
+
+    def build(directory: Path) -> dict[str, Any]:
+        say(f"reading {', '.join(names)} ...")
+        return made_from | build_text(read_sources(names), vocab, directory, say, max_train_tokens)
+
+    return TextData(directory, cached(directory, build, say, verify))
+
+
+def text_directory(
+    sources: Sequence[str], vocab: int, cache_dir: Path, max_train_tokens: int | None = None
+) -> tuple[Path, dict[str, Any]]:
+    """Where prepare_text keeps its result, and what that is made from. Raises UserError for an unknown source."""
+    check_sources(sources)
     names = sorted(set(sources))
     made_from = {
         "format": FORMAT,
@@ -49,13 +63,7 @@ def prepare_text(
         "vocab": vocab,
         "max_train_tokens": max_train_tokens,
     }
-
-    def build(directory: Path) -> dict[str, Any]:
-        say(f"reading {', '.join(names)} ...")
-        return made_from | build_text(read_sources(names), vocab, directory, say, max_train_tokens)
-
-    directory = Path(cache_dir) / f"text-{'-'.join(names)}-{vocab}-{digest(made_from)[:12]}"
-    return TextData(directory, cached(directory, build, say, verify))
+    return Path(cache_dir) / f"text-{'-'.join(names)}-{vocab}-{digest(made_from)[:12]}", made_from
 
 
 def build_text(

@@ -3,9 +3,12 @@
 Complete: skipped. Partial: resumed. Another config under the same name, or two processes at once: refused.
 """
 
+import fcntl
 import json
 import os
+import platform
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,7 +16,10 @@ from filelock import FileLock, Timeout
 
 from functional_sam.config import Config, load, to_yaml
 from functional_sam.errors import UserError
-from functional_sam.files import atomic_file, sync, write_text
+from functional_sam.files import atomic_file, explained, sync, write_text
+from functional_sam.records import released
+
+LOCK_WAIT = 0.5  # seconds: a reader that asks whether the run is locked holds the lock for an instant
 
 
 class RunLocked(UserError):
@@ -21,7 +27,7 @@ class RunLocked(UserError):
 
 
 class Run:
-    """The directory of one config's run."""
+    """The directory of one config's run; within released.reading() its released record is read instead."""
 
     def __init__(self, config: Config, root: Path | None = None):
         self.config = config
@@ -34,22 +40,62 @@ class Run:
     @property
     def done(self) -> bool:
         """True when the run is complete: done.json is written last, whole."""
-        return (self.directory / "done.json").is_file()
+        pack = released.current()
+        return self.config.name in pack if pack else (self.directory / "done.json").is_file()
+
+    @property
+    def running(self) -> bool:
+        """True while a process holds the run's lock."""
+        try:
+            with (self.directory / ".lock").open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
 
     @property
     def state(self) -> str:
-        """done, partial (started, resumable) or missing."""
+        """done, running (a process holds its lock), partial (started, resumable) or missing."""
         if self.done:
             return "done"
+        if self.running:
+            return "running"
         return "partial" if (self.directory / "metrics.jsonl").is_file() else "missing"
+
+    @property
+    def holder(self) -> dict[str, Any]:
+        """Process, host and, under SLURM, job of who opened the run last: at work while `running`, or dead without a good-bye."""
+        try:
+            content: dict[str, Any] = json.loads((self.directory / ".holder").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return content
+
+    def read(self, name: str) -> dict[str, Any]:
+        """Content of the run's file NAME, such as curvature.json. Raises UserError when there is none."""
+        pack = released.current()
+        if pack:
+            return pack.read(self.config.name, name)
+        path = self.directory / name
+        try:
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing: the run is not complete, or its directory was damaged") from None
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}): move {self.directory} away and run again") from error
+        return content
 
     def summary(self) -> dict[str, Any]:
         """Content of done.json."""
-        content: dict[str, Any] = json.loads((self.directory / "done.json").read_text())
-        return content
+        return self.read("done.json")
 
     def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl, those of one kind or all; a line cut by a crash is left out."""
+        pack = released.current()
+        if pack:
+            return pack.metrics(self.config.name, kind)
         return [line for line in self._lines() if kind is None or line["kind"] == kind]
 
     def _lines(self) -> Iterator[dict[str, Any]]:
@@ -75,21 +121,39 @@ class Run:
             ) from error
         self._lock = FileLock(self.directory / ".lock")
         try:
-            self._lock.acquire(blocking=False)
+            self._lock.acquire(timeout=LOCK_WAIT)
         except Timeout:
-            raise RunLocked(f"{self.directory} is being written by another process: wait for it, or stop it") from None
+            self._lock = None
+            raise RunLocked(f"{self.directory} is being written by {self._who()}: wait for it, or stop it") from None
         except OSError as error:
             raise UserError(
                 f"cannot write in {self.directory} ({error.strerror}): choose another with runtime.runs=DIRECTORY"
             ) from error
+        try:
+            self._begin()
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self) -> None:
         path = self.directory / "config.yaml"
         if path.exists():
             there = load(path)
             if there.hash != self.config.hash:
-                self.close()
                 raise UserError(f"{self.directory} holds the run of another config (hash {there.hash}): move it away")
         else:
             write_text(path, to_yaml(self.config))
+        job = {"job": os.environ["SLURM_JOB_ID"]} if "SLURM_JOB_ID" in os.environ else {}
+        self.write(".holder", {"pid": os.getpid(), "host": platform.node(), **job})
+        for leftover in self.directory.rglob(".*.tmp"):  # of a process killed while it wrote
+            leftover.unlink(missing_ok=True)
+
+    def _who(self) -> str:
+        holder = self.holder
+        if not holder:
+            return "another process"
+        job = f", job {holder['job']}" if "job" in holder else ""
+        return f"another process ({holder['pid']} on {holder['host']}{job})"
 
     def restart_at(self, step: int) -> None:
         """Drop the lines after `step` (they will be measured again) and open metrics.jsonl to append."""
@@ -100,10 +164,13 @@ class Run:
         self._metrics = path.open("a", encoding="utf-8")
 
     def log(self, kind: str, step: int, **values: Any) -> None:
-        """Append one line; it reaches the file at once."""
+        """Append one line; it reaches the file at once. Raises UserError when the disk is full."""
         assert self._metrics is not None
-        self._metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._metrics.flush()
+        try:
+            self._metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self._metrics.flush()
+        except OSError as error:
+            raise explained(error, self.directory / "metrics.jsonl") from error
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         """Write NAME as JSON, whole or not at all."""
@@ -118,8 +185,11 @@ class Run:
     def close(self) -> None:
         """Release the lock."""
         if self._metrics is not None:
-            self._metrics.close()
+            with suppress(OSError):  # a full disk: log() has said so
+                self._metrics.close()
             self._metrics = None
         if self._lock is not None:
+            with suppress(OSError):
+                (self.directory / ".holder").unlink(missing_ok=True)
             self._lock.release()
             self._lock = None

@@ -1,5 +1,6 @@
 """A task is a model, data, and what is measured on held-out data. It knows no method."""
 
+import json
 from pathlib import Path
 from typing import Protocol
 
@@ -7,7 +8,9 @@ import torch
 from torch import Tensor
 
 from functional_sam.config import Config
-from functional_sam.data.cache import Progress
+from functional_sam.data.cache import MANIFEST, Progress
+from functional_sam.data.images import images_directory
+from functional_sam.data.text import text_directory
 from functional_sam.tasks.language import Language
 from functional_sam.tasks.vision import Vision
 
@@ -36,3 +39,17 @@ def prepare(config: Config, progress: Progress | None = None) -> Task:
     """The task of a config, its data made ready (cached under runtime.cache)."""
     kind = Language if config.model.kind == "decoder" else Vision
     return kind(config, Path(config.runtime.cache), progress)
+
+
+def prepared_sha256(config: Config) -> str | None:
+    """SHA-256 of the data a config would train on, None where it is not prepared yet; nothing is prepared here."""
+    cache = Path(config.runtime.cache)
+    if config.model.kind == "decoder":
+        directory, _ = text_directory(config.data.sources, config.data.vocab, cache)
+    else:
+        directory = images_directory(config.data.images, cache)
+    try:
+        sha256: str = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["sha256"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return sha256

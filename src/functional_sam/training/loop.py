@@ -13,11 +13,12 @@ from functional_sam.config import Config
 from functional_sam.curvature import decompose_many
 from functional_sam.data.cache import Progress
 from functional_sam.records import Run
-from functional_sam.records.provenance import provenance
+from functional_sam.records.provenance import provenance, resumed
 from functional_sam.sharpness import SharpnessAware
 from functional_sam.tasks import Batches, Task, prepare
 from functional_sam.training import checkpoint
 from functional_sam.training.schedule import learning_rate
+from functional_sam.training.signals import Interrupted, Stop
 
 TIMES = ("seconds",)  # fields of metrics.jsonl that differ between two runs of one config
 
@@ -28,8 +29,9 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
     A complete run is returned as it is. The same config gives the same metrics bit for bit, interrupted or not (on one kind of
     machine with the same number of threads). Raises UserError for bad input, RunLocked when another process is at work on this
     run, FloatingPointError with step and loss when the loss is no longer finite: such a run counts as complete, and diverged.
+    Raises Interrupted after a SIGINT, SIGTERM or SIGUSR2, once the step is finished and saved.
     """
-    run = Run(config, root)
+    run, stop = Run(config, root), Stop()
     if run.done:
         return run
     if config.runtime.threads:
@@ -65,14 +67,15 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
             sharpness.load_state_dict(state["sharpness"])
             torch.set_rng_state(state["rng"])
             start = state["step"]
-        else:
-            run.write("provenance.json", {**provenance(), "hash": config.hash, "data": task.provenance})
+        record = {**provenance(), "hash": config.hash, "data": task.provenance}
+        run.write("provenance.json", record if state is None else resumed(run.read("provenance.json"), record, start))
         run.restart_at(start)
         seconds = state["seconds"] if state is not None else 0.0
 
         measured_at = measure_steps(config.measure.points, config.training.steps)
         evaluated: dict[str, float] = {}
         began = time.perf_counter()
+        stop.install()
         for step in range(start, config.training.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config.optimizer, step, config.training.steps)
@@ -92,7 +95,8 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
                 run.log("validation", count, **evaluated)
             if count in measured_at:
                 run.log("decompose", count, **_decompose(task, model, optimizer, config, device, dtype))
-            if count % config.runtime.checkpoint_every == 0 or last:
+            stopped_by = stop.requested
+            if count % config.runtime.checkpoint_every == 0 or last or stopped_by:
                 run.sync()
                 state = {
                     "step": count,
@@ -103,6 +107,11 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
                     "seconds": elapsed,
                 }
                 checkpoint.save(run.directory / "checkpoint", count, state)
+            if stopped_by:
+                raise Interrupted(
+                    f"stopped by {stopped_by} after step {count} of {config.training.steps}, checkpoint saved; "
+                    f"go on with: functional-sam train {run.directory}"
+                )
 
         if not evaluated:  # resumed after the last step
             evaluated = {k: v for k, v in run.metrics("validation")[-1].items() if k not in ("kind", "step")}
@@ -116,6 +125,7 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
         run.write("done.json", {"diverged": True, "error": message, "loss": None})
         raise FloatingPointError(message) from error
     finally:
+        stop.restore()
         run.close()
 
 

@@ -1,0 +1,85 @@
+"""Which code made a result: digests of the source files that can change one, and what differs between two of them."""
+
+import ast
+import functools
+import hashlib
+import importlib.metadata
+import subprocess
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).resolve().parents[1]
+ROOT = PACKAGE.parents[1]
+# config.py is not among them: it acts on a result through the resolved config alone, and that has its own hash.
+SOURCES = ("losses.py", "models", "sharpness", "curvature", "tasks", "data", "training")
+# What only starts, stops and watches runs.
+CANNOT_CHANGE = ("training/pool.py", "training/signals.py", "training/speed.py")
+
+
+@functools.cache
+def fingerprint() -> dict[str, Any]:
+    """`sha256` of all files that can change a result, and `files`: path in the package -> 12 digits of its own SHA-256.
+
+    Comments, docstrings and layout do not count.
+    """
+    paths = [path for source in SOURCES for path in [PACKAGE / source, *(PACKAGE / source).rglob("*.py")] if path.suffix == ".py"]
+    names = sorted(path.relative_to(PACKAGE).as_posix() for path in paths)
+    files = {name: digest((PACKAGE / name).read_text(encoding="utf-8")) for name in names if name not in CANNOT_CHANGE}
+    return {"sha256": hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest(), "files": files}
+
+
+def digest(source: str) -> str:
+    """12 hexadecimal digits of the SHA-256 of a Python source without comments, docstrings and layout."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
+            node.body = node.body[1:] or [ast.Pass()]
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:12]
+
+
+def differences(record: dict[str, Any], data_sha256: str | None = None) -> list[str]:
+    """In words, what differs between what made a record and what is here: code, torch, data. Empty when nothing does.
+
+    record: a run's provenance.json; all parts of a run that was resumed elsewhere count. data_sha256: of the present data, None
+    when that is not prepared, and so cannot be compared. A record without a fingerprint is judged by what git says has changed
+    since its commit.
+    """
+    found: list[str] = []
+    for part in (record, *record.get("resumed", [])):
+        if "code" in part:
+            found += _changed(part["code"])
+        elif part is record:
+            found += ["code: made with uncommitted changes"] if part.get("diff") else _since(part.get("commit", "unknown"))
+        torch = part.get("versions", {}).get("torch", "")
+        here = importlib.metadata.version("torch")
+        if torch and torch.split("+")[0] != here.split("+")[0]:
+            found.append(f"torch {torch}, here {here}")
+        data = part.get("data", {}).get("sha256", "")
+        if data and data_sha256 and data != data_sha256:
+            found.append(f"data {data[:8]}, here {data_sha256[:8]}")
+    return list(dict.fromkeys(found))
+
+
+def _changed(there: dict[str, Any]) -> list[str]:
+    here = fingerprint()
+    if there["sha256"] == here["sha256"]:
+        return []
+    names = there["files"].keys() | here["files"].keys()
+    return [f"code: {_listed(sorted(n for n in names if there['files'].get(n) != here['files'].get(n)))}"]
+
+
+@functools.cache
+def _since(commit: str) -> list[str]:
+    paths = [f"src/functional_sam/{source}" for source in SOURCES]
+    command = ["git", "-C", str(ROOT), "diff", "--name-only", commit, "--", *paths]
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        return [f"code: commit {commit[:7]}, not known here"]
+    changed = [name.removeprefix("src/functional_sam/") for name in output if name.endswith(".py")]
+    changed = [name for name in changed if name not in CANNOT_CHANGE]
+    return [f"code since {commit[:7]}: {_listed(changed)}"] if changed else []
+
+
+def _listed(names: list[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

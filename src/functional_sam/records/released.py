@@ -1,0 +1,133 @@
+"""Released records: what redraws an exhibit without its run directories, one JSON-lines file an exhibit and scale.
+
+results/runs/NAME-SCALE.jsonl: a head (exhibit, scale, the code that made the runs), then one line a run: config, metrics except
+those of LEFT_OUT, and every JSON file of its directory. Checkpoints and the text of uncommitted changes stay behind.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from functional_sam.config import configs_directory
+from functional_sam.errors import UserError
+from functional_sam.files import write_text
+from functional_sam.records.code import ROOT
+
+if TYPE_CHECKING:
+    from functional_sam.records.run import Run
+
+LEFT_OUT = ("train",)  # kinds of lines of metrics.jsonl that no exhibit draws, and the most numerous
+
+
+@dataclass(frozen=True)
+class Pack:
+    """The records of one exhibit at one scale."""
+
+    path: Path
+    runs: dict[str, dict[str, Any]]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.runs
+
+    def read(self, run: str, name: str) -> dict[str, Any]:
+        """Content of a run's file NAME. Raises UserError when it was not released."""
+        files: dict[str, dict[str, Any]] = self._run(run)["files"]
+        if name not in files:
+            raise UserError(f"{self.path}: {name} of {run} is not among the released files ({', '.join(sorted(files))})")
+        return files[name]
+
+    def metrics(self, run: str, kind: str | None) -> list[dict[str, Any]]:
+        """The released lines of a run's metrics.jsonl. Raises UserError for a kind that is never released."""
+        if kind in LEFT_OUT:
+            raise UserError(f"{self.path}: lines of kind {kind!r} are not released")
+        return [line for line in self._run(run)["metrics"] if kind is None or line["kind"] == kind]
+
+    def _run(self, name: str) -> dict[str, Any]:
+        if name not in self.runs:
+            raise UserError(f"{self.path}: {name} is not among the released runs")
+        return self.runs[name]
+
+
+_current: ContextVar[Pack | None] = ContextVar("released", default=None)
+
+
+def current() -> Pack | None:
+    """The pack that runs are read from, None for run directories."""
+    return _current.get()
+
+
+@contextmanager
+def reading(pack: Pack) -> Iterator[None]:
+    """Read every run from `pack`, and from nowhere else."""
+    token = _current.set(pack)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def results_directory() -> Path:
+    """results/ of the checkout."""
+    return configs_directory().parent / "results"
+
+
+def pack_path(exhibit: str, scale: str) -> Path:
+    """The file of an exhibit's released records."""
+    return results_directory() / "runs" / f"{exhibit}-{scale}.jsonl"
+
+
+def load_pack(exhibit: str, scale: str) -> Pack | None:
+    """The released records of an exhibit, None where there are none. Raises UserError for a damaged file."""
+    path = pack_path(exhibit, scale)
+    try:
+        head, *lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+        for line in lines:
+            record = line["files"]["provenance.json"]
+            for part in (record, *record.get("resumed", [])):
+                if "code" in part:
+                    part["code"] = {"sha256": part["code"], "files": head["code"][part["code"]]}
+        return Pack(path, {line["run"]: line for line in lines})
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}): restore it with git checkout") from error
+
+
+def save_pack(exhibit: str, scale: str, runs: Iterable["Run"]) -> Path:
+    """Write the released records of complete runs."""
+    code: dict[str, dict[str, str]] = {}
+    lines = [_line(run, code) for run in runs]
+    content = [{"exhibit": exhibit, "scale": scale, "left_out": LEFT_OUT, "code": code}, *lines]
+    path = pack_path(exhibit, scale)
+    write_text(path, "".join(json.dumps(line) + "\n" for line in content))
+    return path
+
+
+def _line(run: "Run", code: dict[str, dict[str, str]]) -> dict[str, Any]:
+    names = sorted(path.name for path in run.directory.glob("[!.]*.json"))
+    files = {name: run.read(name) for name in names}
+    record = files["provenance.json"]
+    for part in (record, *record.get("resumed", [])):
+        if "command" in part:
+            part["command"] = [_plain(word) for word in part["command"]]
+        if part.get("diff"):
+            part["diff"] = f"not released; SHA-256 {hashlib.sha256(part['diff'].encode()).hexdigest()}"
+        if "code" in part:  # the same for most runs: once, in the head
+            code[part["code"]["sha256"]] = part["code"]["files"]
+            part["code"] = part["code"]["sha256"]
+    config = (run.directory / "config.yaml").read_text(encoding="utf-8")
+    metrics = [line for line in run.metrics() if line["kind"] not in LEFT_OUT]
+    return {"run": run.config.name, "config": config, "files": files, "metrics": metrics}
+
+
+def _plain(word: str) -> str:
+    """A word of a command without where this checkout lies."""
+    path = Path(word)
+    if not path.is_absolute():
+        return word
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
