@@ -92,6 +92,11 @@ class MeasureConfig:
     rows: int = 16  # rows of the held-out (validation) batch
     micro_batch: int = 8  # rows of a second-order pass, which keeps its graph
     ascents: list[str] = field(default_factory=lambda: ["gradient", "adam"])
+    curvature: bool = False  # spectra and traces of H, H_G, H_F at the final weights, into curvature.json
+    probes: int = 10  # random vectors of a trace
+    lanczos: int = 100  # products of a run of Lanczos, at most
+    density_probes: int = 0  # random vectors of a spectral density; 0 = no densities
+    density_order: int = 64  # products of each of them
 
 
 @dataclass
@@ -107,7 +112,13 @@ class RuntimeConfig:
 
 
 # Fields younger than released results: left out of the hash while at their default, so that old runs keep their names.
-LATER: tuple[tuple[str, str], ...] = ()
+LATER: tuple[tuple[str, str], ...] = (
+    ("measure", "curvature"),
+    ("measure", "probes"),
+    ("measure", "lanczos"),
+    ("measure", "density_probes"),
+    ("measure", "density_order"),
+)
 
 
 @dataclass
@@ -276,6 +287,13 @@ def validated(config: Config) -> Config:
         training.precision in ("bf16", "float32", "float64"), f"training.precision={training.precision!r}: bf16, float32 or float64"
     )
     require(measure.points >= 0 and measure.rows >= 1, f"measure.points={measure.points}, measure.rows={measure.rows}")
+    require(
+        measure.probes >= 2 and measure.lanczos >= 4, f"measure.probes={measure.probes} (2 or more), lanczos={measure.lanczos} (4)"
+    )
+    require(
+        measure.density_probes >= 0 and measure.density_order >= 2,
+        f"measure.density_probes={measure.density_probes} (0 or more), density_order={measure.density_order} (2)",
+    )
     require(measure.micro_batch >= 1, f"measure.micro_batch={measure.micro_batch}: at least 1")
     require(config.runtime.checkpoint_every >= 1, f"runtime.checkpoint_every={config.runtime.checkpoint_every}: at least 1")
     require(config.runtime.log_every >= 1, f"runtime.log_every={config.runtime.log_every}: at least 1")

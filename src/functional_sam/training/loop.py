@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from functional_sam.config import Config
-from functional_sam.curvature import decompose_many
 from functional_sam.data.cache import Progress
 from functional_sam.records import Run
 from functional_sam.records.provenance import provenance, resumed
 from functional_sam.sharpness import SharpnessAware
 from functional_sam.tasks import Batches, Task, prepare
 from functional_sam.training import checkpoint
+from functional_sam.training.measure import final_curvature, shares
 from functional_sam.training.schedule import learning_rate
 from functional_sam.training.signals import Interrupted, Stop
 
@@ -94,7 +94,7 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
                 evaluated = _evaluate(task, model, "validation")
                 run.log("validation", count, **evaluated)
             if count in measured_at:
-                run.log("decompose", count, **_decompose(task, model, optimizer, config, device, dtype))
+                run.log("decompose", count, **shares(model, optimizer, _moved(task.measured(), device, dtype), config))
             stopped_by = stop.requested
             if count % config.runtime.checkpoint_every == 0 or last or stopped_by:
                 run.sync()
@@ -118,6 +118,9 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
         if config.training.test:
             evaluated = {**evaluated, **{f"test_{key}": value for key, value in _evaluate(task, model, "test").items()}}
         elapsed = seconds + time.perf_counter() - began
+        if config.measure.curvature:
+            measured = final_curvature(model, optimizer, _moved(task.measured(), device, dtype), config)
+            run.write("curvature.json", measured)
         run.write("done.json", {"step": config.training.steps, "seconds": round(elapsed, 3), **evaluated})
         return run
     except FloatingPointError as error:  # divergence is a result, and kept as one
@@ -164,20 +167,3 @@ def _evaluate(task: Task, model: torch.nn.Module, split: str) -> dict[str, float
     if not math.isfinite(result["loss"]):
         raise FloatingPointError(f"after training, the {split} loss is {result['loss']}")
     return result
-
-
-def _decompose(
-    task: Task, model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: Config, device: torch.device, dtype: torch.dtype
-) -> dict[str, Any]:
-    """Norms, share and cosines of delta_logit and delta_func on the held-out rows, for each ascent; without autocast."""
-    model.eval()
-    parts = decompose_many(model, _moved(task.measured(), device, dtype), config.measure.ascents, optimizer)
-    model.train()
-    names = ("norm_gradient", "norm_logit", "norm_func", "share", "cosine", "cosine_logit_gradient", "cosine_func_gradient")
-    return {
-        "loss": parts[0].loss,
-        **{
-            ascent: {name: getattr(part, name) for name in (*names, "curvature_logit", "curvature_func")}
-            for ascent, part in zip(config.measure.ascents, parts, strict=True)
-        },
-    }

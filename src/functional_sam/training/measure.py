@@ -1,0 +1,116 @@
+"""What a run measures of its curvature: shares on the way, and spectra, traces and quadratic forms of the final weights."""
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from functional_sam.config import Config
+from functional_sam.curvature import (
+    CurvatureProducts,
+    Decomposition,
+    decompose_many,
+    density,
+    functional_sharpness,
+    quadratic_fit,
+)
+from functional_sam.curvature.geometry import AdamGeometry
+from functional_sam.tasks import Batches
+
+PART_FIELDS = (
+    "norm_gradient",
+    "norm_logit",
+    "norm_func",
+    "share",
+    "cosine",
+    "cosine_logit_gradient",
+    "cosine_func_gradient",
+    "curvature_logit",
+    "curvature_func",
+)
+MATRICES = ("hessian", "gauss_newton", "functional")
+SEED = 0  # of the random vectors: the same for every run, so that methods are compared along the same ones
+
+
+def shares(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: Batches, config: Config) -> dict[str, Any]:
+    """Norms, share and cosines of delta_logit and delta_func on the held-out rows, for each ascent; without autocast."""
+    model.eval()
+    try:
+        parts = decompose_many(model, batches, config.measure.ascents, optimizer)
+    finally:
+        model.train()
+    return {"loss": parts[0].loss, **{a: _numbers(part) for a, part in zip(config.measure.ascents, parts, strict=True)}}
+
+
+def _numbers(part: Decomposition) -> dict[str, float]:
+    return {name: getattr(part, name) for name in PART_FIELDS}
+
+
+def final_curvature(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: Batches, config: Config) -> dict[str, Any]:
+    """The curvature of the final weights on the held-out rows: the content of curvature.json. Without autocast.
+
+    "logits": mean over targets of their norm about the mean logit (a shift of all logits changes nothing), and of the entropy of
+    the softmax in nats.
+    "ascents": per ascent the numbers of `shares`, by kind of parameter too, and the loss change along eps against
+    rho g.eps + rho^2/2 eps^T H eps.
+    "geometries": "plain" is A itself, "adam" P^1/2 A P^1/2; of A = H, H_G, H_F each eps^T A eps and |A eps| along the gradient, the
+    trace with its standard error over probes, both ends of the spectrum with residuals, and, with measure.density_probes, nodes and
+    weights [probes, order] of its density.
+    """
+    measure = config.measure
+    model.eval()
+    try:
+        products = CurvatureProducts(model, batches)
+        parts = decompose_many(model, batches, measure.ascents, optimizer)
+        geometries: dict[str, CurvatureProducts | AdamGeometry] = {"plain": products, "adam": products.in_adam_geometry(optimizer)}
+        return {
+            "step": config.training.steps,
+            "rows": measure.rows,
+            "loss": parts[0].loss,
+            "logits": _logits(model, batches),
+            "ascents": {
+                ascent: {
+                    **_numbers(part),
+                    "by_kind": {kind: dataclasses.asdict(group) for kind, group in part.by_kind.items()},
+                    "quadratic_fit": [
+                        {**dataclasses.asdict(point), "predicted": point.predicted}
+                        for point in quadratic_fit(products, ascent=ascent, optimizer=optimizer).points
+                    ],
+                }
+                for ascent, part in zip(measure.ascents, parts, strict=True)
+            },
+            "geometries": {name: _geometry(own, config) for name, own in geometries.items()},
+        }
+    finally:
+        model.train()
+
+
+def _geometry(products: CurvatureProducts | AdamGeometry, config: Config) -> dict[str, Any]:
+    measure = config.measure
+    found = functional_sharpness(
+        products, probes=measure.probes, max_products=measure.lanczos, generator=torch.Generator().manual_seed(SEED)
+    )
+    result = dataclasses.asdict(found)
+    if measure.density_probes:
+        for name in MATRICES:
+            drawn = density(
+                getattr(products, name),
+                products.parameters,
+                probes=measure.density_probes,
+                order=measure.density_order,
+                generator=torch.Generator().manual_seed(SEED),
+            )
+            result[name]["density"] = {"nodes": drawn.nodes.tolist(), "weights": drawn.weights.tolist(), "size": drawn.size}
+    return result
+
+
+def _logits(model: torch.nn.Module, batches: Batches) -> dict[str, float]:
+    norms, entropy, count = 0.0, 0.0, 0
+    with torch.no_grad():
+        for inputs, targets in batches:
+            logits = model(inputs).flatten(0, -2).float()[targets.flatten() >= 0]
+            log_p = logits.log_softmax(-1)
+            norms += float((logits - logits.mean(-1, keepdim=True)).norm(dim=-1).sum())
+            entropy -= float((log_p.exp() * log_p).sum())
+            count += len(logits)
+    return {"norm": norms / count, "entropy": entropy / count}
