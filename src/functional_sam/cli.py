@@ -1,19 +1,23 @@
-"""The command functional-sam: plan | run | draw | train | status | methods.
+"""The command functional-sam: plan | run | draw | check | release | train | status | methods | benchmark.
 
-Exit codes: 0 done, 1 a run failed or diverged, 2 bad input (one line, no traceback; --debug shows it), 130 interrupted.
+Exit codes: 0 done; 1 a run failed or diverged, a check found a difference; 2 bad input (one line, no traceback; --debug shows it);
+75 stopped by a signal, saved, resumable by the same command; 130 interrupted where there was nothing to save.
 """
 
 import argparse
-import os
+import importlib
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
 from rich.table import Table
 
-from functional_sam.errors import UserError
+from functional_sam.commands import console, wide
+from functional_sam.errors import Interrupted, UserError
 
-console = Console()
+RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         setattr(options, taking, [*getattr(options, taking), *rest])
+    warnings.showwarning = _warn
     try:
         code: int = options.command(options)
         return code
@@ -37,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted; the same command resumes", style="yellow")
         return 130
+    except Interrupted as error:
+        Console(stderr=True).print(f"functional-sam: {error}", style="yellow", highlight=False, soft_wrap=True, markup=False)
+        return RESUMABLE
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,11 +63,14 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("overrides", nargs="*", help="key=value on every run's config, for instance training.steps=100")
         return sub
 
-    command("plan", _plan, "list the runs an exhibit needs and how far each is")
-    run = command("run", _run, "do the missing runs of an exhibit")
+    command("plan", _of("runs", "plan_command"), "the runs an exhibit needs: how far each is, how long it takes")
+    run = command("run", _of("runs", "run_command"), "do the missing runs of an exhibit")
     run.add_argument("--jobs", type=int, default=0, help="processes at a time (default: one per core)")
-    draw = command("draw", _draw, "draw an exhibit from its records, through its notebook")
+    run.add_argument("--fresh", action="store_true", help="move the exhibit's run directories aside first, and redo all")
+    draw = command("draw", _of("results", "draw_command"), "draw an exhibit from its records, through its notebook")
     draw.add_argument("--no-notebook", action="store_true", help="draw directly, without executing the notebook")
+    command("check", _of("results", "check_command"), "compare an exhibit drawn from the present runs with the released one")
+    command("release", _of("results", "release_command"), "write results/ of an exhibit from the present runs")
 
     train = command("train", _train, "one run: --task and --method, or run directories to finish", exhibit=False)
     train.add_argument("--task", help="a file of configs/tasks")
@@ -69,90 +80,50 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--threads", type=int, default=0, help="CPU threads (default: all cores)")
     train.add_argument("arguments", nargs="*", help="with --task: key=value overrides; without: run directories")
 
-    command("status", _status, "every run under runs/ and its state", exhibit=False)
+    status = command("status", _of("runs", "status_command"), "every run in a directory of runs and its state", exhibit=False)
+    status.add_argument("directory", nargs="?", default="runs", help="default: runs")
     command("methods", _methods, "the methods: where each looks, which derivative it takes there, what it costs", exhibit=False)
     bench = command("benchmark", _benchmark, "time and memory of every method as ratios to AdamW, measured here", exhibit=False)
     bench.add_argument("--rounds", type=int, default=0, help="turns of each method (default: enough for stable medians)")
     return parser
 
 
-def _plan(options: argparse.Namespace) -> int:
-    from functional_sam.exhibits import plan
-    from functional_sam.records import Run
+def _of(module: str, function: str) -> Callable[[argparse.Namespace], int]:
+    """A function of functional_sam.commands, imported when it is called: --help stays quick."""
 
-    table = Table("run", "rho", "seed", "steps", "state", title=f"{options.exhibit}, scale {options.scale}")
-    runs = [Run(config) for config in plan(options.exhibit, options.scale, tuple(options.overrides))]
-    for run in runs:
-        config = run.config
-        rho = "" if config.method.rho is None else f"{config.method.rho:g}"
-        table.add_row(run.directory.name, rho, str(config.training.init_seed), str(config.training.steps), run.state)
-    console.print(table)
-    console.print(f"{sum(run.done for run in runs)} of {len(runs)} known runs complete")
-    return 0
+    def call(options: argparse.Namespace) -> int:
+        code: int = getattr(importlib.import_module(f"functional_sam.commands.{module}"), function)(options)
+        return code
+
+    return call
 
 
-def _run(options: argparse.Namespace) -> int:
-    from functional_sam.exhibits import plan
-    from functional_sam.records import Run
-    from functional_sam.training.pool import execute
-
-    if options.jobs < 0:
-        raise UserError(f"--jobs {options.jobs}: a number of processes, or 0 for one per core")
-    while True:  # an exhibit may know more runs once the first are complete
-        configs = plan(options.exhibit, options.scale, tuple(options.overrides))
-        if all(Run(config).done for config in configs):
-            console.print(f"{options.exhibit}, scale {options.scale}: all {len(configs)} runs are complete")
-            return 0
-        execute(configs, options.jobs or os.cpu_count() or 1, console)
-
-
-def _draw(options: argparse.Namespace) -> int:
-    from functional_sam.exhibits import draw, notebook
-    from functional_sam.exhibits.notebooks import execute_notebook
-
-    if options.no_notebook or options.overrides:
-        exhibit = draw(options.exhibit, options.scale, tuple(options.overrides))
-        paths, verdict = exhibit.paths, exhibit.verdict
-    else:
-        paths, verdict = execute_notebook(options.exhibit, options.scale)
-        paths = [*paths, notebook(options.exhibit)]
-    for path in paths:
-        shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-        console.print(f"wrote {shown}", highlight=False, soft_wrap=True)
-    console.print(f"[bold]{options.exhibit}[/bold]: {verdict}", highlight=False, soft_wrap=True)
-    return 0
+def _warn(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
+) -> None:
+    """Our own warnings as one line for a reader; those of libraries as Python shows them."""
+    text = str(message) if category is UserWarning and "functional_sam" in filename else f"{filename}:{lineno}: {message}"
+    Console(stderr=True).print(f"warning: {text}", style="yellow", highlight=False, soft_wrap=True, markup=False)
 
 
 def _train(options: argparse.Namespace) -> int:
     from functional_sam.config import compose
     from functional_sam.training.loop import train
-    from functional_sam.training.pool import work
+    from functional_sam.training.pool import AGAIN, work
+    from functional_sam.training.signals import Stop
 
-    if options.worker or options.task is None:
-        if not options.arguments:
-            raise UserError("train needs --task (a file of configs/tasks) or run directories")
-        for argument in options.arguments:
-            if not (Path(argument) / "config.yaml").is_file():
-                raise UserError(f"{argument}: no config.yaml there; give run directories, or --task with key=value overrides")
-        return 1 if work([Path(argument) for argument in options.arguments], options.threads) else 0
-    config = compose(options.task, options.method, options.scale, overrides=options.arguments)
-    config.runtime.threads = options.threads or config.runtime.threads
-    run = train(config, progress=lambda line: console.print(line, style="dim", highlight=False))
+    with Stop(at_once=f"no step was under way; {AGAIN}"):
+        if options.worker or options.task is None:
+            if not options.arguments:
+                raise UserError("train needs --task (a file of configs/tasks) or run directories")
+            for argument in options.arguments:
+                if not (Path(argument) / "config.yaml").is_file():
+                    raise UserError(f"{argument}: no config.yaml there; give run directories, or --task with key=value overrides")
+            return 1 if work([Path(argument) for argument in options.arguments], options.threads) else 0
+        config = compose(options.task, options.method, options.scale, overrides=options.arguments)
+        config.runtime.threads = options.threads or config.runtime.threads
+        run = train(config, progress=lambda line: console.print(line, style="dim", highlight=False))
     console.print(f"wrote {run.directory}: {run.summary()}", highlight=False, soft_wrap=True)
-    return 0
-
-
-def _status(options: argparse.Namespace) -> int:
-    from functional_sam.config import load
-    from functional_sam.records import Run
-
-    table = Table("run", "step", "of", "loss", "state")
-    for path in sorted(Path("runs").glob("*/config.yaml")):
-        run = Run(load(path), path.parents[1])
-        lines = run.metrics("train")
-        step, loss = (str(lines[-1]["step"]), f"{lines[-1]['loss']:.4f}") if lines else ("", "")
-        table.add_row(run.directory.name, step, str(run.config.training.steps), loss, run.state)
-    console.print(table)
     return 0
 
 
@@ -162,8 +133,7 @@ def _methods(options: argparse.Namespace) -> int:
     shown = Table("name", "ascent", "path", "mix", "passes", "memory beyond AdamW", "rho", "source")
     for *row, rho, source in table():
         shown.add_row(*map(str, row), f"{rho:g}", source)
-    # Wide enough not to cut a cell where the output is no terminal.
-    (console if console.is_terminal else Console(width=160)).print(shown)
+    wide().print(shown)
     return 0
 
 

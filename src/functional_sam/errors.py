@@ -1,5 +1,9 @@
-"""The one exception that a user is meant to read."""
+"""The exceptions that a user is meant to read."""
 
 
 class UserError(ValueError):
     """Bad input: the message names the value, the place and the way out. The command line prints it alone and exits with 2."""
+
+
+class Interrupted(Exception):
+    """A signal ended the work; nothing is lost, and the message says how to go on. The command line prints it and exits with 75."""

@@ -4,16 +4,21 @@ Nothing here trains. A missing run stops the drawing and names the command that 
 """
 
 import importlib
+import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 
+import pandas as pd
+
 from functional_sam.config import Config, configs_directory, nearest
 from functional_sam.errors import UserError
-from functional_sam.exhibits.output import Exhibit, save_provenance
+from functional_sam.exhibits.output import Exhibit, drawing_into, save_frame, save_provenance
 from functional_sam.exhibits.spec import Spec, load_spec
 from functional_sam.records import Run
+from functional_sam.records.released import Pack, load_pack, reading, results_directory
 
-__all__ = ["Exhibit", "draw", "known", "plan"]
+__all__ = ["Exhibit", "draw", "fresh", "known", "plan", "source"]
 
 
 def known() -> list[str]:
@@ -35,19 +40,46 @@ def plan(name: str, scale: str = "quick", overrides: tuple[str, ...] = ()) -> li
 
 
 def draw(name: str, scale: str = "quick", overrides: tuple[str, ...] = ()) -> Exhibit:
-    """Draw from records; write the files under paper/. Raises UserError naming the command when a run is missing."""
+    """Draw from run directories, or from the released records where runs are missing; write the files under paper/.
+
+    Raises UserError naming the command when a run is missing and none was released.
+    """
     module, spec = _module(name), load_spec(name, scale)
-    configs = module.plan(spec, overrides)
-    runs = [Run(config) for config in configs]
-    missing = [run for run in runs if not run.done]
-    if missing:
-        raise UserError(
-            f"{name} at scale {scale}: {len(missing)} of {len(runs)} runs are not complete "
-            f"(first: {missing[0].directory}); make them with: functional-sam run {name} --scale {scale}"
-        )
-    exhibit: Exhibit = module.draw(spec, configs)
-    exhibit.paths.append(save_provenance(spec, exhibit, runs))
+    pack = source(name, scale, overrides)
+    with reading(pack) if pack else nullcontext():
+        configs = module.plan(spec, overrides)
+        exhibit: Exhibit = module.draw(spec, configs)
+        exhibit.source = str(pack.path.relative_to(results_directory().parent)) if pack else "runs"
+        exhibit.paths.append(save_provenance(spec, exhibit, [Run(config) for config in configs]))
     return exhibit
+
+
+def source(name: str, scale: str = "quick", overrides: tuple[str, ...] = ()) -> Pack | None:
+    """None when every run is complete; else the released records, if they hold them all. Overrides name other runs: not released.
+
+    Raises UserError naming the command when a run is in neither.
+    """
+    runs = [Run(config) for config in plan(name, scale, overrides)]
+    missing = [run for run in runs if not run.done]
+    if not missing:
+        return None
+    pack = None if overrides else load_pack(name, scale)
+    if pack is not None:
+        with reading(pack):
+            if all(Run(config).done for config in plan(name, scale)):
+                return pack
+    raise UserError(
+        f"{name} at scale {scale}: {len(missing)} of {len(runs)} runs are not complete "
+        f"(first: {missing[0].directory}); make them with: functional-sam run {name} --scale {scale}"
+    )
+
+
+def fresh(name: str, scale: str = "quick", overrides: tuple[str, ...] = ()) -> pd.DataFrame:
+    """The numbers of the exhibit from run directories alone, as its CSV holds them; nothing is written under paper/."""
+    if source(name, scale, overrides) is not None:
+        raise UserError(f"{name} at scale {scale}: runs are missing; make them with: functional-sam run {name} --scale {scale}")
+    with tempfile.TemporaryDirectory() as directory, drawing_into(Path(directory)):
+        return pd.read_csv(save_frame(load_spec(name, scale), draw(name, scale, overrides).frame))
 
 
 def notebook(name: str) -> Path:

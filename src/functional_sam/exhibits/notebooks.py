@@ -8,20 +8,20 @@ import nbformat
 import papermill
 
 from functional_sam.errors import UserError
-from functional_sam.exhibits import draw, known, notebook, spec
+from functional_sam.exhibits import draw, known, notebook, source, spec
 from functional_sam.exhibits.output import paper_directory, stem
 from functional_sam.files import atomic_file
 
 QUIET = ["--IPKernelApp.log_level=40"]  # errors only
 
 
-def execute_notebook(name: str, scale: str) -> tuple[list[Path], str]:
-    """Run the exhibit's notebook in place at a scale; the files it wrote, and its verdict."""
+def execute_notebook(name: str, scale: str) -> tuple[list[Path], str, str]:
+    """Run the exhibit's notebook in place at a scale; the files it wrote, its verdict, and what it was drawn from."""
     if name not in known() or not notebook(name).exists():
         draw(name, scale)  # raises for an unknown name
         raise UserError(f"{notebook(name)} is missing: restore it with git checkout")
     drawn = spec(name, scale)
-    _refuse_missing(name, scale)
+    source(name, scale)  # the clear error for a missing run, before a kernel is started
     path = notebook(name)
     with atomic_file(path) as temporary:
         try:
@@ -40,17 +40,7 @@ def execute_notebook(name: str, scale: str) -> tuple[list[Path], str]:
         _tidy(temporary)
     record = json.loads(stem(drawn).with_suffix(".json").read_text())
     files = [paper_directory().parent / file for file in record["files"]]
-    return [*files, stem(drawn).with_suffix(".json")], record["verdict"]
-
-
-def _refuse_missing(name: str, scale: str) -> None:
-    """The clear error for a missing run, before a kernel is started."""
-    from functional_sam.exhibits import plan
-    from functional_sam.records import Run
-
-    missing = [config for config in plan(name, scale) if not Run(config).done]
-    if missing:
-        draw(name, scale)
+    return [*files, stem(drawn).with_suffix(".json")], record["verdict"], record["drawn_from"]
 
 
 def _tidy(path: Path) -> None:

@@ -1,7 +1,9 @@
 """Writing an exhibit: the figure or table, its CSV, and where its numbers come from; each file whole or not at all."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,20 @@ class Exhibit:
     verdict: str
     frame: pd.DataFrame
     figure: Any = None
+    source: str = "runs"  # or the released records it was drawn from
+
+
+_into: ContextVar[Path | None] = ContextVar("into", default=None)
+
+
+@contextmanager
+def drawing_into(directory: Path) -> Iterator[None]:
+    """Write what is drawn under `directory` instead of paper/."""
+    token = _into.set(directory)
+    try:
+        yield
+    finally:
+        _into.reset(token)
 
 
 def paper_directory() -> Path:
@@ -35,7 +51,7 @@ def stem(spec: Spec) -> Path:
     """paper/figures/figure-1 or paper/tables/table-1; another scale than quick is part of the name."""
     folder = "figures" if spec.name.startswith("figure") else "tables"
     name = spec.name if spec.scale == "quick" else f"{spec.name}-{spec.scale}"
-    return paper_directory() / folder / name
+    return (_into.get() or paper_directory()) / folder / name
 
 
 def save_figure(spec: Spec, figure: Figure) -> list[Path]:
@@ -49,36 +65,40 @@ def save_figure(spec: Spec, figure: Figure) -> list[Path]:
     return paths
 
 
-def save_frame(spec: Spec, frame: pd.DataFrame) -> Path:
-    """The numbers behind the exhibit, as CSV."""
-    path = stem(spec).with_suffix(".csv")
+def save_frame(spec: Spec, frame: pd.DataFrame, part: str = "") -> Path:
+    """The numbers behind the exhibit, or behind one part of it, as CSV."""
+    path = stem(spec).with_suffix(".csv") if not part else stem(spec).with_name(f"{stem(spec).name}-{part}.csv")
     write_text(path, frame.to_csv(index=False, float_format="%.8g"))
     return path
 
 
 def save_provenance(spec: Spec, exhibit: Exhibit, runs: Sequence[Run]) -> Path:
-    """NAME.json: caption, verdict, files, and the runs with config hash, commit and data."""
-    entries = []
-    for run in runs:
-        record = json.loads((run.directory / "provenance.json").read_text())
-        entries.append(
-            {
-                "run": run.directory.name,
-                "commit": record["commit"],
-                "modified": bool(record["diff"]),
-                "versions": record["versions"],
-                "data": {"name": record["data"]["data"], "sha256": record["data"]["sha256"]},
-            }
-        )
+    """NAME.json: caption, verdict, files, and the runs with config hash, commit, code, versions and data."""
     path = stem(spec).with_suffix(".json")
-    root = paper_directory().parent
+    root = (_into.get() or paper_directory()).parent
     content = {
         "exhibit": spec.name,
         "scale": spec.scale,
         "verdict": exhibit.verdict,
         "caption": exhibit.caption,
         "files": [str(file.relative_to(root)) for file in exhibit.paths],
-        "runs": entries,
+        "drawn_from": exhibit.source,
+        "runs": [_entry(run) for run in runs],
     }
     write_text(path, json.dumps(content, indent=1) + "\n")
     return path
+
+
+def _entry(run: Run) -> dict[str, Any]:
+    record = run.read("provenance.json")
+    return {
+        "run": run.directory.name,
+        "hash": run.config.hash,
+        "commit": record["commit"],
+        "code": record.get("code", {}).get("sha256"),
+        "modified": bool(record["diff"]),
+        "resumed_by_other_code": any("code" in part for part in record.get("resumed", [])),
+        "versions": record["versions"],
+        "machine": record.get("machine"),
+        "data": {"name": record["data"]["data"], "sha256": record["data"]["sha256"]},
+    }

@@ -1,5 +1,6 @@
 """Run directories: what a run was asked, where it came from, what it measured."""
 
 from functional_sam.records.run import Run, RunLocked
+from functional_sam.records.status import Status, move_aside, status
 
-__all__ = ["Run", "RunLocked"]
+__all__ = ["Run", "RunLocked", "Status", "move_aside", "status"]

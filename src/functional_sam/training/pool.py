@@ -1,29 +1,31 @@
 """Many runs: worker processes that claim runs by their locks, and one display of what they do."""
 
 import os
-import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from functional_sam.config import Config, to_yaml
-from functional_sam.errors import UserError
+from functional_sam.errors import Interrupted
 from functional_sam.files import write_text
 from functional_sam.records import Run
-from functional_sam.sharpness.methods import METHODS
 from functional_sam.tasks import prepare
+from functional_sam.training.signals import Stop
+from functional_sam.training.speed import passes, seen
 
 Show = Callable[
     [int, int, float, float, list[str]], None
 ]  # runs done, of, share of the work done, seconds left, a line per active run
 PLAIN_EVERY = 15.0  # seconds between lines where the output is no terminal
+AGAIN = "the same command goes on"
 
 
 @dataclass
@@ -58,63 +60,110 @@ class Watched:
     def line(self) -> str:
         """One line for the display."""
         config = self.run.config
-        per_row, unit = (config.model.length, "tokens/s") if config.model.kind == "decoder" else (1, "images/s")
-        rate = self.step * config.training.batch * per_row / self.seconds if self.seconds else 0.0
+        amount, unit = seen(config, self.step)
+        rate = amount / self.seconds if self.seconds else 0.0
         rho = "" if config.method.rho is None else f" rho {config.method.rho:g}"
         return (
             f"{config.task} {config.method.name}{rho} seed {config.training.init_seed}: "
-            f"step {self.step}/{config.training.steps}, loss {self.loss:.3f}, {rate:,.0f} {unit}"
+            f"step {self.step}/{config.training.steps}, loss {self.loss:.3f}, {rate:,.0f} {unit}/s"
         )
 
 
-def execute(configs: Sequence[Config], jobs: int, console: Console) -> None:
+@dataclass
+class Workers:
+    """The worker processes; one that dies is replaced, but not to try again the run it held."""
+
+    runs: list[Run]
+    threads: int
+    processes: list[subprocess.Popen[bytes] | None] = field(default_factory=list)
+    died: dict[str, str] = field(default_factory=dict)  # run -> how the worker that held it ended
+
+    def start(self, index: int) -> None:
+        """Start worker number `index` on all runs that are left; it skips those that others hold."""
+        left = [run for run in self.runs if not run.done and run.config.name not in self.died]
+        process = _start(left, self.threads, index) if left else None
+        self.processes[index:] = [process, *self.processes[index + 1 :]]
+
+    def poll(self) -> bool:
+        """True while one is at work. Replaces the dead."""
+        for index, process in enumerate(self.processes):
+            if process is None or process.poll() is None:
+                continue
+            self.processes[index] = None
+            held = [run for run in self.runs if not run.done and run.holder.get("pid") == process.pid and not run.running]
+            for run in held:
+                self.died[run.config.name] = _how(process.returncode)
+            if held:  # else it finished its list, or cannot even start
+                self.start(index)
+        return any(self.processes)
+
+    def stop(self) -> None:
+        """Ask all to save and leave, and wait until they have."""
+        alive = [process for process in self.processes if process is not None]
+        for process in alive:
+            process.terminate()
+        for process in alive:
+            process.wait()
+
+
+def execute(configs: Sequence[Config], jobs: int, console: Console) -> list[tuple[Run, str]]:
     """Run what is not complete with `jobs` worker processes; show run, step, loss, rate and time left.
 
-    Every run is tried, also after another failed. Raises UserError listing the runs that are not complete at the end.
+    Every run is tried, also after another failed. Returns the runs that are not complete at the end, each with the reason; one
+    that diverged is complete. Raises Interrupted after a SIGINT, SIGTERM or SIGUSR2, once the workers have saved.
     """
     runs = [Run(config) for config in configs]
     missing = [run for run in runs if not run.done]
     if not missing:
-        return
+        return []
     for config in {(c.task, repr(c.data), c.runtime.cache): c for c in (run.config for run in missing)}.values():
         prepare(config, lambda line: console.print(f"[dim]{line}[/dim]", highlight=False))
     for run in missing:
         path = run.directory / "config.yaml"
         if not path.exists():
             write_text(path, to_yaml(run.config))
-    watched = [Watched(run, _cost(run.config)) for run in missing]
+        (run.directory / "error.txt").unlink(missing_ok=True)
+    watched = [Watched(run, passes(run.config) * run.config.training.steps * run.config.training.batch) for run in missing]
     jobs = max(1, min(jobs, len(missing)))
     threads = max(1, (os.cpu_count() or 1) // jobs)
     console.print(f"{len(missing)} runs to do ({len(runs) - len(missing)} complete), {jobs} at a time, {threads} thread(s) each")
-    workers = [_start(missing, threads, index) for index in range(jobs)]
+    workers = Workers(missing, threads)
     try:
-        _watch(workers, watched, console)
+        with Stop() as stop:
+            for index in range(jobs):
+                workers.start(index)
+            _watch(workers, watched, console, stop)
+            if stop.requested:
+                console.print(f"{stop.requested}: every run finishes its step and saves", style="yellow")
+                workers.stop()
     finally:
-        for worker in workers:
-            if worker.poll() is None:
-                worker.terminate()
-        for worker in workers:
-            worker.wait()
-    failed = [run for run in missing if not run.done]
-    if failed:
-        lines = [f"{len(failed)} of {len(missing)} runs did not finish:"]
-        for run in failed:
-            error = run.directory / "error.txt"
-            reason = (
-                error.read_text().strip().splitlines()[-1] if error.exists() else "its process ended early; run again to resume"
-            )
-            lines.append(f"  {run.directory}: {reason}")
-        raise UserError("\n".join(lines))
+        workers.stop()
+    if stop.requested:
+        done = sum(run.done for run in runs)
+        raise Interrupted(f"stopped by {stop.requested}: {done} of {len(runs)} runs complete, the others saved; {AGAIN}")
     for run in missing:
-        summary = run.summary()
-        if summary.get("diverged"):
-            console.print(f"[yellow]{run.directory} diverged: {summary['error']}[/yellow]")
+        if run.done and run.summary().get("diverged"):
+            console.print(f"[yellow]{run.directory} diverged: {run.summary()['error']}[/yellow]", highlight=False, soft_wrap=True)
+    return [(run, _reason(run, workers)) for run in missing if not run.done]
 
 
-def _cost(config: Config) -> float:
-    found = re.search(r"[\d.]+", METHODS[config.method.name].passes)
-    assert found
-    return config.training.steps * config.training.batch * float(found[0])
+def _how(code: int) -> str:
+    """How a process that held a run ended."""
+    if code < 0:
+        hint = " (out of memory?)" if -code == signal.SIGKILL else ""
+        return f"its process was ended by {signal.Signals(-code).name}{hint}; run again to resume"
+    return f"its process ended early with exit code {code}; run again to resume"
+
+
+def _reason(run: Run, workers: Workers) -> str:
+    error = run.directory / "error.txt"
+    if error.exists():
+        return error.read_text(encoding="utf-8").strip().splitlines()[-1]
+    if run.config.name in workers.died:
+        return workers.died[run.config.name]
+    if run.running:
+        return "another process is at work on it"
+    return f"no worker took it; see {run.directory.parent}/worker-*.log"
 
 
 def _start(runs: Sequence[Run], threads: int, index: int) -> subprocess.Popen[bytes]:
@@ -131,13 +180,13 @@ def _start(runs: Sequence[Run], threads: int, index: int) -> subprocess.Popen[by
         )
 
 
-def _watch(workers: Sequence[subprocess.Popen[bytes]], watched: Sequence[Watched], console: Console) -> None:
+def _watch(workers: Workers, watched: Sequence[Watched], console: Console, stop: Stop) -> None:
     began, total = time.monotonic(), sum(w.cost for w in watched)
     for w in watched:
         w.look()
     before = sum(w.cost * w.fraction for w in watched)  # done by an earlier, interrupted call
     with _display(console) as show:
-        while any(worker.poll() is None for worker in workers):
+        while workers.poll() and not stop.requested:
             time.sleep(0.5)
             for w in watched:
                 w.look()
@@ -199,6 +248,8 @@ def work(directories: Sequence[Path], threads: int) -> int:
             error.unlink(missing_ok=True)
         except RunLocked:
             continue
+        except Interrupted:
+            raise
         except FloatingPointError as diverged:  # recorded by train: complete
             print(f"{directory}: {diverged}", flush=True)
         except Exception as failure:

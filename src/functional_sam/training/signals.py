@@ -6,12 +6,11 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-RESUMABLE = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again later"
+from functional_sam.errors import Interrupted
+
+__all__ = ["SIGNALS", "Interrupted", "Stop"]
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-
-
-class Interrupted(Exception):
-    """A signal ended the work; nothing is lost, and the message says how to go on."""
 
 
 class Stop:

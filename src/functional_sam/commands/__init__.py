@@ -1,0 +1,10 @@
+"""The commands of functional-sam that are more than one call."""
+
+from rich.console import Console
+
+console = Console()
+
+
+def wide() -> Console:
+    """The console; where it is no terminal, one wide enough not to cut a cell."""
+    return console if console.is_terminal else Console(width=200)

@@ -1,0 +1,149 @@
+"""plan, status, run: how far the runs are, and doing those that are missing."""
+
+import argparse
+import os
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from functional_sam.commands import console, wide
+from functional_sam.config import Config, load
+from functional_sam.errors import UserError
+from functional_sam.exhibits import plan
+from functional_sam.records import Run, Status, move_aside, status
+from functional_sam.tasks import prepared_sha256
+
+
+def plan_command(options: argparse.Namespace) -> int:
+    """Every run the exhibit is known to need: state, steps, tokens, and how long it takes by speeds measured here."""
+    from functional_sam.training.speed import Measured, estimate, measured, seen
+
+    configs = plan(options.exhibit, options.scale, tuple(options.overrides))
+    speeds = [speed for root in sorted({Path(c.runtime.runs) for c in configs}) for speed in measured(root)]
+    table = Table("run", "rho", "seed", "steps", "trained on", "time", "state", title=f"{options.exhibit}, scale {options.scale}")
+    found = statuses([Run(config) for config in configs])
+    left: list[Measured | None] = []  # what is still to do: seconds of a run, and its threads
+    for run, now in found:
+        config = run.config
+        amount, unit = seen(config)
+        speed = estimate(config, speeds)
+        took = run.summary().get("seconds") if run.done else None
+        if took is not None:
+            time = f"{took_words(took)}, measured"
+        elif run.done:
+            time = ""
+        else:
+            steps = config.training.steps - now.step
+            left.append(speed and Measured(config, speed.seconds * steps, speed.threads))
+            time = f"{took_words(speed.seconds * steps)}{' left' if now.step else ''}, estimated" if speed else "unknown"
+        rho = "" if config.method.rho is None else f"{config.method.rho:g}"
+        steps_text = str(config.training.steps) if now.step in (0, config.training.steps) else f"{now.step}/{config.training.steps}"
+        seed = str(config.training.init_seed)
+        table.add_row(run.directory.name, rho, seed, steps_text, f"{amount:,} {unit}", time, now.words(run))
+    wide().print(table)
+    console.print(f"{len(found) - len(left)} of {len(found)} known runs complete" + stale_words(options.exhibit, found))
+    if left:
+        known = [part for part in left if part is not None]
+        threads = max((part.threads for part in known), default=1)
+        jobs = max(1, (os.cpu_count() or 1) // threads)
+        longest = max((part.seconds for part in known), default=0.0)
+        seconds = max(sum(part.seconds for part in known) / jobs, longest)
+        text = f"{took_words(seconds)} for {len(known)} runs, {jobs} at a time on {threads} thread(s) each"
+        unknown = len(left) - len(known)
+        console.print(
+            (f"estimated time left on this machine: {text}" if known else "time left: unknown")
+            + (f"; unknown for {unknown} whose shape was never run here" if unknown else "")
+        )
+    return 0
+
+
+def status_command(options: argparse.Namespace) -> int:
+    """The same of all runs in a directory of runs."""
+    root = Path(options.directory)
+    table = Table("run", "step", "of", "loss", "state")
+    runs = []
+    for path in sorted(root.glob("*/config.yaml")):
+        try:
+            runs.append(Run(load(path), root))
+        except UserError as error:
+            table.add_row(path.parent.name, "", "", "", f"unreadable: {error}")
+    found = statuses(runs)
+    for run, now in found:
+        loss = "" if now.loss is None else f"{now.loss:.4f}"
+        table.add_row(run.directory.name, str(now.step or ""), str(run.config.training.steps), loss, now.words(run))
+    wide().print(table)
+    counts = {state: sum(now.state == state for _, now in found) for state in ("done", "stale", "running", "partial", "missing")}
+    console.print(f"{root}: {len(found)} runs; " + ", ".join(f"{count} {state}" for state, count in counts.items() if count))
+    return 0
+
+
+def run_command(options: argparse.Namespace) -> int:
+    """Do what is missing; 1 with a table of what failed and why when not all is complete at the end."""
+    from functional_sam.training.pool import AGAIN, execute
+    from functional_sam.training.signals import Stop
+
+    if options.jobs < 0:
+        raise UserError(f"--jobs {options.jobs}: a number of processes, or 0 for one per core")
+    overrides = tuple(options.overrides)
+    if options.fresh:
+        runs = [Run(config) for config in plan(options.exhibit, options.scale, overrides)]
+        aside = move_aside(runs, runs[0].directory.parent)
+        if aside is not None:
+            console.print(f"moved the runs that were there to {aside}", highlight=False, soft_wrap=True)
+    while True:  # an exhibit may know more runs once the first are complete
+        configs = plan(options.exhibit, options.scale, overrides)
+        if all(Run(config).done for config in configs):
+            found = statuses([Run(config) for config in configs])
+            text = f"{options.exhibit}, scale {options.scale}: all {len(configs)} runs are complete"
+            console.print(text + stale_words(options.exhibit, found), highlight=False, soft_wrap=True)
+            return 0
+        with Stop(at_once=f"nothing was running; {AGAIN}"):
+            failed = execute(configs, options.jobs or os.cpu_count() or 1, console)
+        if failed:
+            show_failed(failed, len(configs))
+            return 1
+
+
+def show_failed(failed: list[tuple[Run, str]], of: int) -> None:
+    """A table of the runs that are not complete, and why, on stderr."""
+    errors = Console(stderr=True)
+    if not errors.is_terminal:
+        errors = Console(stderr=True, width=240)
+    table = Table("run", "why", title=f"{len(failed)} of {of} runs are not complete", title_style="red")
+    for run, reason in failed:
+        table.add_row(str(run.directory), reason)
+    errors.print(table)
+
+
+def statuses(runs: list[Run]) -> list[tuple[Run, Status]]:
+    """Each run with its status, the present data looked up once for each kind."""
+    data: dict[str, str | None] = {}
+
+    def sha256(config: Config) -> str | None:
+        key = repr((config.model.kind, config.data, config.runtime.cache))
+        if key not in data:
+            data[key] = prepared_sha256(config)
+        return data[key]
+
+    return [(run, status(run, sha256(run.config))) for run in runs]
+
+
+def stale_words(exhibit: str, found: list[tuple[Run, Status]]) -> str:
+    """What to say of runs that other code or data made; nothing when there are none."""
+    stale = sum(now.state == "stale" for _, now in found)
+    if not stale:
+        return ""
+    return (
+        f"; {stale} of them made by other code or data than is here: `functional-sam plan {exhibit}` says what differs, "
+        f"`functional-sam run {exhibit} --fresh` moves them aside and redoes them"
+    )
+
+
+def took_words(seconds: float) -> str:
+    """A duration for people."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,87 @@
+"""How long a run takes, from the runs of the same shape that this machine has measured."""
+
+import dataclasses
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from functional_sam.config import Config, load
+from functional_sam.errors import UserError
+from functional_sam.records import Run
+from functional_sam.records.provenance import machine
+from functional_sam.sharpness.methods import METHODS
+
+
+def passes(config: Config) -> float:
+    """Gradient evaluations of a step, as the table of methods has them."""
+    found = re.search(r"[\d.]+", METHODS[config.method.name].passes)
+    assert found
+    return float(found[0])
+
+
+def seen(config: Config, steps: int | None = None) -> tuple[int, str]:
+    """What is trained on in `steps` steps (default: all), and its unit: tokens or images."""
+    rows = (config.training.steps if steps is None else steps) * config.training.batch
+    return (rows * config.model.length, "tokens") if config.model.kind == "decoder" else (rows, "images")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A run's speed: seconds a step, with what is measured and evaluated on the way, on `threads` threads."""
+
+    config: Config
+    seconds: float
+    threads: int
+
+
+def measured(root: Path) -> list[Measured]:
+    """The speeds of the complete and partial runs under `root` that this kind of machine did, start to end."""
+    here, found = machine(), []
+    for path in sorted(root.glob("*/config.yaml")):
+        try:
+            run = Run(load(path), root)
+            record = run.read("provenance.json")
+            if record.get("machine") != here or any("machine" in part for part in record.get("resumed", [])):
+                continue
+            lines = [run.summary()] if run.done else run.metrics("train")[-1:]
+        except UserError:  # a directory that holds no run yet
+            continue
+        if lines and lines[0].get("seconds") and lines[0].get("step"):
+            found.append(Measured(run.config, lines[0]["seconds"] / lines[0]["step"], record["threads"]))
+    return found
+
+
+def estimate(config: Config, speeds: Sequence[Measured]) -> Measured | None:
+    """Seconds a step of a config, None when nothing of its shape was measured.
+
+    From runs that differ in seeds, rho and number of steps alone; else from other methods of the same shape, by their passes.
+    """
+    same = [speed for speed in speeds if _key(speed.config, True) == _key(config, True)]
+    if same:
+        return Measured(config, statistics.median(s.seconds for s in same), _threads(same))
+    alike = [speed for speed in speeds if _key(speed.config, False) == _key(config, False)]
+    if not alike:
+        return None
+    a_pass = statistics.median(speed.seconds / passes(speed.config) for speed in alike)
+    return Measured(config, a_pass * passes(config), _threads(alike))
+
+
+def _threads(speeds: Iterable[Measured]) -> int:
+    return round(statistics.median(speed.threads for speed in speeds))
+
+
+def _key(config: Config, exact: bool) -> tuple[str, ...]:
+    """What a step's time depends on; `exact`: with the method and all that is evaluated and measured besides."""
+    training = config.training
+    shape = (config.model, config.data, training.batch, training.micro_batch, training.precision, config.runtime.device)
+    if exact:
+        frequency = training.eval_every / training.steps  # of two runs of different length
+        also = (config.method.name, config.method.options, training.test, training.eval_rows, frequency, config.measure)
+        return tuple(map(_text, (*shape, *also)))
+    return tuple(map(_text, shape))
+
+
+def _text(part: object) -> str:
+    return repr(dataclasses.asdict(part)) if dataclasses.is_dataclass(part) and not isinstance(part, type) else repr(part)
