@@ -28,7 +28,10 @@ $(READY): requirements.lock requirements-data.txt pyproject.toml
 	@touch $@
 
 figure-1: $(READY)  ## logit and functional share of the sharpness gradient, language beside vision (3 min)
+figure-2: $(READY)  ## Angle-SAM: loss and accuracy against the angle between the two halves (10 min)
+figure-4: $(READY)  ## spectral densities of H, H_G, H_F, plain and in Adam's geometry, and the shares (10 min)
 table-1: $(READY)  ## SAM, Functional-SAM and both preconditioned against AdamW in language modeling (9 min)
+table-4: $(READY)  ## curvature of every method's final weights, and which measure ranks them as the loss does (10 min)
 
 $(EXHIBITS): $(READY)
 	@$(BIN)/functional-sam run $@ --scale $(SCALE) --jobs $(JOBS)

@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "records": SHARED | {"config"},
     # training measures the decomposition on its way, hence curvature
     "training": SHARED | {"sharpness", "curvature", "tasks", "records", "config", "data"},
-    "exhibits": SHARED | {"records", "config"},
+    # exhibits draw what curvature returned: the smoothing of nodes and weights is its own
+    "exhibits": SHARED | {"records", "config", "curvature"},
 }
 
 

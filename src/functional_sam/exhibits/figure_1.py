@@ -12,6 +12,7 @@ from functional_sam.exhibits import style
 from functional_sam.exhibits.output import Exhibit, save_figure, save_frame
 from functional_sam.exhibits.spec import Spec
 from functional_sam.exhibits.statistics import Estimate, estimate
+from functional_sam.exhibits.words import data_name, sizes
 from functional_sam.records import Run
 
 ASCENTS = {"gradient": "gradient ascent (SAM)", "adam": "Adam ascent (Precond)"}
@@ -57,10 +58,8 @@ def draw(spec: Spec, configs: list[Config]) -> Exhibit:
             sns.lineplot(
                 part, x="step", y="cosine", ax=cosine, color="#555555", linestyle=dash, errorbar="se", marker="o", legend=False
             )
-        data_name = _data_name(configs, task)
-        share.set(
-            xscale="log", ylim=(0, 1), title=f"{style.TASK_LABEL.get(task, task)} ({data_name})", ylabel="share of the two norms"
-        )
+        name = data_name(next(config for config in configs if config.task == task))
+        share.set(xscale="log", ylim=(0, 1), title=f"{style.TASK_LABEL.get(task, task)} ({name})", ylabel="share of the two norms")
         cosine.set(xscale="log", ylim=(-1, 1), xlabel="AdamW step", ylabel=r"cosine of $\delta_{logit}$, $\delta_{func}$")
         cosine.axhline(0, color="#bbbbbb", linewidth=0.6, zorder=0)
     parts = [
@@ -75,11 +74,6 @@ def draw(spec: Spec, configs: list[Config]) -> Exhibit:
     return Exhibit([*save_figure(spec, figure), save_frame(spec, data)], caption, verdict, data, figure)
 
 
-def _data_name(configs: list[Config], task: str) -> str:
-    config = next(config for config in configs if config.task == task)
-    return config.data.images if config.model.kind == "vit" else " + ".join(config.data.sources)
-
-
 def _words(spec: Spec, configs: list[Config], data: pd.DataFrame) -> tuple[str, str]:
     ends = []
     for task in spec.tasks:
@@ -87,15 +81,10 @@ def _words(spec: Spec, configs: list[Config], data: pd.DataFrame) -> tuple[str, 
         shares = {ascent: estimate(list(last[last.ascent == ascent].share_logit)) for ascent in ASCENTS}
         ends.append((task, shares))
     n = len(spec.seeds)
-    sizes = "; ".join(
-        f"{task}: {config.model.kind} of width {config.model.width}, depth {config.model.depth}, {config.training.steps} steps "
-        f"of {config.training.batch} rows, {_data_name(configs, task)}"
-        for task, config in ((task, next(c for c in configs if c.task == task)) for task in spec.tasks)
-    )
     caption = (
         "Logit and functional part of the sharpness gradient H eps = H_G eps + H_F eps during AdamW training: |part| / (sum of "
         "both norms), and the cosine between the two, on a fixed held-out batch, under the gradient and under the Adam ascent. "
-        f"Mean over n={n} seeds, bands are one standard error. Scale {spec.scale}, not the paper's: {sizes}."
+        f"Mean over n={n} seeds, bands are one standard error. Scale {spec.scale}, not the paper's: {sizes(configs)}."
     )
     verdict = "logit share |delta_logit| / (|delta_logit| + |delta_func|) at the end: " + "; ".join(
         f"{task} " + ", ".join(f"{ascent} {value.mean:.2f} +- {value.stderr:.2f}" for ascent, value in shares.items())

@@ -20,9 +20,17 @@ class Spec:
     tasks: list[str] = field(default_factory=list)
     methods: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)  # of the reported runs: initialization and data order
-    tuning_seed: int = 0  # of the runs that choose rho; must not be among seeds
+    tuning_seed: int = 1000  # of the runs that choose rho, where one is chosen; must not be among seeds
     rho: list[float] = field(default_factory=list)  # grid from which each method's rho is chosen on the validation split
+    rho_scale: dict[str, float] = field(default_factory=dict)  # a method's radius in units of the grid's, where it is another one
+    phi: list[float] = field(default_factory=list)  # angles of Angle-SAM, degrees
     overrides: dict[str, Any] = field(default_factory=dict)  # on the config of every run
+    by_task: dict[str, Any] = field(default_factory=dict)  # on those of one task, after overrides
+
+    def layers(self, task: str, seed: int, **more: Any) -> list[dict[str, Any]]:
+        """What the exhibit lays over the config of a run: overrides, those of the task, the seed of weights and data, and more."""
+        own = {"training": {"init_seed": seed, "data_seed": seed}}
+        return [self.overrides, self.by_task.get(task, {}), own, more]
 
 
 def load_spec(name: str, scale: str) -> Spec:

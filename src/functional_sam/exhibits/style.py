@@ -13,6 +13,7 @@ METHOD_COLOR = {
     "functional-sam": "#0072B2",
     "precond-sam": "#E69F00",
     "precond-functional-sam": "#009E73",
+    "angle-sam": "#CC79A7",
 }
 METHOD_LABEL = {
     "adamw": "AdamW",
@@ -20,8 +21,23 @@ METHOD_LABEL = {
     "functional-sam": "Functional-SAM",
     "precond-sam": "Precond SAM",
     "precond-functional-sam": "Precond Functional-SAM",
+    "angle-sam": "Angle-SAM",
+    "logit-sam": "Logit-SAM",
+    "penalty-sam": "Penalty-SAM",
+    "asam": "ASAM",
+    "sam-on": "SAM-ON",
+    "fisher-sam": "Fisher-SAM",
+    "gsam": "GSAM",
+    "wsam": "WSAM",
+    "gnp": "Gradient-norm penalty",
+    "looksam": "LookSAM",
+    "momentum-sam": "Momentum-SAM",
+    "momentum-functional-sam": "Momentum Functional-SAM",
+    "tram": "TRAM",
 }
 PART_COLOR = {"functional": "#0072B2", "logit": "#D55E00"}
+MATRIX_COLOR = {"hessian": "#000000", "gauss_newton": "#D55E00", "functional": "#0072B2"}  # the halves as in PART_COLOR
+MATRIX_LABEL = {"hessian": "$H$", "gauss_newton": "$H_G$", "functional": "$H_F$"}
 TASK_LABEL = {"language": "Language", "vision": "Vision"}
 
 
