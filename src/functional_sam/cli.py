@@ -107,7 +107,7 @@ def _warn(
 
 
 def _train(options: argparse.Namespace) -> int:
-    from functional_sam.config import compose
+    from functional_sam.config import compose, load
     from functional_sam.training.loop import train
     from functional_sam.training.pool import AGAIN, work
     from functional_sam.training.signals import Stop
@@ -119,11 +119,17 @@ def _train(options: argparse.Namespace) -> int:
             for argument in options.arguments:
                 if not (Path(argument) / "config.yaml").is_file():
                     raise UserError(f"{argument}: no config.yaml there; give run directories, or --task with key=value overrides")
-            return 1 if work([Path(argument) for argument in options.arguments], options.threads) else 0
-        config = compose(options.task, options.method, options.scale, overrides=options.arguments)
-        config.runtime.threads = options.threads or config.runtime.threads
-        run = train(config, progress=lambda line: console.print(line, style="dim", highlight=False))
-    console.print(f"wrote {run.directory}: {run.summary()}", highlight=False, soft_wrap=True)
+            directories = [Path(argument) for argument in options.arguments]
+            if options.worker:
+                return 1 if work(directories, options.threads) else 0
+            todo = [(load(directory / "config.yaml"), directory.parent) for directory in directories]
+        else:
+            config = compose(options.task, options.method, options.scale, overrides=options.arguments)
+            todo = [(config, Path(config.runtime.runs))]
+        for config, root in todo:
+            config.runtime.threads = options.threads or config.runtime.threads
+            run = train(config, root, progress=lambda line: console.print(line, style="dim", highlight=False))
+            console.print(f"wrote {run.directory}: {run.summary()}", highlight=False, soft_wrap=True)
     return 0
 
 

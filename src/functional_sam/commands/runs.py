@@ -42,7 +42,9 @@ def plan_command(options: argparse.Namespace) -> int:
         seed = str(config.training.init_seed)
         table.add_row(run.directory.name, rho, seed, steps_text, f"{amount:,} {unit}", time, now.words(run))
     wide().print(table)
-    console.print(f"{len(found) - len(left)} of {len(found)} known runs complete" + stale_words(options.exhibit, found))
+    console.print(
+        f"{len(found) - len(left)} of {len(found)} known runs complete" + stale_words(options.exhibit, found), soft_wrap=True
+    )
     if left:
         known = [part for part in left if part is not None]
         threads = max((part.threads for part in known), default=1)
@@ -52,8 +54,9 @@ def plan_command(options: argparse.Namespace) -> int:
         text = f"{took_words(seconds)} for {len(known)} runs, {jobs} at a time on {threads} thread(s) each"
         unknown = len(left) - len(known)
         console.print(
-            (f"estimated time left on this machine: {text}" if known else "time left: unknown")
-            + (f"; unknown for {unknown} whose shape was never run here" if unknown else "")
+            (f"estimated time left on this machine: {text}" if known else "time left: unknown, no run of this shape was done here")
+            + (f"; unknown for {unknown} whose shape was never run here" if known and unknown else ""),
+            soft_wrap=True,
         )
     return 0
 

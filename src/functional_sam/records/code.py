@@ -61,11 +61,10 @@ def differences(record: dict[str, Any], data_sha256: str | None = None) -> list[
 
 
 def _changed(there: dict[str, Any]) -> list[str]:
-    here = fingerprint()
-    if there["sha256"] == here["sha256"]:
-        return []
-    names = there["files"].keys() | here["files"].keys()
-    return [f"code: {_listed(sorted(n for n in names if there['files'].get(n) != here['files'].get(n)))}"]
+    """Files of then that are other or gone. One that is new since then cannot matter unless one of these has changed to use it."""
+    here = fingerprint()["files"]
+    changed = sorted(name for name, digest_then in there["files"].items() if here.get(name) != digest_then)
+    return [f"code: {_listed(changed)}"] if changed else []
 
 
 @functools.cache
