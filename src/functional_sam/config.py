@@ -103,7 +103,8 @@ class MeasureConfig:
 class RuntimeConfig:
     """What cannot change a result, and is left out of the run's hash."""
 
-    device: str = "cpu"
+    device: str = "cpu"  # or cuda: of many processes each takes its own GPU
+    parallel: str = "auto"  # ddp or fsdp (FSDP2) for the processes of torchrun or srun, none; auto: ddp where WORLD_SIZE > 1
     threads: int = 0  # CPU threads of the process; 0 = all cores
     cache: str = ".cache"  # prepared data
     runs: str = "runs"
@@ -295,6 +296,10 @@ def validated(config: Config) -> Config:
         f"measure.density_probes={measure.density_probes} (0 or more), density_order={measure.density_order} (2)",
     )
     require(measure.micro_batch >= 1, f"measure.micro_batch={measure.micro_batch}: at least 1")
+    require(
+        config.runtime.parallel in ("auto", "none", "ddp", "fsdp"),
+        f"runtime.parallel={config.runtime.parallel!r}: auto, none, ddp or fsdp",
+    )
     require(config.runtime.checkpoint_every >= 1, f"runtime.checkpoint_every={config.runtime.checkpoint_every}: at least 1")
     require(config.runtime.log_every >= 1, f"runtime.log_every={config.runtime.log_every}: at least 1")
     return config

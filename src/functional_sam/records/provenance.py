@@ -58,12 +58,13 @@ def provenance() -> dict[str, Any]:
     }
 
 
-SAME = ("commit", "diff", "code", "versions", "host", "machine", "threads", "data")
+SAME = ("commit", "diff", "code", "versions", "host", "machine", "threads", "processes", "parallel", "data")
+ALONE = {"processes": 1, "parallel": "none"}  # what records say that were made before they said so
 
 
 def resumed(before: dict[str, Any], now: dict[str, Any], step: int) -> dict[str, Any]:
     """The record of a run that goes on after `step`: what has changed since it was begun is added under `resumed`."""
-    state: dict[str, Any] = {key: before.get(key) for key in SAME}
+    state: dict[str, Any] = {key: before.get(key, ALONE.get(key)) for key in SAME}
     for entry in before.get("resumed", []):
         state |= entry
     changed = {key: now[key] for key in SAME if now[key] != state[key]}

@@ -11,6 +11,7 @@ from functional_sam.config import Config
 from functional_sam.data.text import prepare_text
 from functional_sam.losses import cross_entropy
 from functional_sam.models import Decoder
+from functional_sam.tasks.ranks import shared, summed
 
 
 class Language:
@@ -52,13 +53,15 @@ class Language:
         """Mean nats per token and bits per byte over the whole documents of a split; float32, whatever training's precision."""
         training = self.config.training
         device = next(model.parameters()).device
-        nats, tokens, num_bytes = 0.0, 0, 0
+        nats, tokens, num_bytes = 0.0, 0.0, 0.0
         with torch.no_grad():
-            for inputs, targets, covered in self.data.eval_batches(
-                split, training.eval_batch, self.config.model.length, training.eval_rows or None
+            for (inputs, targets, covered), counts in shared(
+                self.data.eval_batches(split, training.eval_batch, self.config.model.length, training.eval_rows or None)
             ):
                 loss, count = cross_entropy(model(inputs.to(device)), targets.to(device))
-                nats += float(loss)
-                tokens += int(count)
-                num_bytes += int(covered.sum())
-        return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / num_bytes, "tokens": tokens}
+                if counts:
+                    nats += float(loss)
+                    tokens += int(count)
+                    num_bytes += int(covered.sum())
+        nats, tokens, num_bytes = summed(nats, tokens, num_bytes)
+        return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / num_bytes, "tokens": int(tokens)}

@@ -10,6 +10,7 @@ from functional_sam.config import Config
 from functional_sam.data.images import prepare_images
 from functional_sam.losses import cross_entropy
 from functional_sam.models import ViT
+from functional_sam.tasks.ranks import shared, summed
 
 
 class Vision:
@@ -50,11 +51,13 @@ class Vision:
         """Mean nats per image and accuracy on a split; float32, whatever training's precision."""
         training = self.config.training
         device = next(model.parameters()).device
-        nats, right, images_seen = 0.0, 0, 0
+        nats, right, images_seen = 0.0, 0.0, 0.0
         with torch.no_grad():
-            for images, labels in self.data.eval_batches(split, training.eval_batch, training.eval_rows or None):
+            for (images, labels), counts in shared(self.data.eval_batches(split, training.eval_batch, training.eval_rows or None)):
                 logits = model(images.to(device))
-                nats += float(cross_entropy(logits, labels.to(device))[0])
-                right += int((logits.argmax(-1).cpu() == labels).sum())
-                images_seen += len(labels)
-        return {"loss": nats / images_seen, "accuracy": right / images_seen, "images": images_seen}
+                if counts:
+                    nats += float(cross_entropy(logits, labels.to(device))[0])
+                    right += int((logits.argmax(-1).cpu() == labels).sum())
+                    images_seen += len(labels)
+        nats, right, images_seen = summed(nats, right, images_seen)
+        return {"loss": nats / images_seen, "accuracy": right / images_seen, "images": int(images_seen)}

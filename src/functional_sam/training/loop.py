@@ -14,11 +14,13 @@ from functional_sam.data.cache import Progress
 from functional_sam.records import Run
 from functional_sam.records.provenance import provenance, resumed
 from functional_sam.sharpness import SharpnessAware
+from functional_sam.sharpness.passes import unwrapped
 from functional_sam.tasks import Batches, Task, prepare
-from functional_sam.training import checkpoint
+from functional_sam.training.distributed import join
 from functional_sam.training.measure import final_curvature, shares
 from functional_sam.training.schedule import learning_rate
 from functional_sam.training.signals import Interrupted, Stop
+from functional_sam.training.state import restore, save
 
 TIMES = ("seconds",)  # fields of metrics.jsonl that differ between two runs of one config
 
@@ -30,18 +32,21 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
     machine with the same number of threads). Raises UserError for bad input, RunLocked when another process is at work on this
     run, FloatingPointError with step and loss when the loss is no longer finite: such a run counts as complete, and diverged.
     Raises Interrupted after a SIGINT, SIGTERM or SIGUSR2, once the step is finished and saved.
+    Called in each of the processes of torchrun or srun it trains on all of them, and the first one writes the record.
     """
-    run, stop = Run(config, root), Stop()
-    if run.done:
+    ranks = join(config)
+    run, stop = ranks.run(config, root), Stop()
+    if ranks.lead(lambda: run.done):
         return run
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
-    run.open()
+    ranks.lead(run.open)
     try:
         task = prepare(config, progress)
-        device = torch.device(config.runtime.device)
+        device, forward = ranks.device, _forward(config)
         dtype = torch.float64 if config.training.precision == "float64" else torch.float32
-        model = task.model().to(device, dtype)
+        model = ranks.wrap(task.model().to(dtype), forward, _moved(task.batch(0), device, dtype))
+        inner = unwrapped(model)  # of which evaluation and curvature are
         optimizer = torch.optim.AdamW(
             model.parameters(),
             lr=config.optimizer.lr,
@@ -55,22 +60,15 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
             optimizer,
             config.method.name,
             config.method.rho,
-            forward=_forward(config),
+            forward=forward,
             **config.method.options,
         )
 
-        start = count = 0
-        state = checkpoint.load_newest(run.directory / "checkpoint")
-        if state is not None:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            sharpness.load_state_dict(state["sharpness"])
-            torch.set_rng_state(state["rng"])
-            start = state["step"]
-        record = {**provenance(), "hash": config.hash, "data": task.provenance}
-        run.write("provenance.json", record if state is None else resumed(run.read("provenance.json"), record, start))
+        start, seconds = restore(run.directory / "checkpoint", ranks, sharpness)
+        count = start  # steps done
+        record = {**provenance(), "hash": config.hash, "data": task.provenance, **ranks.record}
+        run.write("provenance.json", resumed(run.read("provenance.json"), record, start) if start else record)
         run.restart_at(start)
-        seconds = state["seconds"] if state is not None else 0.0
 
         measured_at = measure_steps(config.measure.points, config.training.steps)
         evaluated: dict[str, float] = {}
@@ -79,34 +77,28 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
         for step in range(start, config.training.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config.optimizer, step, config.training.steps)
-            loss = sharpness.backward(_moved(task.batch(step), device, dtype))
+            loss = sharpness.backward(_moved(ranks.part(task.batch(step)), device, dtype))
             if config.optimizer.clip:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
             optimizer.step()
             optimizer.zero_grad()
 
-            count = step + 1  # steps done
+            count = step + 1
             last = count == config.training.steps
             elapsed = seconds + time.perf_counter() - began
             if count % config.runtime.log_every == 0 or last or count == 1:
                 run.log("train", count, loss=float(loss), lr=group["lr"], seconds=round(elapsed, 3))
             if last or (config.training.eval_every and count % config.training.eval_every == 0):
-                evaluated = _evaluate(task, model, "validation")
+                evaluated = _evaluate(task, inner, "validation")
                 run.log("validation", count, **evaluated)
+                sharpness.passes.reshard()
             if count in measured_at:
-                run.log("decompose", count, **shares(model, optimizer, _moved(task.measured(), device, dtype), config))
-            stopped_by = stop.requested
+                run.log("decompose", count, **shares(inner, optimizer, _moved(task.measured(), device, dtype), config))
+                sharpness.passes.reshard()
+            stopped_by = ranks.any(stop.requested)
             if count % config.runtime.checkpoint_every == 0 or last or stopped_by:
                 run.sync()
-                state = {
-                    "step": count,
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "sharpness": sharpness.state_dict(),
-                    "rng": torch.get_rng_state(),
-                    "seconds": elapsed,
-                }
-                checkpoint.save(run.directory / "checkpoint", count, state)
+                save(run.directory / "checkpoint", count, ranks, sharpness, elapsed)
             if stopped_by:
                 raise Interrupted(
                     f"stopped by {stopped_by} after step {count} of {config.training.steps}, checkpoint saved; "
@@ -116,12 +108,13 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
         if not evaluated:  # resumed after the last step
             evaluated = {k: v for k, v in run.metrics("validation")[-1].items() if k not in ("kind", "step")}
         if config.training.test:
-            evaluated = {**evaluated, **{f"test_{key}": value for key, value in _evaluate(task, model, "test").items()}}
+            evaluated = {**evaluated, **{f"test_{key}": value for key, value in _evaluate(task, inner, "test").items()}}
         elapsed = seconds + time.perf_counter() - began
         if config.measure.curvature:
-            measured = final_curvature(model, optimizer, _moved(task.measured(), device, dtype), config)
+            measured = final_curvature(inner, optimizer, _moved(task.measured(), device, dtype), config)
             run.write("curvature.json", measured)
-        run.write("done.json", {"step": config.training.steps, "seconds": round(elapsed, 3), **evaluated})
+        summary = {"step": config.training.steps, "seconds": round(elapsed, 3), **evaluated}
+        ranks.lead(lambda: run.write("done.json", summary))
         return run
     except FloatingPointError as error:  # divergence is a result, and kept as one
         message = str(error) if str(error).startswith("step") else f"after step {count}: {error}"

@@ -1,0 +1,87 @@
+"""What a checkpoint holds, the same for every number of processes: whole tensors on the first process's side.
+
+One file, written by the first process. torch.distributed.checkpoint would write shards in parallel, but reads its metadata by
+pickle, and a checkpoint must not be able to run code.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from functional_sam.sharpness import SharpnessAware
+from functional_sam.sharpness.passes import unwrapped
+from functional_sam.training import checkpoint
+from functional_sam.training.distributed import Ranks
+
+
+def save(directory: Path, step: int, ranks: Ranks, sharpness: SharpnessAware, seconds: float) -> None:
+    """Gather tensor by tensor and write; every process takes part. Raises in all what the first one met, a full disk say."""
+    state = {
+        "step": step,
+        "model": unwrapped(sharpness.model).state_dict(),
+        "optimizer": sharpness.optimizer.state_dict(),
+        "sharpness": sharpness.state_dict(),
+        "rng": torch.get_rng_state(),  # of the first process; nothing here draws random numbers while it trains
+        "seconds": seconds,
+    }
+    state = _gathered(state, ranks.leads)
+    ranks.lead(lambda: checkpoint.save(directory, step, state))
+
+
+def restore(directory: Path, ranks: Ranks, sharpness: SharpnessAware) -> tuple[int, float]:
+    """Continue from the newest whole checkpoint: (steps done, seconds spent), (0, 0.0) where there is none.
+
+    The first process verifies checksums and chooses; of a sharded state each process reads its own slices only.
+    """
+    state: dict[str, Any] | None = None
+
+    def choose() -> int | None:
+        nonlocal state
+        state = checkpoint.load_newest(directory)
+        return None if state is None else int(state["step"])
+
+    step = ranks.lead(choose)
+    if step is None:
+        return 0, 0.0
+    if state is None:
+        state = checkpoint.load(directory, step)
+    model, optimizer = unwrapped(sharpness.model), sharpness.optimizer
+    parameters = dict(model.named_parameters())
+    model.load_state_dict({name: _placed(value, parameters.get(name)) for name, value in state["model"].items()})
+    # An optimizer numbers its parameters through its groups, in order.
+    numbered = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    moments = {
+        i: {key: _placed(value, numbered.get(i)) for key, value in moment.items()}
+        for i, moment in state["optimizer"]["state"].items()
+    }
+    optimizer.load_state_dict({**state["optimizer"], "state": moments})
+    mix = {
+        key: {name: _placed(tensor, parameters.get(name)) for name, tensor in value.items()} if isinstance(value, dict) else value
+        for key, value in state["sharpness"]["mix"].items()
+    }
+    sharpness.load_state_dict({**state["sharpness"], "mix": mix})
+    torch.set_rng_state(state["rng"].clone())
+    return step, float(state["seconds"])
+
+
+def _gathered(tree: Any, keep: bool) -> Any:
+    """The tree with every sharded tensor whole, on the CPU, in the process that keeps it."""
+    if isinstance(tree, dict):
+        return {key: _gathered(value, keep) for key, value in tree.items()}
+    if isinstance(tree, DTensor):
+        whole = tree.full_tensor()
+        return whole.cpu() if keep else None
+    return tree
+
+
+def _placed(value: Tensor, like: Tensor | None) -> Tensor:
+    """A copy of a checkpoint's tensor, on the device of its parameter and in shards if the parameter is; a scalar on the CPU."""
+    if like is None or value.shape != like.shape:
+        return value.clone()
+    if isinstance(like, DTensor):
+        # Every process has the whole value (mapped from the file, not read): no communication, each takes its slice.
+        value = distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return torch.empty_like(like, requires_grad=False).copy_(value)
