@@ -1,0 +1,541 @@
+"""What goes wrong on real machines, done to real processes: nothing is lost, nothing half-written is taken for whole.
+
+Each process is forked from a server that has torch imported already (multiprocessing's forkserver: fresh, one thread, nothing
+trained in it), and calls the command line as a user does.
+"""
+
+import contextlib
+import datetime
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from functional_sam.cli import RESUMABLE, main
+from functional_sam.config import compose, to_yaml
+from functional_sam.errors import UserError
+from functional_sam.files import sha256, write_text
+from functional_sam.records import Run
+from functional_sam.training import checkpoint, loop
+
+SMALL = ["model.width=16", "model.depth=1", "training.batch=2", "training.eval_rows=8", "training.eval_batch=8", "measure.points=0"]
+SMALL += ["data.images=mnist-5k", "runtime.threads=1", "runtime.log_every=1", "optimizer.warmup_steps=2", "training.eval_every=7"]
+
+
+@pytest.fixture(scope="session")
+def server():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["functional_sam.training.pool", "functional_sam.commands.runs", __name__])
+    return context
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def make(cache, tmp_path):
+    """A run that has not begun: its directory with config.yaml, as the pool leaves it for a worker."""
+
+    def make(name, steps=24, every=4):
+        more = [f"training.steps={steps}", f"runtime.checkpoint_every={every}"]
+        more += [f"runtime.cache={cache}", f"runtime.runs={tmp_path / name}"]
+        run = Run(compose("vision", "sam", "quick", overrides=[*SMALL, *more]))
+        write_text(run.directory / "config.yaml", to_yaml(run.config))
+        return run
+
+    return make
+
+
+# ---------------------------------------------------------------------- what a process does
+
+
+def command(arguments, log, before=None):
+    """The life of a process: perhaps something that goes wrong in it, then the command line."""
+    os.environ["COLUMNS"] = "1000"
+    with log.open("ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if before is not None:
+        before()
+    code = main([str(argument) for argument in arguments])
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def die_in_torch_save():
+    """SIGKILL itself in the middle of writing the second checkpoint."""
+    import torch
+
+    save, calls = torch.save, []
+
+    def dying(state, file):
+        calls.append(1)
+        if len(calls) == 2:
+            whole = Path(file.name).with_suffix(".whole")
+            save(state, whole)
+            file.write(whole.read_bytes()[: whole.stat().st_size // 2])
+            file.flush()
+            whole.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(state, file)
+
+    torch.save = dying
+
+
+def die_before_the_checksum():
+    """SIGKILL itself after the second checkpoint has its name and before its checksum is written."""
+    write, calls = checkpoint.write_text, []
+
+    def dying(path, text):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(path, text)
+
+    checkpoint.write_text = dying
+
+
+def die_in_metrics():
+    """SIGKILL itself when half of the line of step 11 is in the file."""
+    log = Run.log
+
+    def dying(self, kind, step, **values):
+        if step == 11:
+            self._metrics.write('{"kind": "train", "step": 11, "lo')
+            self._metrics.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        log(self, kind, step, **values)
+
+    Run.log = dying
+
+
+def turn_the_clock_back():
+    """Every look at the wall clock shows an hour less than the one before."""
+    hours = [0]
+
+    now = time.time()
+
+    def earlier():
+        hours[0] += 1
+        return now - 3600 * hours[0]
+
+    class Backwards(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls.fromtimestamp(earlier(), tz)
+
+    time.time = earlier
+    datetime.datetime = Backwards
+
+
+def limit_the_size_of_files():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+
+def slow_steps():
+    backward = loop.SharpnessAware.backward
+
+    def slow(self, batches):
+        time.sleep(0.03)
+        return backward(self, batches)
+
+    loop.SharpnessAware.backward = slow
+
+
+class Process:
+    """A process of the command line, and what it said."""
+
+    def __init__(self, server, log, *arguments, before=None):
+        self.log = log
+        self.process = server.Process(target=command, args=(arguments, log, before))
+        self.process.start()
+
+    def wait(self):
+        """Its exit code."""
+        self.process.join(60)
+        assert self.process.exitcode is not None, f"still running: {self.said}"
+        return self.process.exitcode
+
+    def send(self, number):
+        os.kill(self.process.pid, number)
+
+    @property
+    def said(self):
+        return self.log.read_text() if self.log.exists() else ""
+
+
+@pytest.fixture
+def start(server, tmp_path):
+    processes = []
+
+    def start(*arguments, before=None):
+        processes.append(Process(server, tmp_path / f"log-{len(processes)}.txt", *arguments, before=before))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.process.kill()
+        process.process.join()
+
+
+def steps_done(run):
+    lines = run.metrics("train")
+    return lines[-1]["step"] if lines else 0
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "waited for a minute"
+        time.sleep(0.002)
+
+
+def result(run):
+    """All that a run leaves, without what a clock measured."""
+
+    def timeless(content):
+        return {key: value for key, value in content.items() if key not in loop.TIMES}
+
+    state = checkpoint.load_newest(run.directory / "checkpoint")
+    weights = {name: value.tolist() for name, value in state["model"].items()}
+    return [timeless(line) for line in run.metrics()], timeless(run.summary()), state["step"], weights
+
+
+WHOLE = {}  # results of runs done in one go, by the hash of their config
+
+
+@pytest.fixture
+def finish_and_compare(start, make):
+    """The same command finishes the run, says `words`, and the result is that of the run done in one go; no litter is left."""
+
+    def finish_and_compare(run, *words):
+        last = start("train", run.directory)
+        assert last.wait() == 0, last.said
+        assert all(word in last.said for word in words), last.said
+        assert "Traceback" not in last.said
+        if run.config.hash not in WHOLE:
+            whole = make("whole", run.config.training.steps, every=1000)
+            process = start("train", whole.directory)
+            assert process.wait() == 0, process.said
+            WHOLE[whole.config.hash] = result(whole)
+        assert result(run) == WHOLE[run.config.hash]
+        assert not list(run.directory.rglob(".*.tmp"))
+
+    return finish_and_compare
+
+
+# ---------------------------------------------------------------------- killed
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments(make, start, finish_and_compare):
+    """kill -9 twenty times during one run: before its first step, between steps, in evaluations and in checkpoints as it comes."""
+    run, chance = make("parts", steps=400, every=5), random.Random(5)
+    at = []
+    for _ in range(20):
+        process = start("train", run.directory)
+        target = steps_done(run) + chance.randint(-3, 24)
+        wait_for(lambda target=target, process=process: steps_done(run) >= target or process.process.exitcode is not None)
+        time.sleep(chance.random() * 0.03)
+        process.send(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, process.said
+        assert run.state == "partial" if at and at[-1] else run.state in ("partial", "missing")
+        at.append(steps_done(run))
+    assert not run.done
+    assert len(set(at)) > 5, at  # it got on between the kills
+    finish_and_compare(run)
+
+
+@pytest.mark.parametrize(
+    ("before", "words"),
+    [
+        (die_in_torch_save, []),
+        (die_before_the_checksum, ["step-00000008.pt is damaged", "using the checkpoint before it"]),
+        (die_in_metrics, []),
+    ],
+)
+def test_killed_while_writing(make, start, before, words, finish_and_compare):
+    run = make("parts")
+    process = start("train", run.directory, before=before)
+    assert process.wait() == -signal.SIGKILL, process.said
+    assert run.state == "partial"
+    if before is die_in_torch_save:
+        assert [path.name for path in (run.directory / "checkpoint").glob("step-*.pt")] == ["step-00000004.pt"]
+        assert list((run.directory / "checkpoint").glob(".step-00000008.pt.*.tmp"))  # half of it, under no name that counts
+    finish_and_compare(run, *words)
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def bit_flipped(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def checksum_gone(path):
+    path.with_suffix(".sha256").unlink()
+
+
+def checksum_truncated(path):
+    truncated(path.with_suffix(".sha256"))
+
+
+def not_a_checkpoint(path):
+    """Its checksum is right, and it still holds no state."""
+    path.write_bytes(b"something else")
+    path.with_suffix(".sha256").write_text(sha256(path))
+
+
+@pytest.mark.parametrize("damage", [truncated, bit_flipped, checksum_gone, checksum_truncated, not_a_checkpoint])
+def test_damaged_checkpoint(make, start, damage, finish_and_compare):
+    """The one before is used, and that is said."""
+    run = make("parts")
+    stop_at(start, run, 10)
+    kept = sorted((run.directory / "checkpoint").glob("step-*.pt"))
+    assert len(kept) == 2
+    damage(kept[-1])
+    finish_and_compare(run, f"{kept[-1].name} is damaged", "using the checkpoint before it")
+
+
+def test_both_checkpoints_damaged(make, start, finish_and_compare):
+    """Nothing whole is left: from the start again, and that is said."""
+    run = make("parts")
+    stop_at(start, run, 10)
+    for path in (run.directory / "checkpoint").glob("step-*.pt"):
+        bit_flipped(path)
+    finish_and_compare(run, "the run starts again from step 0")
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    """A pickle that would call something is refused, though its checksum is right."""
+    import torch
+
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "sprung",))
+
+    checkpoint.save(tmp_path, 4, {"step": 4})
+    path = tmp_path / "step-00000008.pt"
+    torch.save({"step": 8, "trap": Trap()}, path)
+    path.with_suffix(".sha256").write_text(sha256(path))
+    with pytest.warns(UserWarning, match="damaged"):
+        assert checkpoint.load_newest(tmp_path) == {"step": 4}
+    assert not (tmp_path / "sprung").exists()
+
+
+def stop_at(start, run, step):
+    """A process that trains beyond a step and is killed."""
+    process = start("train", run.directory, before=slow_steps)
+    wait_for(lambda: steps_done(run) >= step)
+    process.send(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+# ---------------------------------------------------------------------- stopped
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_finishes_the_step_and_saves(make, start, number, finish_and_compare):
+    run = make("parts", every=100)
+    process = start("train", run.directory, before=slow_steps)
+    wait_for(lambda: steps_done(run) >= 2)
+    process.send(number)
+    assert process.wait() == RESUMABLE == 75, process.said
+    step = steps_done(run)
+    words = f"stopped by {number.name} after step {step} of 24, checkpoint saved; go on with: functional-sam train {run.directory}"
+    assert process.said.splitlines() == [f"functional-sam: {words}"]
+    assert [path.name for path in (run.directory / "checkpoint").glob("*.pt")] == [f"step-{step:08d}.pt"]
+    assert run.state == "partial"
+    finish_and_compare(run)
+
+
+def test_a_second_ctrl_c_ends_at_once(make, start, finish_and_compare):
+    run = make("parts")
+    process = start("train", run.directory, before=very_slow_steps)
+    wait_for(lambda: (run.directory / "metrics.jsonl").exists())
+    time.sleep(0.2)
+    process.send(signal.SIGINT)
+    time.sleep(0.2)
+    process.send(signal.SIGINT)
+    assert process.wait() == -signal.SIGINT
+    finish_and_compare(run)
+
+
+def very_slow_steps():
+    backward = loop.SharpnessAware.backward
+
+    def slow(self, batches):
+        deadline = time.monotonic() + 100
+        while time.monotonic() < deadline:
+            time.sleep(0.1)
+        return backward(self, batches)
+
+    loop.SharpnessAware.backward = slow
+
+
+def test_a_signal_before_the_first_step(make, start, finish_and_compare):
+    """While data is being prepared there is nothing to save, and the same code says that the command can be repeated."""
+    run = make("parts")
+    process = start("train", run.directory, before=slow_preparation)
+    wait_for(lambda: "preparing" in process.said)
+    process.send(signal.SIGTERM)
+    assert process.wait() == RESUMABLE, process.said
+    assert "stopped by SIGTERM: no step was under way; the same command goes on" in process.said
+    finish_and_compare(run)
+
+
+def slow_preparation():
+    def slow(config, progress):
+        print("preparing", flush=True)
+        time.sleep(100)
+
+    loop.prepare = slow
+
+
+# ---------------------------------------------------------------------- two at once, clocks, disks
+
+
+def test_two_processes_on_one_run(make, start, finish_and_compare):
+    """The second is refused, says who is at work, and leaves the first alone."""
+    run = make("parts")
+    first = start("train", run.directory, before=slow_steps)
+    wait_for(lambda: steps_done(run) >= 1)
+    assert run.state == "running"
+    second = start("train", run.directory)
+    assert second.wait() == 2
+    assert f"is being written by another process ({first.process.pid} on " in second.said
+    assert second.said.count("\n") == 1
+    assert first.wait() == 0, first.said
+    assert run.state == "done"
+    finish_and_compare(run)
+
+
+def test_asking_for_the_state_never_makes_a_process_give_up(make, start):
+    """A reader tests the lock thousands of times while a run takes and gives it."""
+    run = make("parts", steps=6)
+    process = start("train", run.directory)
+    states = set()
+    while process.process.exitcode is None:
+        states.add(run.state)
+    assert process.wait() == 0, process.said
+    assert states <= {"missing", "running", "partial", "done"}
+    assert run.state == "done"
+
+
+def test_the_clock_goes_backwards(make, start, finish_and_compare):
+    """Neither the order of checkpoints nor a duration hangs on the wall clock or on the times of files."""
+    run = make("parts")
+    process = start("train", run.directory, before=turn_back_and_slow)
+    wait_for(lambda: steps_done(run) >= 10)
+    process.send(signal.SIGKILL)
+    process.wait()
+    newest = max((run.directory / "checkpoint").glob("*.pt"))
+    os.utime(newest, (0, 0))
+    resumed = start("train", run.directory, before=turn_the_clock_back)
+    assert resumed.wait() == 0, resumed.said
+    seconds = [line["seconds"] for line in run.metrics("train")]
+    assert seconds == sorted(seconds)
+    assert all(second >= 0 for second in seconds)
+    finish_and_compare(run)
+
+
+def turn_back_and_slow():
+    turn_the_clock_back()
+    slow_steps()
+
+
+def test_a_limit_on_the_size_of_files(make, start, finish_and_compare):
+    """The checkpoint does not fit the limit of the process: said, and the run goes on without it once the limit is gone."""
+    run = make("parts")
+    process = start("train", run.directory, before=limit_the_size_of_files)
+    assert process.wait() == 2, process.said
+    assert "step-00000004.pt would exceed this process's limit (ulimit -f)" in process.said
+    assert process.said.count("\n") == 1
+    assert run.state == "partial"
+    assert not list((run.directory / "checkpoint").iterdir())
+    finish_and_compare(run)
+
+
+def mounted(path, *options):
+    """Mount something on `path`; whether that is allowed here."""
+    return subprocess.run(["mount", *options, str(path)], capture_output=True).returncode == 0
+
+
+@pytest.fixture
+def unmount():
+    paths = []
+    yield paths.append
+    for path in reversed(paths):
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+@pytest.mark.parametrize("kilobytes", [8, 60, 200])
+def test_a_full_disk(make, start, tmp_path, unmount, kilobytes, finish_and_compare):
+    """Full at the first small files, in the first checkpoint, or in a later one; then there is room again."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if not mounted(disk, "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs"):
+        pytest.skip("mounting a small tmpfs needs root; the limit on the size of files is tested without")
+    unmount(disk)
+    run = make("disk")
+    process = start("train", run.directory)
+    assert process.wait() == 2, process.said
+    assert f"disk full while writing {disk}" in process.said
+    assert process.said.count("\n") == 1
+    assert not run.done
+    assert subprocess.run(["mount", "-o", "remount,size=50m", str(disk)]).returncode == 0
+    finish_and_compare(run)
+
+
+def read_only(path, unmount):
+    """Make a directory refuse writes, also to root: by a read-only mount, else by its mode."""
+    if mounted(path, "--bind", str(path)):
+        unmount(path)
+        assert mounted(path, "-o", "remount,ro,bind")
+    else:
+        path.chmod(0o555)
+    with pytest.raises(OSError, match=r"Read-only|denied"):
+        (path / "probe").touch()
+
+
+def test_read_only_runs(make, start, tmp_path, unmount):
+    """A run that is there, and one that is not: one line each, and not a byte changed."""
+    run = make("runs")
+    stop_at(start, run, 5)
+    before = {path: path.read_bytes() for path in run.directory.rglob("*") if path.is_file()}
+    read_only(tmp_path / "runs", unmount)
+    for arguments in (["train", run.directory], ["train", "--task", "vision", *SMALL, f"runtime.runs={tmp_path}/runs"]):
+        process = start(*arguments)
+        assert process.wait() == 2, process.said
+        assert "choose another with runtime.runs=DIRECTORY" in process.said
+        assert process.said.count("\n") == 1
+    asked = start("status", tmp_path / "runs")
+    assert asked.wait() == 0, asked.said
+    assert "partial" in asked.said
+    assert {path: path.read_bytes() for path in run.directory.rglob("*") if path.is_file()} == before
+
+
+def test_read_only_results(tmp_path, unmount):
+    """Where figures, tables and released results go."""
+    results = tmp_path / "results"
+    results.mkdir()
+    write_text(results / "table.csv", "old")
+    read_only(results, unmount)
+    with pytest.raises(UserError, match=r"cannot write .*table.csv .*make its directory writable or choose another"):
+        write_text(results / "table.csv", "new")
+    with contextlib.suppress(UserError):
+        write_text(results / "table.csv", "new")
+    assert [path.name for path in results.iterdir()] == ["table.csv"]
+    assert (results / "table.csv").read_text() == "old"
