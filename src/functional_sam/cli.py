@@ -108,6 +108,7 @@ def _warn(
 
 def _train(options: argparse.Namespace) -> int:
     from functional_sam.config import compose, load
+    from functional_sam.training.distributed import leave
     from functional_sam.training.loop import train
     from functional_sam.training.pool import AGAIN, work
     from functional_sam.training.signals import Stop
@@ -130,6 +131,7 @@ def _train(options: argparse.Namespace) -> int:
             config.runtime.threads = options.threads or config.runtime.threads
             run = train(config, root, progress=lambda line: console.print(line, style="dim", highlight=False))
             console.print(f"wrote {run.directory}: {run.summary()}", highlight=False, soft_wrap=True)
+    leave()
     return 0
 
 

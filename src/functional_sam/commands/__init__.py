@@ -1,8 +1,10 @@
 """The commands of functional-sam that are more than one call."""
 
+import os
+
 from rich.console import Console
 
-console = Console()
+console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of many processes the first one speaks
 
 
 def wide() -> Console:
