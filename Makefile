@@ -8,7 +8,7 @@ EXHIBITS := $(basename $(notdir $(wildcard configs/exhibits/*.yaml)))
 export PYTHONUTF8 := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup methods benchmark test lint format clean $(EXHIBITS) $(addprefix draw-,$(EXHIBITS)) $(addprefix plan-,$(EXHIBITS))
+.PHONY: help setup methods benchmark test lint format clean $(EXHIBITS) $(foreach verb,draw plan check,$(addprefix $(verb)-,$(EXHIBITS)))
 
 help:  ## this list
 	@echo "make TARGET [SCALE=quick|laptop] [JOBS=processes]      times: 2 CPU cores, scale quick, after setup"
@@ -42,6 +42,9 @@ $(addprefix draw-,$(EXHIBITS)): draw-%: $(READY)
 
 $(addprefix plan-,$(EXHIBITS)): plan-%: $(READY)
 	@$(BIN)/functional-sam plan $* --scale $(SCALE)
+
+$(addprefix check-,$(EXHIBITS)): check-%: $(READY)
+	@$(BIN)/functional-sam check $* --scale $(SCALE)
 
 methods: $(READY)  ## the table of methods: where each looks, which derivative it takes there, what it costs
 	@$(BIN)/functional-sam methods

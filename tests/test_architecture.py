@@ -99,7 +99,7 @@ def test_every_exhibit_has_module_notebook_and_make_target():
 def test_readme_commands_are_the_makefiles():
     readme = (ROOT / "README.md").read_text()
     targets = set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    targets |= {f"{prefix}-{name}" for name in exhibits.known() for prefix in ("draw", "plan")} | set(exhibits.known())
+    targets |= {f"{prefix}-{name}" for name in exhibits.known() for prefix in ("draw", "plan", "check")} | set(exhibits.known())
     used = set(re.findall(r"(?:`|^)make ([a-z][a-z0-9-]*)", readme, re.MULTILINE))
     assert {"figure-1", "test"} <= used
     assert used <= targets, used - targets
