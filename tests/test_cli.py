@@ -91,30 +91,103 @@ def _parent(pid):
         return -1
 
 
-@pytest.mark.slow
-def test_kill_9_and_run_again(tmp_path):
-    """A worker killed in the middle: the command fails and says so; the same command finishes the run."""
-    overrides = [*SMALL, "training.steps=400", f"runtime.runs={tmp_path}/runs", "runtime.checkpoint_every=20"]
+def started(tmp_path, *overrides):
+    """figure-1 in miniature, two processes at a time, once each has a checkpoint; and the processes of its workers."""
+    small = [*SMALL, "measure.points=0", f"runtime.runs={tmp_path}/runs", *overrides]
     process = subprocess.Popen(
-        [sys.executable, "-m", "functional_sam", "run", "figure-1", "--jobs", "1", *overrides],
+        [sys.executable, "-m", "functional_sam", "run", "figure-1", "--jobs", "2", *small],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
+        start_new_session=True,  # as a terminal gives its foreground job a process group of its own
     )
     deadline = time.monotonic() + 90
-    while not list((tmp_path / "runs").glob("*/checkpoint/step-*.sha256")) and time.monotonic() < deadline:
+    while len({path.parent for path in (tmp_path / "runs").glob("*/checkpoint/step-*.sha256")}) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     pids = [path.parent.name for path in Path("/proc").glob("[0-9]*/stat")]
     children = [int(pid) for pid in pids if _parent(pid) == process.pid]
-    assert children
+    assert len(children) == 2, process.communicate()
+    return process, children
+
+
+def unfinished(tmp_path):
+    return [path.parent for path in (tmp_path / "runs").glob("*/metrics.jsonl") if not (path.parent / "done.json").exists()]
+
+
+@pytest.mark.slow
+def test_kill_9_the_others_go_on_and_run_again(tmp_path):
+    """All workers killed in the middle: the other runs are done all the same, the command names those that failed, and fails."""
+    process, children = started(tmp_path, "training.steps=100")
     for child in children:
         os.kill(child, signal.SIGKILL)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 2, out + err
-    assert "its process ended early; run again to resume" in err
-    partial = [p.parent for p in (tmp_path / "runs").glob("*/metrics.jsonl") if not (p.parent / "done.json").exists()]
-    assert partial
-    done = command("train", str(partial[0]))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1, out + err
+    assert len(list((tmp_path / "runs").glob("*/done.json"))) == 4
+    partial, other = unfinished(tmp_path)
+    assert "2 of 6 runs are not complete" in err
+    assert f"{partial} " in err
+    assert f"{other} " in err
+    assert "ended by SIGKILL (out of memory?); run again to resume" in err
+    done = command("train", str(partial))
     assert done.returncode == 0, done.stderr
-    assert (partial[0] / "done.json").exists()
+    assert (partial / "done.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_saves_and_says_resumable(tmp_path, number):
+    """Ctrl-C reaches the whole process group, the SIGTERM of a batch system often the first process alone: 75, all saved."""
+    process, children = started(tmp_path, "training.steps=5000", "runtime.checkpoint_every=20")
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        os.kill(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, out + err
+    assert err == f"functional-sam: stopped by {number.name}: 0 of 6 runs complete, the others saved; the same command goes on\n"
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    partial = unfinished(tmp_path)
+    assert len(partial) == 2
+    for run in partial:
+        last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+        assert (run / "checkpoint" / f"step-{last['step']:08d}.pt").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_named_with_its_reason(tmp_path):
+    """A directory that cannot be: the other five are complete, the table gives the error."""
+    small = [*SMALL, f"runtime.runs={tmp_path}/runs", "measure.points=0"]
+    name = command("plan", "figure-1", *small).stdout.split("vision-adamw-")[1].split()[0]
+    (tmp_path / "runs" / f"vision-adamw-{name}").mkdir(parents=True)
+    (tmp_path / "runs" / f"vision-adamw-{name}" / "checkpoint").write_text("a file where a directory belongs")
+    done = command("run", "figure-1", "--jobs", "2", *small)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "1 of 6 runs are not complete" in done.stderr
+    assert name in done.stderr
+    assert "checkpoint" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(list((tmp_path / "runs").glob("*/done.json"))) == 5
+    moved = command("run", "figure-1", "--fresh", "--jobs", "2", *small)
+    assert moved.returncode == 0, moved.stdout + moved.stderr
+    assert f"moved the runs that were there to {tmp_path}/runs/aside/" in moved.stdout
+    assert "6 runs to do (0 complete)" in moved.stdout
+    assert len(list((tmp_path / "runs" / "aside").glob("*/*/config.yaml"))) == 6
+    status = command("status", str(tmp_path / "runs"))
+    assert "6 runs; 6 done" in status.stdout
+
+
+def test_a_plan_says_unknown_where_nothing_was_measured(tmp_path):
+    done = command("plan", "figure-1", f"runtime.runs={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("614,400 tokens") == 3
+    assert done.stdout.count("19,200 images") == 3
+    assert done.stdout.count("unknown") == 7
+    assert done.stdout.count("missing") == 6
+
+
+def test_check_needs_runs_of_ones_own(tmp_path):
+    """Released records are what it compares with, not what it compares."""
+    done = command("check", "figure-1", f"runtime.runs={tmp_path}")
+    assert done.returncode == 2
+    assert "functional-sam run figure-1 --scale quick" in done.stderr

@@ -28,7 +28,9 @@ def draw_command(options: argparse.Namespace) -> int:
     for path in paths:
         console.print(f"wrote {shown(path)}", highlight=False, soft_wrap=True)
     if drawn_from != "runs":
-        console.print(f"drawn from the released results in {drawn_from}: not all of its runs are under runs/", style="yellow")
+        console.print(
+            f"drawn from the released results in {drawn_from}: not all of its runs are under runs/", style="yellow", soft_wrap=True
+        )
     console.print(f"[bold]{options.exhibit}[/bold]: {verdict}", highlight=False, soft_wrap=True)
     return 0
 

@@ -77,7 +77,8 @@ def status_command(options: argparse.Namespace) -> int:
         table.add_row(run.directory.name, str(now.step or ""), str(run.config.training.steps), loss, now.words(run))
     wide().print(table)
     counts = {state: sum(now.state == state for _, now in found) for state in ("done", "stale", "running", "partial", "missing")}
-    console.print(f"{root}: {len(found)} runs; " + ", ".join(f"{count} {state}" for state, count in counts.items() if count))
+    text = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    console.print(f"{root}: {len(found)} runs; {text}", highlight=False, soft_wrap=True)
     return 0
 
 
