@@ -1,5 +1,7 @@
 """Shared by all tests: two threads, and the small models and batches that most of them use."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -85,6 +87,12 @@ def warmed_up(model, steps: int = 3):
 @pytest.fixture(autouse=True)
 def _deterministic():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Prepared data: the checkout's own where it is there, otherwise made once for the session."""
+    return Path(".cache") if Path(".cache").is_dir() else tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ exhibit <- overrides.
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -38,10 +39,12 @@ class ModelConfig:
 class DataConfig:
     """Where real data comes from."""
 
-    sources: list[str] = field(default_factory=lambda: ["news", "encyclopedia"])  # text, see data/sources.py
+    sources: list[str] = field(default_factory=lambda: ["news", "encyclopedia"])  # text, see data/sources.py; or [c4], alone
     vocab: int = 1024  # V, SentencePiece pieces
-    images: str = "fashion-mnist"  # or mnist-5k; never swapped silently
+    images: str = "fashion-mnist"  # or mnist-5k, or imagenet-1k; never swapped silently
     unique_tokens: int = 0  # train on so many tokens only, over and over; 0 = all
+    files: int = 0  # the first so many train files of c4 or imagenet-1k; 0 = all
+    tokenizer: str = ""  # a SentencePiece model for c4; "" = trained on the start of its first file
 
 
 @dataclass
@@ -107,6 +110,9 @@ class RuntimeConfig:
     parallel: str = "auto"  # ddp or fsdp (FSDP2) for the processes of torchrun or srun, none; auto: ddp where WORLD_SIZE > 1
     threads: int = 0  # CPU threads of the process; 0 = all cores
     cache: str = ".cache"  # prepared data
+    data: str = (
+        ""  # where c4 or imagenet-1k is: a directory in the hub's layout, or OWNER/NAME[@REVISION] there; "" = the hub's own
+    )
     runs: str = "runs"
     log_every: int = 10  # steps between lines of metrics.jsonl
     checkpoint_every: int = 200  # steps
@@ -114,6 +120,8 @@ class RuntimeConfig:
 
 # Fields younger than released results: left out of the hash while at their default, so that old runs keep their names.
 LATER: tuple[tuple[str, str], ...] = (
+    ("data", "files"),
+    ("data", "tokenizer"),
     ("measure", "curvature"),
     ("measure", "probes"),
     ("measure", "lanczos"),
@@ -182,7 +190,7 @@ def compose(
     task: str, method: str = "adamw", scale: str | None = None, extra: Sequence[dict[str, Any]] = (), overrides: Sequence[str] = ()
 ) -> Config:
     """One complete, checked config. Raises UserError for unknown names or keys, wrong types, impossible values."""
-    base = OmegaConf.structured(Config)
+    base = _schema()
     layers = [(f"configs/tasks/{task}.yaml", read_yaml("tasks", task))]
     if scale is not None:
         by_task = read_yaml("scales", scale)
@@ -191,14 +199,38 @@ def compose(
         layers.append((f"configs/scales/{scale}.yaml, {task}", by_task[task] or {}))
     layers.append((f"configs/methods/{method}.yaml", read_yaml("methods", method)))
     layers += [("exhibit", dict(layer)) for layer in extra]
-    for where, layer in layers:
-        base = _merge(base, layer, where)
-    base = _merge(base, {"task": task, "method": {"name": method}}, "command")
+    layers.append(("command", {"task": task, "method": {"name": method}}))
     for override in overrides:
         if "=" not in override:
             raise UserError(f"override {override!r}: expected key=value, for instance training.steps=100")
-        base = _merge(base, OmegaConf.from_dotlist([override]), f"override {override!r}")
-    return validated(_to_object(base, "the merged config"))
+        content: Any = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+        layers.append((f"override {override!r}", content))
+    together: dict[str, Any] = {}
+    for where, layer in layers:
+        _check_keys(base, layer, where, "")
+        together = _over(together, layer)
+    try:
+        merged = OmegaConf.merge(base, together)  # one merge: each costs milliseconds, and a study has hundreds of configs
+    except OmegaConfBaseException:
+        for where, layer in layers:  # layer by layer, for a message that names the one at fault
+            base = _merge(base, layer, where)
+        raise
+    return validated(_to_object(merged, "the merged config"))
+
+
+@functools.cache
+def _schema() -> Any:
+    """The defaults; never changed, since a merge copies it."""
+    return OmegaConf.structured(Config)
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Nested mappings merged, as OmegaConf does it: what is above wins, lists whole."""
+    result = dict(below)
+    for key, value in above.items():
+        nested = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = _over(result[key], value) if nested else value
+    return result
 
 
 def load(path: Path) -> Config:
@@ -272,6 +304,7 @@ def validated(config: Config) -> Config:
     require(model.width % model.heads == 0, f"model.heads={model.heads} does not divide model.width={model.width}")
     require(model.head_dtype in ("float32", "bfloat16"), f"model.head_dtype={model.head_dtype!r}: float32 or bfloat16")
     require(data.vocab >= 16, f"data.vocab={data.vocab}: at least 16 pieces")
+    require(data.files >= 0, f"data.files={data.files}: a number of files, or 0 for all")
     require(data.unique_tokens >= 0, f"data.unique_tokens={data.unique_tokens}: a number of tokens, or 0 for all")
     require(method.rho is None or 0 <= method.rho < float("inf"), f"method.rho={method.rho}: finite and >= 0")
     require(optimizer.lr >= 0, f"optimizer.lr={optimizer.lr}: >= 0")

@@ -1,0 +1,222 @@
+"""figure-2, figure-4, table-4 from written records, and the curvature that a real run measures of its final weights."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from functional_sam import exhibits
+from functional_sam.config import compose
+from functional_sam.curvature import CurvatureProducts, decompose
+from functional_sam.exhibits import figure_4, table_4
+from functional_sam.exhibits.spec import load_spec
+from functional_sam.records import Run
+from functional_sam.tasks import prepare
+from functional_sam.training import loop
+from functional_sam.training.measure import MATRICES, final_curvature
+
+
+@pytest.fixture
+def paper(tmp_path, monkeypatch):
+    """Where drawings go, in place of the checkout's."""
+    (tmp_path / "paper").mkdir()
+    monkeypatch.setattr("functional_sam.exhibits.output.paper_directory", lambda: tmp_path / "paper")
+    return tmp_path / "paper"
+
+
+def record(config, **summary):
+    run = Run(config)
+    run.directory.mkdir(parents=True, exist_ok=True)
+    run.write("done.json", {"seconds": 1.0, **summary})
+    run.write("provenance.json", {"commit": "c", "diff": "", "versions": {}, "data": {"data": "d", "sha256": "s"}})
+    return run
+
+
+def spectrum(eigenvalues, quadratic=1.0, size=1.0, order=4):
+    """What a run writes of one matrix, as if all its eigenvalues were known."""
+    nodes = sorted(eigenvalues)[:order]
+    return {
+        "quadratic": quadratic,
+        "norm": size,
+        "trace": {"mean": sum(eigenvalues), "stderr": 0.1, "n": 4, "num_products": 4},
+        "top": {"value": max(eigenvalues), "residual": 1e-4, "converged": True},
+        "bottom": {"value": min(eigenvalues), "residual": 1e-4, "converged": True},
+        "num_products": 10,
+        "density": {"nodes": [nodes] * 2, "weights": [[1 / len(nodes)] * len(nodes)] * 2, "size": 1000},
+    }
+
+
+def curvature(scale=1.0, share=0.25):
+    """A made-up curvature.json whose every measure is proportional to scale."""
+    matrices = {
+        "hessian": spectrum([-1 * scale, 0.0, 2 * scale, 7 * scale], 1.5 * scale, 3 * scale),
+        "gauss_newton": spectrum([0.0, 0.0, 1 * scale, 6 * scale], 2 * scale, 3 * scale),
+        "functional": spectrum([-2 * scale, 0.0, 0.0, 3 * scale], -0.5 * scale, 1 * scale),
+    }
+    own = {"loss": 3.0, "norm_gradient": scale, "share": share, **matrices}
+    return {"step": 1, "rows": 4, "loss": 3.0, "logits": {"norm": 2.0, "entropy": 1.0}, "geometries": {"plain": own, "adam": own}}
+
+
+def test_figure_2_pairs_seeds_and_shows_divergence(tmp_path, paper):
+    """In language the loss rises with phi, in vision nothing happens but noise, and one run diverged."""
+    overrides = (f"runtime.runs={tmp_path / 'runs'}",)
+    spec = load_spec("figure-2", "quick")
+    for config in exhibits.plan("figure-2", overrides=overrides):
+        seed, phi = config.training.init_seed, config.method.options.get("phi")
+        if config.task == "language":
+            gone = seed == 1 and phi == 90
+            loss = 4.0 + seed if phi is None else 4.0 + seed + 1e-3 * (phi - 45) + 1e-4 * math.sin(seed * phi + 1)
+            record(config, loss=None, diverged=True, error="step 3") if gone else record(config, loss=loss)
+        else:
+            record(config, loss=0.5, accuracy=0.8 + (0.0 if phi is None else (0.01, -0.02, 0.011)[seed] * (1 + phi / 90)))
+    exhibit = exhibits.draw("figure-2", overrides=overrides)
+    data = exhibit.frame
+    assert len(data) == len(spec.seeds) * 2 * (1 + len(spec.rho) * len(spec.phi))
+    one = data[(data.task == "language") & (data.phi == 22.5) & (data.seed == 2)].iloc[0]
+    assert one.minus_adamw == pytest.approx(1e-3 * (22.5 - 45) + 1e-4 * math.sin(2 * 22.5 + 1))
+    assert np.isinf(data[data.diverged].value).all()
+    assert data.diverged.sum() == 1
+    language, vision = exhibit.verdict.split("vision")
+    assert "better at phi 0, 22.5" in language
+    assert "worse at phi 67.5, 90" in language
+    assert "better" not in vision
+    assert "no side wins" in vision
+    assert (paper / "figures" / "figure-2.png").stat().st_size > 10_000
+
+
+def test_densities_of_an_exhibit_are_those_of_the_known_eigenvalues(tmp_path, paper):
+    overrides = (f"runtime.runs={tmp_path / 'runs'}",)
+    configs = exhibits.plan("figure-4", overrides=overrides)
+    for config in configs:
+        run = record(config, loss=3.0, accuracy=0.5)
+        run.write("curvature.json", curvature(1.0 + 0.1 * config.training.init_seed))
+        lines = [
+            {"kind": "decompose", "step": step, **{a: {"share": share} for a in ("gradient", "adam")}}
+            for step, share in ((1, 0.5), (10, 0.3), (150, 0.2))
+        ]
+        (run.directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = figure_4.density_frame(configs, "language", "plain")
+    for _, part in data.groupby("matrix"):
+        width = part.eigenvalue.diff().iloc[1]
+        assert (part.density * width).sum() == pytest.approx(1.0, abs=1e-6)
+    G = data[data.matrix == "gauss_newton"]
+    width = G.eigenvalue.diff().iloc[1]
+    assert (G.density * width)[G.eigenvalue > 0.5].sum() == pytest.approx(0.5, abs=1e-6)  # two of its four eigenvalues
+
+    exhibit = exhibits.draw("figure-4", overrides=overrides)
+    assert "language, plain: top eigenvalue of H_F / H_G 0.50 +- 0.00" in exhibit.verdict  # 3 / 6 at any scale
+    assert "share of delta_func gradient 0.20 +- 0.00" in exhibit.verdict
+    assert {path.name for path in exhibit.paths} >= {"figure-4.png", "figure-4-density.csv", "figure-4-shares.csv"}
+    top = exhibit.frame[(exhibit.frame.matrix == "functional") & (exhibit.frame.seed == 1)].top_value
+    assert top.to_list() == pytest.approx([3.3] * 4)
+
+
+def test_table_4_finds_the_measure_that_ranks_the_methods(tmp_path, paper):
+    """Loss grows with the scale of all curvature, but not with the share, which is noise; one method diverged once."""
+    overrides = (f"runtime.runs={tmp_path / 'runs'}",)
+    configs = exhibits.plan("table-4", overrides=overrides)
+    methods = load_spec("table-4", "quick").methods
+    random = np.random.default_rng(0)
+    gone = next(c for c in configs if c.method.name == "asam" and c.training.init_seed == 1)
+    assert gone.method.rho == pytest.approx(0.5)  # ten times the others': its own unit
+    shares, losses = {}, {}
+    for config in configs:
+        place, seed = methods.index(config.method.name), config.training.init_seed
+        if config is gone:
+            record(config, loss=None, diverged=True, error="step 7")
+            continue
+        share, loss = float(random.uniform(0.1, 0.9)), 4.0 + 0.01 * place + 0.3 * seed
+        shares.setdefault(seed, []).append(share)
+        losses.setdefault(seed, []).append(loss)
+        record(config, loss=loss).write("curvature.json", curvature(1.0 + place, share))
+    exhibit = exhibits.draw("table-4", overrides=overrides)
+    taus = table_4.kendall(exhibit.frame).set_index(["geometry", "field"])
+    assert taus.loc[("plain", "top_hessian"), "tau"] == pytest.approx(1.0)
+    assert taus.loc[("plain", "bottom_functional"), "tau"] == pytest.approx(1.0)  # by magnitude
+    assert taus.loc[("plain", "quadratic_functional"), "tau"] == pytest.approx(-1.0)  # negative, and more so with the scale
+    by_hand = [stats.kendalltau(shares[seed], losses[seed])[0] for seed in (0, 1, 2)]
+    assert taus.loc[("plain", "share"), "tau"] == pytest.approx(np.mean(by_hand))
+    assert taus.loc[("plain", "share"), "stderr"] == pytest.approx(np.std(by_hand, ddof=1) / math.sqrt(3))
+    text = (paper / "tables" / "table-4.md").read_text()
+    assert "| ASAM | 0.5 |" in text
+    assert "1 of 24 runs diverged" in text
+    assert "28 measures were tried" in exhibit.verdict
+
+
+def test_a_run_measures_the_curvature_of_its_final_weights(cache, tmp_path):
+    size = ["model.width=16", "model.depth=1", "model.length=32", "training.steps=6", "training.batch=4", "training.eval_rows=8"]
+    size += ["measure.rows=4", "measure.micro_batch=2", "optimizer.warmup_steps=2", "runtime.threads=1"]
+    size += ["training.precision=float64", f"runtime.cache={cache}"]
+    more = ["measure.curvature=true", "measure.probes=40", "measure.density_probes=2", "measure.density_order=12"]
+    plain = loop.train(compose("language", "sam", "quick", overrides=[*size, f"runtime.runs={tmp_path / 'plain'}"]))
+    config = compose("language", "sam", "quick", overrides=[*size, *more, f"runtime.runs={tmp_path / 'measured'}"])
+    run = loop.train(config)
+    assert config.hash != plain.config.hash
+    without_times = [{k: v for k, v in line.items() if k not in loop.TIMES} for line in run.metrics()]
+    assert without_times == [{k: v for k, v in line.items() if k not in loop.TIMES} for line in plain.metrics()]
+
+    found = run.read("curvature.json")
+    state = torch.load(next((run.directory / "checkpoint").glob("*.pt")), weights_only=True)
+    task = prepare(config)
+    model = task.model().double()
+    model.load_state_dict(state["model"])
+    batches = task.measured()
+    products = CurvatureProducts(model.eval(), batches)
+    parts = decompose(model, batches)
+    assert found["ascents"]["gradient"]["norm_func"] == pytest.approx(parts.norm_func, rel=1e-9)
+    H = {}
+    for name in MATRICES:  # the whole matrix, a column at a time, of the norms only
+        chosen = CurvatureProducts(model, batches, parameters=["blocks.0.*norm*", "norm*"])
+        columns = []
+        for i in range(sum(p.numel() for p in chosen.parameters)):
+            flat = torch.zeros(sum(p.numel() for p in chosen.parameters), dtype=torch.float64)
+            flat[i] = 1.0
+            v = [
+                part.view_as(p)
+                for part, p in zip(flat.split([p.numel() for p in chosen.parameters]), chosen.parameters, strict=True)
+            ]
+            columns.append(torch.cat([x.flatten() for x in getattr(chosen, name)(v)]))
+        H[name] = torch.linalg.eigvalsh(torch.stack(columns))
+        own = found["geometries"]["plain"][name]
+        # Eigenvalues of a block lie between those of the whole (Cauchy).
+        assert own["top"]["value"] >= float(H[name].max()) - 1e-6
+        assert own["bottom"]["value"] <= float(H[name].min()) + 1e-6 + own["bottom"]["residual"]
+        weights = torch.tensor(own["density"]["weights"])
+        assert weights.shape == (2, 12)
+        assert torch.allclose(weights.sum(1), torch.ones(2))
+    traces = {name: found["geometries"]["plain"][name]["trace"] for name in MATRICES}
+    assert traces["hessian"]["mean"] == pytest.approx(traces["gauss_newton"]["mean"] + traces["functional"]["mean"])
+    g = products.loss_and_gradient()[1]
+    linear = found["ascents"]["gradient"]["quadratic_fit"][0]["linear"]
+    assert linear == pytest.approx(0.01 * math.sqrt(sum(float(x.square().sum()) for x in g)), rel=1e-6)
+    with torch.no_grad():
+        logits = torch.cat([model(x)[t >= 0] for x, t in batches])
+    entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
+    assert found["logits"]["entropy"] == pytest.approx(float(entropy), rel=1e-5)
+    spread = (logits.var(-1, correction=0) * logits.shape[-1]).sqrt().mean()
+    assert found["logits"]["norm"] == pytest.approx(float(spread), rel=1e-5)
+
+
+def test_measuring_leaves_the_model_as_it_was(cache):
+    config = compose(
+        "vision",
+        "adamw",
+        "quick",
+        overrides=["model.width=16", "model.depth=1", "measure.rows=4", "measure.micro_batch=4", f"runtime.cache={cache}"],
+    )
+    task = prepare(config)
+    model = task.model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    inputs, targets = task.batch(0)[0]
+    torch.nn.functional.cross_entropy(model(inputs), targets).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    before, random = [p.clone() for p in model.parameters()], torch.get_rng_state()
+    json.dumps(final_curvature(model, optimizer, task.measured(), config))
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    assert torch.equal(random, torch.get_rng_state())
