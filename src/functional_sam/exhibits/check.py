@@ -1,5 +1,6 @@
 """A fresh result against the released one, cell by cell, within the tolerance that results/NAME-SCALE.yaml states."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def _same(fresh: Any, released: Any, bound: Bound) -> bool:
         return bool(pd.isna(fresh) and pd.isna(released))
     if fresh == released:  # text, and infinities
         return True
-    if isinstance(fresh, str) or isinstance(released, str):
+    if isinstance(fresh, str) or isinstance(released, str) or math.isinf(released):
         return False
     return bool(abs(fresh - released) <= bound.absolute + bound.relative * abs(released))
 

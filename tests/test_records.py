@@ -1,0 +1,275 @@
+"""Where a result comes from, whether it is still what the present code gives, and the released records that stand in for runs."""
+
+import dataclasses
+import json
+
+import pandas as pd
+import pytest
+
+from functional_sam import exhibits
+from functional_sam.config import compose, to_yaml
+from functional_sam.errors import UserError
+from functional_sam.exhibits import check
+from functional_sam.exhibits.output import drawing_into
+from functional_sam.files import write_text
+from functional_sam.records import Run, RunLocked, code, move_aside, released, status
+from functional_sam.records.provenance import machine, provenance, resumed
+from functional_sam.training.speed import estimate, measured
+
+HERE = {"code": code.fingerprint(), "versions": {}, "data": {"data": "d", "sha256": "s" * 64}}
+
+
+def record(root, method="adamw", steps=10, seconds=5.0, done=True, lines=(), **changes):
+    """A run's directory, as if it had been run here."""
+    config = compose("language", method, "quick", overrides=[f"training.steps={steps}", f"runtime.runs={root}"])
+    run = Run(config)
+    write_text(run.directory / "config.yaml", to_yaml(config))
+    run.write("provenance.json", {"commit": "c", "diff": "", "machine": machine(), "threads": 1, **HERE, **changes})
+    write_text(run.directory / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    if done:
+        run.write("done.json", {"step": steps, "seconds": seconds, "loss": 3.0})
+    return run
+
+
+# ---------------------------------------------------------------------- code and data
+
+
+def test_comments_and_docstrings_are_no_code():
+    source = 'def f(x):\n    """Twice x."""\n    return 2 * x\n'
+    assert code.digest(source) == code.digest("# another\ndef f(x):\n\n    return 2*x  # twice\n")
+    assert code.digest(source) != code.digest(source.replace("2 *", "3 *"))
+    assert code.digest('"""Nothing."""\n') == code.digest("")
+
+
+def test_what_only_watches_runs_is_no_code():
+    files = code.fingerprint()["files"]
+    assert {"training/loop.py", "sharpness/ascent.py", "models/block.py", "losses.py"} <= files.keys()
+    assert not {"training/pool.py", "cli.py", "exhibits/table_1.py"} & files.keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, []),
+        ({"code": {"sha256": "0", "files": {**HERE["code"]["files"], "losses.py": "0"}}}, ["code: losses.py"]),
+        ({"code": {"sha256": "0", "files": {"gone.py": "0"}}}, ["code: gone.py"]),
+        ({"code": {"sha256": "0", "files": {"losses.py": HERE["code"]["files"]["losses.py"]}}}, []),  # the others are new since
+        ({"data": {"sha256": "t" * 64}}, ["data tttttttt, here ssssssss"]),
+        ({"versions": {"torch": "1.0.0+cpu"}}, ["torch 1.0.0+cpu, here 2"]),
+        ({"resumed": [{"step": 3, "code": {"sha256": "0", "files": {"losses.py": "0"}}}]}, ["code: losses.py"]),
+    ],
+)
+def test_what_differs_is_named(change, words):
+    found = code.differences({**HERE, **change}, "s" * 64)
+    assert len(found) == len(words)
+    assert all(one.startswith(word) for one, word in zip(found, words, strict=True))
+    if "data" in change:
+        assert code.differences({**HERE, **change}, None) == []  # data that is not prepared cannot be compared
+
+
+def test_a_record_without_fingerprint_is_judged_by_its_commit():
+    assert code.differences({"commit": "unknown", "diff": ""}) == ["code: commit unknown, not known here"]
+    assert code.differences({"commit": "HEAD", "diff": "changed"}) == ["code: made with uncommitted changes"]
+
+
+def test_a_resumption_is_recorded_when_something_changed():
+    before = {**provenance(), "data": {}, "processes": 1, "parallel": "none"}
+    assert resumed(before, {**before, "started": "later"}, 5) == before
+    once = resumed(before, {**before, "started": "later", "host": "elsewhere"}, 5)
+    assert once["resumed"] == [{"step": 5, "started": "later", "host": "elsewhere"}]
+    assert resumed(once, {**before, "started": "again", "host": "elsewhere"}, 7) == once
+    back = resumed(once, {**before, "started": "again"}, 7)
+    assert back["resumed"][1] == {"step": 7, "started": "again", "host": before["host"]}
+
+
+def test_states(tmp_path):
+    line = {"kind": "train", "step": 4, "loss": 3.5, "seconds": 1.0}
+    done, stale = record(tmp_path), record(tmp_path, steps=11, versions={"torch": "1.0"})
+    partial, missing = (
+        record(tmp_path, steps=12, done=False, lines=[line]),
+        Run(compose("vision", overrides=[f"runtime.runs={tmp_path}"])),
+    )
+    assert [status(run).state for run in (done, stale, partial, missing)] == ["done", "stale", "partial", "missing"]
+    assert (status(partial).step, status(partial).loss) == (4, 3.5)
+    assert stale.done  # shown as stale, and complete all the same
+    partial.open()
+    try:
+        assert status(partial).state == "running"
+        assert "running (process" in status(partial).words(partial)
+        with pytest.raises(RunLocked):
+            move_aside([done, partial], tmp_path)
+        assert done.directory.is_dir()
+    finally:
+        partial.close()
+    assert status(partial).state == "partial"
+
+
+def test_moving_aside_keeps_everything(tmp_path):
+    first = record(tmp_path)
+    content = {path.name: path.read_bytes() for path in first.directory.iterdir()}
+    asides = []
+    for _ in range(2):  # within one second
+        asides.append(move_aside([first], tmp_path))
+        assert not first.directory.exists()
+        record(tmp_path)
+    assert asides[0] != asides[1]
+    assert {path.name: path.read_bytes() for path in (asides[0] / first.directory.name).iterdir()} == content
+    assert move_aside([Run(compose("vision", overrides=[f"runtime.runs={tmp_path}"]))], tmp_path) is None
+
+
+# ---------------------------------------------------------------------- time
+
+
+def test_time_from_runs_of_the_same_shape(tmp_path):
+    record(tmp_path, "adamw", steps=10, seconds=5.0)  # half a second a step of one pass
+    record(tmp_path, "sam", steps=20, seconds=30.0, machine="another machine")
+    speeds = measured(tmp_path)
+    assert len(speeds) == 1
+    config = compose("language", "adamw", "quick", overrides=["training.init_seed=7"])
+    assert estimate(config, speeds).seconds == pytest.approx(0.5)
+    assert estimate(compose("language", "sam", "quick"), speeds).seconds == pytest.approx(1.0)  # two passes
+    assert estimate(compose("language", "momentum-functional-sam", "quick"), speeds).seconds == pytest.approx(0.5 * 1.33)
+    assert estimate(compose("vision", "adamw", "quick"), speeds) is None
+    assert estimate(compose("language", "adamw", "quick", overrides=["model.width=32"]), speeds) is None
+    partial = [{"kind": "train", "step": 5, "loss": 3.0, "seconds": 9.0}]
+    record(tmp_path, "sam", steps=30, done=False, lines=partial)
+    assert estimate(
+        compose("language", "sam", "quick", overrides=["training.steps=30"]), measured(tmp_path)
+    ).seconds == pytest.approx(1.8)
+
+
+# ---------------------------------------------------------------------- released records
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(released, "results_directory", lambda: tmp_path / "results")
+    return tmp_path / "results"
+
+
+def test_a_pack_gives_back_what_the_runs_hold(tmp_path, results):
+    lines = [
+        {"kind": "train", "step": 1, "loss": 4.0, "seconds": 0.1},
+        {"kind": "decompose", "step": 1, "gradient": {"share": 1 / 3}},
+    ]
+    other = {"sha256": "0", "files": {"losses.py": "0"}}
+    command = [str(code.ROOT / "src" / "x.py"), "train", "/elsewhere/runs/y"]
+    run = record(tmp_path / "runs", lines=lines, diff="secret", command=command, resumed=[{"step": 1, "code": other}])
+    run.write("curvature.json", {"trace": 0.1 + 0.2})
+    path = released.save_pack("figure-1", "quick", [run])
+    text = path.read_text()
+    assert "secret" not in text
+    assert str(code.ROOT) not in text
+    assert "/elsewhere" not in text
+
+    pack = released.load_pack("figure-1", "quick")
+    gone = Run(dataclasses.replace(run.config, task="vision"))
+    with released.reading(pack):
+        assert run.done
+        assert not gone.done
+        assert run.metrics() == lines[1:]
+        assert run.metrics("decompose")[0]["gradient"]["share"] == 1 / 3
+        assert run.read("curvature.json") == {"trace": 0.1 + 0.2}
+        assert run.summary()["loss"] == 3.0
+        record_back = run.read("provenance.json")
+        assert record_back["code"] == code.fingerprint()
+        assert record_back["resumed"][0]["code"] == other
+        assert record_back["diff"]  # that there were changes is kept
+        with pytest.raises(UserError, match="'train' are not released"):
+            run.metrics("train")
+        with pytest.raises(UserError, match="not among the released files"):
+            run.read("other.json")
+        with pytest.raises(UserError, match="not among the released runs"):
+            gone.summary()
+    assert run.metrics() == lines
+    path.write_text(text[: len(text) // 2])
+    with pytest.raises(UserError, match="restore it with git checkout"):
+        released.load_pack("figure-1", "quick")
+    assert released.load_pack("table-1", "quick") is None
+
+
+def test_a_missing_file_of_a_run_is_named(tmp_path):
+    run = record(tmp_path)
+    with pytest.raises(UserError, match=r"curvature\.json is missing"):
+        run.read("curvature.json")
+    (run.directory / "curvature.json").write_text('{"trace": ')
+    with pytest.raises(UserError, match=r"curvature\.json is damaged"):
+        run.read("curvature.json")
+
+
+@pytest.mark.parametrize("name", ["table-1", "figure-1"])
+def test_the_released_records_give_the_released_numbers(name, tmp_path, monkeypatch):
+    """Level 1 of a reviewer: no run directory anywhere, and the CSV to the last digit."""
+    monkeypatch.chdir(tmp_path)
+    frame, tolerance = check.load_released(name, "quick")
+    assert exhibits.source(name).path.stat().st_size < 300_000
+    with drawing_into(tmp_path):
+        exhibit = exhibits.draw(name)
+    (csv,) = tmp_path.rglob("*.csv")
+    assert pd.read_csv(csv).equals(frame)
+    assert check.compare(pd.read_csv(csv), frame, tolerance) == []
+    (content,) = [json.loads(path.read_text()) for path in tmp_path.rglob("*.json")]
+    assert content["drawn_from"] == exhibit.source == f"results/runs/{name}-quick.jsonl"
+    assert all(len(run["hash"]) == 12 and len(run["code"]) == 64 and len(run["data"]["sha256"]) == 64 for run in content["runs"])
+    with pytest.raises(UserError, match=f"functional-sam run {name}"):
+        exhibits.fresh(name)
+
+
+# ---------------------------------------------------------------------- check
+
+RELEASED = pd.DataFrame(
+    {"method": ["sam", "adamw"], "loss": [2.0, float("inf")], "n": [3, 3], "verdict": ["worse", None], "seconds": [1.0, 2.0]}
+)
+STATED = check.Tolerance(
+    keys=["method"],
+    bounds={"loss": check.Bound(absolute=0.1, relative=0.01)},
+    exact=["n", "verdict"],
+    ignored={"seconds": "a time"},
+)
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "value", "found"),
+    [
+        (0, "loss", 2.119, []),  # bound 0.1 + 0.01 * 2
+        (0, "loss", 2.121, [("method sam", "loss")]),
+        (0, "loss", float("nan"), [("method sam", "loss")]),
+        (1, "loss", 1e9, [("method adamw", "loss")]),  # diverged then, not now
+        (0, "n", 2, [("method sam", "n")]),
+        (0, "verdict", "better", [("method sam", "verdict")]),
+        (1, "verdict", "worse", [("method adamw", "verdict")]),
+        (0, "seconds", 100.0, []),
+        (0, "method", "asam", [("method sam", ""), ("method asam", "")]),
+    ],
+)
+def test_cells_beyond_their_tolerance(row, column, value, found):
+    fresh = RELEASED.copy()
+    fresh.loc[row, column] = value
+    assert [(one.row, one.column) for one in check.compare(fresh, RELEASED, STATED)] == found
+
+
+def test_columns_that_came_or_went():
+    assert [one.column for one in check.compare(RELEASED.drop(columns="n"), RELEASED, STATED)] == ["n"]
+    assert [one.column for one in check.compare(RELEASED.assign(more=1), RELEASED, STATED)] == ["more"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("keys: [method]\nexact: [n, verdict]\nignored: {seconds: a time}\n", "columns without a tolerance: loss"),
+        ("keys: [method]\nexact: [n, verdict, loss, lost]\nignored: {seconds: a time}\n", "not in table-1-quick.csv: lost"),
+        ("keys: [method]\nexact: [n, verdict, loss, n]\nignored: {seconds: a time}\n", "stated twice: n"),
+        ("keys: [n]\nexact: [method, verdict, loss]\nignored: {seconds: a time}\n", "do not name each row"),
+        ("keys: [method]\nbounds: {loss: {absolut: 1}}\n", "absolut"),
+    ],
+)
+def test_a_tolerance_that_cannot_be(tmp_path, monkeypatch, text, words):
+    monkeypatch.setattr(check, "results_directory", lambda: tmp_path)
+    with pytest.raises(UserError, match="functional-sam release table-1"):
+        check.load_released("table-1", "quick")
+    RELEASED.to_csv(tmp_path / "table-1-quick.csv", index=False)
+    with pytest.raises(UserError, match="state the tolerance there"):
+        check.load_released("table-1", "quick")
+    (tmp_path / "table-1-quick.yaml").write_text(text)
+    with pytest.raises(UserError, match=words):
+        check.load_released("table-1", "quick")
