@@ -31,6 +31,8 @@ figure-1: $(READY)  ## logit and functional share of the sharpness gradient, lan
 figure-2: $(READY)  ## Angle-SAM: loss and accuracy against the angle between the two halves (10 min)
 figure-4: $(READY)  ## spectral densities of H, H_G, H_F, plain and in Adam's geometry, and the shares (10 min)
 table-1: $(READY)  ## SAM, Functional-SAM and both preconditioned against AdamW in language modeling (9 min)
+table-2: $(READY)  ## the five methods at every size, at a fixed number of steps (5 min)
+table-3: $(READY)  ## the five methods at every size, 20 tokens per parameter (6 min; after table-2)
 table-4: $(READY)  ## curvature of every method's final weights, and which measure ranks them as the loss does (10 min)
 
 $(EXHIBITS): $(READY)

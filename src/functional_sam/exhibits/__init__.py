@@ -45,6 +45,7 @@ def draw(name: str, scale: str = "quick", overrides: tuple[str, ...] = ()) -> Ex
     Raises UserError naming the command when a run is missing and none was released.
     """
     module, spec = _module(name), load_spec(name, scale)
+    spec.command = overrides
     pack = source(name, scale, overrides)
     with reading(pack) if pack else nullcontext():
         configs = module.plan(spec, overrides)

@@ -24,6 +24,8 @@ class Spec:
     rho: list[float] = field(default_factory=list)  # grid from which each method's rho is chosen on the validation split
     rho_scale: dict[str, float] = field(default_factory=dict)  # a method's radius in units of the grid's, where it is another one
     phi: list[float] = field(default_factory=list)  # angles of Angle-SAM, degrees
+    study: str = ""  # a file of configs/studies, which then says seeds and grids; tasks, if any, limit its sizes
+    command: tuple[str, ...] = ()  # overrides of the command line, for a drawing that plans again
     overrides: dict[str, Any] = field(default_factory=dict)  # on the config of every run
     by_task: dict[str, Any] = field(default_factory=dict)  # on those of one task, after overrides
 
@@ -47,7 +49,7 @@ def load_spec(name: str, scale: str) -> Spec:
     except OmegaConfBaseException as error:
         raise UserError(f"{where}, scale {scale}: {error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(spec, Spec)
-    if not spec.seeds:
+    if not spec.seeds and not spec.study:
         raise UserError(f"{where}, scale {scale}: seeds is empty")
     if spec.rho and spec.tuning_seed in spec.seeds:
         raise UserError(

@@ -1,0 +1,350 @@
+"""The study behind the language-modeling exhibits: stages kept apart, grids extended, comparisons that are none refused."""
+
+import dataclasses
+import math
+
+import pytest
+
+from functional_sam import exhibits
+from functional_sam.config import compose
+from functional_sam.data.tokenizer import BOS
+from functional_sam.errors import UserError
+from functional_sam.exhibits.comparison import DIAGNOSIS, check, comparison
+from functional_sam.exhibits.spec import load_spec
+from functional_sam.exhibits.study import (
+    REGIMES,
+    Cell,
+    Entry,
+    cells,
+    check_grid,
+    configs_of,
+    load_study,
+    non_embedding,
+    plan_cell,
+    plan_cells,
+    search,
+)
+from functional_sam.models import Decoder
+from functional_sam.records import Run
+from functional_sam.sharpness.methods import METHODS
+from functional_sam.tasks import prepare
+
+TASK = "language-0.014M"
+
+
+def study_of(tmp_path, scale="quick"):
+    return load_study(load_spec("table-2", scale), (f"runtime.runs={tmp_path}",))
+
+
+def record(config, loss, tokens=10, sha256="s", step=None, norm_func=1.0):
+    """A finished run, as training would leave it; loss None = diverged."""
+    run = Run(config)
+    run.directory.mkdir(parents=True, exist_ok=True)
+    done = {"step": step or config.training.steps, "loss": loss, "bits_per_byte": loss, "tokens": tokens, "seconds": 1.0}
+    if config.training.test:
+        done |= {"test_loss": loss, "test_bits_per_byte": loss, "test_tokens": tokens}
+    run.write("done.json", done if loss is not None else {"diverged": True, "error": "e", "loss": None})
+    run.write("provenance.json", {"commit": "c", "diff": "", "versions": {}, "data": {"data": "d", "sha256": sha256}})
+    record = {}
+    for key, path in DIAGNOSIS.items():
+        place = record
+        for part in path[:-1]:
+            place = place.setdefault(part, {})
+        place[path[-1]] = norm_func if key == "norm_func" else 1.0
+    if config.measure.curvature and loss is not None:
+        run.write("curvature.json", record)
+
+
+def missing(configs):
+    return [config for config in configs if not Run(config).done]
+
+
+def fill(study, cell, loss, entries=None):
+    """Do the cell's runs stage by stage with made-up losses; every stage as the list of its runs."""
+    stages = []
+    while left := missing(plan_cell(study, cell, entries).configs):
+        stages.append(left)
+        for config in left:
+            record(config, loss(config))
+    return stages
+
+
+def bowl(best_lr=0.04, best_rho=0.016, gain=0.0):
+    """A loss with its optimum at best_lr and best_rho; every method is `gain` better than AdamW per unit of its name's length."""
+
+    def loss(config):
+        value = 4 + abs(math.log(config.optimizer.lr / best_lr)) + 0.01 * config.training.init_seed % 1
+        if config.method.rho is not None:
+            value += 0.1 * abs(math.log(config.method.rho / best_rho)) - gain
+        return value
+
+    return loss
+
+
+# ---------------------------------------------------------------- what is planned
+
+
+@pytest.mark.parametrize("scale", ["quick", "laptop"])
+def test_sizes_are_those_of_the_models(scale, tmp_path):
+    """The count by formula is that of the decoder itself, a size is named by it, and Chinchilla-style steps follow from it."""
+    study = study_of(tmp_path, scale)
+    for cell in cells(study, "chinchilla"):
+        config = compose(cell.task, "adamw", scale)
+        shape = config.model
+        model = Decoder(config.data.vocab, shape.width, shape.depth, shape.heads, shape.length, shape.mlp)
+        counted = sum(p.numel() for p in model.parameters()) - (config.data.vocab + shape.length) * shape.width
+        assert counted == non_embedding(shape)
+        assert float(cell.task.removeprefix("language-").removesuffix("M")) == pytest.approx(counted / 1e6, rel=0.03)
+        tokens = cell.steps * config.training.batch * shape.length
+        assert 20 * counted <= tokens < 20 * counted + config.training.batch * shape.length
+    parameters = [non_embedding(compose(task, "adamw", scale).model) for task in study.sizes]
+    assert parameters == sorted(parameters)
+    if scale == "laptop":
+        assert len(parameters) >= 3
+        assert parameters[-1] / parameters[0] >= 8
+
+
+@pytest.mark.parametrize("scale", ["quick", "laptop"])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_main_tables_never_repeat_data(scale, regime, tmp_path, cache):
+    """At most one epoch: every window of a run is met once."""
+    study = study_of(tmp_path, scale)
+    for cell in cells(study, regime):
+        config = compose(cell.task, "adamw", scale, overrides=(f"runtime.cache={cache}",))
+        assert cell.steps * config.training.batch <= prepare(config).data.train_windows(config.model.length)
+
+
+def test_gradient_evaluations_are_those_of_the_methods(tmp_path):
+    study = study_of(tmp_path)
+    for name, entry in study.methods.items():
+        assert entry.passes == float(METHODS[entry.method or name].passes)
+
+
+def test_stages_tune_on_one_seed_and_report_others(tmp_path):
+    study = study_of(tmp_path)
+    (cell, *_) = cells(study, "fixed")
+    stages = fill(study, cell, bowl())
+    assert {config.method.name for config in stages[0]} == {"adamw"}  # the learning rate first
+    for stage in stages[:-1]:
+        assert {config.training.init_seed for config in stage} == {study.tuning_seed}
+        assert {config.training.data_seed for config in stage} == {study.tuning_seed}
+        assert not any(config.training.test for config in stage)
+    assert {config.optimizer.lr for config in stages[1]} == {0.04}
+    reported = stages[-1]
+    assert all(config.training.test for config in reported)
+    assert {config.training.init_seed for config in reported} == set(study.sizes[cell.task])
+    assert [config.method.name for config in reported[:5]] == list(study.methods)  # all methods of the first seed first
+    assert {config.method.rho for config in reported} == {None, 0.016}
+    for config in reported:
+        twin = next(c for c in reported if c.method.name == "adamw" and c.training.data_seed == config.training.data_seed)
+        assert dataclasses.replace(config, method=twin.method) == twin
+
+
+def test_two_exhibits_that_plan_a_cell_have_the_same_runs(tmp_path):
+    one, two = study_of(tmp_path), study_of(tmp_path)
+    (cell, *_) = cells(one, "fixed")
+    fill(one, cell, bowl())
+    assert [c.name for c in plan_cell(one, cell).configs] == [c.name for c in plan_cell(two, cell).configs]
+    assert not missing(plan_cell(two, cell).configs)
+
+
+def test_cells_in_turn_keep_what_exists_a_complete_smaller_study(tmp_path):
+    study = study_of(tmp_path, "laptop")
+    assert study.in_turn
+    wanted = cells(study, "chinchilla")
+    assert {c.task for c in configs_of(plan_cells(study, wanted))} == {wanted[0].task}
+    fill(study, wanted[0], bowl())
+    assert [one.complete for one in plan_cells(study, wanted)] == [True, False]
+
+
+# ---------------------------------------------------------------- grids
+
+
+def test_a_grid_grows_until_its_best_is_interior(tmp_path):
+    def config_of(value):
+        return compose(TASK, "sam", "quick", [{"method": {"rho": value}}], (f"runtime.runs={tmp_path}",))
+
+    def found(grid, loss, extensions):
+        while (result := search(grid, config_of, extensions)).best is None:
+            for config in missing(result.configs):
+                record(config, loss(config.method.rho))
+        return result
+
+    interior = found([0.01, 0.02, 0.04], lambda rho: abs(math.log(rho / 0.02)), 3)
+    assert (interior.values, interior.best, interior.edge) == ([0.01, 0.02, 0.04], 0.02, "")
+
+
+@pytest.mark.parametrize(
+    ("loss", "extensions", "values", "best", "edge"),
+    [
+        (lambda rho: abs(math.log(rho / 0.0025)), 3, [0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04], 0.0025, ""),
+        (lambda rho: -rho, 2, [0.01, 0.02, 0.04, 0.08, 0.16], 0.16, "high"),  # the cap, and it says so
+        (lambda rho: rho, 1, [0.005, 0.01, 0.02, 0.04], 0.005, "low"),
+        (lambda rho: None if rho > 0.015 else 3.0 - rho, 2, [0.005, 0.01, 0.02, 0.04], 0.01, ""),  # diverged: never the best
+        (lambda rho: None, 1, [0.005, 0.01, 0.02, 0.04], 0.005, "low"),  # all diverged: towards AdamW
+        (lambda rho: 3.0, 1, [0.005, 0.01, 0.02, 0.04], 0.005, "low"),  # equal: the smaller
+    ],
+)
+def test_a_grid_is_extended_by_its_own_factor(loss, extensions, values, best, edge, tmp_path):
+    def config_of(value):
+        return compose(TASK, "sam", "quick", [{"method": {"rho": value}}], (f"runtime.runs={tmp_path}",))
+
+    while (result := search([0.01, 0.02, 0.04], config_of, extensions)).best is None:
+        for config in missing(result.configs):
+            record(config, loss(config.method.rho))
+    assert (result.values, result.best, result.edge) == (values, best, edge)
+
+
+@pytest.mark.parametrize("values", [[], [0.01, 0.02, 0.03], [0.02, 0.01], [0.0, 0.1], [-1.0]])
+def test_a_grid_that_cannot_be_extended_is_refused(values):
+    with pytest.raises(UserError, match="a log grid is needed"):
+        check_grid(values, "here")
+
+
+def test_a_study_that_reports_its_tuning_seed_is_refused(monkeypatch):
+    from functional_sam.exhibits import study as module
+
+    content = module.read_yaml("studies", "language")
+    content["scales"]["quick"]["sizes"][TASK] = [0, content["tuning_seed"]]
+    monkeypatch.setattr(module, "read_yaml", lambda *_: content)
+    with pytest.raises(UserError, match="not the tuning seed 1000"):
+        load_study(load_spec("table-2", "quick"))
+
+
+# ---------------------------------------------------------------- comparisons
+
+
+def complete(study, cell=None, loss=None):
+    cell = cell or cells(study, "fixed")[0]
+    fill(study, cell, loss or bowl())
+    return plan_cell(study, cell)
+
+
+def test_what_is_compared_is_comparable(tmp_path):
+    check([complete(study_of(tmp_path))])
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("training", "data_seed", 7),  # another order of the data
+        ("training", "init_seed", 7),
+        ("optimizer", "lr", 0.1),  # a learning rate tuned for one method only
+        ("training", "steps", 60),  # another number of updates
+        ("training", "micro_batch", 8),
+        ("data", "unique_tokens", 4096),
+        ("data", "vocab", 512),
+        ("training", "eval_rows", 8),
+    ],
+)
+def test_methods_that_differ_in_more_than_the_method_are_refused(section, key, value, tmp_path):
+    one = complete(study_of(tmp_path))
+    config = one.reported["sam"][1]
+    setattr(getattr(config, section), key, value)
+    with pytest.raises(UserError, match="differ in more than the method"):
+        check([one])
+
+
+def test_tuning_on_a_reported_seed_or_on_the_test_split_is_refused(tmp_path):
+    one = complete(study_of(tmp_path))
+    for configs in one.reported.values():
+        configs[0].training.init_seed = 1000
+    with pytest.raises(UserError, match="reported on seed 1000, but tuned on it"):
+        check([one])
+    one = complete(study_of(tmp_path))
+    one.rho["sam"].configs[0].training.test = True
+    with pytest.raises(UserError, match="a tuning run reads the test split"):
+        check([one])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sha256": "other"}, "text and tokenizer"),
+        ({"tokens": 11}, "validation tokens"),
+        ({"step": 60}, "60 updates instead of 120"),
+    ],
+)
+def test_records_that_do_not_fit_together_are_refused(change, message, tmp_path):
+    study = study_of(tmp_path)
+    first, second = cells(study, "fixed")
+    one, two = complete(study, first), complete(study, second)
+    record(two.reported["sam"][0], 4.0, **change)
+    with pytest.raises(UserError, match=message):
+        check([one, two])
+
+
+def test_a_diverged_run_counts(tmp_path):
+    one = complete(study_of(tmp_path), loss=lambda c: None if c.method.name == "sam" and c.training.test else bowl(gain=0.5)(c))
+    rows = comparison([one]).set_index("method")
+    assert rows.loc["sam", "n"] == 3
+    assert rows.loc["sam", "diverged"] == 3
+    assert rows.loc["sam", "test_loss"] == math.inf
+    assert rows.loc["sam", "verdict_adamw"] == "worse (diverged)"
+    assert rows.loc["functional-sam", "minus_adamw"] == pytest.approx(-0.5)
+    assert rows.loc["functional-sam", "verdict_adamw"] == "better"
+    assert rows.loc["functional-sam", "minus_sam"] == -math.inf
+
+
+def test_differences_are_paired_and_rho_carried_over_is_priced(tmp_path):
+    study = study_of(tmp_path)
+    first, second = cells(study, "fixed")
+    planned = [complete(study, first, bowl(best_rho=0.004)), complete(study, second, bowl(best_rho=0.016, gain=-0.25))]
+    frame = comparison(planned).set_index(["size", "method"])
+    row = frame.loc[(second.task, "sam")]
+    assert row.minus_adamw == pytest.approx(0.25)
+    assert row.minus_adamw_stderr == pytest.approx(0, abs=1e-9)
+    assert (row.verdict_adamw, frame.loc[(second.task, "precond-sam")].verdict_sam) == ("worse", "inconclusive")
+    assert row.rho == 0.016
+    assert row.rho_carried == 0.001 or row.rho_carried == 0.004
+    assert row.lost_by_carrying == pytest.approx(0.1 * math.log(0.016 / row.rho_carried))
+    assert math.isnan(frame.loc[(first.task, "sam")].lost_by_carrying)
+    assert row.gradients == 2 * second.steps
+    assert row.n_curvature == study.curvature_seeds == 1
+
+
+def test_evaluation_rows_are_whole_documents_from_their_start(cache):
+    """One document a row: BOS first and nowhere else, so that no document's start is hidden behind another's end."""
+    config = compose(TASK, "adamw", "quick", overrides=(f"runtime.cache={cache}",))
+    for inputs, _, _ in prepare(config).data.eval_batches("test", 64, config.model.length, config.training.eval_rows):
+        assert (inputs[:, 0] == BOS).all()
+        assert not (inputs[:, 1:] == BOS).any()
+
+
+# ---------------------------------------------------------------- exhibits
+
+
+def finish(name, tmp_path, loss, scale="quick"):
+    overrides = (f"runtime.runs={tmp_path}",)
+    while left := missing(exhibits.plan(name, scale, overrides)):
+        for config in left:
+            record(config, loss(config))
+    return overrides
+
+
+@pytest.mark.parametrize(("name", "regime"), [("table-2", "fixed"), ("table-3", "chinchilla")])
+def test_tables_of_a_regime(name, regime, tmp_path, monkeypatch):
+    overrides = finish(
+        name, tmp_path, lambda c: 4 + 0.1 * c.training.init_seed + {"adamw": 0, "sam": 0.5}.get(c.method.name, -0.25)
+    )
+    monkeypatch.setattr("functional_sam.exhibits.output.paper_directory", lambda: tmp_path / "paper")
+    exhibit = exhibits.draw(name, overrides=overrides)
+    assert set(exhibit.frame.regime) == {regime}
+    assert list(dict.fromkeys(exhibit.frame["size"])) == list(study_of(tmp_path).sizes)
+    assert "worse: SAM" in exhibit.verdict
+    assert "Still at an end of the grid after all extensions" in exhibit.caption  # equal losses: the smallest, never interior
+    text = (tmp_path / "paper" / "tables" / f"{name}.md").read_text()
+    assert "3.59" in text  # the published pair stands below ours
+    assert "not in level" in text
+
+
+def test_a_cell_takes_its_learning_rate_from_another(tmp_path):
+    study = study_of(tmp_path)
+    (parent, *_) = cells(study, "fixed")
+    fill(study, parent, bowl())
+    cell = Cell(parent.task, "repeated", parent.steps, 16_384, parent)
+    entries = {"adamw": Entry(passes=1), "sam": Entry()}
+    stages = fill(study, cell, bowl(best_rho=0.064), entries)
+    assert all(config.method.name == "sam" for config in stages[0])  # no learning rate of its own
+    assert {config.optimizer.lr for stage in stages for config in stage} == {0.04}
+    assert {config.data.unique_tokens for stage in stages for config in stage} == {16_384}
