@@ -6,6 +6,7 @@ The global batch is the config's, so the number of processes changes a result by
 import datetime
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,9 +62,14 @@ def join(config: Config) -> "Ranks":
 
 
 def leave() -> None:
-    """Part from the other processes, all work done. Not for error paths: it may wait for processes that are gone."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Part from the other processes, all work done. Not for error paths: it waits for processes that may be gone."""
+    if not dist.is_initialized():
+        return
+    dist.barrier()
+    dist.destroy_process_group()
+    # gloo's threads may still be letting go of the last tensors, for which they need the interpreter: one that is being torn down
+    # by then aborts the process (torch 2.13), and a complete run would end with an error.
+    time.sleep(0.5)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,396 @@
+"""Training on 2 and 4 gloo processes: the curve of one process, checkpoints for any number of them, clean ends.
+
+All cases of two processes share one spawn, in float64. A case is a config, its directory, and where its processes die.
+"""
+
+import contextlib
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+from test_training import Killed, content, tiny
+
+from functional_sam.config import Config, to_yaml
+from functional_sam.errors import Interrupted, UserError
+from functional_sam.files import write_text
+from functional_sam.records import Run, RunLocked
+from functional_sam.training import checkpoint, distributed, loop
+
+pytestmark = pytest.mark.slow
+METHODS = {
+    "adamw": {"optimizer.clip": 0.5},
+    "functional-sam": {"model.checkpoint_blocks": True},
+    "precond-functional-sam": {"optimizer.clip": 0.5},
+    "momentum-functional-sam": {"training.micro_batch": 4},  # perturbs before any pass, so after evaluations too
+    "looksam": {"method.options.k": 3},
+    "wsam": {},
+    "tram": {"method.options.divergence": "previous"},
+}
+RESUMED = ("functional-sam", "looksam")  # without and with state of its own
+STEPS, DIES = 10, 6  # checkpoints are of steps 4, 8 and 10
+
+
+LONG = {"training.steps": 120, "training.eval_every": 0, "runtime.checkpoint_every": 20}
+
+
+@dataclass
+class Job:
+    """A run to do in all processes of a group; `dies`: after so many steps; `expect`: what it must raise."""
+
+    config: Config
+    dies: int | None = None
+    signal_rank: int | None = None  # who gets SIGUSR2 in the step after `dies`
+    expect: tuple[type[BaseException], str] | None = None
+    full_disk: bool = False
+
+
+def perform(job, rank):
+    backward, save = loop.SharpnessAware.backward, checkpoint.save
+
+    def limited(self, batches):
+        if job.dies is not None and self.steps == job.dies:
+            if job.signal_rank is None:
+                raise Killed
+            if rank == job.signal_rank:
+                os.kill(os.getpid(), signal.SIGUSR2)
+        return backward(self, batches)
+
+    def full(*_):
+        raise UserError("disk full, for the test")
+
+    loop.SharpnessAware.backward = limited
+    if job.full_disk:
+        checkpoint.save = full
+    try:
+        if job.expect is not None:
+            with pytest.raises(job.expect[0], match=job.expect[1]):
+                loop.train(job.config)
+        else:
+            with contextlib.suppress(Killed):
+                loop.train(job.config)
+    finally:
+        loop.SharpnessAware.backward, checkpoint.save = backward, save
+
+
+def process(rank, world, path, jobs):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+    for job in jobs:
+        try:
+            perform(job, rank)
+        except BaseException as error:
+            error.add_note(f"{job.config.method.name} {job.config.runtime.parallel} {job.config.runtime.runs}")
+            raise
+    distributed.leave()
+
+
+def spawn(world, directory, jobs):
+    torch.multiprocessing.spawn(process, (world, str(directory / f"rendezvous-{world}"), jobs), nprocs=world)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Where the prepared text is."""
+    return Path(".cache") if Path(".cache").is_dir() else tmp_path_factory.mktemp("cache")
+
+
+def config(data, runs, method, parallel="none", **overrides):
+    size = {"training.steps": STEPS, "training.precision": "float64", "training.batch": 8, "training.eval_batch": 3}
+    size |= {"measure.points": 0, "model.depth": 2, "runtime.threads": 1, "runtime.parallel": parallel}
+    return tiny(data, runs, method, **(size | METHODS.get(method, {}) | overrides))
+
+
+def assert_close(run, reference, rel=1e-10):
+    """The same lines to 1e-10, but for what a clock measured."""
+
+    def walk(a, b):
+        assert isinstance(a, dict) == isinstance(b, dict)
+        if isinstance(a, dict):
+            assert a.keys() == b.keys()
+            for key in a:
+                walk(a[key], b[key])
+        else:
+            assert a == b or math.isclose(a, b, rel_tol=rel, abs_tol=rel), (run.directory, a, b)
+
+    ours, theirs = content(run), content(reference)
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        walk(a, b)
+
+
+@dataclass
+class Done:
+    """What the processes have done, by name of the case."""
+
+    one: dict[str, Run] = field(default_factory=dict)
+    two: dict[tuple[str, str, str], Run] = field(default_factory=dict)  # (method, parallel, what became of it)
+    directory: Path = Path()
+    config_in: dict = field(default_factory=dict)
+
+
+def in_one_process(job):
+    perform(job, 0)
+    return Run(job.config)
+
+
+def copied(run, directory):
+    """A run's directory under another root, config as it is."""
+    shutil.copytree(run.directory, directory / run.directory.name, ignore=shutil.ignore_patterns(".lock", ".holder"))
+
+
+@pytest.fixture(scope="module")
+def done(data, tmp_path_factory):
+    root = tmp_path_factory.mktemp("distributed")
+    done, jobs = Done(directory=root), []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def add(name, method, parallel, start=None, **how):
+        more = how.pop("overrides", {})
+        there = root / f"{parallel}-{name}"
+        job = Job(config(data, there, method, parallel, **more), **how)
+        if start is not None:
+            copied(start, there)
+        jobs.append(job)
+        done.two[method, parallel, name] = Run(job.config)
+
+    for method in METHODS:
+        done.one[method] = in_one_process(Job(config(data, root / "one", method)))
+        for parallel in ("ddp", "fsdp"):
+            add("whole", method, parallel)
+    # m=microbatch goes through whole micro-batches, and has no meaning for shards.
+    micro = {"method.options.m": "microbatch", "training.micro_batch": 2}
+    done.one["micro"] = in_one_process(Job(config(data, root / "one", "sam", **micro)))
+    add("micro", "sam", "ddp", overrides=micro)
+    measured = {"measure.points": 2}
+    done.one["measured"] = in_one_process(Job(config(data, root / "measured", "adamw", **measured)))
+    for parallel in ("ddp", "fsdp"):
+        add("measured", "adamw", parallel, overrides=measured)
+        for method in RESUMED:
+            # One process, then two. The copy is of a checkpoint of step 4.
+            stopped = in_one_process(Job(config(data, root / f"one-dies-{parallel}", method), dies=DIES))
+            add("one-then-two", method, parallel, stopped)
+            # Two, then one, and two, then two.
+            add("dies", method, parallel, dies=DIES)
+            add("again", method, parallel, dies=DIES)
+            jobs.append(Job(config(data, root / f"{parallel}-again", method, parallel)))
+    # The newest checkpoint damaged: all processes take the one before.
+    stopped = in_one_process(Job(config(data, root / "damaged", "functional-sam"), dies=9))
+    newest = max((stopped.directory / "checkpoint").glob("*.pt"))
+    newest.write_bytes(newest.read_bytes()[:-100])
+    add("damaged", "functional-sam", "ddp", stopped)
+    # One process gets a signal: both finish the step and save.
+    add("signal", "adamw", "ddp", dies=DIES, signal_rank=1, expect=(Interrupted, "SIGUSR2 after step 7"))
+    # What only the first process meets is raised by both.
+    add("full", "adamw", "fsdp", full_disk=True, expect=(UserError, "disk full"))
+    add("locked", "adamw", "ddp", expect=(RunLocked, "another process"))
+    add("long", "functional-sam", "ddp", overrides=LONG)
+    locked = Run(done.two["adamw", "ddp", "locked"].config)
+    locked.open()
+    try:
+        spawn(2, root, jobs)
+    finally:
+        locked.close()
+        torch.set_num_threads(threads)
+    done.config_in = {"data": data}
+    return done
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_give_the_curve_of_one(done, method, parallel):
+    run = done.two[method, parallel, "whole"]
+    assert_close(run, done.one[method])
+    assert run.read("provenance.json")["processes"] == 2
+    assert run.read("provenance.json")["parallel"] == parallel
+
+
+def test_whole_microbatches_where_each_goes_its_own_way(done):
+    assert_close(done.two["sam", "ddp", "micro"], done.one["micro"])
+
+
+def test_shares_are_those_of_one_process(done):
+    """Exact under DDP; under FSDP by differences of gradients, and said to be."""
+    reference = done.one["measured"]
+    assert_close(done.two["adamw", "ddp", "measured"], reference)
+    lines = done.two["adamw", "fsdp", "measured"].metrics("decompose")
+    assert len(lines) == len(reference.metrics("decompose")) == 2
+    for ours, theirs in zip(lines, reference.metrics("decompose"), strict=True):
+        assert ours["derivative"] == "difference"
+        for ascent in ("gradient", "adam"):
+            assert ours[ascent]["share"] == pytest.approx(theirs[ascent]["share"], rel=1e-5)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("method", RESUMED)
+def test_checkpoints_go_from_one_process_to_two_and_back(done, method, parallel):
+    went_on = done.two[method, parallel, "one-then-two"]
+    assert went_on.done
+    assert_close(went_on, done.one[method])
+    assert went_on.read("provenance.json")["resumed"][-1]["processes"] == 2
+
+    stopped = done.two[method, parallel, "dies"]
+    assert not stopped.done
+    assert max(line["step"] for line in stopped.metrics("train")) == DIES
+    there = done.directory / f"{parallel}-then-one"
+    copied(stopped, there)
+    back = in_one_process(Job(config(done.config_in["data"], there, method)))
+    assert_close(back, done.one[method])
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("method", RESUMED)
+def test_resumed_on_as_many_processes_is_bit_identical(done, method, parallel):
+    assert content(done.two[method, parallel, "again"]) == content(done.two[method, parallel, "whole"])
+
+
+@pytest.mark.parametrize("method", RESUMED)
+def test_a_checkpoint_does_not_show_how_many_wrote_it(done, method):
+    """The same keys, whole tensors of the same shapes, values to rounding."""
+
+    def walk(a, b, where):
+        assert type(a) is type(b), where
+        if isinstance(a, dict):
+            assert list(a) == list(b), where
+            for key in a:
+                walk(a[key], b[key], (*where, key))
+        elif isinstance(a, list):
+            for i, (x, y) in enumerate(zip(a, b, strict=True)):
+                walk(x, y, (*where, i))
+        elif isinstance(a, torch.Tensor):
+            assert a.dtype == b.dtype
+            if where != ("rng",):  # nobody seeds it, for nobody draws
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+        elif where != ("seconds",):
+            assert a == b or a == pytest.approx(b), where
+
+    one = checkpoint.load_newest(done.one[method].directory / "checkpoint")
+    for parallel in ("ddp", "fsdp"):
+        walk(checkpoint.load_newest(done.two[method, parallel, "whole"].directory / "checkpoint"), one, ())
+
+
+def test_a_damaged_checkpoint_is_passed_over_by_all_processes(done):
+    run = done.two["functional-sam", "ddp", "damaged"]
+    assert_close(run, done.one["functional-sam"])
+    assert run.read("provenance.json")["resumed"][-1]["step"] == 4
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(done):
+    run = done.two["adamw", "ddp", "signal"]
+    assert not run.done
+    assert checkpoint.load_newest(run.directory / "checkpoint")["step"] == DIES + 1
+
+
+def test_four_processes(done, data, tmp_path):
+    """The curve of one; from two to four; and resumed bit for bit, where sums of four depend on their order."""
+    jobs, whole, again, went_on = [], {}, {}, {}
+    for parallel in ("ddp", "fsdp"):
+        whole[parallel], again[parallel] = (config(data, tmp_path / f"{parallel}-{x}", "functional-sam", parallel) for x in "ab")
+        copied(done.two["functional-sam", parallel, "dies"], tmp_path / f"{parallel}-c")
+        went_on[parallel] = config(data, tmp_path / f"{parallel}-c", "functional-sam", parallel)
+        jobs += [Job(whole[parallel]), Job(again[parallel], dies=DIES), Job(again[parallel]), Job(went_on[parallel])]
+    spawn(4, tmp_path, jobs)
+    for parallel in ("ddp", "fsdp"):
+        assert_close(Run(whole[parallel]), done.one["functional-sam"])
+        assert_close(Run(went_on[parallel]), done.one["functional-sam"])
+        assert content(Run(again[parallel])) == content(Run(whole[parallel]))
+
+
+# ---------------------------------------------------------------------- processes of torchrun
+
+
+def torchrun(path):
+    """The command of a user, in the background."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "functional_sam"]
+    return subprocess.Popen(
+        [*command, "train", str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_a_killed_process_ends_the_job_and_the_same_command_resumes(done, data, tmp_path):
+    """kill -9 of a process that does not lead, under torchrun: no process is left, and the metrics are those of a whole run."""
+    there = config(data, tmp_path, "functional-sam", "ddp", **LONG)
+    run = Run(there)
+    write_text(run.directory / "config.yaml", to_yaml(there))
+    job = torchrun(run.directory)
+    try:
+        deadline = time.monotonic() + 120
+        while not list((run.directory / "checkpoint").glob("*.sha256")):
+            assert job.poll() is None, job.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        workers = psutil.Process(job.pid).children(recursive=True)
+        second = next(w for w in workers if w.environ().get("RANK") == "1")
+        second.kill()
+        output, _ = job.communicate(timeout=60)
+        assert job.returncode != 0
+        assert not run.done, output
+        assert not [w for w in workers if w.is_running() and w.status() != psutil.STATUS_ZOMBIE]
+    finally:
+        job.kill()
+    again = torchrun(run.directory)
+    output, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, output
+    assert output.count("wrote ") == 1  # the first process speaks
+    assert content(run) == content(done.two["functional-sam", "ddp", "long"])
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("environment", "overrides", "words"),
+    [
+        ({"WORLD_SIZE": "3"}, {}, "training.batch=8 is not divisible by 3 processes"),
+        ({"WORLD_SIZE": "2"}, {"method.options.m": "rank"}, "m=microbatch with training.micro_batch=4"),
+        ({"WORLD_SIZE": "4"}, {"method.options.m": "microbatch", "training.micro_batch": 4}, "the 2 micro-batches"),
+        ({"WORLD_SIZE": "2", "RANK": ""}, {}, "RANK, MASTER_ADDR, MASTER_PORT not set"),
+        ({}, {"runtime.parallel": "fsdp"}, "torchrun --nproc-per-node 2"),
+        ({"WORLD_SIZE": "2"}, {"runtime.parallel": "fsdp", "measure.curvature": True}, "whole parameters"),
+    ],
+)
+def test_bad_input_is_refused_before_anyone_waits(data, tmp_path, monkeypatch, environment, overrides, words):
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    complete = {"RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"} if "RANK" not in environment and environment else {}
+    for name, value in (complete | environment).items():
+        if value:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words):
+        distributed.join(config(data, tmp_path, "sam", **{"runtime.parallel": "auto", **overrides}))
+
+
+def test_alone_nothing_changes(data, tmp_path):
+    """runtime.parallel=none is one process, whatever the environment says."""
+    ranks = distributed.join(config(data, tmp_path, "sam"))
+    batches = [(torch.arange(4), torch.arange(4))]
+    assert ranks.part(batches) is batches
+    assert ranks.any("SIGTERM") == "SIGTERM"
+    assert ranks.lead(lambda: 3) == 3
+
+
+def test_parts_are_the_batch(data, tmp_path):
+    """In order, each as large as the others, no forward larger than a micro-batch."""
+    for batch, size, world in [(12, 6, 4), (12, 12, 3), (16, 4, 2), (24, 4, 4)]:
+        rows = torch.arange(batch)
+        batches = [(rows[i : i + size], -rows[i : i + size]) for i in range(0, batch, size)]
+        parts = [distributed.Ranks(rank, world, "ddp", torch.device("cpu")).part(batches) for rank in range(world)]
+        assert torch.equal(torch.cat([x for part in parts for x, _ in part]), rows)
+        assert all(torch.equal(x, -t) for part in parts for x, t in part)
+        assert {sum(len(x) for x, _ in part) for part in parts} == {batch // world}
+        assert max(len(x) for part in parts for x, _ in part) <= size
+        assert len({len(part) for part in parts}) == 1
