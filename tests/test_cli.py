@@ -103,7 +103,7 @@ def started(tmp_path, *overrides):
         start_new_session=True,  # as a terminal gives its foreground job a process group of its own
     )
     deadline = time.monotonic() + 90
-    while len({path.parent for path in (tmp_path / "runs").glob("*/checkpoint/step-*.sha256")}) < 2 and time.monotonic() < deadline:
+    while len(unfinished(tmp_path, "checkpoint/step-*.sha256")) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     pids = [path.parent.name for path in Path("/proc").glob("[0-9]*/stat")]
     children = [int(pid) for pid in pids if _parent(pid) == process.pid]
@@ -111,14 +111,16 @@ def started(tmp_path, *overrides):
     return process, children
 
 
-def unfinished(tmp_path):
-    return [path.parent for path in (tmp_path / "runs").glob("*/metrics.jsonl") if not (path.parent / "done.json").exists()]
+def unfinished(tmp_path, file="metrics.jsonl"):
+    """Runs that have such a file and are not done."""
+    runs = [run for run in (tmp_path / "runs").glob("*") if list(run.glob(file))]
+    return [run for run in runs if not (run / "done.json").exists()]
 
 
 @pytest.mark.slow
 def test_kill_9_the_others_go_on_and_run_again(tmp_path):
     """All workers killed in the middle: the other runs are done all the same, the command names those that failed, and fails."""
-    process, children = started(tmp_path, "training.steps=100")
+    process, children = started(tmp_path, "training.steps=200")
     for child in children:
         os.kill(child, signal.SIGKILL)
     out, err = process.communicate(timeout=120)

@@ -86,6 +86,7 @@ class Workers:
 
     def poll(self) -> bool:
         """True while one is at work. Replaces the dead."""
+        replace = []
         for index, process in enumerate(self.processes):
             if process is None or process.poll() is None:
                 continue
@@ -94,7 +95,9 @@ class Workers:
             for run in held:
                 self.died[run.config.name] = _how(process.returncode)
             if held:  # else it finished its list, or cannot even start
-                self.start(index)
+                replace.append(index)
+        for index in replace:  # once it is known what all of them held
+            self.start(index)
         return any(self.processes)
 
     def stop(self) -> None:
