@@ -191,8 +191,8 @@ def test_max_train_tokens_keeps_whole_documents_and_the_tokenizer(tmp_path: Path
 
 
 def test_large_vocabularies_need_wider_integers() -> None:
-    assert text._dtype(65_535) == np.uint16
-    assert text._dtype(65_536) == np.uint32
+    assert text.token_dtype(65_535) == np.uint16
+    assert text.token_dtype(65_536) == np.uint32
 
 
 # evaluation rows

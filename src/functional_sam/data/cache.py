@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ def cached(directory: Path, build: Callable[[Path], dict[str, Any]], progress: P
     if not directory.exists():  # no lock for what is there: the directory may be read-only and shared
         with _lock(directory, progress):
             if not directory.exists():
+                for left in directory.parent.glob(f".{directory.name}.*.tmp"):  # by a process that was killed: we hold the lock
+                    shutil.rmtree(left, ignore_errors=True)
                 with atomic_directory(directory) as temporary:
                     manifest = build(temporary)
                     files = sorted(temporary.iterdir())

@@ -23,6 +23,7 @@ from functional_sam.losses import IGNORE
 FORMAT = 1  # raise it when the same sources and vocab give other files
 SPLITS = ("train", "validation", "test")
 ENCODE_AT_ONCE = 1000
+COUNTS = ("documents", "tokens", "bytes", "bytes_per_token", "text_sha256")  # what the manifest says of each split
 
 
 def prepare_text(
@@ -87,33 +88,38 @@ def build_text(
     train_tokenizer((document.text for document in parts["train"]), vocab, directory / "tokenizer.model")
     tokenizer = Tokenizer(directory / "tokenizer.model")
 
-    counts: dict[str, Any] = {key: {} for key in ("documents", "tokens", "bytes", "bytes_per_token", "text_sha256")}
+    counts: dict[str, Any] = {key: {} for key in COUNTS}
     for split, part in parts.items():
         progress(f"encoding {len(part):,} {split} documents ...")
         limit = max_train_tokens if split == "train" else None
-        text = hashlib.sha256()
-        streams, ends = [], []
-        num_tokens = 0
-        for document, ids, end in _encode(part, tokenizer):
-            if limit is not None and num_tokens + len(ids) > limit:
-                break
-            num_tokens += len(ids)
-            text.update(document.text.encode() + b"\0")
-            streams.append(ids)
-            ends.append(end)
-        if split == "train" and not streams:
-            raise UserError(f"max_train_tokens={limit} is less than the first document: raise it")
-        num_bytes = int(sum(end[-1] for end in ends))
-        write_array(directory / f"{split}.ids", _joined(streams, _dtype(vocab)))
-        if split != "train":
-            write_array(directory / f"{split}.offsets", np.cumsum([0, *map(len, streams)], dtype=np.int64))
-            write_array(directory / f"{split}.ends", _joined(ends, np.dtype(np.uint32)))
-        counts["documents"][split] = len(streams)
-        counts["tokens"][split] = num_tokens
-        counts["bytes"][split] = num_bytes
-        counts["bytes_per_token"][split] = round(num_bytes / num_tokens, 4) if num_tokens else None
-        counts["text_sha256"][split] = text.hexdigest()
-    return {"vocab": vocab, "dtype": _dtype(vocab).name, **counts}
+        for key, value in write_split(part, split, tokenizer, directory, limit).items():
+            counts[key][split] = value
+    return {"vocab": vocab, "dtype": token_dtype(vocab).name, **counts}
+
+
+def write_split(
+    part: Sequence[Document], split: str, tokenizer: Tokenizer, directory: Path, limit: int | None = None
+) -> dict[str, Any]:
+    """Write the files of one split as build_text describes them, up to `limit` tokens; return COUNTS of it."""
+    text = hashlib.sha256()
+    streams, ends = [], []
+    num_tokens = 0
+    for document, ids, end in encode(part, tokenizer):
+        if limit is not None and num_tokens + len(ids) > limit:
+            break
+        num_tokens += len(ids)
+        text.update(document.text.encode() + b"\0")
+        streams.append(ids)
+        ends.append(end)
+    if split == "train" and not streams:
+        raise UserError(f"max_train_tokens={limit} is less than the first document: raise it")
+    num_bytes = int(sum(end[-1] for end in ends))
+    write_array(directory / f"{split}.ids", _joined(streams, token_dtype(tokenizer.vocab)))
+    if split != "train":
+        write_array(directory / f"{split}.offsets", np.cumsum([0, *map(len, streams)], dtype=np.int64))
+        write_array(directory / f"{split}.ends", _joined(ends, np.dtype(np.uint32)))
+    per_token = round(num_bytes / num_tokens, 4) if num_tokens else None
+    return dict(zip(COUNTS, (len(streams), num_tokens, num_bytes, per_token, text.hexdigest()), strict=True))
 
 
 def split_of(document_id: str) -> str:
@@ -134,7 +140,10 @@ class TextData:
         self.vocab: int = manifest["vocab"]
         self.sha256: str = manifest["sha256"]
         self.tokenizer = Tokenizer(self.directory / "tokenizer.model")
-        self._train = np.memmap(self.directory / "train.ids", dtype=manifest["dtype"], mode="r")
+        self._train = self._open_train()
+
+    def _open_train(self) -> Any:
+        return np.memmap(self.directory / "train.ids", dtype=self.manifest["dtype"], mode="r")
 
     def train_windows(self, length: int, unique_tokens: int | None = None) -> int:
         """The number of whole windows of `length` tokens in the train stream, or in its first `unique_tokens` tokens.
@@ -200,7 +209,7 @@ class TextData:
             yield torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(num_bytes)
 
 
-def _encode(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, np.ndarray, np.ndarray]]:
+def encode(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, np.ndarray, np.ndarray]]:
     """Each document with its tokens BOS, pieces, EOS and, beside each token, the bytes covered so far."""
     for start in range(0, len(documents), ENCODE_AT_ONCE):
         some = documents[start : start + ENCODE_AT_ONCE]
@@ -217,7 +226,8 @@ def _joined(arrays: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
     return np.concatenate([np.empty(0, dtype=dtype), *(array.astype(dtype) for array in arrays)])
 
 
-def _dtype(vocab: int) -> np.dtype:
+def token_dtype(vocab: int) -> np.dtype:
+    """Of ids on disk: 2 bytes where they fit."""
     return np.dtype(np.uint16 if vocab <= 65_535 else np.uint32)
 
 

@@ -10,8 +10,7 @@ from torch import Tensor
 from functional_sam.config import Config
 from functional_sam.data.cache import MANIFEST, Progress
 from functional_sam.data.images import images_directory
-from functional_sam.data.text import text_directory
-from functional_sam.tasks.language import Language
+from functional_sam.tasks.language import Language, data_directory
 from functional_sam.tasks.vision import Vision
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -44,10 +43,7 @@ def prepare(config: Config, progress: Progress | None = None) -> Task:
 def prepared_sha256(config: Config) -> str | None:
     """SHA-256 of the data a config would train on, None where it is not prepared yet; nothing is prepared here."""
     cache = Path(config.runtime.cache)
-    if config.model.kind == "decoder":
-        directory, _ = text_directory(config.data.sources, config.data.vocab, cache)
-    else:
-        directory = images_directory(config.data.images, cache)
+    directory = data_directory(config) if config.model.kind == "decoder" else images_directory(config.data.images, cache)
     try:
         sha256: str = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["sha256"]
     except (OSError, ValueError, KeyError):

@@ -8,10 +8,30 @@ import torch
 from torch import Tensor
 
 from functional_sam.config import Config
-from functional_sam.data.text import prepare_text
+from functional_sam.data import c4
+from functional_sam.data.text import TextData, prepare_text, text_directory
+from functional_sam.errors import UserError
 from functional_sam.losses import cross_entropy
 from functional_sam.models import Decoder
 from functional_sam.tasks.ranks import shared, summed
+
+
+def wanted_c4(config: Config) -> c4.C4 | None:
+    """What to prepare of C4, None for packaged text. Raises UserError for C4 mixed with others, misplaced options."""
+    data = config.data
+    if "c4" in data.sources:
+        if data.sources != ["c4"]:
+            raise UserError(f"data.sources={data.sources}: c4 stands alone")
+        return c4.C4(data.vocab, config.runtime.data or c4.HUB, data.files, data.tokenizer)
+    if data.files or data.tokenizer:
+        raise UserError(f"data.files and data.tokenizer are for data.sources=[c4], not for {data.sources}")
+    return None
+
+
+def data_directory(config: Config) -> Path:
+    """Where the prepared text of a config is, or will be."""
+    cache, wanted = Path(config.runtime.cache), wanted_c4(config)
+    return wanted.directory(cache) if wanted else text_directory(config.data.sources, config.data.vocab, cache)[0]
 
 
 class Language:
@@ -19,7 +39,12 @@ class Language:
 
     def __init__(self, config: Config, cache: Path, progress: Callable[[str], None] | None = None):
         self.config = config
-        self.data = prepare_text(config.data.sources, config.data.vocab, cache, progress)
+        wanted = wanted_c4(config)
+        self.data: TextData = (
+            c4.prepare_c4(wanted, cache, progress)
+            if wanted
+            else prepare_text(config.data.sources, config.data.vocab, cache, progress)
+        )
         self.provenance: dict[str, object] = {"data": "+".join(config.data.sources), **self.data.manifest}
 
     def model(self) -> torch.nn.Module:

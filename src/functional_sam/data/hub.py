@@ -1,0 +1,82 @@
+"""Data sets in the layout of the Hugging Face hub: the files of a split, in a local directory or on the hub itself."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from functional_sam.errors import UserError
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of a split. url: what `datasets` and fsspec open (a path, or hf://...); size: bytes, compressed."""
+
+    url: str
+    size: int
+
+    @property
+    def name(self) -> str:
+        return self.url.rpartition("/")[2]
+
+
+def layout(location: str, folder: str, split: str, suffix: str, first: int = 0) -> list[File]:
+    """The first so many files (0: all) of FOLDER/*SPLIT*-00000-of-01024SUFFIX, in the order of their numbers.
+
+    location: a directory with that layout, or a repository of the hub, `owner/name` or `owner/name@revision`.
+    Raises UserError when a file that is asked for is missing there, or the hub cannot be reached.
+    """
+    found = _local(Path(location), folder, suffix) if Path(location).is_dir() else _remote(location, folder, suffix)
+    pattern = re.compile(rf"(?:.*[.-])?{split}[.-](\d+)-of-(\d+){re.escape(suffix)}")
+    numbered = {(int(match[1]), int(match[2])): file for file in found if (match := pattern.fullmatch(file.name))}
+    where = f"{location}/{folder}"
+    if not numbered:
+        raise UserError(f"no {split} file (*{split}*-00000-of-*{suffix}) in {where}: {_remedy(location)}")
+    total = max(of for _, of in numbered)
+    wanted = first or total
+    if wanted > total:
+        raise UserError(f"data.files={first}, but {where} has {total} {split} files")
+    missing = [number for number in range(wanted) if (number, total) not in numbered]
+    if missing:
+        raise UserError(
+            f"{split} file {missing[0]} of {total} is not in {where} ({len(missing)} of the first {wanted} are missing): "
+            f"fetch them, or set data.files to the number of files that are there"
+        )
+    return [numbered[number, total] for number in range(wanted)]
+
+
+def rows(file: File, builder: str, **options: Any) -> Iterator[dict[str, Any]]:
+    """The rows of one file in their order, read as a stream. builder: "json" or "parquet" of `datasets`."""
+    import datasets
+
+    columns = options.pop("columns")
+    try:
+        stream = datasets.load_dataset(builder, data_files=[file.url], split="train", streaming=True, **options)
+        yield from stream.select_columns(columns)
+    except (UserError, GeneratorExit):
+        raise
+    except Exception as error:  # of fsspec, arrow, zlib or the network: none of them names the file
+        raise UserError(f"cannot read {file.url}: {type(error).__name__}: {error}. Fetch it again") from error
+
+
+def _local(root: Path, folder: str, suffix: str) -> Iterator[File]:
+    for path in sorted((root / folder).glob(f"*{suffix}")):
+        yield File(str(path.resolve()), path.stat().st_size)
+
+
+def _remote(location: str, folder: str, suffix: str) -> list[File]:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", location):
+        raise UserError(f"{location} is neither a directory nor a data set of the hub (owner/name): {_remedy(location)}")
+    from huggingface_hub import HfFileSystem
+
+    try:
+        entries: Any = HfFileSystem().glob(f"datasets/{location}/{folder}/*{suffix}", detail=True)
+    except Exception as error:  # every kind of network error, and OfflineModeIsEnabled
+        raise UserError(f"the hub's {location} cannot be listed ({type(error).__name__}: {error}): {_remedy(location)}") from error
+    return [File(f"hf://{name}", int(entry["size"])) for name, entry in sorted(entries.items())]
+
+
+def _remedy(location: str) -> str:
+    name = location if not Path(location).is_absolute() else "OWNER/NAME"
+    return f"`hf download {name} --repo-type dataset --local-dir DIR` where the network is, then runtime.data=DIR"
