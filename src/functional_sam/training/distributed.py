@@ -14,8 +14,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from functional_sam.config import Config
@@ -132,6 +130,9 @@ class Ranks:
         forward, batches: those of a training step, for one row of which DDP is run, once.
         """
         if self.parallel == "fsdp":
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard  # half a second to import, for those who shard
+
             mesh = init_device_mesh(self.device.type, (self.world,))
             blocks: Any = model.blocks
             for block in blocks:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from functional_sam.sharpness import SharpnessAware
 from functional_sam.sharpness.passes import unwrapped
@@ -71,17 +70,19 @@ def _gathered(tree: Any, keep: bool) -> Any:
     """The tree with every sharded tensor whole, on the CPU, in the process that keeps it."""
     if isinstance(tree, dict):
         return {key: _gathered(value, keep) for key, value in tree.items()}
-    if isinstance(tree, DTensor):
+    if hasattr(tree, "full_tensor"):
         whole = tree.full_tensor()
         return whole.cpu() if keep else None
     return tree
 
 
-def _placed(value: Tensor, like: Tensor | None) -> Tensor:
-    """A copy of a checkpoint's tensor, on the device of its parameter and in shards if the parameter is; a scalar on the CPU."""
+def _placed(value: Tensor, like: Any) -> Tensor:
+    """A copy of a checkpoint's tensor, as its parameter `like` is, if any: on its device, in shards if it is."""
     if like is None or value.shape != like.shape:
         return value.clone()
-    if isinstance(like, DTensor):
+    if hasattr(like, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
         # Every process has the whole value (mapped from the file, not read): no communication, each takes its slice.
         value = distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
     return torch.empty_like(like, requires_grad=False).copy_(value)
