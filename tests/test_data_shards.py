@@ -66,7 +66,7 @@ def files_of(data):
     return {
         str(path.relative_to(root)): path.read_bytes()
         for path in sorted(root.rglob("*"))
-        if path.is_file() and ".lock" not in path.name
+        if path.is_file() and not path.name.endswith(".lock") and "first-2" not in path.parts
     }
 
 
