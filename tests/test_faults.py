@@ -6,6 +6,7 @@ trained in it), and calls the command line as a user does.
 
 import contextlib
 import datetime
+import itertools
 import multiprocessing
 import os
 import random
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -142,13 +144,34 @@ def limit_the_size_of_files():
 
 
 def slow_steps():
-    backward = loop.SharpnessAware.backward
+    before_each_step(lambda done: time.sleep(0.03))
 
-    def slow(self, batches):
-        time.sleep(0.03)
+
+def hang_after(steps):
+    """Never begin the step after so many."""
+    before_each_step(lambda done: time.sleep(100) if done == steps else None)
+
+
+def hang_until(file):
+    """Begin no step after the first before `file` is there."""
+
+    def wait(done):
+        while done == 1 and not file.exists():
+            time.sleep(0.01)
+
+    before_each_step(wait)
+
+
+def before_each_step(function):
+    """Call function(steps done by this process) before each step."""
+    backward = loop.SharpnessAware.backward
+    done = itertools.count()
+
+    def with_function(self, batches):
+        function(next(done))
         return backward(self, batches)
 
-    loop.SharpnessAware.backward = slow
+    loop.SharpnessAware.backward = with_function
 
 
 class Process:
@@ -336,8 +359,8 @@ def test_a_checkpoint_runs_no_code(tmp_path):
 
 
 def stop_at(start, run, step):
-    """A process that trains beyond a step and is killed."""
-    process = start("train", run.directory, before=slow_steps)
+    """A process that trains up to a step and is killed."""
+    process = start("train", run.directory, before=partial(hang_after, step))
     wait_for(lambda: steps_done(run) >= step)
     process.send(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -348,13 +371,13 @@ def stop_at(start, run, step):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
 def test_a_signal_finishes_the_step_and_saves(make, start, number, finish_and_compare):
-    run = make("parts", every=100)
+    run = make("parts", steps=150, every=1000)
     process = start("train", run.directory, before=slow_steps)
     wait_for(lambda: steps_done(run) >= 2)
     process.send(number)
     assert process.wait() == RESUMABLE == 75, process.said
     step = steps_done(run)
-    words = f"stopped by {number.name} after step {step} of 24, checkpoint saved; go on with: functional-sam train {run.directory}"
+    words = f"stopped by {number.name} after step {step} of 150, checkpoint saved; go on with: functional-sam train {run.directory}"
     assert process.said.splitlines() == [f"functional-sam: {words}"]
     assert [path.name for path in (run.directory / "checkpoint").glob("*.pt")] == [f"step-{step:08d}.pt"]
     assert run.state == "partial"
@@ -363,26 +386,16 @@ def test_a_signal_finishes_the_step_and_saves(make, start, number, finish_and_co
 
 def test_a_second_ctrl_c_ends_at_once(make, start, finish_and_compare):
     run = make("parts")
-    process = start("train", run.directory, before=very_slow_steps)
-    wait_for(lambda: (run.directory / "metrics.jsonl").exists())
-    time.sleep(0.2)
+    process = start("train", run.directory, before=partial(hang_after, 6))
+    wait_for(lambda: steps_done(run) == 6)
     process.send(signal.SIGINT)
     time.sleep(0.2)
-    process.send(signal.SIGINT)
+    assert process.process.exitcode is None  # the first one waits for the step
+    while process.process.exitcode is None:
+        process.send(signal.SIGINT)
+        time.sleep(0.2)
     assert process.wait() == -signal.SIGINT
     finish_and_compare(run)
-
-
-def very_slow_steps():
-    backward = loop.SharpnessAware.backward
-
-    def slow(self, batches):
-        deadline = time.monotonic() + 100
-        while time.monotonic() < deadline:
-            time.sleep(0.1)
-        return backward(self, batches)
-
-    loop.SharpnessAware.backward = slow
 
 
 def test_a_signal_before_the_first_step(make, start, finish_and_compare):
@@ -407,16 +420,18 @@ def slow_preparation():
 # ---------------------------------------------------------------------- two at once, clocks, disks
 
 
-def test_two_processes_on_one_run(make, start, finish_and_compare):
+def test_two_processes_on_one_run(make, start, tmp_path, finish_and_compare):
     """The second is refused, says who is at work, and leaves the first alone."""
     run = make("parts")
-    first = start("train", run.directory, before=slow_steps)
+    go = tmp_path / "go"
+    first = start("train", run.directory, before=partial(hang_until, go))
     wait_for(lambda: steps_done(run) >= 1)
     assert run.state == "running"
     second = start("train", run.directory)
     assert second.wait() == 2
     assert f"is being written by another process ({first.process.pid} on " in second.said
     assert second.said.count("\n") == 1
+    go.touch()
     assert first.wait() == 0, first.said
     assert run.state == "done"
     finish_and_compare(run)
@@ -437,8 +452,8 @@ def test_asking_for_the_state_never_makes_a_process_give_up(make, start):
 def test_the_clock_goes_backwards(make, start, finish_and_compare):
     """Neither the order of checkpoints nor a duration hangs on the wall clock or on the times of files."""
     run = make("parts")
-    process = start("train", run.directory, before=turn_back_and_slow)
-    wait_for(lambda: steps_done(run) >= 10)
+    process = start("train", run.directory, before=turn_back_and_hang)
+    wait_for(lambda: steps_done(run) == 10)
     process.send(signal.SIGKILL)
     process.wait()
     newest = max((run.directory / "checkpoint").glob("*.pt"))
@@ -451,9 +466,9 @@ def test_the_clock_goes_backwards(make, start, finish_and_compare):
     finish_and_compare(run)
 
 
-def turn_back_and_slow():
+def turn_back_and_hang():
     turn_the_clock_back()
-    slow_steps()
+    hang_after(10)
 
 
 def test_a_limit_on_the_size_of_files(make, start, finish_and_compare):
