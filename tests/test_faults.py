@@ -5,27 +5,44 @@ trained in it), and calls the command line as a user does.
 """
 
 import contextlib
-import datetime
-import itertools
 import multiprocessing
 import os
 import random
-import resource
 import signal
 import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
+from faults import (
+    Process,
+    bit_flipped,
+    checksum_gone,
+    checksum_truncated,
+    die_before_the_checksum,
+    die_in_metrics,
+    die_in_torch_save,
+    hang_after,
+    hang_until,
+    limit_the_size_of_files,
+    not_a_checkpoint,
+    result,
+    slow_preparation,
+    slow_steps,
+    steps_done,
+    truncated,
+    turn_back_and_hang,
+    turn_the_clock_back,
+    wait_for,
+)
 
-from functional_sam.cli import RESUMABLE, main
+from functional_sam.cli import RESUMABLE
 from functional_sam.config import compose, to_yaml
 from functional_sam.errors import UserError
 from functional_sam.files import sha256, write_text
 from functional_sam.records import Run
-from functional_sam.training import checkpoint, loop
+from functional_sam.training import checkpoint
 
 SMALL = ["model.width=16", "model.depth=1", "training.batch=2", "training.eval_rows=8", "training.eval_batch=8", "measure.points=0"]
 SMALL += ["data.images=mnist-5k", "runtime.threads=1", "runtime.log_every=1", "optimizer.warmup_steps=2", "training.eval_every=7"]
@@ -34,7 +51,7 @@ SMALL += ["data.images=mnist-5k", "runtime.threads=1", "runtime.log_every=1", "o
 @pytest.fixture(scope="session")
 def server():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["functional_sam.training.pool", "functional_sam.commands.runs", __name__])
+    context.set_forkserver_preload(["functional_sam.training.pool", "functional_sam.commands.runs", "faults"])
     return context
 
 
@@ -57,145 +74,6 @@ def make(cache, tmp_path):
     return make
 
 
-# ---------------------------------------------------------------------- what a process does
-
-
-def command(arguments, log, before=None):
-    """The life of a process: perhaps something that goes wrong in it, then the command line."""
-    os.environ["COLUMNS"] = "1000"
-    with log.open("ab", buffering=0) as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    if before is not None:
-        before()
-    code = main([str(argument) for argument in arguments])
-    sys.stdout.flush()
-    os._exit(code)
-
-
-def die_in_torch_save():
-    """SIGKILL itself in the middle of writing the second checkpoint."""
-    import torch
-
-    save, calls = torch.save, []
-
-    def dying(state, file):
-        calls.append(1)
-        if len(calls) == 2:
-            whole = Path(file.name).with_suffix(".whole")
-            save(state, whole)
-            file.write(whole.read_bytes()[: whole.stat().st_size // 2])
-            file.flush()
-            whole.unlink()
-            os.kill(os.getpid(), signal.SIGKILL)
-        save(state, file)
-
-    torch.save = dying
-
-
-def die_before_the_checksum():
-    """SIGKILL itself after the second checkpoint has its name and before its checksum is written."""
-    write, calls = checkpoint.write_text, []
-
-    def dying(path, text):
-        calls.append(1)
-        if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        write(path, text)
-
-    checkpoint.write_text = dying
-
-
-def die_in_metrics():
-    """SIGKILL itself when half of the line of step 11 is in the file."""
-    log = Run.log
-
-    def dying(self, kind, step, **values):
-        if step == 11:
-            self._metrics.write('{"kind": "train", "step": 11, "lo')
-            self._metrics.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-        log(self, kind, step, **values)
-
-    Run.log = dying
-
-
-def turn_the_clock_back():
-    """Every look at the wall clock shows an hour less than the one before."""
-    hours = [0]
-
-    now = time.time()
-
-    def earlier():
-        hours[0] += 1
-        return now - 3600 * hours[0]
-
-    class Backwards(datetime.datetime):
-        @classmethod
-        def now(cls, tz=None):
-            return cls.fromtimestamp(earlier(), tz)
-
-    time.time = earlier
-    datetime.datetime = Backwards
-
-
-def limit_the_size_of_files():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
-
-
-def slow_steps():
-    before_each_step(lambda done: time.sleep(0.03))
-
-
-def hang_after(steps):
-    """Never begin the step after so many."""
-    before_each_step(lambda done: time.sleep(100) if done == steps else None)
-
-
-def hang_until(file):
-    """Begin no step after the first before `file` is there."""
-
-    def wait(done):
-        while done == 1 and not file.exists():
-            time.sleep(0.01)
-
-    before_each_step(wait)
-
-
-def before_each_step(function):
-    """Call function(steps done by this process) before each step."""
-    backward = loop.SharpnessAware.backward
-    done = itertools.count()
-
-    def with_function(self, batches):
-        function(next(done))
-        return backward(self, batches)
-
-    loop.SharpnessAware.backward = with_function
-
-
-class Process:
-    """A process of the command line, and what it said."""
-
-    def __init__(self, server, log, *arguments, before=None):
-        self.log = log
-        self.process = server.Process(target=command, args=(arguments, log, before))
-        self.process.start()
-
-    def wait(self):
-        """Its exit code."""
-        self.process.join(60)
-        assert self.process.exitcode is not None, f"still running: {self.said}"
-        return self.process.exitcode
-
-    def send(self, number):
-        os.kill(self.process.pid, number)
-
-    @property
-    def said(self):
-        return self.log.read_text() if self.log.exists() else ""
-
-
 @pytest.fixture
 def start(server, tmp_path):
     processes = []
@@ -208,29 +86,6 @@ def start(server, tmp_path):
     for process in processes:
         process.process.kill()
         process.process.join()
-
-
-def steps_done(run):
-    lines = run.metrics("train")
-    return lines[-1]["step"] if lines else 0
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "waited for a minute"
-        time.sleep(0.002)
-
-
-def result(run):
-    """All that a run leaves, without what a clock measured."""
-
-    def timeless(content):
-        return {key: value for key, value in content.items() if key not in loop.TIMES}
-
-    state = checkpoint.load_newest(run.directory / "checkpoint")
-    weights = {name: value.tolist() for name, value in state["model"].items()}
-    return [timeless(line) for line in run.metrics()], timeless(run.summary()), state["step"], weights
 
 
 WHOLE = {}  # results of runs done in one go, by the hash of their config
@@ -295,30 +150,6 @@ def test_killed_while_writing(make, start, before, words, finish_and_compare):
         assert [path.name for path in (run.directory / "checkpoint").glob("step-*.pt")] == ["step-00000004.pt"]
         assert list((run.directory / "checkpoint").glob(".step-00000008.pt.*.tmp"))  # half of it, under no name that counts
     finish_and_compare(run, *words)
-
-
-def truncated(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def bit_flipped(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content)
-
-
-def checksum_gone(path):
-    path.with_suffix(".sha256").unlink()
-
-
-def checksum_truncated(path):
-    truncated(path.with_suffix(".sha256"))
-
-
-def not_a_checkpoint(path):
-    """Its checksum is right, and it still holds no state."""
-    path.write_bytes(b"something else")
-    path.with_suffix(".sha256").write_text(sha256(path))
 
 
 @pytest.mark.parametrize("damage", [truncated, bit_flipped, checksum_gone, checksum_truncated, not_a_checkpoint])
@@ -409,14 +240,6 @@ def test_a_signal_before_the_first_step(make, start, finish_and_compare):
     finish_and_compare(run)
 
 
-def slow_preparation():
-    def slow(config, progress):
-        print("preparing", flush=True)
-        time.sleep(100)
-
-    loop.prepare = slow
-
-
 # ---------------------------------------------------------------------- two at once, clocks, disks
 
 
@@ -464,11 +287,6 @@ def test_the_clock_goes_backwards(make, start, finish_and_compare):
     assert seconds == sorted(seconds)
     assert all(second >= 0 for second in seconds)
     finish_and_compare(run)
-
-
-def turn_back_and_hang():
-    turn_the_clock_back()
-    hang_after(10)
 
 
 def test_a_limit_on_the_size_of_files(make, start, finish_and_compare):
