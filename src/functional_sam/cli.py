@@ -1,4 +1,4 @@
-"""The command functional-sam: plan | run | draw | check | release | train | status | methods | benchmark.
+"""The command functional-sam: plan | run | submit | draw | check | release | train | status | methods | benchmark.
 
 Exit codes: 0 done; 1 a run failed or diverged, a check found a difference; 2 bad input (one line, no traceback; --debug shows it);
 75 stopped by a signal, saved, resumable by the same command; 130 interrupted where there was nothing to save.
@@ -67,6 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     run = command("run", _of("runs", "run_command"), "do the missing runs of an exhibit")
     run.add_argument("--jobs", type=int, default=0, help="processes at a time (default: one per core)")
     run.add_argument("--fresh", action="store_true", help="move the exhibit's run directories aside first, and redo all")
+    submit = command("submit", _of("submit", "submit_command"), "do the missing runs of an exhibit on a SLURM cluster, and draw it")
+    submit.add_argument("--cluster", required=True, help="a file of jobs/clusters, by name or path")
+    submit.add_argument("--dry-run", action="store_true", help="print the sbatch scripts, submit nothing")
     draw = command("draw", _of("results", "draw_command"), "draw an exhibit from its records, through its notebook")
     draw.add_argument("--no-notebook", action="store_true", help="draw directly, without executing the notebook")
     command("check", _of("results", "check_command"), "compare an exhibit drawn from the present runs with the released one")

@@ -1,0 +1,87 @@
+"""What runs inside the cluster, pickled by submitit as a reference to this module of the snapshot, and a few paths."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment, clean_env
+
+RESUMABLE = 75  # exit code on which the batch script requeues its job
+
+
+class Resumed:
+    """A job that does what is left of its work when it is started again.
+
+    submitit requeues it on SIGUSR2 for the method `checkpoint`. That is so only while it starts and ends: in between training has
+    the signals, saves and leaves with RESUMABLE, for a requeue without a save would repeat steps.
+    """
+
+    def __call__(self) -> None:
+        raise NotImplementedError
+
+    def checkpoint(self) -> DelayedSubmission:
+        """The same again."""
+        return DelayedSubmission(self)
+
+
+@dataclass
+class Train(Resumed):
+    """One run; with several tasks, this process's part of it."""
+
+    directory: Path  # of the run
+    threads: int
+    device: str
+
+    def __call__(self) -> None:
+        from functional_sam.config import load
+        from functional_sam.errors import Interrupted
+        from functional_sam.files import write_text
+        from functional_sam.records import RunLocked
+        from functional_sam.training.distributed import leave
+        from functional_sam.training.loop import train
+
+        place = TorchDistributedEnvironment()
+        if place.world_size > 1:
+            place.export(set_cuda_visible_devices=False, overwrite=True)
+        error = self.directory / "error.txt"
+        try:
+            config = load(self.directory / "config.yaml")
+            config.runtime.threads, config.runtime.device = self.threads, self.device
+            run = train(config, self.directory.parent, progress=print)
+            leave()
+            if place.rank == 0:
+                error.unlink(missing_ok=True)
+                print(f"{self.directory.name}: {run.summary()}")
+        except FloatingPointError as diverged:  # recorded by train: complete
+            print(f"{self.directory.name}: {diverged}")
+        except (Interrupted, RunLocked) as later:  # locked: by a job of before that is still ending, or by another submission
+            print(f"{self.directory.name}: {later}", flush=True)
+            sys.exit(RESUMABLE)
+        except Exception as failure:
+            if place.rank == 0:
+                write_text(error, f"{type(failure).__name__}: {failure}\n")
+            raise
+
+
+@dataclass
+class Next(Resumed):
+    """After all runs of a stage: submit those that are known only now, or draw the exhibit."""
+
+    submission: Path
+    stage: int
+
+    def __call__(self) -> None:
+        from functional_sam.jobs.submission import Submission
+
+        os.chdir(self.submission / "code")  # configs/ of the snapshot; the rest is linked to the project
+        submission = Submission.load(self.submission)
+        conf = {key: os.environ[key] for key in ("SLURM_CONF",) if key in os.environ}
+        with clean_env():  # a job submitted from a job must not take over its options; where SLURM is, it must know
+            os.environ.update(conf)
+            if submission.missing(self.stage):
+                submission.submit(self.stage + 1)
+                return
+            command = [sys.executable, "-m", "functional_sam", "draw", submission.exhibit, "--scale", submission.scale]
+            subprocess.run([*command, *submission.overrides], check=True)
