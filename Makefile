@@ -8,7 +8,7 @@ EXHIBITS := $(basename $(notdir $(wildcard configs/exhibits/*.yaml)))
 export PYTHONUTF8 := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup methods benchmark test lint format clean $(EXHIBITS) $(foreach verb,draw plan check,$(addprefix $(verb)-,$(EXHIBITS)))
+.PHONY: help setup claims methods benchmark test lint format clean $(EXHIBITS) $(foreach verb,draw plan check,$(addprefix $(verb)-,$(EXHIBITS)))
 
 help:  ## this list
 	@echo "make TARGET [SCALE=quick|laptop] [JOBS=processes]      times: 2 CPU cores, scale quick, after setup"
@@ -48,10 +48,13 @@ $(addprefix plan-,$(EXHIBITS)): plan-%: $(READY)
 $(addprefix check-,$(EXHIBITS)): check-%: $(READY)
 	@$(BIN)/functional-sam check $* --scale $(SCALE)
 
+claims: $(READY)  ## README's table of claims, from the records of what was drawn
+	@$(BIN)/functional-sam claims
+
 methods: $(READY)  ## the table of methods: where each looks, which derivative it takes there, what it costs
 	@$(BIN)/functional-sam methods
 
-benchmark: $(READY)  ## time and memory of every method as ratios to AdamW, measured on this machine (8 min)
+benchmark: $(READY)  ## time and memory of every method, and of curvature products, measured on this machine (10 min)
 	@$(BIN)/functional-sam benchmark
 
 test: $(READY)  ## the whole test suite (5 min; make test ARGS='-m "not slow"' under 2)

@@ -1,14 +1,17 @@
 """Who may import whom, what the library costs to import, and files that must agree with each other."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from functional_sam import exhibits
+from functional_sam.exhibits import claims
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "functional_sam"
@@ -114,16 +117,18 @@ def git(*arguments):
 
 
 def test_readme_numbers_are_those_of_the_records():
-    """The README quotes the verdicts of the committed exhibits word for word (a reader's own, drawn since, may differ)."""
-    import json
-
-    readme = git("show", "HEAD:README.md")
-    records = [name for name in git("ls-files", "paper").split() if name.endswith(".json")]
+    """README's table of claims is the one made of the committed records (a reader's own, drawn since, may differ)."""
+    records = {}
+    for name in git("ls-files", "paper").split():
+        if name.endswith(".json"):
+            content = json.loads(git("show", f"HEAD:{name}"))
+            if content["scale"] == "quick":
+                records[content["exhibit"]] = content
     assert records
-    for name in records:
-        content = json.loads(git("show", f"HEAD:{name}"))
-        if content["scale"] == "quick":
-            assert content["verdict"] in readme, f"README does not hold the verdict of {name}"
+    expected = claims.table(yaml.safe_load(git("show", "HEAD:paper/claims.yaml")), records)
+    assert f"{claims.BEGIN}\n{expected}\n{claims.END}" in git("show", "HEAD:README.md")
+    for name, content in records.items():
+        assert content["verdict"].replace("|", "\\|") in expected, f"paper/claims.yaml does not have {name}"
 
 
 @pytest.mark.parametrize("page", ["README.md", "src/functional_sam/sharpness/README.md"])

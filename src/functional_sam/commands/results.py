@@ -85,3 +85,11 @@ def release_command(options: argparse.Namespace) -> int:
 def shown(path: Path) -> Path:
     """A path as short as it can be read from here."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def claims_command(options: argparse.Namespace) -> int:
+    """Write README's table of claims."""
+    from functional_sam.exhibits.claims import update
+
+    console.print(f"wrote {shown(update())}", highlight=False)
+    return 0

@@ -16,7 +16,7 @@ from functional_sam.exhibits.words import sizes
 from functional_sam.records import Run
 
 METRIC = {"decoder": "loss", "vit": "accuracy"}
-AXIS = {"loss": "validation loss (nats per token)", "accuracy": "validation accuracy"}
+AXIS = {"loss": "validation loss\n(nats per token)", "accuracy": "validation accuracy"}
 DASHES = ("-", "--", ":")  # one per radius
 
 
@@ -62,7 +62,7 @@ def draw(spec: Spec, configs: list[Config]) -> Exhibit:
     """Above the metric, below its difference to AdamW, seed by seed; one column per task; bands are standard errors."""
     data = frame(configs)
     style.use()
-    figure, axes = plt.subplots(2, len(spec.tasks), figsize=(style.PAGE, 3.8), sharex="col", squeeze=False)
+    figure, axes = plt.subplots(2, len(spec.tasks), figsize=(style.PAGE, 4.0), sharex="col", squeeze=False)
     for column, task in enumerate(spec.tasks):
         part = data[data.task == task]
         metric = part.metric.iloc[0]
@@ -77,8 +77,8 @@ def draw(spec: Spec, configs: list[Config]) -> Exhibit:
         model = next(config.model for config in configs if config.task == task)
         above.set(title=f"{style.TASK_LABEL.get(task, task)} ({model.kind} of width {model.width})", ylabel=AXIS[metric])
         below.set(
-            xlabel=r"$\phi$ (degrees): functional half at 0, H$\epsilon$ at 45, logit half at 90",
-            ylabel=f"{metric} minus AdamW's (paired)",
+            xlabel=r"$\phi$ (degrees): functional half 0, logit half 90",
+            ylabel=f"{metric} minus\nAdamW's (paired)",
             xticks=spec.phi,
         )
         for axis in (above, below):

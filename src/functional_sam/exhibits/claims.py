@@ -1,0 +1,45 @@
+"""README's table of claims, from paper/claims.yaml and the records of what was drawn; no number of it is typed by hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from functional_sam.config import configs_directory
+from functional_sam.errors import UserError
+from functional_sam.exhibits.output import paper_directory
+from functional_sam.files import write_text
+
+BEGIN, END = "<!-- claims -->", "<!-- end of claims -->"
+
+
+def table(claims: dict[str, Any], records: dict[str, Any]) -> str:
+    """The rows between the marks: exhibit, what the paper says, command and time, published value, what we measured."""
+    lines = ["| exhibit | claim | command, time | published | ours |", "|---|---|---|---|---|"]
+    for name, claim in claims.items():
+        if name not in records:
+            raise UserError(f"paper/claims.yaml: {name} has not been drawn at scale quick: make {name}, or take the claim out")
+        files = records[name]["files"]
+        shown = next(file for file in files if file.endswith((".png", ".md")))
+        ours = records[name]["verdict"].replace("|", "\\|")
+        command = f"`make {name}`, {claim['time']}"
+        lines.append(f"| [{name}]({shown}) | {claim['claim']} | {command} | {claim['published']} | {ours} |")
+    return "\n".join(lines)
+
+
+def update() -> Path:
+    """Write the table into README.md; its path. Raises UserError where a mark is missing or a claim has no record."""
+    readme = configs_directory().parent / "README.md"
+    claims: Any = OmegaConf.to_container(OmegaConf.load(paper_directory() / "claims.yaml"))
+    records = {}
+    for path in sorted(paper_directory().glob("*/*.json")):
+        record = json.loads(path.read_text())
+        if record["scale"] == "quick":
+            records[record["exhibit"]] = record
+    text = readme.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise UserError(f"{readme}: no {BEGIN} and {END} to write the table between")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    write_text(readme, f"{before}{BEGIN}\n{table(claims, records)}\n{END}{after}")
+    return readme
