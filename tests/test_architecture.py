@@ -25,6 +25,8 @@ MAY_IMPORT = {
     "records": SHARED | {"config"},
     # training measures the decomposition on its way, hence curvature
     "training": SHARED | {"sharpness", "curvature", "tasks", "records", "config", "data"},
+    # planning reads the table of methods, and nothing else of sharpness
+    "planning": SHARED | {"config", "models", "sharpness"},
     # exhibits draw what curvature returned: the smoothing of nodes and weights is its own
     "exhibits": SHARED | {"records", "config", "curvature"},
 }
@@ -45,6 +47,11 @@ def test_who_may_import_whom(package):
     for path in (PACKAGE / package).rglob("*.py"):
         forbidden = set(imports(path)) - MAY_IMPORT[package] - {package}
         assert not forbidden, f"{path.relative_to(ROOT)} imports {forbidden}"
+
+
+def test_planning_reads_the_table_of_methods_alone():
+    for path in (PACKAGE / "planning").glob("*.py"):
+        assert set(re.findall(r"functional_sam\.(sharpness[.\w]*)", path.read_text())) <= {"sharpness.methods"}
 
 
 def test_the_library_needs_torch_alone():

@@ -75,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     command("check", _of("results", "check_command"), "compare an exhibit drawn from the present runs with the released one")
     command("release", _of("results", "release_command"), "write results/ of an exhibit from the present runs")
 
+    command("claims", _of("results", "claims_command"), "README's table of claims, from what was drawn", exhibit=False)
+
     train = command("train", _train, "one run: --task and --method, or run directories to finish", exhibit=False)
     train.add_argument("--task", help="a file of configs/tasks")
     train.add_argument("--method", default="adamw", help="a file of configs/methods")
@@ -85,9 +87,22 @@ def _parser() -> argparse.ArgumentParser:
 
     status = command("status", _of("runs", "status_command"), "every run in a directory of runs and its state", exhibit=False)
     status.add_argument("directory", nargs="?", default="runs", help="default: runs")
+    data = command("data", _of("scale", "data_command"), "prepare a task's data ahead of its runs", exhibit=False)
+    data.add_argument("--task", required=True, help="a file of configs/tasks")
+    data.add_argument("--scale", default="paper", help="a file of configs/scales (default: paper)")
+    data.add_argument("--processes", type=int, default=0, help="processes that tokenize (default: one per core)")
+    data.add_argument("overrides", nargs="*", help="key=value, for instance data.files=16 runtime.data=DIRECTORY")
+    text = "parameters, FLOPs, memory, GPU-hours and the fewest GPUs, computed without one"
+    guess = command("estimate", _of("scale", "estimate_command"), text, exhibit=False)
+    guess.add_argument("names", nargs="+", metavar="NAME", help="exhibits, or files of configs/tasks")
+    guess.add_argument("--scale", default="paper", help="a file of configs/scales (default: paper)")
+    guess.add_argument("--method", action="append", help="with tasks: a method (may be repeated; default: the five of table-2)")
+    guess.add_argument("--gpu", default="a100-80", help="a100-40, a100-80 (default), h100-80, h200-141, l40s-48, ...")
+    guess.add_argument("--utilization", type=float, default=0.4, help="fraction of the GPU's peak (default: 0.4)")
     command("methods", _methods, "the methods: where each looks, which derivative it takes there, what it costs", exhibit=False)
-    bench = command("benchmark", _benchmark, "time and memory of every method as ratios to AdamW, measured here", exhibit=False)
+    bench = command("benchmark", _benchmark, "time and memory of methods and curvature products, measured here", exhibit=False)
     bench.add_argument("--rounds", type=int, default=0, help="turns of each method (default: enough for stable medians)")
+    bench.add_argument("--only", choices=["methods", "curvature"], help="one of the two (default: both)")
     return parser
 
 
@@ -149,13 +164,17 @@ def _methods(options: argparse.Namespace) -> int:
 
 
 def _benchmark(options: argparse.Namespace) -> int:
-    from functional_sam.benchmark import benchmark
+    from functional_sam.benchmark import benchmark, curvature
     from functional_sam.exhibits.cost import draw_cost
 
     directory = Path("results/benchmark")
-    for name, frame in benchmark(directory, console, options.rounds or None).items():
-        console.print(frame.to_string(index=False, float_format="%.3f"), highlight=False, soft_wrap=True)
+    frames = benchmark(directory, console, options.rounds or None, options.only)
+    for name, frame in frames.items():
+        console.print(frame.to_string(index=False, float_format="%.3f", na_rep=""), highlight=False, soft_wrap=True)
         console.print(f"wrote {directory / name}.csv", highlight=False)
-    for path in draw_cost(directory / "time.csv"):
+    if "curvature" in frames and curvature.PAGE.is_file():
+        curvature.fill(frames["curvature"])
+        console.print(f"wrote the table of costs in {curvature.PAGE}", highlight=False, soft_wrap=True)
+    for path in draw_cost(directory / "time.csv") if "time" in frames else ():
         console.print(f"wrote {path.relative_to(Path.cwd())}", highlight=False)
     return 0

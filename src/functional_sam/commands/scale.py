@@ -1,0 +1,85 @@
+"""data, estimate: what large runs want done or known beforehand."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from functional_sam.commands import console, wide
+from functional_sam.config import Config, compose, configs_directory
+from functional_sam.data.c4 import prepare_c4
+from functional_sam.data.shards import Status
+from functional_sam.errors import UserError
+from functional_sam.exhibits import known, plan
+from functional_sam.planning import Hardware, gpu, table
+from functional_sam.tasks import prepare
+from functional_sam.tasks.language import wanted_c4
+
+FIVE = ("adamw", "sam", "functional-sam", "precond-sam", "precond-functional-sam")
+
+
+def data_command(options: argparse.Namespace) -> int:
+    """Prepare a task's data, with a bar for what takes long."""
+    config = compose(options.task, "adamw", options.scale, overrides=options.overrides)
+    if options.processes < 0:
+        raise UserError(f"--processes {options.processes}: a number of processes, or 0 for one per core")
+    wanted = wanted_c4(config) if config.model.kind == "decoder" else None
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        DownloadColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        line = bar.add_task("preparing", total=None, rate="", visible=False)
+
+        def watch(status: Status) -> None:
+            elapsed = bar.tasks[0].elapsed or 0.0
+            rate = f"{status.made / elapsed:,.0f} tokens/s" if elapsed else ""
+            text = f"{status.whole} of {status.of} files"
+            bar.update(line, visible=True, completed=status.done, total=status.total, rate=rate, description=text)
+
+        def say(text: str) -> None:
+            bar.console.print(text, style="dim", highlight=False, soft_wrap=True)
+
+        if wanted is not None:
+            data = prepare_c4(wanted, Path(config.runtime.cache), say, options.processes, watch)
+            directory, sha256, manifest = data.directory, data.sha256, data.manifest
+            what = ", ".join(f"{split} {count:,} tokens" for split, count in sorted(manifest["tokens"].items()))
+        else:
+            prepared = prepare(config, say).provenance
+            directory, sha256, what = Path(config.runtime.cache), str(prepared["sha256"]), str(prepared["data"])
+    console.print(f"ready: {directory}, {what}; SHA-256 {sha256[:16]}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def estimate_command(options: argparse.Namespace) -> int:
+    """The planner's table for exhibits, or for tasks with the five methods of the paper."""
+    configs: list[Config] = []
+    for name in options.names:
+        if name in known():
+            configs += plan(name, options.scale)
+        elif (configs_directory() / "tasks" / f"{name}.yaml").is_file():
+            configs += [compose(name, method, options.scale) for method in options.method or FIVE]
+        else:
+            raise UserError(f"{name} is neither an exhibit ({', '.join(known())}) nor a file of configs/tasks")
+    show(configs, gpu(options.gpu, options.utilization))
+    return 0
+
+
+def show(configs: Sequence[Config], hardware: Hardware) -> None:
+    """Print the planner's table."""
+    wide().print(table(configs, hardware))

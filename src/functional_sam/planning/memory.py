@@ -1,0 +1,143 @@
+"""Memory of one GPU at the peak of a training step, from the config: an account of every tensor this code keeps.
+
+T tokens of a forward, D width, F width of the MLP, H heads, L tokens of a row, V outputs, N blocks, P parameters, W processes,
+w bytes of a parameter (4; 8 in float64), a bytes of an activation in a branch (2 under bf16 autocast, else w). Per token, the
+graph of a block holds: the input of both norms and their normalized value 4 w D, mean and rstd of both 4 w, the inputs of qkv and
+up 2 a D, q, k, v and the output of attention 4 a D, log-sum-exp w H, the MLP before and after GELU 2 a F. Not fused, attention
+holds its weights a H L instead of w H. Under autocast the graph also holds the weights in bf16, whole even where FSDP2 shards.
+Checked against the storages of real steps and of simulated FSDP2 on 8 to 512 processes in tests/test_planning.py.
+"""
+
+from dataclasses import dataclass, fields
+
+from functional_sam.config import Config
+from functional_sam.errors import UserError
+from functional_sam.planning.cost import Shape, settings, shape
+from functional_sam.sharpness.methods import METHODS
+
+# Of sharpness/head.py, which a test holds them to: float32 logits of a chunk, and what the softmax widens at once on a CPU.
+CHUNK_BYTES = 64 * 2**20
+SWEEP_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is laid out. sharded: FSDP2, a unit a block, else replicas (DDP). cpu: as the code runs there, for checks."""
+
+    gpus: int = 1
+    sharded: bool = False
+    checkpointing: bool = False
+    cpu: bool = False
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU at the peak.
+
+    copies: of parameters or gradients that the method keeps (theta while it is perturbed). kept: h (and, sharded, the head)
+    from pass 1 for pass 2. activations: what the graph holds. work: the head's chunk of logits, parameters gathered by FSDP2,
+    gradients on their way.
+    """
+
+    weights: float
+    gradients: float
+    moments: float
+    copies: float
+    kept: float
+    activations: float
+    work: float
+
+    @property
+    def total(self) -> float:
+        return float(sum(getattr(self, field.name) for field in fields(self)))
+
+
+def rows(config: Config, gpus: int) -> tuple[int, int]:
+    """(rows of a forward, forwards of a step) on each GPU. Raises UserError when the batch cannot be divided among them."""
+    training = config.training
+    if gpus < 1 or training.batch % gpus:
+        raise UserError(f"training.batch={training.batch} cannot be divided among {gpus} GPUs: take a divisor of it")
+    each = training.batch // gpus
+    size = min(training.micro_batch or training.batch, each)
+    return size, -(-each // size)
+
+
+def accounted(config: Config) -> bool:
+    """Whether memory() knows the config's method: all but the exact penalty path."""
+    method, options = settings(config)
+    return not (method.path == "penalty" and options["derivative"] == "exact")
+
+
+def memory(config: Config, layout: Layout) -> Memory:
+    """At the peak of a step of the config's method, after the first (moments exist).
+
+    The penalty path with derivative="exact" keeps a second-order graph and is refused: use the account for "difference".
+    """
+    s, (size, forwards) = shape(config), rows(config, layout.gpus)
+    method, options = settings(config)
+    if not accounted(config):
+        raise UserError(f'{config.method.name} with derivative="exact" keeps a second-order graph, which is not accounted for')
+    w = 8 if config.training.precision == "float64" else 4
+    a = 2 if config.training.precision == "bf16" else w
+    tokens, targets = size * s.L, size * s.targets
+    shards = layout.gpus if layout.sharded else 1
+    own = w * s.parameters / shards  # one copy of the parameters, on this GPU
+
+    # What outlives a pass.
+    perturbs = method.path != "plain"
+    extra = {"gsam": 1, "wsam": 1, "gnp": 1, "looksam": 2, "tram": 2}.get(method.mix or "", 0) + (method.path == "penalty")
+    copies = own * (perturbs * (s.D * (2 * s.N + 1) / s.parameters if options["only"] == "norm" else 1) + extra)
+    keeps = method.path in ("functional", "logit") or method.mix == "tram"
+    kept = 0.0
+    if keeps:
+        kept = forwards * targets * s.D * w * (2 if method.mix == "tram" else 1)
+        kept += w * s.V * s.D if layout.sharded or method.path == "logit" else 0
+    # DDP's buckets stay; elsewhere gradients are freed between steps and passes, and there before the second forward of a pass.
+    there = forwards > 1 or (layout.gpus > 1 and not layout.sharded)
+
+    # The graph.
+    block = _saved(s, a, w, not (layout.cpu and a == 2 and s.L <= 512)) * tokens
+    cast = 2 * (s.block - 2 * s.D) if a == 2 else 0  # the matrices of a block in bf16
+    each = tokens * w * s.D if layout.checkpointing else block + cast
+    ends = tokens * w * s.D * 2 if not s.inputs else tokens * (w * s.D + a * s.inputs) + 2 * targets * w * s.D  # final norm
+    head_weight = w * s.V * s.D  # its gradient, made in forward
+    unit = w * s.block if layout.sharded else 0.0  # gathered for as long as a block is at work, the next one ahead of it
+    root = w * s.root if layout.sharded else 0.0  # gathered from the forward to the end of the backward
+
+    head_forward = _head(config, s, targets, w, layout.cpu) + head_weight
+    at_head = s.N * each + (s.N * cast if layout.checkpointing else 0) + ends
+    inside = block + cast if layout.checkpointing else 0.0  # computed again
+    backward = tokens * (2 * w * s.D + a * s.D + 2 * a * s.F) + a * s.D * s.F
+    gradients_of_blocks = w * s.N * s.block / shards
+    points = []
+    for activations, grown, work in (
+        (at_head, 0.0, head_forward + root),
+        (s.N * each + inside, 0.0, backward + head_weight + root + 2 * unit),
+        ((s.N - 1) * each, 0.0, head_weight + root + 4 * unit),  # its gradients, copied to be reduced, and the next one gathered
+        (each + inside, gradients_of_blocks, backward + head_weight + root + 2 * unit),
+        (0.0, gradients_of_blocks, 2 * head_weight + root + tokens * w * s.D),
+    ):
+        points.append(Memory(own, own if there else grown, 2 * own, copies, kept, activations, work))
+    return max(points, key=lambda point: point.total)
+
+
+def _saved(s: Shape, a: int, w: int, fused: bool) -> int:
+    """Bytes that a block's graph holds for a token."""
+    attention = w * s.H if fused else a * s.H * s.L
+    return 4 * w * s.D + 4 * w + 6 * a * s.D + attention + 2 * a * s.F
+
+
+def _head(config: Config, s: Shape, targets: int, w: int, cpu: bool) -> float:
+    """Bytes at work in the forward of the head: h and its gradient, h in the head's dtype, and chunks of logits.
+
+    Two chunks where there is more than one: the second is made before the first is let go.
+    """
+    narrow = config.training.precision == "bf16" and config.model.head_dtype == "bfloat16"
+    dtype = 2 if narrow else w
+    chunk = min(targets, max(64, CHUNK_BYTES // (4 * s.V)))
+    chunks = chunk + min(chunk, targets - chunk)
+    wide = min(chunk, max(1, SWEEP_BYTES // (4 * s.V))) if cpu else chunk
+    logits = max(chunks * s.V * dtype, chunk * (s.V + s.D) * dtype, chunk * s.V * dtype + (wide * s.V * 4 if narrow else 0))
+    if METHODS[config.method.name].mix == "tram":  # the divergence has two more, of the earlier logits and of their softmax
+        logits += 2 * chunk * s.V * 4
+    return targets * s.D * (2 * w + dtype) + logits + (2 * 2 * s.V * s.D if narrow else 0)

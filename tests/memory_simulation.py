@@ -1,0 +1,152 @@
+"""Peak bytes of a training step by its storages: real on a CPU, or simulated (fake tensors, fake processes) for models of any size.
+
+The private parts of torch that this project uses are all in this file (torch 2.13): TorchDispatchMode, FakeTensorMode, FakeStore.
+torch's own MemTracker and FSDPMemTracker take one forward of each module a step, and SAM takes two.
+"""
+
+import contextlib
+import weakref
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from functional_sam.models import Decoder, ViT
+from functional_sam.planning.cost import IMAGES
+from functional_sam.planning.memory import rows
+from functional_sam.sharpness import SharpnessAware
+from functional_sam.sharpness.backward import Step
+from functional_sam.sharpness.passes import Kept, Passes
+
+
+class Storages(TorchDispatchMode):
+    """Bytes of all storages that operations return, from when they are seen to when they are freed or resized (as FSDP2 does)."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.now, self.peak = {}, 0, 0
+
+    def see(self, tensors):
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, torch.Tensor):
+                storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
+                key = storage._cdata
+                if key not in self.sizes:
+                    self.sizes[key] = 0
+                    weakref.finalize(storage, self._free, key)
+                self._set(key, storage.nbytes())
+
+    def _set(self, key, size):
+        self.now += size - self.sizes[key]
+        self.sizes[key] = size
+        self.peak = max(self.peak, self.now)
+
+    def _free(self, key):
+        self.now -= self.sizes.pop(key)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.see(result)
+        return result
+
+    def __enter__(self):
+        original, tracker = torch.UntypedStorage.resize_, self
+
+        def resize_(storage, size):
+            result = original(storage, size)
+            if storage._cdata in tracker.sizes:
+                tracker._set(storage._cdata, size)
+            return result
+
+        self.patch = mock.patch.object(torch.UntypedStorage, "resize_", resize_)
+        self.patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patch.stop()
+        return super().__exit__(*error)
+
+
+PEAK_AT = 2  # step whose peak is taken: by then the moments exist
+
+
+def real(config):
+    """Peak bytes of the third step on this CPU."""
+    return _peak(config, 1, None)
+
+
+def simulated(config, gpus, sharded):
+    """The same without memory or processes: rank 0 of `gpus`. The numbers that the code reads from tensors are set to one."""
+    with contextlib.ExitStack() as stack:
+        for where, name, value in (
+            (Passes, "sum_over_ranks", lambda self, *values: tuple(1.0 for _ in values)),
+            (Passes, "_require_untouched", staticmethod(lambda *_: None)),
+            (Passes, "rewind", lambda self, i, like: Kept(())),
+            (SharpnessAware, "require_finite", lambda *_: None),
+        ):
+            stack.enter_context(mock.patch.object(where, name, value))
+        stack.enter_context(mock.patch("functional_sam.sharpness.ascent.norm", return_value=1.0))
+        stack.enter_context(mock.patch("functional_sam.sharpness.backward.norm", return_value=1.0))
+        stack.enter_context(mock.patch.object(SharpnessAware, "_backward", _backward))
+        if gpus > 1:
+            dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
+            stack.callback(dist.destroy_process_group)
+        mesh = init_device_mesh("cpu", (gpus,)) if sharded else None
+        stack.enter_context(FakeTensorMode())
+        return _peak(config, gpus, mesh)
+
+
+def _backward(self, batches):
+    """SharpnessAware._backward without the losses, which are numbers."""
+    self.passes.begin(batches)
+    self._gradient(Step(batches))
+    return torch.zeros(())
+
+
+def _peak(config, gpus, mesh):
+    model = _model(config)
+    if mesh is not None:
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    bf16 = config.training.precision == "bf16"
+
+    def forward(model, inputs, readout=None):
+        with torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
+            return model(inputs, readout=readout)
+
+    sharpness = SharpnessAware(model, optimizer, config.method.name, config.method.rho, forward=forward, **config.method.options)
+    size, forwards = rows(config, gpus)
+    batches = [_batch(config, size) for _ in range(forwards)]
+    tracker = Storages()
+    tracker.see([*model.parameters(), *batches])
+    with tracker:
+        for step in range(PEAK_AT + 1):
+            tracker.peak = tracker.now if step == PEAK_AT else 0
+            sharpness.backward(batches)
+            optimizer.step()
+            optimizer.zero_grad()
+    return tracker.peak - sum(x.untyped_storage().nbytes() for batch in batches for x in batch)
+
+
+def _model(config):
+    s = config.model
+    if s.kind == "decoder":
+        return Decoder(config.data.vocab, s.width, s.depth, s.heads, s.length, s.mlp, s.head_dtype, s.checkpoint_blocks)
+    channels, side, classes = IMAGES[config.data.images]
+    return ViT(side, s.patch, classes, s.width, s.depth, s.heads, s.mlp, channels, s.head_dtype, s.checkpoint_blocks)
+
+
+def _batch(config, size):
+    if config.model.kind == "decoder":
+        tokens = torch.zeros(size, config.model.length + 1, dtype=torch.long)
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    channels, side, _ = IMAGES[config.data.images]
+    return torch.zeros(size, channels, side, side), torch.zeros(size, dtype=torch.long)
