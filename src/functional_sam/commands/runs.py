@@ -11,6 +11,7 @@ from functional_sam.commands import console, wide
 from functional_sam.config import Config, load
 from functional_sam.errors import UserError
 from functional_sam.exhibits import plan
+from functional_sam.jobs.queue import log_of, states
 from functional_sam.records import Run, Status, move_aside, status
 from functional_sam.tasks import prepared_sha256
 
@@ -71,11 +72,20 @@ def status_command(options: argparse.Namespace) -> int:
             runs.append(Run(load(path), root))
         except UserError as error:
             table.add_row(path.parent.name, "", "", "", f"unreadable: {error}")
-    found = statuses(runs)
+    found, queued = statuses(runs), states(root)
+    if queued:
+        table.add_column("queue")
     for run, now in found:
         loss = "" if now.loss is None else f"{now.loss:.4f}"
-        table.add_row(run.directory.name, str(now.step or ""), str(run.config.training.steps), loss, now.words(run))
+        cells = (run.directory.name, str(now.step or ""), str(run.config.training.steps), loss, now.words(run))
+        table.add_row(*cells, *([queued.get(run.directory.name, "")] if queued else []))
     wide().print(table)
+    for run, now in found:
+        error = run.directory / "error.txt"
+        if now.state in ("partial", "missing") and error.is_file():
+            log = log_of(run.directory.name, root)
+            text = f"{run.directory.name} failed: {error.read_text().strip()}" + (f"; log: {log}" if log else "")
+            console.print(text, style="red", highlight=False, soft_wrap=True, markup=False)
     counts = {state: sum(now.state == state for _, now in found) for state in ("done", "stale", "running", "partial", "missing")}
     text = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     console.print(f"{root}: {len(found)} runs; {text}", highlight=False, soft_wrap=True)

@@ -1,10 +1,10 @@
 """What SLURM knows of the runs that were submitted: cheap, and silent where there is no SLURM."""
 
+import json
 import shutil
 from pathlib import Path
 
 from functional_sam.jobs.profile import ask
-from functional_sam.jobs.submission import jobs
 
 
 def states(runs: Path = Path("runs")) -> dict[str, str]:
@@ -33,6 +33,15 @@ def log_of(name: str, runs: Path = Path("runs")) -> Path | None:
     job, stage = _newest(runs).get(name, ("", Path()))
     path = stage / f"{job}_0_log.out"
     return path if job and path.is_file() else None
+
+
+def jobs(stage: Path) -> dict[str, str]:
+    """Job id -> name of the run, of a stage's folder; empty where nothing was submitted."""
+    try:
+        content: dict[str, dict[str, str]] = json.loads((stage / "jobs.json").read_text(encoding="utf-8"))
+        return content["runs"]
+    except (OSError, ValueError, KeyError):
+        return {}
 
 
 def _newest(runs: Path) -> dict[str, tuple[str, Path]]:

@@ -21,6 +21,7 @@ from functional_sam.errors import UserError
 from functional_sam.exhibits import plan
 from functional_sam.files import write_text
 from functional_sam.jobs.profile import PATIENCE, Profile
+from functional_sam.jobs.queue import jobs
 from functional_sam.jobs.work import RESUMABLE, Next, Train
 from functional_sam.records import Run
 
@@ -160,15 +161,6 @@ class Submission:
     def _write(self, stage: int, ids: list[str], configs: list[Config], after: str | None) -> None:
         content = {"runs": dict(zip(ids, (config.name for config in configs), strict=True)), "next": after}
         write_text(self.stage(stage) / "jobs.json", json.dumps(content, indent=1) + "\n")
-
-
-def jobs(stage: Path) -> dict[str, str]:
-    """Job id -> name of the run, of a stage's folder; empty where nothing was submitted."""
-    try:
-        content: dict[str, dict[str, str]] = json.loads((stage / "jobs.json").read_text(encoding="utf-8"))
-        return content["runs"]
-    except (OSError, ValueError, KeyError):
-        return {}
 
 
 def refusal(text: str) -> str:
