@@ -57,7 +57,7 @@ def functional_sharpness(
     the preconditioned ascent). ascent, optimizer: see functional_sam.curvature.ascent.direction.
     probes: random vectors of the traces, common to the three; their standard error is of the probes alone. max_products: of each of
     the three Lanczos runs. max_basis_bytes, tolerance: see eigenvalues.
-    Costs, in gradients with graphs kept, 2 for each probe and 1.1 to 1.7 for each product.
+    Costs, in gradients with graphs kept, 2.3 for each probe and 1.2 to 1.9 for each product.
     Raises UserError as decompose and eigenvalues do.
     """
     loss, g = products.loss_and_gradient()

@@ -45,8 +45,8 @@ class CurvatureProducts:
 
     retain: the graph of a batch serves many products. "auto" keeps the graphs of as many batches as fit memory_budget (bytes,
     2 GiB unless given), True those of all, False none, and the batch at hand has one in any case. Amortized over many products and
-    in units of one gradient, H_G v costs about 1.1, H_F v 1.4, H v 1.7, split 2.0; 1 more without a graph kept. Graphs of weights
-    that have changed since are made anew. `release()` frees them; they go with this object in any case.
+    in units of one gradient, H_G v costs about 1.2, H_F v 1.5, H v 1.9, split 2.3, and 1.3 more without a graph kept (as measured:
+    README.md). Graphs of weights that have changed since are made anew. `release()` frees them; they go with this object anyway.
 
     A model with has_readout (functional_sam.models) under the default loss_fn, and a forward that takes readout=, if one is given,
     never makes logits beyond a chunk of rows, but for their softmax where that fits the budget. Any other

@@ -1,21 +1,17 @@
-"""Time and memory of every method, as ratios to AdamW measured in the same run: functional-sam benchmark (make benchmark).
+"""Time and memory of every method, as ratios to AdamW measured in the same run.
 
 Time: all contenders live in one process, each with its own model, and take turns step by step; medians and quartiles over many
 rounds. Memory: one fresh process a contender, the peak of its resident set over what was there before the model was built.
 Beside ours, in the same rounds: a public library's SAM, GSAM, WSAM and LookSAM, and a plain PyTorch GPT.
 """
 
-import gc
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -24,7 +20,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from functional_sam.files import atomic_file
+from functional_sam.benchmark.memory import in_a_process, peak_bytes
 from functional_sam.models import Decoder, ViT
 from functional_sam.sharpness import SharpnessAware
 
@@ -275,21 +271,9 @@ def step_flops(case: Case) -> float:
 
 
 def peak_memory(name: str) -> dict[str, float]:
-    """In this process: peak resident bytes of two steps of a contender over what was there before its model."""
-
-    def status(key: str) -> int:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-        return int(line.split()[1]) * 1024
-
-    warm = torch.randn(512, 512, dtype=torch.bfloat16)
-    warm @ warm
-    gc.collect()
-    before = status("VmRSS")
-    one = contender(MEMORY_CASE, name, MEMORY_CASE.batch())
-    one.step()
-    Path("/proc/self/clear_refs").write_text("5")  # restart the high-water mark
-    one.step()
-    return {"peak": status("VmHWM") - before, "parameters": 4 * sum(p.numel() for p in MEMORY_CASE.model().parameters())}
+    """In this process: peak resident bytes of the second step of a contender over what was there before its model."""
+    peak = peak_bytes(lambda: contender(MEMORY_CASE, name, MEMORY_CASE.batch()).step)
+    return {"peak": peak, "parameters": 4 * sum(p.numel() for p in MEMORY_CASE.model().parameters())}
 
 
 def measure_memory(console: Console) -> pd.DataFrame:
@@ -297,11 +281,7 @@ def measure_memory(console: Console) -> pd.DataFrame:
     rows = []
     for name in MEMORY_CASE.methods:
         console.print(f"memory: {name}", style="dim", highlight=False)
-        # Large blocks go back to the system when freed, so that the resident set follows what is held.
-        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
-        command = [sys.executable, "-m", "functional_sam.benchmark", name]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-        found = json.loads(done.stdout.splitlines()[-1])
+        found = in_a_process(__name__, name)
         rows.append({"method": name, "peak_mib": found["peak"] / 2**20, "parameters_mib": found["parameters"] / 2**20})
     frame = pd.DataFrame(rows)
     base = float(frame[frame.method == "adamw"].peak_mib.iloc[0])
@@ -310,7 +290,7 @@ def measure_memory(console: Console) -> pd.DataFrame:
     return frame
 
 
-# ---------------------------------------------------------------------- all
+# ---------------------------------------------------------------------- speed
 
 
 def speed_of(time_frame: pd.DataFrame, peak: float) -> pd.DataFrame:
@@ -330,25 +310,6 @@ def speed_of(time_frame: pd.DataFrame, peak: float) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
-
-
-def benchmark(directory: Path, console: Console, rounds: int | None = None) -> dict[str, pd.DataFrame]:
-    """Everything; each frame is written under `directory` as CSV as soon as it is measured, and all are returned by name."""
-    torch.set_num_threads(os.cpu_count() or 1)
-    result: dict[str, pd.DataFrame] = {}
-
-    def keep(name: str, frame: pd.DataFrame) -> None:
-        result[name] = frame
-        with atomic_file(directory / f"{name}.csv") as temporary:
-            frame.to_csv(temporary, index=False, float_format="%.4g")
-
-    machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
-    keep("machine", pd.DataFrame([machine]))
-    keep("time", pd.concat([measure_time(name, console, rounds) for name in CASES]))
-    keep("speed", speed_of(result["time"], matmul_peak()))
-    if Path("/proc/self/clear_refs").exists():  # Linux
-        keep("memory", measure_memory(console))
-    return result
 
 
 if __name__ == "__main__":
