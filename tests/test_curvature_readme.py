@@ -56,14 +56,13 @@ def test_benchmark_of_products(measured, tmp_path):
     """Every contender has a row in every case; a kept product bears its part of the graph; the table fills the page and no more."""
     assert len(measured) == len(TINY) * measured.contender.nunique()
     assert set(measured.contender) >= {"gradient", "graph", *curvature.KEPT, *curvature.ANEW}
-    assert (measured[measured.contender == "gradient"].ratio == 1).all()
-    assert (measured.ratio > 0).all()
+    assert ((measured.ratio_q1 > 0) & (measured.ratio >= measured.ratio_q1) & (measured.ratio_q3 >= measured.ratio)).all()
     assert measured.peak_mib.isna().all()
     page = tmp_path / "README.md"
     page.write_text("above\n<!-- costs -->\nold\n<!-- end of costs -->\nbelow\n")
     curvature.fill(measured, page)
     assert page.read_text() == f"above\n<!-- costs -->\n{curvature.table(measured)}\n<!-- end of costs -->\nbelow\n"
-    assert len(curvature.table(measured).splitlines()) == 2 + measured.contender.nunique()
+    assert sum(line.startswith("|") for line in curvature.table(measured).splitlines()) == 2 + measured.contender.nunique()
 
 
 def test_contenders_are_what_they_are_called():

@@ -106,32 +106,48 @@ def _setting(case: str) -> tuple[nn.Module, tuple[Tensor, Tensor], list[Tensor]]
 
 
 def measure_case(case: str, console: Console, rounds: int, public: bool) -> pd.DataFrame:
-    """One row for each contender, all of which take turns.
+    """One row for each contender; they take turns, and each turn begins with a gradient to compare with.
 
-    ms: median, of a kept product with its part, 1/RUN, of the time to make the graph. ratio: to the gradient of the same round,
-    median and quartiles. error: of the public library's result against ours, |difference| / |ours|.
+    ratio: to that gradient, median and quartiles; the row of the gradient itself shows the noise. ms: median. A product of a kept
+    graph bears 1/RUN of the time to make it. error: of the public library's result against ours, |difference| / |ours|.
     """
     setting = _setting(case)
     names = ["gradient", "graph", *KEPT, *ANEW, *(PUBLIC if public else ())]
     calls = {name: contender(name, *setting) for name in names}
     first = {name: call() for name, call in calls.items()}
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    ratios: dict[str, list[float]] = {name: [] for name in names}
     for done in range(rounds):
         for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - began)
+            base, own = _seconds(calls["gradient"]), _seconds(call)
+            seconds[name].append(own)
+            ratios[name].append(own / base)
         if done in (0, rounds // 2):
             console.print(f"curvature, {case}: round {done + 1} of {rounds}", style="dim", highlight=False)
     rows = []
     for name in names:
-        spent = [own + made / RUN * (name in KEPT) for own, made in zip(seconds[name], seconds["graph"], strict=True)]
-        ratios = [own / base for own, base in zip(spent, seconds["gradient"], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
-        row = {"case": case, "contender": name, "ms": 1e3 * statistics.median(spent), "ratio": middle}
-        error = _distance(first[name], first[name.removeprefix("curvlinops ")]) if name in PUBLIC else float("nan")
-        rows.append({**row, "ratio_q1": low, "ratio_q3": high, "rounds": rounds, "error": error})
+        share = 1 / RUN if name in KEPT else 0
+        low, middle, high = statistics.quantiles(ratios[name], n=4, method="inclusive") if rounds > 1 else ratios[name] * 3
+        made = share * statistics.median(ratios["graph"])
+        row = {
+            "case": case,
+            "contender": name,
+            "ms": 1e3 * (statistics.median(seconds[name]) + share * statistics.median(seconds["graph"])),
+            "ratio": middle + made,
+            "ratio_q1": low + made,
+            "ratio_q3": high + made,
+            "rounds": rounds,
+            "threads": torch.get_num_threads(),
+            "error": _distance(first[name], first[name.removeprefix("curvlinops ")]) if name in PUBLIC else float("nan"),
+        }
+        rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
 
 
 def _distance(a: list[Tensor], b: list[Tensor]) -> float:
@@ -173,6 +189,7 @@ def table(frame: pd.DataFrame) -> str:
         cells = [f"{by_case[case].ratio:.2f} ({by_case[case].ratio_q1:.2f}-{by_case[case].ratio_q3:.2f})" for case in CASES]
         peak = by_case[MEMORY_CASE].peak_mib
         lines.append(f"| {name} | {' | '.join(cells)} | {'' if pd.isna(peak) else f'{peak:.0f}'} |")
+    lines += ["", f"Threads: {frame.threads.iloc[0]}; rounds: {frame.rounds.iloc[0]}."]
     return "\n".join(lines)
 
 
