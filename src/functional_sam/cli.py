@@ -173,7 +173,7 @@ def _benchmark(options: argparse.Namespace) -> int:
         console.print(frame.to_string(index=False, float_format="%.3f", na_rep=""), highlight=False, soft_wrap=True)
         console.print(f"wrote {directory / name}.csv", highlight=False)
     if "curvature" in frames and curvature.PAGE.is_file():
-        curvature.fill(frames["curvature"])
+        curvature.fill(directory / "curvature.csv")
         console.print(f"wrote the table of costs in {curvature.PAGE}", highlight=False, soft_wrap=True)
     for path in draw_cost(directory / "time.csv") if "time" in frames else ():
         console.print(f"wrote {path.relative_to(Path.cwd())}", highlight=False)

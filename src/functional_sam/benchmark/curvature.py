@@ -193,11 +193,11 @@ def table(frame: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def fill(frame: pd.DataFrame, page: Path = PAGE) -> None:
-    """Put the table between the marks of the page."""
-    before, rest = page.read_text().split("<!-- costs -->")
+def fill(csv: Path, page: Path = PAGE) -> None:
+    """Put the table of a written curvature.csv between the marks of the page."""
+    before, rest = page.read_text(encoding="utf-8").split("<!-- costs -->")
     _, after = rest.split("<!-- end of costs -->")
-    write_text(page, f"{before}<!-- costs -->\n{table(frame)}\n<!-- end of costs -->{after}")
+    write_text(page, f"{before}<!-- costs -->\n{table(pd.read_csv(csv))}\n<!-- end of costs -->{after}")
 
 
 if __name__ == "__main__":
