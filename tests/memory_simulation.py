@@ -73,11 +73,11 @@ class Storages(TorchDispatchMode):
         return super().__exit__(*error)
 
 
-PEAK_AT = 2  # step whose peak is taken: by then the moments exist
+PEAK_AT = 1  # step (from 0) whose peak is taken: by then the moments exist, and the copy of theta
 
 
 def real(config):
-    """Peak bytes of the third step on this CPU."""
+    """Peak bytes of the second step on this CPU."""
     return _peak(config, 1, None)
 
 
@@ -91,8 +91,8 @@ def simulated(config, gpus, sharded):
             (SharpnessAware, "require_finite", lambda *_: None),
         ):
             stack.enter_context(mock.patch.object(where, name, value))
-        stack.enter_context(mock.patch("functional_sam.sharpness.ascent.norm", return_value=1.0))
-        stack.enter_context(mock.patch("functional_sam.sharpness.backward.norm", return_value=1.0))
+        stack.enter_context(mock.patch("functional_sam.sharpness.ascent.norm", _one))
+        stack.enter_context(mock.patch("functional_sam.sharpness.backward.norm", _one))
         stack.enter_context(mock.patch.object(SharpnessAware, "_backward", _backward))
         if gpus > 1:
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
@@ -100,6 +100,11 @@ def simulated(config, gpus, sharded):
         mesh = init_device_mesh("cpu", (gpus,)) if sharded else None
         stack.enter_context(FakeTensorMode())
         return _peak(config, gpus, mesh)
+
+
+def _one(tensors):
+    """Not a Mock, which would keep what it was called with."""
+    return 1.0
 
 
 def _backward(self, batches):
@@ -110,21 +115,20 @@ def _backward(self, batches):
 
 
 def _peak(config, gpus, mesh):
-    model = _model(config)
+    model = model_of(config)
     if mesh is not None:
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    bf16 = config.training.precision == "bf16"
 
     def forward(model, inputs, readout=None):
-        with torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
+        with torch.autocast("cpu", torch.bfloat16) if config.training.precision == "bf16" else contextlib.nullcontext():
             return model(inputs, readout=readout)
 
     sharpness = SharpnessAware(model, optimizer, config.method.name, config.method.rho, forward=forward, **config.method.options)
     size, forwards = rows(config, gpus)
-    batches = [_batch(config, size) for _ in range(forwards)]
+    batches = [batch_of(config, size) for _ in range(forwards)]
     tracker = Storages()
     tracker.see([*model.parameters(), *batches])
     with tracker:
@@ -136,15 +140,17 @@ def _peak(config, gpus, mesh):
     return tracker.peak - sum(x.untyped_storage().nbytes() for batch in batches for x in batch)
 
 
-def _model(config):
-    s = config.model
+def model_of(config):
+    s, dtype = config.model, torch.float64 if config.training.precision == "float64" else torch.float32
+    sizes = (s.width, s.depth, s.heads)
+    options = {"head_dtype": s.head_dtype, "checkpoint_blocks": s.checkpoint_blocks, "dtype": dtype}
     if s.kind == "decoder":
-        return Decoder(config.data.vocab, s.width, s.depth, s.heads, s.length, s.mlp, s.head_dtype, s.checkpoint_blocks)
+        return Decoder(config.data.vocab, *sizes, s.length, s.mlp, **options)
     channels, side, classes = IMAGES[config.data.images]
-    return ViT(side, s.patch, classes, s.width, s.depth, s.heads, s.mlp, channels, s.head_dtype, s.checkpoint_blocks)
+    return ViT(side, s.patch, classes, *sizes, s.mlp, channels, **options)
 
 
-def _batch(config, size):
+def batch_of(config, size):
     if config.model.kind == "decoder":
         tokens = torch.zeros(size, config.model.length + 1, dtype=torch.long)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

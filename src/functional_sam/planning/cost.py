@@ -79,8 +79,10 @@ def cost(config: Config, checkpointing: bool | None = None) -> Cost:
     blocks = block_flops(s) * training.batch * s.N
     embed = 2 * s.inputs * s.D * s.L * training.batch  # no gradient is taken of the images, so backward is one product
     head = 2 * s.D * s.V * s.targets * training.batch
-    # Backward is two products for each of forward's; recomputation one more forward.
-    step = blocks * (forwards + backwards * (3 if recompute else 2)) + embed * (forwards + backwards) + head * heads
+    # Backward is two products for each of forward's. Recomputation repeats a block's forward but for its last product, whose
+    # result no gradient needs.
+    again = blocks - 2 * s.L * s.D * s.F * training.batch * s.N if recompute else 0
+    step = blocks * (forwards + 2 * backwards) + again * backwards + embed * (forwards + backwards) + head * heads
     unit = s.targets if not s.inputs else 1
     return Cost(
         s.parameters,

@@ -111,7 +111,7 @@ def memory(config: Config, layout: Layout) -> Memory:
     gradients_of_blocks = w * s.N * s.block / shards
     points = []
     for activations, grown, work in (
-        (at_head, 0.0, head_forward + root),
+        (at_head, 0.0, head_forward + root + unit),  # FSDP2 holds the buffer of its last gathering until the next
         (s.N * each + inside, 0.0, backward + head_weight + root + 2 * unit),
         ((s.N - 1) * each, 0.0, head_weight + root + 4 * unit),  # its gradients, copied to be reduced, and the next one gathered
         (each + inside, gradients_of_blocks, backward + head_weight + root + 2 * unit),

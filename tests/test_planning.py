@@ -1,0 +1,226 @@
+"""The plan of a run against what runs need: parameters, FLOPs and bytes counted on real steps, and on simulated processes."""
+
+import dataclasses
+
+import pytest
+import torch
+from memory_simulation import batch_of, model_of, real, simulated
+from torch.utils.flop_counter import FlopCounterMode
+
+from functional_sam.cli import main
+from functional_sam.config import compose
+from functional_sam.errors import UserError
+from functional_sam.models import PUBLISHED
+from functional_sam.planning import GPUS, Hardware, Layout, cost, gpu, memory, need, rows, table
+from functional_sam.planning.cost import shape
+from functional_sam.planning.memory import CHUNK_BYTES, SWEEP_BYTES
+from functional_sam.sharpness import METHODS, SharpnessAware, head
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SMALL = ("data.vocab=4000", "model.length=64", "model.width=64", "model.depth=3", "model.heads=2", "training.batch=8")
+LARGE = ("data.vocab=32101", "model.length=512", "model.width=2048", "model.depth=24", "model.heads=32")
+VIT = ("model.kind=vit", "model.width=64", "model.depth=3", "model.heads=2", "training.batch=16")
+
+
+def small(method="adamw", *overrides, base=SMALL):
+    return compose("language", method, overrides=[*base, *overrides])
+
+
+# ---------------------------------------------------------------------- parameters and FLOPs
+
+
+@pytest.mark.parametrize("base", [SMALL, VIT], ids=["decoder", "vit"])
+def test_parameters_are_the_models(base):
+    config = small(base=base)
+    model, spent = model_of(config), cost(config)
+    assert (spent.parameters, spent.non_embedding) == (model.num_parameters(), model.num_parameters(non_embedding=True))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name):
+    """The names; both regimes have one model; Chinchilla's steps are 20 tokens to a parameter of the name."""
+    fixed, chinchilla = (compose(f"language-{name}{regime}", "adamw", "paper") for regime in ("", "-chinchilla"))
+    assert cost(fixed).non_embedding == pytest.approx(float(name[:-1]) * 1e6, rel=1e-3)
+    assert fixed.model == chinchilla.model
+    assert fixed.optimizer == chinchilla.optimizer
+    assert chinchilla.training.steps == round(20 * float(name[:-1]) * 1e6 / (256 * 512))
+    assert (fixed.training.batch, fixed.model.length, fixed.optimizer.lr, fixed.optimizer.warmup_steps) == (256, 512, 1.6e-3, 1000)
+    assert cost(chinchilla).tokens == chinchilla.training.steps * 256 * 512 < 150e6 * chinchilla.data.files
+
+
+def autocast(model, inputs, readout=None):
+    with torch.autocast("cpu", torch.bfloat16):  # attention is then plain products, which the counter knows
+        return model(inputs, readout=readout)
+
+
+def counted(config):
+    """FLOPs of a step by torch's own counter, which does not know the product in place."""
+    known = {torch.ops.aten.addmm_: lambda _, a, b, out_shape=None, **options: 2 * a[0] * a[1] * b[1]}
+    model = model_of(config)
+    optimizer = torch.optim.AdamW(model.parameters())
+    sharpness = SharpnessAware(model, optimizer, config.method.name, config.method.rho, forward=autocast, **config.method.options)
+    batches = [batch_of(config, config.training.batch)]
+    for _ in range(2):  # the second step has moments
+        with FlopCounterMode(display=False, custom_mapping=known) as counter:
+            sharpness.backward(batches)
+            optimizer.step()
+    return counter.get_total_flops()
+
+
+FEW = [
+    "adamw",
+    "sam",
+    "functional-sam",
+    "precond-functional-sam",
+    "logit-sam",
+    "momentum-sam",
+    "momentum-functional-sam",
+    "asam",
+    "gsam",
+]
+
+
+@pytest.mark.parametrize("method", FEW)
+@pytest.mark.parametrize("base", [SMALL, VIT], ids=["decoder", "vit"])
+def test_flops_are_those_counted(method, base):
+    config = small(method, "training.steps=7", base=base)
+    assert cost(config).step == pytest.approx(counted(config), rel=1e-9)
+    assert cost(config).flops == 7 * cost(config).step
+
+
+def test_flops_of_recomputation():
+    config = small("sam", "model.checkpoint_blocks=true")
+    assert cost(config).step == pytest.approx(counted(config), rel=1e-9)
+    assert cost(config, checkpointing=False).step < cost(config).step
+
+
+def test_passes_agree_with_the_table_of_methods():
+    for name, method in METHODS.items():
+        if name not in ("looksam", "penalty-sam", "angle-sam"):
+            assert cost(small(name)).passes == pytest.approx(float(method.passes), abs=0.01)
+    assert cost(small("looksam")).passes == pytest.approx(1 + 1 / 10)
+    assert cost(small("sam", "method.options.interval=5")).passes == pytest.approx(1.2)
+
+
+def test_a_checkpoint_is_as_large_as_planned(tmp_path):
+    from functional_sam.training import checkpoint
+
+    config = small()
+    model = model_of(config)
+    optimizer = torch.optim.AdamW(model.parameters())
+    SharpnessAware(model, optimizer, "adamw").backward([batch_of(config, 2)])
+    optimizer.step()
+    checkpoint.save(tmp_path, 1, {"step": 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    assert next(tmp_path.glob("*.pt")).stat().st_size == pytest.approx(cost(config).checkpoint, rel=0.02)
+
+
+# ---------------------------------------------------------------------- memory
+
+
+def test_the_heads_chunks():
+    assert (CHUNK_BYTES, SWEEP_BYTES) == (head.CHUNK_BYTES, head.SWEEP_BYTES)
+
+
+CASES = [
+    ("adamw", ()),
+    ("sam", ("training.micro_batch=2",)),
+    ("functional-sam", ()),
+    ("functional-sam", ("training.micro_batch=2",)),
+    ("functional-sam", ("model.head_dtype=bfloat16",)),
+    ("precond-functional-sam", ("model.checkpoint_blocks=true",)),
+    ("logit-sam", ()),
+    ("gsam", ()),
+    ("momentum-functional-sam", ("training.precision=float32",)),
+    ("sam", ("training.precision=float64",)),
+    ("functional-sam", ("training.batch=80", "model.checkpoint_blocks=true")),  # more than one chunk of logits
+    ("adamw", ("model.length=576", "training.batch=2")),  # fused attention
+]
+
+
+@pytest.mark.parametrize(("method", "overrides"), CASES, ids=[f"{m} {' '.join(o)}" for m, o in CASES])
+def test_peak_of_real_steps(method, overrides):
+    """Every byte of storage on this CPU, within 2 %."""
+    config = small(method, *overrides)
+    planned = memory(config, Layout(checkpointing=config.model.checkpoint_blocks, cpu=True))
+    assert planned.total == pytest.approx(real(config), rel=0.02)
+
+
+SIMULATED = [("adamw", 8, 4, False), ("sam", 64, 16, True), ("functional-sam", 512, 1, False), ("functional-sam", 1, 4, True)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "gpus", "each", "recomputed"), SIMULATED)
+def test_peak_of_the_largest_size(method, gpus, each, recomputed):
+    """1,275 million parameters under FSDP2 on 1 to 512 processes, all simulated: within 4 %."""
+    config = small(method, f"training.batch={gpus * each}", f"model.checkpoint_blocks={recomputed}".lower(), base=LARGE)
+    planned = memory(config, Layout(gpus, gpus > 1, recomputed, cpu=True))
+    assert planned.total == pytest.approx(simulated(config, gpus, gpus > 1), rel=0.04)
+
+
+def test_simulation_and_reality_agree():
+    """The same storages, whether they exist or not."""
+    config = small("functional-sam", "training.micro_batch=2")
+    assert simulated(config, 1, False) == pytest.approx(real(config), rel=1e-3)
+
+
+def test_peak_of_simulated_shards_of_a_small_model():
+    config = small("functional-sam", "training.batch=32", "training.micro_batch=8")
+    planned = memory(config, Layout(4, True, cpu=True))
+    assert planned.total == pytest.approx(simulated(config, 4, True), rel=0.05)
+
+
+def test_more_processes_need_no_more_memory():
+    config = compose("language-1208M", "functional-sam", "paper")
+    totals = [memory(config, Layout(2**i, True, True)).total for i in range(1, 9)]
+    assert totals == sorted(totals, reverse=True)
+    replicas = [memory(config, Layout(2**i, False, True)).total for i in range(1, 9)]
+    assert all(a < b for a, b in zip(totals, replicas, strict=True))
+
+
+# ---------------------------------------------------------------------- what fits
+
+
+def test_the_smallest_that_fits():
+    """At one byte less than it needs, the next larger layout."""
+    config = compose("language-117.9M", "functional-sam", "paper")
+    most = memory(config, Layout(1)).total
+    roomy, tight = (Hardware("x", most + extra, 1e12, 0.5, 1.0) for extra in (0, -1))
+    assert need(config, roomy).layout == Layout(1)
+    assert need(config, tight).layout == Layout(1, checkpointing=True)
+    none = need(config, Hardware("x", 1e6, 1e12))
+    assert none.layout is None
+    found = need(config, roomy)
+    assert found.hours == pytest.approx(cost(config).flops / 0.5e12 / 3600)
+
+
+def test_rows_count_runs_that_need_the_same():
+    configs = [compose("language-23.9M", "sam", "paper", overrides=[f"method.rho={rho}"]) for rho in (0.1, 0.2)]
+    configs.append(compose("language-23.9M", "adamw", "paper"))
+    assert [count for _, count in rows(configs, GPUS["a100-80"])] == [2, 1]
+
+
+def test_table_and_command(capsys):
+    assert main(["estimate", "language-1208M", "--gpu", "h100-80", "--method", "sam"]) == 0
+    out = capsys.readouterr().out
+    assert "1,274.9 M" in out
+    assert "989 TFLOP/s" in out
+    caption = table([small("angle-sam")], GPUS["a100-80"]).caption
+    assert "angle-sam" in caption
+
+
+def test_refusals(capsys):
+    with pytest.raises(UserError, match="second-order graph"):
+        memory(small("penalty-sam"), Layout())
+    with pytest.raises(UserError, match=r"training.batch=8 cannot be divided among 3"):
+        memory(small(), Layout(3))
+    with pytest.raises(UserError, match="did you mean 'a100-80'"):
+        gpu("a100-8")
+    with pytest.raises(UserError, match=r"utilization=1\.5"):
+        dataclasses.replace(GPUS["a100-80"], utilization=1.5)
+    assert main(["estimate", "language-9M"]) == 2
+    assert "neither an exhibit" in capsys.readouterr().err
+
+
+def test_images():
+    config = compose("vision", "adamw", overrides=["data.images=imagenet-1k", "model.patch=16"])
+    assert (shape(config).L, shape(config).V) == (196, 1000)
