@@ -81,10 +81,10 @@ def status_command(options: argparse.Namespace) -> int:
         table.add_row(*cells, *([queued.get(run.directory.name, "")] if queued else []))
     wide().print(table)
     for run, now in found:
-        error = run.directory / "error.txt"
-        if now.state in ("partial", "missing") and error.is_file():
+        reason = run.directory / "error.txt"
+        if now.state in ("partial", "missing") and reason.is_file():
             log = log_of(run.directory.name, root)
-            text = f"{run.directory.name} failed: {error.read_text().strip()}" + (f"; log: {log}" if log else "")
+            text = f"{run.directory.name} failed: {reason.read_text().strip()}" + (f"; log: {log}" if log else "")
             console.print(text, style="red", highlight=False, soft_wrap=True, markup=False)
     counts = {state: sum(now.state == state for _, now in found) for state in ("done", "stale", "running", "partial", "missing")}
     text = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
