@@ -8,7 +8,7 @@ EXHIBITS := $(basename $(notdir $(wildcard configs/exhibits/*.yaml)))
 export PYTHONUTF8 := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup claims methods benchmark test lint format clean $(EXHIBITS) $(foreach verb,draw plan check,$(addprefix $(verb)-,$(EXHIBITS)))
+.PHONY: help setup slurm claims methods benchmark test lint format clean $(EXHIBITS) $(foreach verb,draw plan check submit,$(addprefix $(verb)-,$(EXHIBITS)))
 
 help:  ## this list
 	@echo "make TARGET [SCALE=quick|laptop] [JOBS=processes]      times: 2 CPU cores, scale quick, after setup"
@@ -47,6 +47,13 @@ $(addprefix plan-,$(EXHIBITS)): plan-%: $(READY)
 
 $(addprefix check-,$(EXHIBITS)): check-%: $(READY)
 	@$(BIN)/functional-sam check $* --scale $(SCALE)
+
+$(addprefix submit-,$(EXHIBITS)): submit-%: $(READY)
+	@test -n "$(CLUSTER)" || { echo "make: which cluster? make $@ CLUSTER=NAME, a file of jobs/clusters (see jobs/README.md)"; exit 2; }
+	@$(BIN)/functional-sam submit $* --scale $(SCALE) --cluster $(CLUSTER)
+
+slurm:  ## a SLURM on this machine, for its tests and to try submissions (Debian, root; 10 s)
+	@jobs/local-slurm/local-slurm install
 
 claims: $(READY)  ## README's table of claims, from the records of what was drawn
 	@$(BIN)/functional-sam claims
