@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from functional_sam.cli import main
 from functional_sam.config import Config, compose
 from functional_sam.data import c4, hub
 from functional_sam.data.shards import Joined
@@ -282,6 +283,16 @@ def test_missing_cut_and_changed_files(texts, tmp_path):
     write_c4(tmp_path, texts[80:140], "train", 3)
     with pytest.raises(UserError, match="the one that was tokenized"):
         c4.prepare_c4(c4.C4(500, str(tmp_path), files=2), cache, processes=1)
+
+
+def test_the_command(one_pass, source, tmp_path, capsys):
+    arguments = [f"data.vocab={VOCAB}", "data.files=2", f"runtime.data={source}", f"runtime.cache={tmp_path}"]
+    assert main(["data", "--task", "language-23.9M", "--processes", "1", *arguments]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "2 of 2 files" in out
+    assert "tokens/s" in out
+    config = small_run(source, tmp_path, files=2)
+    assert prepared_sha256(config)[:16] in out
 
 
 def test_layout_on_the_hub(monkeypatch):

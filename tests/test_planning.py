@@ -8,6 +8,7 @@ from memory_simulation import batch_of, model_of, real, simulated
 from torch.utils.flop_counter import FlopCounterMode
 
 from functional_sam.cli import main
+from functional_sam.commands.scale import show_on
 from functional_sam.config import compose
 from functional_sam.errors import UserError
 from functional_sam.models import PUBLISHED
@@ -206,6 +207,19 @@ def test_table_and_command(capsys):
     assert "989 TFLOP/s" in out
     caption = table([small("angle-sam")], GPUS["a100-80"]).caption
     assert "angle-sam" in caption
+
+
+def test_plan_on_a_cluster(capsys, tmp_path):
+    """`plan` appends the table for the profile's GPUs, and names the runs that want more than it gives."""
+    assert main(["plan", "figure-1", "--cluster", "gpu-a100"]) == 0
+    assert "312 TFLOP/s at 40%" in capsys.readouterr().out
+    profile = tmp_path / "small.yaml"
+    profile.write_text("time: 60\ngpus_per_node: 1\ngpu: rtx4090-24\n")
+    show_on([compose("language-1208M", "sam", "paper")], str(profile))
+    assert "wants 2 GPUs" in capsys.readouterr().out.replace("\n", " ")
+    profile.write_text("time: 60\ngpus_per_node: 1\n")
+    assert main(["plan", "figure-1", "--cluster", str(profile)]) == 2
+    assert "gpus_per_node and gpu" in capsys.readouterr().err
 
 
 def test_refusals(capsys):

@@ -63,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("overrides", nargs="*", help="key=value on every run's config, for instance training.steps=100")
         return sub
 
-    command("plan", _of("runs", "plan_command"), "the runs an exhibit needs: how far each is, how long it takes")
+    planned = command("plan", _of("runs", "plan_command"), "the runs an exhibit needs: how far each is, how long it takes")
+    planned.add_argument("--cluster", help="a file of jobs/clusters, by name or path: what the runs need on its GPUs, computed")
     run = command("run", _of("runs", "run_command"), "do the missing runs of an exhibit")
     run.add_argument("--jobs", type=int, default=0, help="processes at a time (default: one per core)")
     run.add_argument("--fresh", action="store_true", help="move the exhibit's run directories aside first, and redo all")

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from functional_sam.commands import console, wide
+from functional_sam.commands.scale import show_on
 from functional_sam.config import Config, load
 from functional_sam.errors import UserError
 from functional_sam.exhibits import plan
@@ -59,6 +60,8 @@ def plan_command(options: argparse.Namespace) -> int:
             + (f"; unknown for {unknown} whose shape was never run here" if known and unknown else ""),
             soft_wrap=True,
         )
+    if options.cluster:
+        show_on(configs, options.cluster)
     return 0
 
 

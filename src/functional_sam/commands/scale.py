@@ -20,7 +20,8 @@ from functional_sam.data.c4 import prepare_c4
 from functional_sam.data.shards import Status
 from functional_sam.errors import UserError
 from functional_sam.exhibits import known, plan
-from functional_sam.planning import Hardware, gpu, table
+from functional_sam.jobs.profile import load_profile
+from functional_sam.planning import GPUS, Hardware, gpu, rows, table
 from functional_sam.tasks import prepare
 from functional_sam.tasks.language import wanted_c4
 
@@ -44,9 +45,11 @@ def data_command(options: argparse.Namespace) -> int:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bar:
-        line = bar.add_task("preparing", total=None, rate="", visible=False)
+        line = bar.add_task("preparing", total=None, rate="", visible=False, start=False)
 
         def watch(status: Status) -> None:
+            if not bar.tasks[0].started:
+                bar.start_task(line)  # not before the tokenizer is there: the rate is that of tokenizing
             elapsed = bar.tasks[0].elapsed or 0.0
             rate = f"{status.made / elapsed:,.0f} tokens/s" if elapsed else ""
             text = f"{status.whole} of {status.of} files"
@@ -83,3 +86,23 @@ def estimate_command(options: argparse.Namespace) -> int:
 def show(configs: Sequence[Config], hardware: Hardware) -> None:
     """Print the planner's table."""
     wide().print(table(configs, hardware))
+
+
+def show_on(configs: Sequence[Config], cluster: str) -> None:
+    """The table for the GPUs of a cluster profile, and the runs that want more of them than it gives to one.
+
+    Raises UserError for a profile without GPUs or without their kind.
+    """
+    profile = load_profile(cluster)
+    if not profile.gpus_per_node or not profile.gpu:
+        raise UserError(
+            f"cluster {cluster}: gpus_per_node and gpu (one of {', '.join(GPUS)}) say on what the runs are to be planned"
+        )
+    hardware, given = gpu(profile.gpu, profile.utilization), profile.nodes * profile.gpus_per_node
+    show(configs, hardware)
+    for found, _ in rows(configs, hardware):
+        if found.layout is None or found.layout.gpus > given:
+            wants = f"{found.layout.gpus} GPUs" if found.layout else "more GPUs than 512"
+            run = f"{found.config.task} {found.config.method.name}"
+            text = f"{run} wants {wants}, {cluster} gives {given} to a run (nodes, gpus_per_node)"
+            console.print(text, style="yellow", soft_wrap=True)

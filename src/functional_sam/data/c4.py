@@ -157,7 +157,7 @@ def _tokenizer(wanted: C4, root: Path, first: File, say: Progress) -> Tokenizer:
         if wanted.tokenizer:
             shutil.copyfile(wanted.tokenizer, temporary / "tokenizer.model")
             return {"given": wanted.tokenizer}
-        say(f"training a tokenizer of {wanted.vocab:,} pieces on {SAMPLE_CHARACTERS:,} characters of {first.name} ...")
+        say(f"training a tokenizer of {wanted.vocab:,} pieces on up to {SAMPLE_CHARACTERS:,} characters of {first.name} ...")
         texts = (document.text for document in documents(first))
         train_tokenizer(texts, wanted.vocab, temporary / "tokenizer.model", SAMPLE_CHARACTERS)
         return {"sample": first.name, "characters": SAMPLE_CHARACTERS}

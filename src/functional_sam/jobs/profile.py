@@ -29,6 +29,8 @@ class Profile:
     constraint: str = ""
     nodes: int = 1
     gpus_per_node: int = 0
+    gpu: str = ""  # their kind, a name of functional_sam.planning.GPUS: for `plan`, which computes what runs need
+    utilization: float = 0.4  # fraction of its peak that training is expected to reach, for `plan`
     tasks_per_node: int = 0  # processes; 0 = one per GPU, or one
     cpus_per_task: int = 1
     memory: str = ""  # per node, for instance 64G
@@ -124,6 +126,7 @@ def checked(profile: Profile, where: str) -> None:
         0 < profile.signal_delay < _seconds(profile.time),
         f"signal_delay={profile.signal_delay}: seconds, more than 0 and less than time={profile.time}",
     )
+    require(0 < profile.utilization <= 1, f"utilization={profile.utilization}: a fraction of the GPU's peak, above 0, at most 1")
     for name in profile.environment:
         require(bool(re.fullmatch(r"[A-Za-z_]\w*", name)), f"environment: {name!r} is not the name of a variable")
 
