@@ -169,7 +169,8 @@ def _verdict(taus: pd.DataFrame) -> str:
                 parts.append(f"{label}: {word}: {shown}{more}")
     found_text = "; ".join(parts) or "no measure does, beyond chance"
     return (
-        f"Kendall's tau with the validation loss over {entries} methods, mean +- standard error over n={n} seeds: {found_text}. "
+        f"Kendall's tau with the validation loss over {entries} methods, mean +- standard error over n={n} seeds, negative "
+        f"where flatter methods have the higher loss: {found_text}. "
         f"{len(taus)} measures were tried at 95 %, so that about {0.05 * len(taus):.0f} would pass by chance."
     )
 
