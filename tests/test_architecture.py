@@ -110,7 +110,8 @@ def test_every_exhibit_has_module_notebook_and_make_target():
 def test_readme_commands_are_the_makefiles():
     readme = (ROOT / "README.md").read_text()
     targets = set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    targets |= {f"{prefix}-{name}" for name in exhibits.known() for prefix in ("draw", "plan", "check", "submit")} | set(exhibits.known())
+    verbs = ("draw", "plan", "check", "submit")
+    targets |= {f"{verb}-{name}" for name in exhibits.known() for verb in verbs} | set(exhibits.known())
     used = set(re.findall(r"(?:`|^)make ([a-z][a-z0-9-]*)", readme, re.MULTILINE))
     assert {"figure-1", "test"} <= used
     assert used <= targets, used - targets

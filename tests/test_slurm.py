@@ -33,6 +33,10 @@ PATIENCE = 300  # seconds for everything
 SMALL = ["training.batch=4", "training.eval_rows=8", "model.width=16", "model.depth=1", "measure.points=2", "measure.rows=4"]
 SMALL += ["measure.micro_batch=4", "data.images=mnist-5k", "runtime.log_every=1", "runtime.checkpoint_every=1000"]
 LONG = [*SMALL, "training.steps=150", "training.precision=float64"]
+ONE_RUN = "title: one run\ntasks: [vision]\nmethods: [adamw]\nscales: {quick: {seeds: [0]}}\n"
+TWO_STAGES = (
+    "title: two stages\ntasks: [language]\nmethods: [adamw, sam]\ntuning_seed: 9\nrho: [0.01]\nscales: {quick: {seeds: [0]}}\n"
+)
 # Imported by Python as it starts, where the profile puts it on PYTHONPATH: the loop looks at the clock once a step.
 SLOW = """
 import os, sys, time
@@ -89,16 +93,16 @@ def slurm(tmp_path_factory):
     shutil.rmtree(directory)
 
 
-def checkout(directory, exhibit=""):
-    """A copy of the project that can be drawn into and broken; exhibit: figure-1's YAML there."""
+def checkout(directory, **exhibits):
+    """A copy of the project that can be drawn into and broken; exhibits: YAML of those that are smaller there."""
     directory.mkdir()
     for name in ("src", "configs", "analysis", "paper", "results", "jobs"):
         shutil.copytree(ROOT / name, directory / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     shutil.copy2(ROOT / "pyproject.toml", directory)
     (ROOT / ".cache").mkdir(exist_ok=True)
     (directory / ".cache").symlink_to(ROOT / ".cache")
-    if exhibit:
-        (directory / "configs" / "exhibits" / "figure-1.yaml").write_text(exhibit)
+    for name, text in exhibits.items():
+        (directory / "configs" / "exhibits" / f"{name.replace('_', '-')}.yaml").write_text(text)
     return directory
 
 
@@ -153,20 +157,21 @@ def cluster(slurm, tmp_path_factory):
     """Everything submitted, everything done to it, everything ended."""
     base = tmp_path_factory.mktemp("slurm")
     figure = checkout(base / "figure")
-    one = checkout(base / "one", "title: one run\ntasks: [vision]\nmethods: [adamw]\nscales: {quick: {seeds: [0]}}\n")
+    one = checkout(base / "one", figure_1=ONE_RUN, table_1=TWO_STAGES)
     (base / "slow").mkdir()
     (base / "slow" / "sitecustomize.py").write_text(SLOW)
     slow = f"environment: {{TEST_PAUSE: '0.25', PYTHONPATH: {base / 'slow'}}}\n"
     broken = f"environment: {{TEST_BREAK: '1', PYTHONPATH: {base / 'slow'}}}\n"
     first, last = "sbatch: {nodelist: node1}\n", "sbatch: {nodelist: node2}\n"
+    pause = slow.replace("0.25", "0.1")
     limit = "time: 1\nsignal_delay: 20\n"
     long = "time: 10\n"
     texts = {
         "whole": long + first,
         "two-nodes": long + "nodes: 2\n",
         "limit": limit + first + slow,
-        "requeued": long + first + slow,
-        "cancelled": long + first + slow,
+        "requeued": long + first + pause,
+        "cancelled": long + first + pause,
         "node-down": long + last + slow,
         "broken": long + first + broken,
     }
@@ -190,6 +195,9 @@ def cluster(slurm, tmp_path_factory):
             if name not in ("cancelled", "broken"):  # one run draws no figure
                 subprocess.run(["scancel", case.following], check=True)
 
+        (base / "chain.yaml").write_text(long + first)
+        submit("table-1", "quick", str(base / "chain.yaml"), ["training.steps=6", *SMALL], False, quiet)
+
     down = []  # when
 
     def act():
@@ -209,13 +217,13 @@ def cluster(slurm, tmp_path_factory):
             subprocess.run(["scontrol", "update", "nodename=node2", "state=resume"], check=True)
             case.done.add("up")
 
-    record = figure / "paper" / "figures" / "figure-1.json"
-    before = record.read_bytes()
+    records = [figure / "paper" / "figures" / "figure-1.json", one / "paper" / "tables" / "table-1.json"]
+    before = [record.read_bytes() for record in records]
 
     def over():
         act()
-        drawn = record.read_bytes() != before or submitted.returncode
-        return drawn and all(case.ended() for case in cases.values())
+        drawn = all(record.read_bytes() != old for record, old in zip(records, before, strict=True))
+        return (drawn or submitted.returncode) and all(case.ended() for case in cases.values())
 
     wait(over, PATIENCE)
     return {"base": base, "one": one, "figure": figure, "submitted": submitted, **cases}
@@ -236,6 +244,17 @@ def test_figure_1_from_submission_to_the_drawn_figure(cluster):
     assert "wrote paper/figures/figure-1.pdf" in logs, logs
     assert {entry["run"] for entry in record["runs"]} == {path.parent.name for path in (figure / "runs").glob("*/done.json")}
     assert "6 steps" in record["caption"] or record["verdict"] in logs
+
+
+def test_runs_that_are_known_only_later_are_submitted_by_the_cluster(cluster):
+    """table-1: the tuning run; once it is complete, from a job, the reported ones at the rho it found; then the table."""
+    (directory,) = cluster["one"].glob("runs/.jobs/*-table-1")
+    stages = [json.loads((directory / f"stage-{number}" / "jobs.json").read_text()) for number in (1, 2)]
+    assert [len(stage["runs"]) for stage in stages] == [1, 2]
+    (log,) = directory.glob(f"stage-2/{stages[1]['next']}_0_log.out")
+    assert "wrote paper/tables/table-1.md" in log.read_text()
+    record = json.loads((cluster["one"] / "paper" / "tables" / "table-1.json").read_text())
+    assert {entry["run"] for entry in record["runs"]} == {name for stage in stages for name in stage["runs"].values()}
 
 
 def test_the_script_is_the_one_of_the_dry_run(cluster):
