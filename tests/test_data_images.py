@@ -166,7 +166,7 @@ def test_eval_batches_in_stored_order(data: ImageData) -> None:
 
 
 def test_an_unknown_set_names_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="'fashion-mnist' or 'mnist-5k'"):
+    with pytest.raises(UserError, match="'fashion-mnist', 'mnist-5k' or 'imagenet-1k'"):
         prepare_images("cifar", tmp_path)
 
 

@@ -37,7 +37,7 @@ def prepare_images(name: str, cache_dir: Path, progress: Progress | None = None,
     says what was tried; nothing is swapped for other data), for a damaged cache, a full disk.
     """
     if name not in CLASSES:
-        raise UserError(f"unknown image set {name!r}: choose {' or '.join(map(repr, CLASSES))}")
+        raise UserError(f"unknown image set {name!r}: choose {', '.join(map(repr, CLASSES))} or 'imagenet-1k'")
     say = progress or silent
 
     def build(directory: Path) -> dict[str, Any]:
@@ -79,12 +79,19 @@ class ImageData:
     of each label.
     """
 
+    channels, side = 1, 28
+
     def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
         self.directory = Path(directory)
         self.manifest = manifest
-        self.classes: tuple[str, ...] = CLASSES[manifest["name"]]
+        self.classes: tuple[str, ...] = self.names(manifest)
         self.sha256: str = manifest["sha256"]
         self._parts = {split: self._open(split) for split in SPLITS}
+
+    @staticmethod
+    def names(manifest: dict[str, Any]) -> tuple[str, ...]:
+        """The name of each class."""
+        return CLASSES[manifest["name"]]
 
     def train_batch(self, step: int, batch: int, seed: int) -> tuple[Tensor, Tensor]:
         """Images float32 [B, 1, 28, 28], standardized, and labels int64 [B] of batch number `step`.
@@ -105,7 +112,7 @@ class ImageData:
         pixels = (images.unsqueeze(1).float() / 255 - self.manifest["pixel_mean"]) / self.manifest["pixel_std"]
         return pixels, labels.long()
 
-    def _open(self, split: str) -> Part:
+    def _open(self, split: str) -> tuple[Any, Any]:
         images = np.memmap(self.directory / f"{split}.images", dtype=np.uint8, mode="r")
         return images.reshape(-1, 28, 28), np.fromfile(self.directory / f"{split}.labels", dtype=np.uint8)
 

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from functional_sam.config import Config
 from functional_sam.data.cache import MANIFEST, Progress
-from functional_sam.data.images import images_directory
 from functional_sam.tasks.language import Language, data_directory
-from functional_sam.tasks.vision import Vision
+from functional_sam.tasks.vision import Vision, pixels_directory
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -42,8 +41,7 @@ def prepare(config: Config, progress: Progress | None = None) -> Task:
 
 def prepared_sha256(config: Config) -> str | None:
     """SHA-256 of the data a config would train on, None where it is not prepared yet; nothing is prepared here."""
-    cache = Path(config.runtime.cache)
-    directory = data_directory(config) if config.model.kind == "decoder" else images_directory(config.data.images, cache)
+    directory = data_directory(config) if config.model.kind == "decoder" else pixels_directory(config)
     try:
         sha256: str = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["sha256"]
     except (OSError, ValueError, KeyError):
