@@ -1,0 +1,172 @@
+"""ImageNet-1k in the layout of the hub (data/train-00000-of-00294.parquet, ...), decoded once: a shard of pixels for each file.
+
+    images-imagenet-1k-<hash>/
+      train-00000-of-00294/     train.* and validation.*: every 100th image of a train file is held out for validation
+      validation-00000-of-.../  test.*: the published validation set is our test split (the published test set has no labels)
+      first-16/ or all/         shards.json
+
+An image is resized to 256 on its shorter side and its middle 224 x 224 kept, uint8, so 150,528 bytes (193 GB for all). There is no
+augmentation: the paper's is not known.
+"""
+
+import functools
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from functional_sam.data.cache import Progress, cached, digest, silent
+from functional_sam.data.hub import File, layout, rows
+from functional_sam.data.images import SPLITS, ImageData
+from functional_sam.data.shards import Joined, Report, Shard, Watch, prepare_shards
+from functional_sam.errors import UserError
+
+FORMAT = 1  # raise it when the same files give other shards
+HUB = "ILSVRC/imagenet-1k"
+SIDE, SHORTER, CHANNELS, CLASSES = 224, 256, 3, 1000
+HELD_OUT = 100  # one train image in so many
+AT_ONCE = 100
+
+
+def imagenet_directory(cache: Path, location: str = HUB, files: int = 0) -> Path:
+    """Where prepare_imagenet keeps the set; the shards are beside it."""
+    where = str(Path(location).resolve()) if Path(location).is_dir() else location
+    name = f"images-imagenet-1k-{digest([FORMAT, where])[:12]}"
+    return Path(cache) / name / (f"first-{files}" if files else "all")
+
+
+def prepare_imagenet(
+    cache: Path,
+    location: str = HUB,
+    files: int = 0,
+    progress: Progress | None = None,
+    processes: int = 0,
+    watch: Watch | None = None,
+) -> "ImageNet":
+    """Decode what is missing of the first so many train files (0: all) and of the published validation set; once per cache.
+
+    Raises UserError when files are missing or cannot be read, the cache is damaged, the disk is full.
+    """
+    say = progress or silent
+    directory = imagenet_directory(cache, location, files)
+
+    def build(temporary: Path) -> dict[str, Any]:
+        found = layout(location, "data", "train", ".parquet", files) + layout(location, "data", "validation", ".parquet")
+        shards = [
+            Shard(directory.parent / file.name.removesuffix(".parquet"), file.size, functools.partial(_decode, file))
+            for file in found
+        ]
+        say(f"{location}: {len(found)} files, {sum(file.size for file in found) / 1e9:.2f} GB")
+        manifests = prepare_shards(shards, processes, say, watch)
+        listed = [
+            {"name": shard.directory.name, "sha256": manifest["sha256"]} for shard, manifest in zip(shards, manifests, strict=True)
+        ]
+        (temporary / "shards.json").write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
+        images = {split: sum(manifest["images"].get(split, 0) for manifest in manifests) for split in SPLITS}
+        for split, count in images.items():
+            if not count:
+                raise UserError(f"no {split} image in {location}: more files are needed")
+        # Per colour, of the train images, from sums of integers: the same on every machine.
+        total = images["train"] * SIDE**2
+        mean = np.array([manifest["sum"] for manifest in manifests]).sum(0) / total
+        square = np.array([manifest["sum_of_squares"] for manifest in manifests]).sum(0) / total
+        return {
+            "format": FORMAT,
+            "name": "imagenet-1k",
+            "source": {"way": "hub layout", "location": location, "files": len(found)},
+            "images": images,
+            "pixel_mean": (mean / 255).tolist(),
+            "pixel_std": (np.sqrt(square - mean**2) / 255).tolist(),
+        }
+
+    return ImageNet(directory, cached(directory, build, say))
+
+
+class ImageNet(ImageData):
+    """ImageData of 3 x 224 x 224, read from shards. sha256: one digest of all shards."""
+
+    channels, side = CHANNELS, SIDE
+
+    @staticmethod
+    def names(manifest: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(map(str, range(CLASSES)))
+
+    def _open(self, split: str) -> tuple[Any, Any]:
+        directories = []
+        for shard in json.loads((self.directory / "shards.json").read_text(encoding="utf-8")):
+            directory = self.directory.parent / shard["name"]
+            if cached(directory, _gone, silent)["sha256"] != shard["sha256"]:
+                raise UserError(f"{directory} is not the shard that {self.directory} was made with: delete {self.directory}")
+            if (directory / f"{split}.labels").exists():
+                directories.append(directory)
+        images = Joined([directory / f"{split}.images" for directory in directories], "uint8", (SIDE, SIDE, CHANNELS))
+        return images, np.concatenate([np.fromfile(directory / f"{split}.labels", np.int16) for directory in directories])
+
+    def _tensors(self, split: str, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
+        images, labels = (torch.from_numpy(array[chosen]) for array in self._parts[split])
+        mean, std = (torch.tensor(self.manifest[key]) for key in ("pixel_mean", "pixel_std"))
+        return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous(), labels.long()
+
+
+def pixels(encoded: bytes) -> np.ndarray:
+    """Resized to SHORTER on the shorter side (bicubic), the middle SIDE x SIDE; uint8 [SIDE, SIDE, 3]."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(encoded)) as opened:
+        image = opened.convert("RGB")
+    width, height = image.size
+    scale = SHORTER / min(width, height)
+    width, height = max(SHORTER, round(width * scale)), max(SHORTER, round(height * scale))
+    left, top = (width - SIDE) // 2, (height - SIDE) // 2
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(resized.crop((left, top, left + SIDE, top + SIDE)), dtype=np.uint8)
+
+
+def _decode(file: File, directory: Path, report: Report) -> dict[str, Any]:
+    """Write images and labels of one file; what its manifest says."""
+    from datasets import Features, Image, Value
+
+    features = Features({"image": Image(decode=False), "label": Value("int64")})
+    kept: dict[str, list[int]] = {"test": []} if file.name.startswith("validation") else {"train": [], "validation": []}
+    sums, squares = np.zeros(CHANNELS, np.int64), np.zeros(CHANNELS, np.int64)
+    outs = {split: (directory / f"{split}.images").open("wb") for split in kept}
+    size = done = 0
+    try:
+        for number, row in enumerate(rows(file, "parquet", features=features, columns=["image", "label"])):
+            label = int(row["label"])
+            if not 0 <= label < CLASSES:
+                raise UserError(f"{file.url}, row {number}: the label is {label}, not one of 0 to {CLASSES - 1}")
+            try:
+                image = pixels(row["image"]["bytes"])
+            except (OSError, TypeError, ValueError) as error:
+                raise UserError(f"{file.url}, row {number}: the image cannot be decoded ({error}). Fetch the file again") from error
+            split = "test" if "test" in kept else "validation" if number % HELD_OUT == 0 else "train"
+            outs[split].write(image.tobytes())
+            kept[split].append(label)
+            if split == "train":
+                wide = image.reshape(-1, CHANNELS).astype(np.int64)
+                sums, squares = sums + wide.sum(0), squares + (wide**2).sum(0)
+            size, done = size + len(row["image"]["bytes"]), done + 1
+            if done == AT_ONCE:
+                report(size, done)
+                size = done = 0
+    finally:
+        for out in outs.values():
+            out.close()
+    report(size, done)
+    for split, labels in kept.items():
+        (directory / f"{split}.labels").write_bytes(np.array(labels, np.int16).tobytes())
+    return {
+        "source": {"name": file.name, "bytes": file.size},
+        "images": {split: len(labels) for split, labels in kept.items()},
+        "sum": sums.tolist(),
+        "sum_of_squares": squares.tolist(),
+    }
+
+
+def _gone(directory: Path) -> dict[str, Any]:
+    raise UserError(f"the shard {directory} is gone: delete {directory.parent} and run `functional-sam data` again")
