@@ -164,7 +164,8 @@ def comparison(planned: Sequence[Planned]) -> pd.DataFrame:
 
 def label(name: str) -> str:
     """A method as the reader sees it."""
-    return style.METHOD_LABEL.get(name, name)
+    name, *factor = name.split(" ", 1)
+    return " ".join([style.METHOD_LABEL.get(name, name), *factor])
 
 
 def markdown(frame: pd.DataFrame) -> list[str]:

@@ -73,12 +73,13 @@ def closing(spec: Spec, found: Sequence[Planned]) -> str:
     config = found[0].lr.configs[0]
     sizes = ((one.cell.task.removeprefix("language-"), len(next(iter(one.reported.values())))) for one in found)
     seeds = ", ".join(f"{size}: {n}" for size, n in sizes)
+    lrs, rhos = searched(found[0].lr), searched(next(iter(found[0].rho.values())))
     return (
         f"Test loss over {config.training.eval_rows or 'all'} whole documents (cut to a row), read once at the end; mean and "
         f"standard error over n seeds ({seeds}); differences paired by initialization and "
         "data order, better or worse only where the 95 % t interval leaves out zero; a diverged run counts as infinite. Learning "
-        f"rate tuned for AdamW on the validation split with seed {config.training.init_seed} and shared by all methods, rho tuned "
-        f"per method and size there (grids of {searched(found[0].lr)} and of {searched(next(iter(found[0].rho.values())))} at "
+        f"rate tuned for AdamW on the validation split (mean of {len(found[0].lr.runs[0])} other seeds) and shared by all methods, "
+        f"rho tuned per method and size on one of them (grids of {lrs} and of {rhos} at "
         f"{found[0].cell.task.removeprefix('language-')}, extended while the best was at an end, as far as the protocol allows). "
         f"{edges(found)}Gradients are evaluations a run; seconds are wall time on a machine that did other work besides."
     )

@@ -1,7 +1,7 @@
 """The runs that several exhibits share: learning rate, then radius, then the reported seeds, in every setting compared.
 
 A cell is one setting: model, number of steps, amount of data. In it the runs of stage 1 (AdamW's learning rate) and 2 (each
-method's radius) are on the tuning seed and never see the test split; stage 3 reports other seeds, the same for every method.
+method's radius) are on tuning seeds and never see the test split; stage 3 reports other seeds, the same for every method.
 An exhibit plans cells; two exhibits that plan the same cell have the same runs. paper/PROTOCOL.md says why.
 """
 
@@ -20,7 +20,7 @@ from functional_sam.errors import UserError
 from functional_sam.exhibits.spec import Spec
 from functional_sam.records import Run
 
-REGIMES = {"fixed": "fixed length", "chinchilla": "Chinchilla-style"}
+REGIMES = {"fixed": "fixed length", "chinchilla": "Chinchilla-style"}  # of the main tables
 
 
 @dataclass
@@ -40,12 +40,18 @@ class Study:
     scale: str = "quick"
     methods: dict[str, Entry] = field(default_factory=dict)
     sizes: dict[str, list[int]] = field(default_factory=dict)  # task -> reported seeds; the smallest model first
-    tuning_seed: int = 1000
+    tuning_seeds: list[int] = field(default_factory=list)  # the learning rate by their mean; rho by the first alone
     fixed_steps: int = 0  # of every size, in the fixed-length regime
     tokens_per_parameter: float = 20.0  # non-embedding, in the Chinchilla-style regime
     warmup: float = 0.1  # fraction of the steps
     lr: list[float] = field(default_factory=list)  # log grid
     rho: list[float] = field(default_factory=list)  # log grid
+    middle: str = ""  # the size of repeated data, equal compute and variants
+    middle_seeds: list[int] = field(default_factory=list)  # reported seeds there; among those of the size
+    epochs: list[int] = field(default_factory=list)  # how often the data is met, where it is repeated
+    compute: dict[str, float] = field(default_factory=dict)  # method -> time of a step over AdamW's, as measured once
+    variants: dict[str, Entry] = field(default_factory=dict)  # at equal steps
+    cheap: dict[str, Entry] = field(default_factory=dict)  # fewer than two passes: compared at equal compute
     extensions: int = 2  # points that a grid may grow by, one at a time, until its best is interior
     curvature_seeds: int = 0  # reported seeds, the first so many, whose final curvature is measured; 0 = all
     in_turn: bool = False  # plan a cell only when the one before is complete: what exists is a smaller study, always
@@ -69,14 +75,19 @@ class Search:
     """A log grid searched for the lowest validation loss."""
 
     values: list[float]
-    configs: list[Config]
+    runs: list[list[Config]]  # of each value, one a tuning seed
     best: float | None  # None while runs are missing
     edge: str = ""  # low or high: the best stayed at that end of the grid, as far as it was extended
 
     @property
     def losses(self) -> list[float]:
-        """Validation losses in the order of values, inf where diverged."""
-        return [loss(config) for config in self.configs]
+        """Validation losses in the order of values, means over the tuning seeds, inf where one diverged."""
+        return [mean_loss(configs) for configs in self.runs]
+
+    @property
+    def configs(self) -> list[Config]:
+        """All runs."""
+        return [config for configs in self.runs for config in configs]
 
 
 def load_study(spec: Spec, overrides: tuple[str, ...] = ()) -> Study:
@@ -94,8 +105,10 @@ def load_study(spec: Spec, overrides: tuple[str, ...] = ()) -> Study:
     assert isinstance(study, Study)
     study.overrides = overrides
     for task, seeds in study.sizes.items():
-        if not seeds or study.tuning_seed in seeds:
-            raise UserError(f"{where}, {task}: reported seeds {seeds}: at least one, and not the tuning seed {study.tuning_seed}")
+        if not seeds or not study.tuning_seeds or set(study.tuning_seeds) & set(seeds):
+            raise UserError(f"{where}, {task}: reported seeds {seeds}: at least one, and none of tuning_seeds {study.tuning_seeds}")
+    if not set(study.middle_seeds) <= set(study.sizes.get(study.middle, [])):
+        raise UserError(f"{where}: middle_seeds {study.middle_seeds} are not all among the seeds of middle={study.middle!r}")
     for name in ("lr", "rho"):
         check_grid(getattr(study, name), f"{where}: {name}")
     return study
@@ -166,6 +179,19 @@ def cells(study: Study, regime: str, tasks: Sequence[str] = ()) -> list[Cell]:
     return [Cell(task, regime, steps_of(study, regime, task)) for task in tasks or study.sizes]
 
 
+def repeated(study: Study) -> list[Cell]:
+    """The middle size at fixed length on fewer and fewer tokens, met study.epochs times; the learning rate is that of one epoch."""
+    (once,) = cells(study, "fixed", [study.middle])
+    config = compose(study.middle, "adamw", study.scale, [study.settings], study.overrides)
+    tokens = once.steps * config.training.batch * config.model.length
+    return [Cell(study.middle, f"{epochs} epochs", once.steps, tokens // epochs, once) for epochs in study.epochs]
+
+
+def longer(study: Study, factor: float) -> Cell:
+    """The middle size at `factor` times the fixed length: AdamW with the time of another method."""
+    return Cell(study.middle, f"{factor:g} x the steps", round(factor * study.fixed_steps))
+
+
 def steps_of(study: Study, regime: str, task: str) -> int:
     """Updates of a run: fixed_steps, or tokens_per_parameter times the non-embedding parameters."""
     if regime == "fixed":
@@ -181,7 +207,12 @@ def loss(config: Config) -> float:
     return math.inf if value is None else float(value)
 
 
-def search(grid: Sequence[float], run: Callable[[float], Config], extensions: int) -> Search:
+def mean_loss(configs: Sequence[Config]) -> float:
+    """Mean of the final validation losses: inf where one diverged."""
+    return sum(map(loss, configs)) / len(configs)
+
+
+def search(grid: Sequence[float], runs_of: Callable[[float], list[Config]], extensions: int) -> Search:
     """Extend the grid by its own factor at the end where the best value is, until it is interior, `extensions` times at most.
 
     A diverged run never wins. Where all diverged, or two values are equally good, the smaller one counts as the best.
@@ -189,17 +220,17 @@ def search(grid: Sequence[float], run: Callable[[float], Config], extensions: in
     values = sorted(grid)
     factor = values[1] / values[0] if len(values) > 1 else 0.0
     for extended in range(extensions + 1):
-        configs = [run(value) for value in values]
-        if not all(Run(config).done for config in configs):
-            return Search(values, configs, None)
-        losses = [loss(config) for config in configs]
+        runs = [runs_of(value) for value in values]
+        if not all(Run(config).done for configs in runs for config in configs):
+            return Search(values, runs, None)
+        losses = [mean_loss(configs) for configs in runs]
         index = losses.index(min(losses))
         at = "low" if index == 0 else "high" if index == len(values) - 1 else ""
         edge = at if factor else ""
         if not edge or extended == extensions:
             break
         values = [_rounded(values[0] / factor), *values] if edge == "low" else [*values, _rounded(values[-1] * factor)]
-    return Search(values, configs, values[index], edge)
+    return Search(values, runs, values[index], edge)
 
 
 def _rounded(value: float) -> float:
@@ -207,17 +238,19 @@ def _rounded(value: float) -> float:
 
 
 def lr_search(study: Study, cell: Cell) -> Search:
-    """Stage 1: AdamW's learning rate on the tuning seed."""
+    """Stage 1: AdamW's learning rate, by the mean over the tuning seeds: a rate that is good by luck on one is not good."""
     cell = cell.lr_from or cell
     name, entry = next(iter(study.methods.items()))
     assert entry.passes == 1
-    return search(study.lr, lambda lr: make(study, cell, name, entry, study.tuning_seed, lr, None), study.extensions)
+    return search(
+        study.lr, lambda lr: [make(study, cell, name, entry, seed, lr, None) for seed in study.tuning_seeds], study.extensions
+    )
 
 
 def rho_search(study: Study, cell: Cell, name: str, entry: Entry, lr: float) -> Search:
-    """Stage 2: the radius of one method on the tuning seed, at AdamW's learning rate."""
+    """Stage 2: the radius of one method on the first tuning seed, at AdamW's learning rate."""
     grid = [_rounded(rho * entry.rho_scale) for rho in study.rho]
-    return search(grid, lambda rho: make(study, cell, name, entry, study.tuning_seed, lr, rho), study.extensions)
+    return search(grid, lambda rho: [make(study, cell, name, entry, study.tuning_seeds[0], lr, rho)], study.extensions)
 
 
 def has_radius(name: str, entry: Entry) -> bool:
@@ -271,11 +304,13 @@ def plan_cell(study: Study, cell: Cell, entries: dict[str, Entry] | None = None,
     return Planned(cell, lr, rho, reported, entries)
 
 
-def plan_cells(study: Study, wanted: Sequence[Cell], entries: dict[str, Entry] | None = None) -> list[Planned]:
+def plan_cells(
+    study: Study, wanted: Sequence[Cell], entries: dict[str, Entry] | None = None, seeds: Sequence[int] | None = None
+) -> list[Planned]:
     """The cells one after the other; with study.in_turn up to the first that is not complete."""
     planned: list[Planned] = []
     for cell in wanted:
-        planned.append(plan_cell(study, cell, entries))
+        planned.append(plan_cell(study, cell, entries, seeds))
         if study.in_turn and not planned[-1].complete:
             break
     return planned

@@ -34,6 +34,8 @@ METHOD_LABEL = {
     "momentum-sam": "Momentum-SAM",
     "momentum-functional-sam": "Momentum Functional-SAM",
     "tram": "TRAM",
+    "adaptive-functional-sam": "Adaptive Functional-SAM",
+    "fisher-functional-sam": "Fisher Functional-SAM",
 }
 PART_COLOR = {"functional": "#0072B2", "logit": "#D55E00"}
 MATRIX_COLOR = {"hessian": "#000000", "gauss_newton": "#D55E00", "functional": "#0072B2"}  # the halves as in PART_COLOR
