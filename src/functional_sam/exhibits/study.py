@@ -53,7 +53,7 @@ class Study:
     variants: dict[str, Entry] = field(default_factory=dict)  # at equal steps
     cheap: dict[str, Entry] = field(default_factory=dict)  # fewer than two passes: compared at equal compute
     extensions: int = 2  # points that a grid may grow by, one at a time, until its best is interior
-    curvature_seeds: int = 0  # reported seeds, the first so many, whose final curvature is measured; 0 = all
+    curvature_seeds: int = 0  # reported seeds, the first so many, whose final curvature is measured; 0 = all, -1 = none
     in_turn: bool = False  # plan a cell only when the one before is complete: what exists is a smaller study, always
     settings: dict[str, Any] = field(default_factory=dict)  # on the config of every run
     overrides: tuple[str, ...] = ()  # of the command line
@@ -289,7 +289,7 @@ def plan_cell(study: Study, cell: Cell, entries: dict[str, Entry] | None = None,
     """The runs of a cell known so far; `entries` default to the study's methods, `seeds` to those of the size."""
     entries = study.methods if entries is None else entries
     seeds = study.sizes[cell.task] if seeds is None else seeds
-    measured = study.curvature_seeds or len(seeds)
+    measured = study.curvature_seeds or len(seeds)  # -1: no index is below it
     lr = lr_search(study, cell)
     rho: dict[str, Search] = {}
     reported: dict[str, list[Config]] = {}
