@@ -85,8 +85,7 @@ def draw(spec: Spec, configs: list[Config]) -> Exhibit:
         axis.set_xlabel(r"radius $\rho$")
     for axis in axes[:, 0]:
         axis.set_ylabel("validation loss\nminus AdamW's (nats/token)")
-    axes[0, 0].legend(loc="upper left")
-    figure.tight_layout()
+    style.legend_above(figure, axes[0, 0])
     caption = (
         f"{opening(spec, planned)} {planned[0].lr.configs[0].training.steps} steps. Validation loss minus AdamW's with the same "
         "initialization and data order, against rho, at AdamW's learning rate; the radius of preconditioned methods is |eps| too. "
@@ -110,7 +109,8 @@ def panel(axis: Axes, part: pd.DataFrame) -> None:
         low, high = ([m + sign * e for m, e in zip(means, errors, strict=True)] for sign in (-1, 1))
         axis.fill_between(list(shown), low, high, color=color, alpha=0.15, linewidth=0)
         diverged = [rho for rho in groups if rho not in shown]
-        axis.plot(diverged, [0.98] * len(diverged), "x", color=color, transform=axis.get_xaxis_transform(), clip_on=False)
+        for rho in diverged:
+            axis.plot([rho], [0.98], "x", color=color, transform=axis.get_xaxis_transform(), clip_on=False)
         for rho in [rho for rho in own[own.best].rho.unique() if rho in shown]:
             axis.plot([rho], [shown[rho].mean], marker="*", color=color, markersize=9, markeredgecolor="white")
     axis.set(xscale="log")

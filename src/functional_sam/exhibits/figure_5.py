@@ -72,8 +72,7 @@ def draw(spec: Spec, configs: list[Config]) -> Exhibit:
     axes[1, 2].set(xlabel="epochs over the unique tokens", xticks=ticks, xticklabels=[str(tick) for tick in ticks])
     axes[0, 0].set_ylabel("test loss (nats/token)")
     axes[1, 0].set_ylabel("minus AdamW (paired)")
-    axes[0, 0].legend(fontsize=6)
-    figure.tight_layout()
+    style.legend_above(figure, axes[0, 0])
     main = [one for one in found if one.cell.regime == "fixed"]
     caption = (
         f"{opening(spec, main)} Fixed length: {study.fixed_steps} steps at every size; Chinchilla-style: "

@@ -2,6 +2,8 @@
 
 import matplotlib as mpl
 import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 COLUMN = 3.25  # inches, one column of the ICML style
 PAGE = 6.75  # inches, both
@@ -64,3 +66,10 @@ def use() -> None:
             "figure.dpi": 150,
         }
     )
+
+
+def legend_above(figure: Figure, axis: Axes, columns: int = 5) -> None:
+    """Lay the figure out tightly, with the legend of one axis above it: inside of a panel it would cover lines."""
+    figure.tight_layout()
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=columns)
