@@ -63,6 +63,9 @@ def draw(spec: Spec, configs: list[Config]) -> Exhibit:
         laws[regime] = lines(axes[:, column], part, "parameters")
         axes[0, column].set(title=name.capitalize(), xscale="log", yscale="log")
         axes[1, column].set_xlabel("non-embedding parameters")
+        sizes = sorted(set(part.parameters))
+        axes[1, column].set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
+        axes[1, column].xaxis.set_minor_locator(NullLocator())
         plain(axes[0, column])
     part = on_repeated(study, data)
     lines(axes[:, 2], part, "epochs", fit=False)
@@ -109,7 +112,8 @@ def lines(axes: Sequence[Axes], part: pd.DataFrame, x: str, fit: bool = True) ->
             error = shown.minus_adamw_stderr.fillna(0)
             below.errorbar(shown[x], shown.minus_adamw, error, color=color, marker="o")
         lost = own[~np.isfinite(own.test_loss)]
-        below.plot(lost[x], [0.98] * len(lost), "x", color=color, transform=below.get_xaxis_transform(), clip_on=False)
+        for place in lost[x]:  # none drawn where none is lost: an empty line upsets the layout
+            below.plot([place], [0.98], "x", color=color, transform=below.get_xaxis_transform(), clip_on=False)
     below.axhline(0.0, color=style.METHOD_COLOR["adamw"], linewidth=0.8)
     return laws
 

@@ -16,6 +16,8 @@ from functional_sam.records.released import results_directory
 CASE = "decoder-quick"  # of results/benchmark/time.csv
 TIMED_AS = {"looksam": "looksam k=5", "adaptive-functional-sam": "functional-sam", "fisher-functional-sam": "functional-sam"}
 
+MARKERS = ("s", "^", "v", "D", "P", "X", "<", ">", "p", "h")  # of the methods without a colour of their own
+
 
 def plan(spec: Spec, overrides: tuple[str, ...] = ()) -> list[Config]:
     """The runs of table-8."""
@@ -63,13 +65,13 @@ def draw(spec: Spec, configs: list[Config]) -> Exhibit:
     points = data[~data.method.str.startswith("adamw") & np.isfinite(data.minus_adamw)].sort_values(["cost", "minus_adamw"])
     for number, row in enumerate(points.itertuples(), start=1):
         color = style.METHOD_COLOR.get(str(row.method), "#888888")
+        marker = "o" if str(row.method) in style.METHOD_COLOR else MARKERS[number % len(MARKERS)]
         spread = [[max(0.0, row.cost - row.cost_q1)], [max(0.0, row.cost_q3 - row.cost)]]
         error = row.minus_adamw_stderr
-        text = f"{number} {label(str(row.method))}"
+        text = label(str(row.method))
         axis.errorbar(
-            row.cost, row.minus_adamw, error, spread, color=color, marker="o", linestyle="none", elinewidth=0.6, label=text
+            row.cost, row.minus_adamw, error, spread, color=color, marker=marker, linestyle="none", elinewidth=0.6, label=text
         )
-        axis.annotate(str(number), (row.cost, row.minus_adamw), xytext=(3, 3), textcoords="offset points", fontsize=6)
     axis.axhline(0.0, color=black, linewidth=0.6, linestyle=":")
     axis.set(xlabel="time per step / AdamW's (AdamW: number of steps)", ylabel="test loss minus AdamW's\n(nats/token, paired)")
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=6)
