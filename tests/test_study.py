@@ -163,23 +163,10 @@ def test_cells_in_turn_keep_what_exists_a_complete_smaller_study(tmp_path):
 # ---------------------------------------------------------------- grids
 
 
-def test_a_grid_grows_until_its_best_is_interior(tmp_path):
-    def config_of(value):
-        return [compose(TASK, "sam", "quick", [{"method": {"rho": value}}], (f"runtime.runs={tmp_path}",))]
-
-    def found(grid, loss, extensions):
-        while (result := search(grid, config_of, extensions)).best is None:
-            for config in missing(result.configs):
-                record(config, loss(config.method.rho))
-        return result
-
-    interior = found([0.01, 0.02, 0.04], lambda rho: abs(math.log(rho / 0.02)), 3)
-    assert (interior.values, interior.best, interior.edge) == ([0.01, 0.02, 0.04], 0.02, "")
-
-
 @pytest.mark.parametrize(
     ("loss", "extensions", "values", "best", "edge"),
     [
+        (lambda rho: abs(math.log(rho / 0.02)), 3, [0.01, 0.02, 0.04], 0.02, ""),  # interior at once
         (lambda rho: abs(math.log(rho / 0.0025)), 3, [0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04], 0.0025, ""),
         (lambda rho: -rho, 2, [0.01, 0.02, 0.04, 0.08, 0.16], 0.16, "high"),  # the cap, and it says so
         (lambda rho: rho, 1, [0.005, 0.01, 0.02, 0.04], 0.005, "low"),
@@ -188,7 +175,7 @@ def test_a_grid_grows_until_its_best_is_interior(tmp_path):
         (lambda rho: 3.0, 1, [0.005, 0.01, 0.02, 0.04], 0.005, "low"),  # equal: the smaller
     ],
 )
-def test_a_grid_is_extended_by_its_own_factor(loss, extensions, values, best, edge, tmp_path):
+def test_a_grid_grows_by_its_own_factor_until_its_best_is_interior(loss, extensions, values, best, edge, tmp_path):
     def config_of(value):
         return [compose(TASK, "sam", "quick", [{"method": {"rho": value}}], (f"runtime.runs={tmp_path}",))]
 
