@@ -252,7 +252,7 @@ def test_tuning_on_a_reported_seed_or_on_the_test_split_is_refused(tmp_path):
     [
         ({"sha256": "other"}, "text and tokenizer"),
         ({"tokens": 11}, "validation tokens"),
-        ({"step": 60}, "60 updates instead of 250"),
+        ({"step": 60}, "60 updates instead of 545"),
     ],
 )
 def test_records_that_do_not_fit_together_are_refused(change, message, tmp_path):

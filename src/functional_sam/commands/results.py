@@ -2,17 +2,18 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from functional_sam.commands import console, wide
 from functional_sam.commands.runs import stale_words, statuses
 from functional_sam.errors import UserError
-from functional_sam.exhibits import draw, fresh, notebook, plan, source
+from functional_sam.exhibits import draw, drawable, fresh, notebook, pack_name, sharing, source
 from functional_sam.exhibits.check import compare, load_released, released_paths
 from functional_sam.files import write_text
 from functional_sam.records import Run
-from functional_sam.records.released import save_pack
+from functional_sam.records.released import load_pack, reading, save_pack
 
 
 def draw_command(options: argparse.Namespace) -> int:
@@ -65,9 +66,9 @@ def release_command(options: argparse.Namespace) -> int:
     name, scale = options.exhibit, options.scale
     if source(name, scale) is not None:
         raise UserError(f"{name} at scale {scale}: only complete runs can be released; functional-sam run {name} --scale {scale}")
-    runs = [Run(config) for config in plan(name, scale)]
     frame = fresh(name, scale)
-    pack = save_pack(name, scale, runs)
+    runs = [Run(config) for config in drawable(name, scale)]
+    pack = save_pack(pack_name(name, scale), scale, *to_release(name, scale))
     csv, yaml = released_paths(name, scale)
     write_text(csv, frame.to_csv(index=False, float_format="%.8g"))
     console.print(f"wrote {shown(pack)} ({len(runs)} runs, {pack.stat().st_size / 1000:.0f} kB) and {shown(csv)}", soft_wrap=True)
@@ -80,6 +81,19 @@ def release_command(options: argparse.Namespace) -> int:
     if not yaml.is_file():
         console.print(f"`check` needs {shown(yaml)} too: keys, tolerances and their reason", style="yellow", soft_wrap=True)
     return 0
+
+
+def to_release(name: str, scale: str) -> tuple[list[Run], list[dict[str, Any]]]:
+    """The runs here that exhibits sharing a pack can draw, and what the present pack holds for them beyond those."""
+    here: dict[str, Run] = {}
+    kept: dict[str, dict[str, Any]] = {}
+    pack = load_pack(pack_name(name, scale), scale)
+    for other in sharing(name, scale):
+        here |= {config.name: Run(config) for config in drawable(other, scale)}
+        if pack is not None:
+            with reading(pack):
+                kept |= {config.name: pack.runs[config.name] for config in drawable(other, scale)}
+    return list(here.values()), [line for run, line in kept.items() if run not in here]
 
 
 def shown(path: Path) -> Path:

@@ -14,11 +14,15 @@ import pandas as pd
 from functional_sam.config import Config, configs_directory, nearest
 from functional_sam.errors import UserError
 from functional_sam.exhibits.output import Exhibit, drawing_into, save_frame, save_provenance
-from functional_sam.exhibits.spec import Spec, load_spec
+from functional_sam.exhibits.spec import Spec, load_spec, scales
 from functional_sam.records import Run
 from functional_sam.records.released import Pack, load_pack, reading, results_directory
 
-__all__ = ["Exhibit", "draw", "fresh", "known", "plan", "source"]
+__all__ = ["Exhibit", "NotComplete", "draw", "drawable", "fresh", "known", "plan", "scales", "source"]
+
+
+class NotComplete(UserError):
+    """Runs of an exhibit are missing, here and among the released records."""
 
 
 def known() -> list[str]:
@@ -39,13 +43,21 @@ def plan(name: str, scale: str = "quick", overrides: tuple[str, ...] = ()) -> li
     return configs
 
 
+def drawable(name: str, scale: str = "quick", overrides: tuple[str, ...] = ()) -> list[Config]:
+    """Configs of the runs that can be drawn now: all, or those of a study's complete cells where it goes cell by cell; or none."""
+    module, spec = _module(name), load_spec(name, scale)
+    spec.complete_only = True
+    configs: list[Config] = module.plan(spec, overrides)
+    return configs if all(Run(config).done for config in configs) else []
+
+
 def draw(name: str, scale: str = "quick", overrides: tuple[str, ...] = ()) -> Exhibit:
-    """Draw from run directories, or from the released records where runs are missing; write the files under paper/.
+    """Draw from run directories, or from the released records where those hold more; write the files under paper/.
 
     Raises UserError naming the command when a run is missing and none was released.
     """
     module, spec = _module(name), load_spec(name, scale)
-    spec.command = overrides
+    spec.command, spec.complete_only = overrides, True
     pack = source(name, scale, overrides)
     with reading(pack) if pack else nullcontext():
         configs = module.plan(spec, overrides)
@@ -56,29 +68,44 @@ def draw(name: str, scale: str = "quick", overrides: tuple[str, ...] = ()) -> Ex
 
 
 def source(name: str, scale: str = "quick", overrides: tuple[str, ...] = ()) -> Pack | None:
-    """None when every run is complete; else the released records, if they hold them all. Overrides name other runs: not released.
+    """None to draw from run directories; the released records if they hold more. Overrides name other runs: not released.
 
-    Raises UserError naming the command when a run is in neither.
+    Raises NotComplete naming the command when neither is enough to draw.
     """
-    runs = [Run(config) for config in plan(name, scale, overrides)]
-    missing = [run for run in runs if not run.done]
+    configs = plan(name, scale, overrides)
+    missing = [config for config in configs if not Run(config).done]
     if not missing:
         return None
-    pack = None if overrides else load_pack(name, scale)
+    here = drawable(name, scale, overrides)
+    pack = None if overrides else load_pack(pack_name(name, scale), scale)
     if pack is not None:
         with reading(pack):
-            if all(Run(config).done for config in plan(name, scale)):
-                return pack
-    raise UserError(
-        f"{name} at scale {scale}: {len(missing)} of {len(runs)} runs are not complete "
-        f"(first: {missing[0].directory}); make them with: functional-sam run {name} --scale {scale}"
+            there = drawable(name, scale)
+        if len(there) > len(here):
+            return pack
+    if here:
+        return None
+    raise NotComplete(
+        f"{name} at scale {scale}: {len(missing)} of {len(configs)} runs are not complete "
+        f"(first: {Run(missing[0]).directory}); make them with: functional-sam run {name} --scale {scale}"
     )
+
+
+def pack_name(name: str, scale: str) -> str:
+    """Whose released records an exhibit's are: its own, or its study's, which several exhibits share."""
+    return load_spec(name, scale).study or name
+
+
+def sharing(name: str, scale: str) -> list[str]:
+    """The exhibits that draw from the same released records, itself included."""
+    own = pack_name(name, scale)
+    return [other for other in known() if scale in scales(other) and pack_name(other, scale) == own]
 
 
 def fresh(name: str, scale: str = "quick", overrides: tuple[str, ...] = ()) -> pd.DataFrame:
     """The numbers of the exhibit from run directories alone, as its CSV holds them; nothing is written under paper/."""
     if source(name, scale, overrides) is not None:
-        raise UserError(f"{name} at scale {scale}: runs are missing; make them with: functional-sam run {name} --scale {scale}")
+        raise NotComplete(f"{name} at scale {scale}: runs are missing; make them with: functional-sam run {name} --scale {scale}")
     with tempfile.TemporaryDirectory() as directory, drawing_into(Path(directory)):
         return pd.read_csv(save_frame(load_spec(name, scale), draw(name, scale, overrides).frame))
 

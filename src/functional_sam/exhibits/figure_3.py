@@ -11,7 +11,7 @@ from functional_sam.config import Config
 from functional_sam.exhibits import style
 from functional_sam.exhibits.comparison import edges, label
 from functional_sam.exhibits.output import Exhibit, save_figure, save_frame
-from functional_sam.exhibits.regime_table import opening
+from functional_sam.exhibits.regime_table import not_shown, opening
 from functional_sam.exhibits.spec import Spec
 from functional_sam.exhibits.statistics import estimate
 from functional_sam.exhibits.study import Planned, Study, cells, configs_of, has_radius, load_study, loss, make, plan_cells
@@ -27,15 +27,21 @@ def plan(spec: Spec, overrides: tuple[str, ...] = ()) -> list[Config]:
 
 
 def curves(study: Study, one: Planned) -> dict[tuple[int, str], dict[float | None, Config]]:
-    """(seed, method) -> radius -> run: the first tuning seed's, at the middle size all; AdamW's radius is None."""
+    """(seed, method) -> radius -> run: the first tuning seed's, at the middle size all; AdamW's radius is None.
+
+    To draw what is complete: the seeds whose runs all are.
+    """
     lr = one.lr.best
     if lr is None or any(found.best is None for found in one.rho.values()):
         return {}
     found: dict[tuple[int, str], dict[float | None, Config]] = {}
     for seed in study.tuning_seeds if one.cell.task == study.middle else study.tuning_seeds[:1]:
+        own: dict[tuple[int, str], dict[float | None, Config]] = {}
         for name, entry in one.entries.items():
             radii: Sequence[float | None] = one.rho[name].values if has_radius(name, entry) else [None]
-            found[seed, name] = {rho: make(study, one.cell, name, entry, seed, lr, rho) for rho in radii}
+            own[seed, name] = {rho: make(study, one.cell, name, entry, seed, lr, rho) for rho in radii}
+        if not study.complete_only or all(Run(config).done for curve in own.values() for config in curve.values()):
+            found |= own
     return found
 
 
@@ -87,8 +93,9 @@ def draw(spec: Spec, configs: list[Config]) -> Exhibit:
         axis.set_ylabel("validation loss\nminus AdamW's (nats/token)")
     style.legend_above(figure, axes[0, 0])
     caption = (
-        f"{opening(spec, planned)} {planned[0].lr.configs[0].training.steps} steps. Validation loss minus AdamW's with the same "
-        "initialization and data order, against rho, at AdamW's learning rate; the radius of preconditioned methods is |eps| too. "
+        f"{opening(spec, planned)} {planned[0].lr.configs[0].training.steps} steps.{not_shown(spec, 'fixed', planned)} "
+        "Validation loss minus AdamW's with the same initialization and data order, against rho, at AdamW's learning rate; the "
+        "radius of preconditioned methods is |eps| too. "
         f"Tuning seed {study.tuning_seeds[0]}, whose lowest point is the radius of table-2 (star); where n > 1, means over it and "
         f"{', '.join(map(str, study.tuning_seeds[1:]))}, bands are one standard error. Crosses at the top edge diverged. "
         f"Linear within 0.01, logarithmic beyond. {edges(planned)}"

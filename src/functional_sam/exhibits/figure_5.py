@@ -14,7 +14,7 @@ from functional_sam.config import Config
 from functional_sam.exhibits import style
 from functional_sam.exhibits.comparison import comparison, edges, label
 from functional_sam.exhibits.output import Exhibit, save_figure, save_frame
-from functional_sam.exhibits.regime_table import opening
+from functional_sam.exhibits.regime_table import not_shown, opening
 from functional_sam.exhibits.spec import Spec
 from functional_sam.exhibits.statistics import Estimate
 from functional_sam.exhibits.study import REGIMES, Planned, Study, cells, configs_of, load_study, plan_cells, repeated
@@ -23,11 +23,12 @@ ENOUGH = 3  # sizes that a power law of two parameters needs
 
 
 def planned(study: Study) -> list[Planned]:
-    """Both regimes at every size, then the middle size on fewer and fewer tokens."""
+    """Both regimes at every size; the middle size on fewer and fewer tokens, once it is known with all of them."""
     found = [one for regime in REGIMES for one in plan_cells(study, cells(study, regime))]
-    if study.in_turn and not all(one.complete for one in found):
+    once = [one for one in found if (one.cell.task, one.cell.regime) == (study.middle, "fixed")]
+    if study.in_turn and not all(one.complete for one in once or found[:1]):
         return found
-    return [*found, *plan_cells(study, repeated(study), seeds=study.middle_seeds)]
+    return [*found, *plan_cells(study, repeated(study), seeds=study.middle_seeds)] if once else found
 
 
 def plan(spec: Spec, overrides: tuple[str, ...] = ()) -> list[Config]:
@@ -60,8 +61,13 @@ def draw(spec: Spec, configs: list[Config]) -> Exhibit:
     laws = {}
     for column, (regime, name) in enumerate(REGIMES.items()):
         part = data[data.regime == regime]
+        axes[0, column].set_title(name.capitalize())
+        if part.empty:
+            axes[1, column].set_axis_off()
+            axes[0, column].set_axis_off()
+            continue
         laws[regime] = lines(axes[:, column], part, "parameters")
-        axes[0, column].set(title=name.capitalize(), xscale="log", yscale="log")
+        axes[0, column].set(xscale="log", yscale="log")
         axes[1, column].set_xlabel("non-embedding parameters")
         sizes = sorted(set(part.parameters))
         axes[1, column].set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
@@ -82,9 +88,20 @@ def draw(spec: Spec, configs: list[Config]) -> Exhibit:
         f"{study.tokens_per_parameter:g} tokens per parameter; right: {study.fixed_steps} steps on the first tokens of the train "
         "stream only, rho tuned at each number of epochs. Above test loss with standard errors, below differences to AdamW paired "
         "by seed (n as in table-2 and table-3; repeated data "
-        f"n={len(study.middle_seeds)}). {_fits(laws)} {edges(found)}"
+        f"n={len(study.middle_seeds)}).{left_out(spec, study, found)} {_fits(laws)} {edges(found)}"
     )
     return Exhibit([*save_figure(spec, figure), save_frame(spec, data)], caption.strip(), _words(data, part), data, figure)
+
+
+def left_out(spec: Spec, study: Study, found: Sequence[Planned]) -> str:
+    """What is not drawn because its runs are not complete, in words; empty when all is."""
+    of = {regime: [one for one in found if one.cell.regime == regime] for regime in REGIMES}
+    have = {one.cell.regime for one in found}
+    epochs = [str(value) for value in study.epochs if f"{value} epochs" not in have]
+    words = "".join(not_shown(spec, regime, part) for regime, part in of.items())
+    return words + (
+        f" Not shown, because their runs are not complete: repeated data of {', '.join(epochs)} epochs." if epochs else ""
+    )
 
 
 def on_repeated(study: Study, data: pd.DataFrame) -> pd.DataFrame:
@@ -140,6 +157,9 @@ def _words(data: pd.DataFrame, part: pd.DataFrame) -> str:
         own = data[data.regime == regime]
         counts = {word: int(own.verdict_adamw.str.startswith(word).sum()) for word in ("better", "worse", "inconclusive")}
         sentences.append(f"{name}: " + ", ".join(f"{count} {word}" for word, count in counts.items()))
+    main = f"Cells (method x size) against AdamW, paired, 95 %: {'; '.join(sentences)}."
+    if part.regime.nunique() < 2:
+        return main
     firsts = []
     for method, own in part[part.method != "adamw"].groupby("method", sort=False):
         better = own[own.verdict_adamw.str.startswith("better")]
@@ -148,6 +168,6 @@ def _words(data: pd.DataFrame, part: pd.DataFrame) -> str:
     base = part[part.method == "adamw"]
     shares = ", ".join(f"{row.share_func:.2f} at {row.epochs:.0f}" for row in base.itertuples())
     return (
-        f"Cells (method x size) against AdamW, paired, 95 %: {'; '.join(sentences)}. Repeated data, better than AdamW: "
+        f"{main} Repeated data, better than AdamW: "
         f"{', '.join(firsts)}. Share of delta_func in AdamW's sharpness gradient at the end, by epochs: {shares}."
     )

@@ -33,7 +33,8 @@ def draw(spec: Spec, regime: str) -> Exhibit:
     """CSV and Markdown table of a regime, the published values below."""
     found = planned(spec, regime, spec.command)
     frame = comparison(found)
-    caption = f"{opening(spec, found)} {REGIMES[regime].capitalize()} training: {lengths(found)}. {closing(spec, found)}"
+    shown = f"{REGIMES[regime].capitalize()} training: {lengths(found)}.{not_shown(spec, regime, found)}"
+    caption = f"{opening(spec, found)} {shown} {closing(spec, found)}"
     text = f"Against AdamW at equal steps ({REGIMES[regime]}, paired, 95 %): {against(frame)}."
     diagnosed, carried = diagnosis(frame), carried_over(frame)
     path = stem(spec).with_suffix(".md")
@@ -66,6 +67,13 @@ def lengths(found: Sequence[Planned]) -> str:
     return "20 tokens per non-embedding parameter: " + ", ".join(
         f"{task.removeprefix('language-')} {training.steps} steps" for task, training in steps.items()
     )
+
+
+def not_shown(spec: Spec, regime: str, found: Sequence[Planned]) -> str:
+    """Sizes of the study whose runs are not complete, in words; empty when all are."""
+    left = [task for task in (spec.tasks or load_study(spec).sizes) if task not in {one.cell.task for one in found}]
+    names = ", ".join(task.removeprefix("language-") for task in left)
+    return f" Not shown, because their {REGIMES[regime]} runs are not complete: {names}." if left else ""
 
 
 def closing(spec: Spec, found: Sequence[Planned]) -> str:

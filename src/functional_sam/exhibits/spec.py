@@ -25,6 +25,7 @@ class Spec:
     rho_scale: dict[str, float] = field(default_factory=dict)  # a method's radius in units of the grid's, where it is another one
     phi: list[float] = field(default_factory=list)  # angles of Angle-SAM, degrees
     study: str = ""  # a file of configs/studies, which then says seeds and grids; tasks, if any, limit its sizes
+    complete_only: bool = False  # plan the cells of a study that are complete, where it goes cell by cell: to draw what there is
     command: tuple[str, ...] = ()  # overrides of the command line, for a drawing that plans again
     overrides: dict[str, Any] = field(default_factory=dict)  # on the config of every run
     by_task: dict[str, Any] = field(default_factory=dict)  # on those of one task, after overrides
@@ -33,6 +34,11 @@ class Spec:
         """What the exhibit lays over the config of a run: overrides, those of the task, the seed of weights and data, and more."""
         own = {"training": {"init_seed": seed, "data_seed": seed}}
         return [self.overrides, self.by_task.get(task, {}), own, more]
+
+
+def scales(name: str) -> list[str]:
+    """The scales that an exhibit has."""
+    return list(read_yaml("exhibits", name).get("scales", {}))
 
 
 def load_spec(name: str, scale: str) -> Spec:

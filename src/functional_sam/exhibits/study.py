@@ -55,6 +55,7 @@ class Study:
     extensions: int = 2  # points that a grid may grow by, one at a time, until its best is interior
     curvature_seeds: int = 0  # reported seeds, the first so many, whose final curvature is measured; 0 = all, -1 = none
     in_turn: bool = False  # plan a cell only when the one before is complete: what exists is a smaller study, always
+    complete_only: bool = False  # plan complete cells alone, to draw them; with in_turn
     settings: dict[str, Any] = field(default_factory=dict)  # on the config of every run
     overrides: tuple[str, ...] = ()  # of the command line
 
@@ -104,6 +105,7 @@ def load_study(spec: Spec, overrides: tuple[str, ...] = ()) -> Study:
         raise UserError(f"{where}: {error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(study, Study)
     study.overrides = overrides
+    study.complete_only = study.in_turn and spec.complete_only
     for task, seeds in study.sizes.items():
         if not seeds or not study.tuning_seeds or set(study.tuning_seeds) & set(seeds):
             raise UserError(f"{where}, {task}: reported seeds {seeds}: at least one, and none of tuning_seeds {study.tuning_seeds}")
@@ -307,11 +309,13 @@ def plan_cell(study: Study, cell: Cell, entries: dict[str, Entry] | None = None,
 def plan_cells(
     study: Study, wanted: Sequence[Cell], entries: dict[str, Entry] | None = None, seeds: Sequence[int] | None = None
 ) -> list[Planned]:
-    """The cells one after the other; with study.in_turn up to the first that is not complete."""
+    """The cells one after the other; with study.in_turn up to the first that is not complete, and without it to draw them."""
     planned: list[Planned] = []
     for cell in wanted:
-        planned.append(plan_cell(study, cell, entries, seeds))
-        if study.in_turn and not planned[-1].complete:
+        one = plan_cell(study, cell, entries, seeds)
+        if one.complete or not study.complete_only:
+            planned.append(one)
+        if study.in_turn and not one.complete:
             break
     return planned
 

@@ -13,7 +13,7 @@ from functional_sam.exhibits.output import Exhibit, save_frame, stem
 from functional_sam.exhibits.regime_table import closing, diagnosis, opening
 from functional_sam.exhibits.spec import Spec
 from functional_sam.exhibits.statistics import estimate, paired_difference, verdict
-from functional_sam.exhibits.study import Planned, Study, cells, configs_of, load_study, longer, plan_cells, repeated
+from functional_sam.exhibits.study import Planned, Study, cells, configs_of, load_study, longer, plan_cell, plan_cells, repeated
 from functional_sam.files import write_text
 
 
@@ -35,32 +35,35 @@ class Parts:
 
 
 def parts(study: Study) -> Parts:
-    """Main cell, AdamW with twice the steps and with those of each cheap method's time, the cheap ones, variants, repeated data."""
+    """Main cell, AdamW with twice the steps and with those of each cheap method's time, the cheap ones, variants, repeated data.
+
+    With study.in_turn as far as the first that is not complete; to draw them, without it.
+    """
     (cell,) = cells(study, "fixed", [study.middle])
     adamw = {name: entry for name, entry in study.methods.items() if name == "adamw"}
-    (main,) = plan_cells(study, [cell])
-    found = Parts(main, {}, None, None, [])
+    found = Parts(plan_cell(study, cell), {}, None, None, [])
 
     def blocked() -> bool:
         return study.in_turn and not all(one.complete for one in found.all)
 
     for factor in (2.0, *study.compute.values()):
-        if blocked():
-            return found
-        found.longer.update({factor: plan_cells(study, [longer(study, factor)], adamw, study.middle_seeds)[0]})
+        for one in [] if blocked() else plan_cells(study, [longer(study, factor)], adamw, study.middle_seeds):
+            found.longer[factor] = one
     for name, entries in (("cheap", study.cheap), ("variants", study.variants)):
-        if blocked():
+        if blocked() or len(found.longer) <= len(study.compute):
             return found
-        (one,) = plan_cells(study, [cell], entries, study.middle_seeds)
-        found = Parts(**{**vars(found), name: one})
-    if blocked():
+        for one in plan_cells(study, [cell], entries, study.middle_seeds):
+            found = Parts(**{**vars(found), name: one})
+    if blocked() or found.variants is None:
         return found
     return Parts(**{**vars(found), "repeated": plan_cells(study, repeated(study), seeds=study.middle_seeds)})
 
 
 def plan(spec: Spec, overrides: tuple[str, ...] = ()) -> list[Config]:
-    """The runs known so far, in order."""
-    return configs_of(parts(load_study(spec, overrides)).all)
+    """The runs known so far, in order; none to draw before those at equal compute are complete."""
+    study = load_study(spec, overrides)
+    found = parts(study)
+    return [] if study.complete_only and found.cheap is None else configs_of(found.all)
 
 
 def of_seeds(configs: Sequence[Config], seeds: Sequence[int]) -> list[Config]:
@@ -87,7 +90,6 @@ def against(configs: Sequence[Config], base: Sequence[Config], kind: str) -> dic
 def frame(study: Study, found: Parts) -> pd.DataFrame:
     """One row a method and block, each with the AdamW it is compared to."""
     assert found.cheap is not None
-    assert found.variants is not None
     check(found.all)
     adamw, double = found.main.reported["adamw"], found.longer[2.0].reported["adamw"]
     out: list[dict[str, Any]] = []
@@ -103,9 +105,12 @@ def frame(study: Study, found: Parts) -> pd.DataFrame:
         base = found.longer[study.compute[row["method"]]].reported["adamw"]
         kind = f"AdamW, {study.compute[row['method']]:g} x"
         out.append({"block": "equal compute", **row, **against(found.cheap.reported[row["method"]], base, kind)})
-    for row in rows(found.variants):
+    for row in rows(found.variants) if found.variants else []:
+        assert found.variants is not None
         out.append({"block": "variants", **row, **against(found.variants.reported[row["method"]], adamw, "AdamW")})
     data = pd.DataFrame(out)
+    if not found.repeated:
+        return data
     again = comparison(found.repeated)
     again.insert(0, "block", "repeated data")
     return pd.concat([data, again], ignore_index=True)
@@ -123,17 +128,26 @@ def draw(spec: Spec, configs: list[Config]) -> Exhibit:
         "method against AdamW with as many more steps as it takes longer (learning rate tuned again, warm-up and cosine "
         f"stretched): 2 for two passes, {times} (measured, results/benchmark/time.csv). Variants at equal steps, each with its "
         "radius tuned over a grid in its own unit. Repeated data: the same steps on fewer unique tokens, rho tuned in each cell. "
-        f"{closing(spec, [found.main])} {edges(found.all[1:])}{seconds}"
+        f"{closing(spec, [found.main])} {edges(found.all[1:])}{not_shown(study, found)}{seconds}"
     )
     text = _words(data)
-    lines = ["**Equal compute**", "", *_compute_lines(data[data.block == "equal compute"]), "", "**Variants, equal steps**", ""]
-    lines += [*_compute_lines(data[data.block == "variants"]), "", "**Repeated data**", ""]
+    lines = ["**Equal compute**", "", *_compute_lines(data[data.block == "equal compute"]), ""]
+    if found.variants:
+        lines += ["**Variants, equal steps**", "", *_compute_lines(data[data.block == "variants"]), ""]
+    lines += ["**Repeated data**", ""] if found.repeated else []
     for regime, part in data[data.block == "repeated data"].groupby("regime", sort=False):
         unique = f"{regime}, {part.unique_tokens.iloc[0]:,} unique tokens"
         lines += [unique, "", *markdown(part), "", diagnosis(part), ""]
     path = stem(spec).with_suffix(".md")
     write_text(path, "\n".join([*lines, caption, "", text]) + "\n")
     return Exhibit([path, save_frame(spec, data)], caption, text, data)
+
+
+def not_shown(study: Study, found: Parts) -> str:
+    """Blocks whose runs are not complete, in words; empty when all are."""
+    left = [] if found.variants else ["variants"]
+    left += [f"{epochs} epochs" for epochs in study.epochs[len(found.repeated) :]]
+    return f"Not shown, because their runs are not complete: {', '.join(left)}. " if left else ""
 
 
 def _speed(found: Parts) -> str:
@@ -174,6 +188,8 @@ def _words(data: pd.DataFrame) -> str:
     )
     for block, column, name in blocks:
         part = data[(data.block == block) & data[column].notna() & ~data.method.str.startswith("adamw")]
+        if part.empty:
+            continue
         sentences.append(f"{name}: {_counted(part, column)}")
     for regime, part in data[data.block == "repeated data"].groupby("regime", sort=False):
         sentences.append(f"{regime}: {_counted(part[part.method != 'adamw'], 'verdict_adamw')}")

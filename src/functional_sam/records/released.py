@@ -1,9 +1,10 @@
-"""Released records: what redraws an exhibit without its run directories, one JSON-lines file an exhibit and scale.
+"""Released records: what redraws exhibits without their run directories, one JSON-lines file an exhibit, or a study, and scale.
 
-results/runs/NAME-SCALE.jsonl: a head (exhibit, scale, the code that made the runs), then one line a run: config, metrics except
-those of LEFT_OUT, and every JSON file of its directory. Checkpoints and the text of uncommitted changes stay behind.
+results/runs/NAME-SCALE.jsonl: a head (name, scale, the code and the data of the runs), then one line a run: config, metrics except
+those of LEFT_OUT, and every JSON file of its directory. Checkpoints, runtime settings and uncommitted changes stay behind.
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -26,7 +27,7 @@ LEFT_OUT = ("train",)  # kinds of lines of metrics.jsonl that no exhibit draws, 
 
 @dataclass(frozen=True)
 class Pack:
-    """The records of one exhibit at one scale."""
+    """The records of one exhibit, or of one study, at one scale."""
 
     path: Path
     runs: dict[str, dict[str, Any]]
@@ -76,21 +77,21 @@ def results_directory() -> Path:
     return configs_directory().parent / "results"
 
 
-def pack_path(exhibit: str, scale: str) -> Path:
-    """The file of an exhibit's released records."""
-    return results_directory() / "runs" / f"{exhibit}-{scale}.jsonl"
+def pack_path(name: str, scale: str) -> Path:
+    """The file of the released records of an exhibit, or of a study that several share."""
+    return results_directory() / "runs" / f"{name}-{scale}.jsonl"
 
 
-def load_pack(exhibit: str, scale: str) -> Pack | None:
-    """The released records of an exhibit, None where there are none. Raises UserError for a damaged file."""
-    path = pack_path(exhibit, scale)
+def load_pack(name: str, scale: str) -> Pack | None:
+    """The released records of an exhibit or study, None where there are none. Raises UserError for a damaged file."""
+    path = pack_path(name, scale)
     try:
         head, *lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-        for line in lines:
-            record = line["files"]["provenance.json"]
-            for part in (record, *record.get("resumed", [])):
-                if "code" in part:
-                    part["code"] = {"sha256": part["code"], "files": head["code"][part["code"]]}
+        for part in _parts(lines):
+            if "code" in part:
+                part["code"] = {"sha256": part["code"], "files": head["code"][part["code"]]}
+            if isinstance(part.get("data"), str):
+                part["data"] = head["data"][part["data"]]
         return Pack(path, {line["run"]: line for line in lines})
     except FileNotFoundError:
         return None
@@ -98,31 +99,55 @@ def load_pack(exhibit: str, scale: str) -> Pack | None:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}): restore it with git checkout") from error
 
 
-def save_pack(exhibit: str, scale: str, runs: Iterable["Run"]) -> Path:
-    """Write the released records of complete runs."""
-    code: dict[str, dict[str, str]] = {}
-    lines = [_line(run, code) for run in runs]
-    content = [{"exhibit": exhibit, "scale": scale, "left_out": LEFT_OUT, "code": code}, *lines]
-    path = pack_path(exhibit, scale)
-    write_text(path, "".join(json.dumps(line) + "\n" for line in content))
+def save_pack(name: str, scale: str, runs: Iterable["Run"], kept: Iterable[dict[str, Any]] = ()) -> Path:
+    """Write the released records of complete runs, after lines `kept` of a pack that was loaded."""
+    lines = [*copy.deepcopy(list(kept)), *(_line(run) for run in runs)]
+    # The same for most runs: once, in the head.
+    shared: dict[str, dict[str, Any]] = {"code": {}, "data": {}}
+    for part in _parts(lines):
+        if "code" in part:
+            shared["code"][part["code"]["sha256"]] = part["code"]["files"]
+            part["code"] = part["code"]["sha256"]
+        if "sha256" in part.get("data", {}):
+            shared["data"][part["data"]["sha256"]] = part["data"]
+            part["data"] = part["data"]["sha256"]
+    content = [{"name": name, "scale": scale, "left_out": LEFT_OUT, **shared}, *lines]
+    path = pack_path(name, scale)
+    write_text(path, "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in content))
     return path
 
 
-def _line(run: "Run", code: dict[str, dict[str, str]]) -> dict[str, Any]:
+def _parts(lines: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """What says where a run comes from: of its beginning, and of each time it was resumed."""
+    for line in lines:
+        record = line["files"]["provenance.json"]
+        yield from (record, *record.get("resumed", []))
+
+
+def _line(run: "Run") -> dict[str, Any]:
     names = sorted(path.name for path in run.directory.glob("[!.]*.json"))
-    files = {name: run.read(name) for name in names}
-    record = files["provenance.json"]
-    for part in (record, *record.get("resumed", [])):
+    line = {
+        "run": run.config.name,
+        "config": _settings(run.directory / "config.yaml"),
+        "files": {name: run.read(name) for name in names},
+        "metrics": [line for line in run.metrics() if line["kind"] not in LEFT_OUT],
+    }
+    for part in _parts([line]):
         if "command" in part:
-            part["command"] = [_plain(word) for word in part["command"]]
+            words = [_plain(word) for word in part["command"]]
+            if "--worker" in words:  # of a pool: one process did many runs
+                words = [word for word in words if "-" not in word.lstrip("-") or word == run.config.name]
+            part["command"] = words
         if part.get("diff"):
             part["diff"] = f"not released; SHA-256 {hashlib.sha256(part['diff'].encode()).hexdigest()}"
-        if "code" in part:  # the same for most runs: once, in the head
-            code[part["code"]["sha256"]] = part["code"]["files"]
-            part["code"] = part["code"]["sha256"]
-    config = (run.directory / "config.yaml").read_text(encoding="utf-8")
-    metrics = [line for line in run.metrics() if line["kind"] not in LEFT_OUT]
-    return {"run": run.config.name, "config": config, "files": files, "metrics": metrics}
+    return line
+
+
+def _settings(path: Path) -> str:
+    """A run's config.yaml without its last section: runtime settings are a machine's, and change no result."""
+    settings, runtime, _ = path.read_text(encoding="utf-8").partition("runtime:\n")
+    assert runtime
+    return settings
 
 
 def _plain(word: str) -> str:
