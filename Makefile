@@ -8,10 +8,11 @@ EXHIBITS := $(basename $(notdir $(wildcard configs/exhibits/*.yaml)))
 export PYTHONUTF8 := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup slurm claims methods benchmark test lint format clean $(EXHIBITS) $(foreach verb,draw plan check submit,$(addprefix $(verb)-,$(EXHIBITS)))
+ALL := tables figures
+.PHONY: help setup slurm claims methods benchmark test lint format clean $(EXHIBITS) $(ALL) $(foreach verb,draw plan check submit,$(addprefix $(verb)-,$(EXHIBITS) $(ALL)))
 
 help:  ## this list
-	@echo "make TARGET [SCALE=quick|laptop] [JOBS=processes]      times: 2 CPU cores, scale quick, after setup"
+	@echo "make TARGET [SCALE=quick|laptop] [JOBS=processes] [FRESH=1]      times: 2 CPU cores, scale quick, after setup"
 	@echo
 	@sed -n 's/^\([a-z0-9%-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{printf "  %-16s %s\n", $$1, $$2}'
 
@@ -39,20 +40,27 @@ table-3: $(READY)  ## the five methods at every size, 20 tokens per parameter (6
 table-4: $(READY)  ## curvature of every method's final weights, and which measure ranks them as the loss does (8 min)
 table-8: $(READY)  ## equal compute, other variants, repeated data (5 min after table-2)
 
+tables: $(READY)  ## every table at quick (TABLES_TIME); larger scales are redrawn from results/, FRESH=1 trains them
+figures: $(READY)  ## every figure, in the same way (FIGURES_TIME)
+
 $(EXHIBITS): $(READY)
-	@$(BIN)/functional-sam run $@ --scale $(SCALE) --jobs $(JOBS)
+	@$(BIN)/functional-sam run $@ --scale $(SCALE) --jobs $(JOBS) $(if $(FRESH),--fresh)
 	@$(BIN)/functional-sam draw $@ --scale $(SCALE)
 
-$(addprefix draw-,$(EXHIBITS)): draw-%: $(READY)
+$(ALL): $(READY)
+	@$(if $(FRESH)$(filter quick,$(SCALE)),$(BIN)/functional-sam run $@ --scale $(SCALE) --jobs $(JOBS) $(if $(FRESH),--fresh))
+	@$(BIN)/functional-sam draw $@ --scale $(SCALE)
+
+$(addprefix draw-,$(EXHIBITS) $(ALL)): draw-%: $(READY)
 	@$(BIN)/functional-sam draw $* --scale $(SCALE)
 
-$(addprefix plan-,$(EXHIBITS)): plan-%: $(READY)
+$(addprefix plan-,$(EXHIBITS) $(ALL)): plan-%: $(READY)
 	@$(BIN)/functional-sam plan $* --scale $(SCALE)
 
-$(addprefix check-,$(EXHIBITS)): check-%: $(READY)
+$(addprefix check-,$(EXHIBITS) $(ALL)): check-%: $(READY)
 	@$(BIN)/functional-sam check $* --scale $(SCALE)
 
-$(addprefix submit-,$(EXHIBITS)): submit-%: $(READY)
+$(addprefix submit-,$(EXHIBITS) $(ALL)): submit-%: $(READY)
 	@test -n "$(CLUSTER)" || { echo "make: which cluster? make $@ CLUSTER=NAME, a file of jobs/clusters (see jobs/README.md)"; exit 2; }
 	@$(BIN)/functional-sam submit $* --scale $(SCALE) --cluster $(CLUSTER)
 

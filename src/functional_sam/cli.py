@@ -56,9 +56,9 @@ def _parser() -> argparse.ArgumentParser:
         name: str, function: Callable[[argparse.Namespace], int], text: str, exhibit: bool = True
     ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(command=function)
+        sub.set_defaults(command=_each(function) if exhibit else function)
         if exhibit:
-            sub.add_argument("exhibit", help="for instance figure-1")
+            sub.add_argument("exhibit", help="for instance figure-1; or tables, or figures: all that have the scale")
             sub.add_argument("--scale", default="quick", help="quick (default), laptop, ...: a file of configs/scales")
             sub.add_argument("overrides", nargs="*", help="key=value on every run's config, for instance training.steps=100")
         return sub
@@ -113,6 +113,17 @@ def _of(module: str, function: str) -> Callable[[argparse.Namespace], int]:
     def call(options: argparse.Namespace) -> int:
         code: int = getattr(importlib.import_module(f"functional_sam.commands.{module}"), function)(options)
         return code
+
+    return call
+
+
+def _each(function: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """The command for every exhibit that its first word names."""
+
+    def call(options: argparse.Namespace) -> int:
+        from functional_sam.commands.groups import each
+
+        return each(function, options)
 
     return call
 
