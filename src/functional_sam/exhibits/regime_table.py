@@ -1,4 +1,4 @@
-"""What table-1, table-2 and table-3 have in common: one regime of the study, as CSV and Markdown."""
+"""What table-1, table-2 and table-3 have in common: a regime of the study, planned, in words, as CSV and Markdown."""
 
 import math
 from collections.abc import Sequence
@@ -68,20 +68,31 @@ def lengths(found: Sequence[Planned]) -> str:
     )
 
 
-def closing(spec: Spec, found: Sequence[Planned]) -> str:
+def tuned(found: Sequence[Planned]) -> str:
     """How the numbers came about."""
-    config = found[0].lr.configs[0]
-    sizes = ((one.cell.task.removeprefix("language-"), len(next(iter(one.reported.values())))) for one in found)
-    seeds = ", ".join(f"{size}: {n}" for size, n in sizes)
-    lrs, rhos = searched(found[0].lr), searched(next(iter(found[0].rho.values())))
+    first = found[0]
+    config = first.lr.configs[0]
+    sizes = {one.cell.task.removeprefix("language-"): len(next(iter(one.reported.values()))) for one in found}
+    seeds = ", ".join(f"{size}: {n}" for size, n in sizes.items())
+    lrs, rhos = searched(first.lr), searched(next(iter(first.rho.values())))
+    place = first.cell.task.removeprefix("language-")
+    if len({one.cell.regime for one in found}) > 1:
+        place += f", {REGIMES[first.cell.regime]}"
     return (
         f"Test loss over {config.training.eval_rows or 'all'} whole documents (cut to a row), read once at the end; mean and "
         f"standard error over n seeds ({seeds}); differences paired by initialization and "
         "data order, better or worse only where the 95 % t interval leaves out zero; a diverged run counts as infinite. Learning "
-        f"rate tuned for AdamW on the validation split (mean of {len(found[0].lr.runs[0])} other seeds) and shared by all methods, "
-        f"rho tuned per method and size on one of them (grids of {lrs} and of {rhos} at "
-        f"{found[0].cell.task.removeprefix('language-')}, extended while the best was at an end, as far as the protocol allows). "
-        f"{edges(found)}Gradients are evaluations a run; seconds are wall time on a machine that did other work besides."
+        f"rate tuned for AdamW on the validation split (mean of {len(first.lr.runs[0])} other seeds) and shared by all methods, "
+        f"rho tuned per method and size on one of them (grids of {lrs} and of {rhos} at {place}, extended while the best was at an "
+        "end, as far as the protocol allows)."
+    )
+
+
+def closing(spec: Spec, found: Sequence[Planned]) -> str:
+    """How the numbers of one regime came about, and what the columns of cost are."""
+    return (
+        f"{tuned(found)} {edges(found)}Gradients are evaluations a run; seconds are wall time on a machine that did other work "
+        "besides."
     )
 
 
