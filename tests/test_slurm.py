@@ -34,9 +34,14 @@ SMALL = ["training.batch=4", "training.eval_rows=8", "model.width=16", "model.de
 SMALL += ["measure.micro_batch=4", "data.images=mnist-5k", "runtime.log_every=1", "runtime.checkpoint_every=1000"]
 LONG = [*SMALL, "training.steps=150", "training.precision=float64"]
 ONE_RUN = "title: one run\ntasks: [vision]\nmethods: [adamw]\nscales: {quick: {seeds: [0]}}\n"
-TWO_STAGES = (
-    "title: two stages\ntasks: [language]\nmethods: [adamw, sam]\ntuning_seed: 9\nrho: [0.01]\nscales: {quick: {seeds: [0]}}\n"
-)
+# One size, nothing to choose between: a run for the learning rate, one for the radius, two reported. training.steps on the command
+# line is the length of both regimes, so that the second has the runs of the first.
+STUDY = """
+tuning_seeds: [1000]
+methods: {adamw: {passes: 1}, sam: {}}
+scales:
+  quick: {sizes: {language-0.006M: [0]}, fixed_steps: 6, lr: [0.01], rho: [0.01], extensions: 0, curvature_seeds: -1}
+"""
 # Imported by Python as it starts, where the profile puts it on PYTHONPATH: the loop looks at the clock once a step.
 SLOW = """
 import os, sys, time
@@ -94,16 +99,16 @@ def slurm(tmp_path_factory):
     shutil.rmtree(directory)
 
 
-def checkout(directory, **exhibits):
-    """A copy of the project that can be drawn into and broken; exhibits: YAML of those that are smaller there."""
+def checkout(directory, configs=()):
+    """A copy of the project that can be drawn into and broken; configs: YAML of those that are smaller there, by their path."""
     directory.mkdir()
     for name in ("src", "configs", "analysis", "paper", "results", "jobs"):
         shutil.copytree(ROOT / name, directory / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     shutil.copy2(ROOT / "pyproject.toml", directory)
     (ROOT / ".cache").mkdir(exist_ok=True)
     (directory / ".cache").symlink_to(ROOT / ".cache")
-    for name, text in exhibits.items():
-        (directory / "configs" / "exhibits" / f"{name.replace('_', '-')}.yaml").write_text(text)
+    for name, text in dict(configs).items():
+        (directory / "configs" / f"{name}.yaml").write_text(text)
     return directory
 
 
@@ -158,7 +163,7 @@ def cluster(slurm, tmp_path_factory):
     """Everything submitted, everything done to it, everything ended."""
     base = tmp_path_factory.mktemp("slurm")
     figure = checkout(base / "figure")
-    one = checkout(base / "one", figure_1=ONE_RUN, table_1=TWO_STAGES)
+    one = checkout(base / "one", {"exhibits/figure-1": ONE_RUN, "studies/language": STUDY})
     (base / "slow").mkdir()
     (base / "slow" / "sitecustomize.py").write_text(SLOW)
     slow = f"environment: {{TEST_PAUSE: '0.4', PYTHONPATH: {base / 'slow'}}}\n"
@@ -247,11 +252,11 @@ def test_figure_1_from_submission_to_the_drawn_figure(cluster):
 
 
 def test_runs_that_are_known_only_later_are_submitted_by_the_cluster(cluster):
-    """table-1: the tuning run; once it is complete, from a job, the reported ones at the rho it found; then the table."""
+    """table-1: the run of the learning rate; from a job after it that of rho; from one after that the reported ones; the table."""
     (directory,) = cluster["one"].glob("runs/.jobs/*-table-1")
-    stages = [json.loads((directory / f"stage-{number}" / "jobs.json").read_text()) for number in (1, 2)]
-    assert [len(stage["runs"]) for stage in stages] == [1, 2]
-    (log,) = directory.glob(f"stage-2/{stages[1]['next']}_0_log.out")
+    stages = [json.loads((directory / f"stage-{number}" / "jobs.json").read_text()) for number in (1, 2, 3)]
+    assert [len(stage["runs"]) for stage in stages] == [1, 1, 2]
+    (log,) = directory.glob(f"stage-3/{stages[2]['next']}_0_log.out")
     assert "wrote paper/tables/table-1.md" in log.read_text()
     record = json.loads((cluster["one"] / "paper" / "tables" / "table-1.json").read_text())
     assert {entry["run"] for entry in record["runs"]} == {name for stage in stages for name in stage["runs"].values()}

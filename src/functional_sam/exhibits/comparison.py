@@ -179,10 +179,10 @@ def markdown(frame: pd.DataFrame) -> list[str]:
         n = f"{row.n}" + (f", {row.diverged} diverged" if row.diverged else "")
         cells = [row.size.removeprefix("language-"), label(row.method)]
         cells += [f"{row.lr:g}{_edge(row.lr_edge)}", "" if pd.isna(row.rho) else f"{row.rho:g}{_edge(row.rho_edge)}", n]
-        cells += [_pair(row.test_loss, row.test_loss_stderr, ""), _pair(row.test_bits_per_byte, row.test_bits_per_byte_stderr, "")]
+        cells += [pair(row.test_loss, row.test_loss_stderr, ""), pair(row.test_bits_per_byte, row.test_bits_per_byte_stderr, "")]
         for other in ("adamw", "sam"):
             word = getattr(row, f"verdict_{other}")
-            difference = _pair(getattr(row, f"minus_{other}"), getattr(row, f"minus_{other}_stderr"), "+") if word else ""
+            difference = pair(getattr(row, f"minus_{other}"), getattr(row, f"minus_{other}_stderr"), "+") if word else ""
             cells += [difference, word]
         lines.append(f"| {' | '.join([*cells, f'{row.gradients:,.0f}', f'{row.seconds:.0f}'])} |")
     return lines
@@ -192,7 +192,8 @@ def _edge(edge: str) -> str:
     return {"": "", "low": " (lowest)", "high": " (highest)"}[edge]
 
 
-def _pair(mean: float, stderr: float, sign: str) -> str:
+def pair(mean: float, stderr: float, sign: str = "") -> str:
+    """A mean and its standard error, where there is one; sign "+" for a difference."""
     if math.isinf(mean):
         return "diverged"
     return f"{mean:{sign}.4f}" + (f" +- {stderr:.4f}" if math.isfinite(stderr) else "")

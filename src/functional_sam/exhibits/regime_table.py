@@ -1,4 +1,4 @@
-"""What table-1, table-2 and table-3 have in common: one regime of the study, as CSV and Markdown."""
+"""What table-1, table-2 and table-3 have in common: a regime of the study, planned, in words, as CSV and Markdown."""
 
 import math
 from collections.abc import Sequence
@@ -46,10 +46,8 @@ def draw(spec: Spec, regime: str) -> Exhibit:
 def opening(spec: Spec, found: Sequence[Planned]) -> str:
     """What was trained on what."""
     config = found[0].lr.configs[0]
-    models = ", ".join(
-        f"{one.cell.task.removeprefix('language-')} (width {one.lr.configs[0].model.width}, depth {one.lr.configs[0].model.depth})"
-        for one in found
-    )
+    shapes = {one.cell.task.removeprefix("language-"): one.lr.configs[0].model for one in found}
+    models = ", ".join(f"{size} (width {shape.width}, depth {shape.depth})" for size, shape in shapes.items())
     return (
         f"Scale {spec.scale}, a scaled-down family and not the paper's models: decoders of {models}, non-embedding parameters, "
         f"{config.data.vocab} pieces, rows of {config.model.length} tokens of {' + '.join(config.data.sources)}, "
@@ -76,20 +74,31 @@ def not_shown(spec: Spec, regime: str, found: Sequence[Planned]) -> str:
     return f" Not shown, because their {REGIMES[regime]} runs are not complete: {names}." if left else ""
 
 
-def closing(spec: Spec, found: Sequence[Planned]) -> str:
+def tuned(found: Sequence[Planned]) -> str:
     """How the numbers came about."""
-    config = found[0].lr.configs[0]
-    sizes = ((one.cell.task.removeprefix("language-"), len(next(iter(one.reported.values())))) for one in found)
-    seeds = ", ".join(f"{size}: {n}" for size, n in sizes)
-    lrs, rhos = searched(found[0].lr), searched(next(iter(found[0].rho.values())))
+    first = found[0]
+    config = first.lr.configs[0]
+    sizes = {one.cell.task.removeprefix("language-"): len(next(iter(one.reported.values()))) for one in found}
+    seeds = ", ".join(f"{size}: {n}" for size, n in sizes.items())
+    lrs, rhos = searched(first.lr), searched(next(iter(first.rho.values())))
+    place = first.cell.task.removeprefix("language-")
+    if len({one.cell.regime for one in found}) > 1:
+        place += f", {REGIMES[first.cell.regime]}"
     return (
         f"Test loss over {config.training.eval_rows or 'all'} whole documents (cut to a row), read once at the end; mean and "
         f"standard error over n seeds ({seeds}); differences paired by initialization and "
         "data order, better or worse only where the 95 % t interval leaves out zero; a diverged run counts as infinite. Learning "
-        f"rate tuned for AdamW on the validation split (mean of {len(found[0].lr.runs[0])} other seeds) and shared by all methods, "
-        f"rho tuned per method and size on one of them (grids of {lrs} and of {rhos} at "
-        f"{found[0].cell.task.removeprefix('language-')}, extended while the best was at an end, as far as the protocol allows). "
-        f"{edges(found)}Gradients are evaluations a run; seconds are wall time on a machine that did other work besides."
+        f"rate tuned for AdamW on the validation split (mean of {len(first.lr.runs[0])} other seeds) and shared by all methods, "
+        f"rho tuned per method and size on one of them (grids of {lrs} and of {rhos} at {place}, extended while the best was at an "
+        "end, as far as the protocol allows)."
+    )
+
+
+def closing(spec: Spec, found: Sequence[Planned]) -> str:
+    """How the numbers of one regime came about, and what the columns of cost are."""
+    return (
+        f"{tuned(found)} {edges(found)}Gradients are evaluations a run; seconds are wall time on a machine that did other work "
+        "besides."
     )
 
 

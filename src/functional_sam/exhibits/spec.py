@@ -20,8 +20,7 @@ class Spec:
     tasks: list[str] = field(default_factory=list)
     methods: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)  # of the reported runs: initialization and data order
-    tuning_seed: int = 1000  # of the runs that choose rho, where one is chosen; must not be among seeds
-    rho: list[float] = field(default_factory=list)  # grid from which each method's rho is chosen on the validation split
+    rho: list[float] = field(default_factory=list)  # the radii that are run, none of them chosen
     rho_scale: dict[str, float] = field(default_factory=dict)  # a method's radius in units of the grid's, where it is another one
     phi: list[float] = field(default_factory=list)  # angles of Angle-SAM, degrees
     study: str = ""  # a file of configs/studies, which then says seeds and grids; tasks, if any, limit its sizes
@@ -57,8 +56,4 @@ def load_spec(name: str, scale: str) -> Spec:
     assert isinstance(spec, Spec)
     if not spec.seeds and not spec.study:
         raise UserError(f"{where}, scale {scale}: seeds is empty")
-    if spec.rho and spec.tuning_seed in spec.seeds:
-        raise UserError(
-            f"{where}, scale {scale}: rho is tuned on seed {spec.tuning_seed}, which is also reported: choose another tuning_seed"
-        )
     return spec

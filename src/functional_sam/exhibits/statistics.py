@@ -39,10 +39,10 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Est
 def verdict(difference: Estimate, lower_is_better: bool = True) -> str:
     """better, worse, or inconclusive: whether the two-sided 95 % t interval of a paired difference leaves out zero.
 
-    With n = 3 that asks for 4.3 standard errors, with n = 5 for 2.8. Divergence is worse.
+    With n = 3 that asks for 4.3 standard errors, with n = 5 for 2.8. Divergence is worse, of losses: one that is infinite.
     """
     if math.isinf(difference.mean):
-        return "worse (diverged)"
+        return "worse (diverged)" if difference.mean > 0 else "better (the other diverged)"
     if difference.n < 2:
         return "inconclusive (n=1)"
     half_width = stats.t.ppf(0.5 + LEVEL / 2, difference.n - 1) * difference.stderr
