@@ -96,7 +96,7 @@ def test_table_1_says_whose_runs_diverged(tmp_path, monkeypatch):
 
 def test_table_1_in_turn_begins_a_regime_when_the_one_before_is_complete(tmp_path, monkeypatch):
     content = study.read_yaml("studies", "language")
-    content["scales"]["quick"]["in_turn"] = True
+    content["scales"]["quick"] |= {"in_turn": True, "fixed_steps": 250}  # of no Chinchilla-style run
     monkeypatch.setattr(study, "read_yaml", lambda *_: copy.deepcopy(content))
     stages = []
 

@@ -127,8 +127,8 @@ def execute(configs: Sequence[Config], jobs: int, console: Console) -> list[tupl
             write_text(path, to_yaml(run.config))
         (run.directory / "error.txt").unlink(missing_ok=True)
     watched = [Watched(run, passes(run.config) * run.config.training.steps * run.config.training.batch) for run in missing]
+    threads = max(1, (os.cpu_count() or 1) // max(1, jobs))  # not by how many runs are left: threads change how sums are rounded
     jobs = max(1, min(jobs, len(missing)))
-    threads = max(1, (os.cpu_count() or 1) // jobs)
     console.print(f"{len(missing)} runs to do ({len(runs) - len(missing)} complete), {jobs} at a time, {threads} thread(s) each")
     workers = Workers(missing, threads)
     try:
