@@ -1,0 +1,207 @@
+"""A study that is not finished, drawn as far as it goes; its released records, which exhibits share; commands on all of a kind."""
+
+import argparse
+import json
+
+import pytest
+from test_study import TASK, bowl, fill, missing, record, study_of
+
+from functional_sam import exhibits
+from functional_sam.commands import groups, results, runs
+from functional_sam.config import to_yaml
+from functional_sam.errors import UserError
+from functional_sam.exhibits import figure_7  # noqa: F401 - reads the real results/benchmark, also where it is imported later
+from functional_sam.exhibits import study as module
+from functional_sam.exhibits.spec import load_spec
+from functional_sam.exhibits.study import cells, load_study, plan_cell, plan_cells, repeated
+from functional_sam.exhibits.table_8 import parts
+from functional_sam.files import write_text
+from functional_sam.records import Run, released
+
+SMALL = "language-0.006M"
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A directory in which runs/, paper/ and results/ are made, with the study of scale quick going cell by cell."""
+    content = module.read_yaml("studies", "language")
+    content["scales"]["quick"] |= {"in_turn": True, "extensions": 0, "fixed_steps": 300, "variants": {}}
+    content["variants"] = {"gnp": {}}
+    monkeypatch.setattr(module, "read_yaml", lambda *_: json.loads(json.dumps(content)))
+    monkeypatch.setattr("functional_sam.exhibits.output.paper_directory", lambda: tmp_path / "paper")
+    for place in ("functional_sam.records.released", "functional_sam.exhibits", "functional_sam.exhibits.check"):
+        monkeypatch.setattr(f"{place}.results_directory", lambda: tmp_path / "results")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def do(configs, loss=None):
+    for config in configs:
+        if not Run(config).done:
+            record(config, (loss or bowl())(config))
+            write_text(Run(config).directory / "config.yaml", to_yaml(config))
+
+
+def do_cells(study, wanted, seeds=None):
+    for cell in wanted:
+        while left := missing(plan_cell(study, cell, seeds=seeds).configs):
+            do(left)
+
+
+def options(exhibit, **more):
+    return argparse.Namespace(exhibit=exhibit, scale="quick", overrides=[], no_notebook=True, **more)
+
+
+def study_here():
+    return load_study(load_spec("table-2", "quick"))
+
+
+def test_what_is_complete_is_drawn_and_the_caption_says_what_is_not(home):
+    study = study_here()
+    small, large = cells(study, "fixed")
+    with pytest.raises(exhibits.NotComplete, match="functional-sam run table-2 --scale quick"):
+        exhibits.draw("table-2")
+    do_cells(study, [small])
+    for name in ("table-2", "table-1", "figure-3", "figure-5"):
+        exhibit = exhibits.draw(name)
+        assert set(exhibit.frame["size"]) == {SMALL}
+        assert "because their fixed length runs are not complete: 0.014M." in exhibit.caption
+    with pytest.raises(exhibits.NotComplete):
+        exhibits.draw("table-3")
+    with pytest.raises(exhibits.NotComplete):
+        exhibits.draw("table-8")  # its own size is the larger one
+    assert missing(exhibits.plan("table-2"))  # the next cell is still planned
+    do_cells(study, [large])
+    caption = exhibits.draw("table-2").caption
+    assert "not complete" not in caption
+    assert "width 16, depth 2), 0.014M" in caption
+
+
+def test_repeated_data_does_not_wait_for_the_other_regime(home):
+    study = study_here()
+    do_cells(study, cells(study, "fixed"))
+    epochs = {config.data.unique_tokens for config in exhibits.plan("figure-5")}
+    assert len(epochs) > 1
+    assert "repeated data of 32 epochs" in exhibits.draw("figure-5").caption
+    do_cells(study, repeated(study), study.middle_seeds)
+    exhibit = exhibits.draw("figure-5")
+    assert "32 epochs" in set(exhibit.frame.regime)
+    assert "repeated data of" not in exhibit.caption
+    assert "Chinchilla-style runs are not complete: 0.006M, 0.014M" in exhibit.caption
+
+
+def test_table_8_is_drawn_block_by_block(home):
+    study = study_here()
+    blocks = []
+    while left := missing(exhibits.plan("table-8")):
+        do(left)
+        try:
+            frame = exhibits.draw("table-8").frame
+        except exhibits.NotComplete:
+            assert parts(study).cheap is None or missing(exhibits.plan("table-8"))
+            continue
+        if not blocks or set(frame.block) != blocks[-1]:
+            blocks.append(set(frame.block))
+            exhibits.draw("figure-7")
+    assert blocks == [{"equal compute"}, {"equal compute", "variants"}, {"equal compute", "variants", "repeated data"}]
+    assert "not complete" not in exhibits.draw("table-8").caption
+
+
+def test_exhibits_of_a_study_share_one_pack_and_redraw_from_it(home, monkeypatch):
+    study = study_here()
+    do_cells(study, cells(study, "fixed"))
+    do_cells(study, cells(study, "chinchilla")[:1])
+    assert results.release_command(options("table-2")) == 0
+    path = home / "results" / "runs" / "language-quick.jsonl"
+    names = [json.loads(line)["run"] for line in path.read_text().splitlines()[1:]]
+    assert len(names) == len(set(names))
+    both = plan_cells(study, [*cells(study, "fixed"), *cells(study, "chinchilla")[:1]])
+    assert {config.name for one in both for config in one.configs} == set(names)  # table-3's complete cell too
+    here = {name: exhibits.draw(name).frame for name in ("table-1", "table-2", "table-3")}
+    (home / "runs").rename(home / "elsewhere")
+    for name, frame in here.items():
+        exhibit = exhibits.draw(name)
+        assert exhibit.source == "results/runs/language-quick.jsonl"
+        assert exhibit.frame.equals(frame)
+    # Another machine has one cell more and lacks the others: its release adds to what is there.
+    do_cells(study, cells(study, "fixed")[:1])
+    with pytest.raises(UserError, match="only complete runs can be released"):
+        results.release_command(options("table-2"))  # the pack has more of it than is here
+    assert str(home) not in path.read_text()
+
+
+def test_a_release_keeps_what_others_made(home):
+    study = study_here()
+    fixed = cells(study, "fixed")
+    do_cells(study, fixed)
+    do_cells(study, repeated(study), study.middle_seeds)
+    results.release_command(options("figure-5"))
+    before = set(released.load_pack("language", "quick").runs)
+    (home / "runs").rename(home / "elsewhere")
+    do_cells(study, fixed)
+    do_cells(study, cells(study, "chinchilla"))
+    results.release_command(options("table-3"))
+    after = released.load_pack("language", "quick")
+    assert before < set(after.runs)
+    data = {content["files"]["provenance.json"]["data"]["sha256"] for content in after.runs.values()}
+    assert data == {"s"}
+
+
+# ---------------------------------------------------------------- all of a kind
+
+
+def test_members():
+    assert groups.members("figure-1", "quick") == ["figure-1"]
+    assert set(groups.members("tables", "quick")) | set(groups.members("figures", "quick")) == set(exhibits.known())
+    assert groups.members("tables", "paper") == [
+        name for name in groups.members("tables", "quick") if name in "table-1 table-2 table-3"
+    ]
+    with pytest.raises(UserError, match="none of the figures has a scale 'paper': laptop, quick"):
+        groups.members("figures", "paper")
+
+
+def test_each_goes_on_and_says_what_was_left_out(capsys):
+    seen = []
+
+    def command(one):
+        seen.append((one.exhibit, one.together))
+        if one.exhibit == "table-2":
+            raise exhibits.NotComplete("table-2 at scale laptop: nothing")
+        return 1 if one.exhibit == "table-3" else 0
+
+    assert groups.each(command, options("tables")) == 1
+    names = groups.members("tables", "quick")
+    assert seen == [(names[0], names), *((name, []) for name in names[1:])]
+    assert "left out: table-2 at scale laptop: nothing" in capsys.readouterr().out
+
+    def none(one):
+        raise exhibits.NotComplete("nothing")
+
+    with pytest.raises(UserError, match="nothing to draw of the tables"):
+        groups.each(none, options("tables"))
+    with pytest.raises(exhibits.NotComplete):
+        groups.each(none, options("table-2"))
+
+
+def test_fresh_moves_the_runs_of_all_aside_once(home, monkeypatch):
+    """Exhibits share runs: the second must not move aside what the first has just done."""
+    study = study_of(home)
+    assert study.in_turn
+    do_cells(study_here(), cells(study_here(), "fixed")[:1])
+    old = {path.name for path in (home / "runs").iterdir()}
+    monkeypatch.setattr("functional_sam.training.pool.execute", lambda configs, jobs, console: do(configs) or [])
+    moved = []
+    real = runs.move_aside
+
+    def counted(of, root):
+        moved.append({run.config.name for run in of if run.done})
+        return real(of, root)
+
+    monkeypatch.setattr(runs, "move_aside", counted)
+    monkeypatch.setattr(groups, "members", lambda *_: ["table-1", "table-2", "table-3"])
+    monkeypatch.setattr(runs, "statuses", lambda runs: [])
+    assert groups.each(runs.run_command, options("tables", jobs=1, fresh=True)) == 0
+    assert moved == [old]
+    assert not missing(exhibits.plan("table-2"))
+    assert TASK in {config.task for config in exhibits.plan("table-3")}
+    assert fill(study_here(), cells(study_here(), "fixed")[0], bowl()) == []
