@@ -1,5 +1,6 @@
 """The study behind the language-modeling exhibits: stages kept apart, grids extended, comparisons that are none refused."""
 
+import copy
 import dataclasses
 import math
 
@@ -10,6 +11,7 @@ from functional_sam import exhibits
 from functional_sam.config import compose
 from functional_sam.data.tokenizer import BOS
 from functional_sam.errors import UserError
+from functional_sam.exhibits import study as module
 from functional_sam.exhibits.comparison import DIAGNOSIS, check, comparison
 from functional_sam.exhibits.figure_5 import power_law
 from functional_sam.exhibits.spec import load_spec
@@ -19,11 +21,9 @@ from functional_sam.exhibits.study import (
     Entry,
     cells,
     check_grid,
-    configs_of,
     load_study,
     non_embedding,
     plan_cell,
-    plan_cells,
     search,
 )
 from functional_sam.models import Decoder
@@ -151,15 +151,6 @@ def test_two_exhibits_that_plan_a_cell_have_the_same_runs(tmp_path):
     assert not missing(plan_cell(two, cell).configs)
 
 
-def test_cells_in_turn_keep_what_exists_a_complete_smaller_study(tmp_path):
-    study = study_of(tmp_path, "laptop")
-    assert study.in_turn
-    wanted = cells(study, "chinchilla")
-    assert {c.task for c in configs_of(plan_cells(study, wanted))} == {wanted[0].task}
-    fill(study, wanted[0], bowl())
-    assert [one.complete for one in plan_cells(study, wanted)] == [True, False]
-
-
 # ---------------------------------------------------------------- grids
 
 
@@ -192,8 +183,6 @@ def test_a_grid_that_cannot_be_extended_is_refused(values):
 
 
 def test_a_study_that_reports_its_tuning_seed_is_refused(monkeypatch):
-    from functional_sam.exhibits import study as module
-
     content = module.read_yaml("studies", "language")
     content["scales"]["quick"]["sizes"][TASK] = [0, content["tuning_seeds"][1]]
     monkeypatch.setattr(module, "read_yaml", lambda *_: content)
@@ -340,7 +329,12 @@ def test_a_cell_takes_its_learning_rate_from_another(tmp_path):
     assert {config.data.unique_tokens for stage in stages for config in stage} == {16_384}
 
 
-def test_figure_3_shows_every_radius_and_counts_what_diverged(tmp_path, monkeypatch):
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_figure_3_shows_every_radius_and_counts_what_diverged(seeds, tmp_path, monkeypatch):
+    content = module.read_yaml("studies", "language")
+    content["scales"]["quick"]["curve_seeds"] = seeds
+    monkeypatch.setattr(module, "read_yaml", lambda *_: copy.deepcopy(content))
+
     def of(config):
         diverges = config.method.name == "precond-sam" and config.method.rho > 0.05
         return None if diverges else bowl(gain=0.25)(config)
@@ -349,7 +343,8 @@ def test_figure_3_shows_every_radius_and_counts_what_diverged(tmp_path, monkeypa
     monkeypatch.setattr("functional_sam.exhibits.output.paper_directory", lambda: tmp_path / "paper")
     exhibit = exhibits.draw("figure-3", overrides=overrides)
     study, data = study_of(tmp_path), exhibit.frame
-    assert data[data["size"] == study.middle].seed.nunique() == len(study.tuning_seeds)
+    assert data[data["size"] == study.middle].seed.nunique() == seeds
+    assert ("means over it and 1001, bands" in exhibit.caption) == (seeds > 1)
     best = data[data.best]
     assert set(best.rho) == {0.016}
     assert list(best.minus_adamw) == pytest.approx([-0.25] * len(best))

@@ -13,7 +13,7 @@ from functional_sam.errors import UserError
 from functional_sam.exhibits import figure_7  # noqa: F401 - reads the real results/benchmark, also where it is imported later
 from functional_sam.exhibits import study as module
 from functional_sam.exhibits.spec import load_spec
-from functional_sam.exhibits.study import cells, load_study, plan_cell, plan_cells, repeated
+from functional_sam.exhibits.study import cells, configs_of, load_study, plan_cell, plan_cells, repeated
 from functional_sam.exhibits.table_8 import parts
 from functional_sam.files import write_text
 from functional_sam.records import Run, released
@@ -54,6 +54,15 @@ def options(exhibit, **more):
 
 def study_here():
     return load_study(load_spec("table-2", "quick"))
+
+
+def test_cells_in_turn_keep_what_exists_a_complete_smaller_study(tmp_path):
+    study = study_of(tmp_path, "laptop")
+    assert study.in_turn
+    wanted = cells(study, "chinchilla")
+    assert {c.task for c in configs_of(plan_cells(study, wanted))} == {wanted[0].task}
+    fill(study, wanted[0], bowl())
+    assert [one.complete for one in plan_cells(study, wanted)] == [True, False]
 
 
 def test_what_is_complete_is_drawn_and_the_caption_says_what_is_not(home):

@@ -35,7 +35,7 @@ def curves(study: Study, one: Planned) -> dict[tuple[int, str], dict[float | Non
     if lr is None or any(found.best is None for found in one.rho.values()):
         return {}
     found: dict[tuple[int, str], dict[float | None, Config]] = {}
-    for seed in study.tuning_seeds if one.cell.task == study.middle else study.tuning_seeds[:1]:
+    for seed in study.tuning_seeds[: study.curve_seeds or None] if one.cell.task == study.middle else study.tuning_seeds[:1]:
         own: dict[tuple[int, str], dict[float | None, Config]] = {}
         for name, entry in one.entries.items():
             radii: Sequence[float | None] = one.rho[name].values if has_radius(name, entry) else [None]
@@ -92,13 +92,13 @@ def draw(spec: Spec, configs: list[Config]) -> Exhibit:
     for axis in axes[:, 0]:
         axis.set_ylabel("validation loss\nminus AdamW's (nats/token)")
     style.legend_above(figure, axes[0, 0])
+    others = sorted(set(map(int, data.seed)) - {study.tuning_seeds[0]})
+    more = f"; where n > 1, means over it and {', '.join(map(str, others))}, bands are one standard error" if others else ""
     caption = (
         f"{opening(spec, planned)} {planned[0].lr.configs[0].training.steps} steps.{not_shown(spec, 'fixed', planned)} "
         "Validation loss minus AdamW's with the same initialization and data order, against rho, at AdamW's learning rate; the "
-        "radius of preconditioned methods is |eps| too. "
-        f"Tuning seed {study.tuning_seeds[0]}, whose lowest point is the radius of table-2 (star); where n > 1, means over it and "
-        f"{', '.join(map(str, study.tuning_seeds[1:]))}, bands are one standard error. Crosses at the top edge diverged. "
-        f"Linear within 0.01, logarithmic beyond. {edges(planned)}"
+        f"radius of preconditioned methods is |eps| too. Tuning seed {study.tuning_seeds[0]}, whose lowest point is the radius of "
+        f"table-2 (star){more}. Crosses at the top edge diverged. Linear within 0.01, logarithmic beyond. {edges(planned)}"
     ).strip()
     return Exhibit([*save_figure(spec, figure), save_frame(spec, data)], caption, _words(data), data, figure)
 

@@ -51,7 +51,9 @@ class Study:
     epochs: list[int] = field(default_factory=list)  # how often the data is met, where it is repeated
     compute: dict[str, float] = field(default_factory=dict)  # method -> time of a step over AdamW's, as measured once
     variants: dict[str, Entry] = field(default_factory=dict)  # at equal steps
+    variants_shown: list[str] = field(default_factory=list)  # those of this scale; empty = all
     cheap: dict[str, Entry] = field(default_factory=dict)  # fewer than two passes: compared at equal compute
+    curve_seeds: int = 0  # tuning seeds, the first so many, of figure-3's curves at the middle size; 0 = all
     extensions: int = 2  # points that a grid may grow by, one at a time, until its best is interior
     curvature_seeds: int = 0  # reported seeds, the first so many, whose final curvature is measured; 0 = all, -1 = none
     in_turn: bool = False  # plan a cell only when the one before is complete: what exists is a smaller study, always
@@ -104,6 +106,10 @@ def load_study(spec: Spec, overrides: tuple[str, ...] = ()) -> Study:
     except OmegaConfBaseException as error:
         raise UserError(f"{where}: {error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(study, Study)
+    for name in study.variants_shown:
+        if name not in study.variants:
+            raise nearest(f"variant of {where}:", name, study.variants)
+    study.variants = {name: study.variants[name] for name in study.variants_shown or study.variants}
     study.overrides = overrides
     study.complete_only = study.in_turn and spec.complete_only
     for task, seeds in study.sizes.items():
