@@ -3,6 +3,7 @@
 import argparse
 import json
 
+import pandas as pd
 import pytest
 from test_study import TASK, bowl, fill, missing, record, study_of
 
@@ -10,7 +11,7 @@ from functional_sam import exhibits
 from functional_sam.commands import groups, results, runs
 from functional_sam.config import to_yaml
 from functional_sam.errors import UserError
-from functional_sam.exhibits import figure_7  # noqa: F401 - reads the real results/benchmark, also where it is imported later
+from functional_sam.exhibits import figure_3, figure_7  # noqa: F401 - reads the real results/benchmark, also where it is imported later
 from functional_sam.exhibits import study as module
 from functional_sam.exhibits.spec import load_spec
 from functional_sam.exhibits.study import cells, configs_of, load_study, plan_cell, plan_cells, repeated
@@ -84,6 +85,25 @@ def test_what_is_complete_is_drawn_and_the_caption_says_what_is_not(home):
     caption = exhibits.draw("table-2").caption
     assert "not complete" not in caption
     assert "width 16, depth 2), 0.014M" in caption
+
+
+def test_the_functional_path_is_compared_at_equal_rho_over_seeds():
+    """By hand: -0.2 and -0.4 at 0.1, twice 0.2 at 0.2; nothing of one seed, nor of a radius that one method alone has."""
+    losses = {
+        ("sam", 0.1): (4.0, 5.0), ("functional-sam", 0.1): (3.8, 4.6), ("sam", 0.2): (4.0, 5.0),
+        ("functional-sam", 0.2): (4.2, 5.2), ("sam", 0.4): (4.0, 5.0),
+    }  # fmt: skip
+    rows = [
+        {"size": "language-1M", "method": method, "rho": rho, "seed": seed, "validation_loss": values[seed]}
+        for (method, rho), values in losses.items()
+        for seed in (0, 1)
+    ]
+    rows += [{"size": "language-2M", "method": m, "rho": 0.1, "seed": 0, "validation_loss": 1.0} for m in ("sam", "functional-sam")]
+    (sentence,) = figure_3.at_equal_rho(pd.DataFrame(rows))
+    assert sentence == (
+        "Functional-SAM minus SAM at equal rho, 1M (n=2, paired, 95 %): -0.3000 +- 0.1000 at 0.1 (inconclusive), "
+        "+0.2000 +- 0.0000 at 0.2 (worse)."
+    )
 
 
 def test_repeated_data_does_not_wait_for_the_other_regime(home):

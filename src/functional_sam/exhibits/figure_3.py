@@ -13,7 +13,7 @@ from functional_sam.exhibits.comparison import edges, label
 from functional_sam.exhibits.output import Exhibit, save_figure, save_frame
 from functional_sam.exhibits.regime_table import not_shown, opening
 from functional_sam.exhibits.spec import Spec
-from functional_sam.exhibits.statistics import estimate
+from functional_sam.exhibits.statistics import estimate, paired_difference, verdict
 from functional_sam.exhibits.study import Planned, Study, cells, configs_of, has_radius, load_study, loss, make, plan_cells
 from functional_sam.records import Run
 
@@ -130,4 +130,25 @@ def _words(data: pd.DataFrame) -> str:
         own = part[part.best & (part.seed == part.seed.min())]
         found = [f"{label(row.method)} {row.rho:g} ({row.minus_adamw:+.4f})" for row in own.itertuples()]
         sentences.append(f"{str(size).removeprefix('language-')} {', '.join(found)}")
-    return f"Best rho, and validation loss minus AdamW's there, on the tuning seed (n=1, chosen by it): {'; '.join(sentences)}."
+    best = f"Best rho, and validation loss minus AdamW's there, on the tuning seed (n=1, chosen by it): {'; '.join(sentences)}."
+    return " ".join([best, *at_equal_rho(data)])
+
+
+def at_equal_rho(data: pd.DataFrame) -> list[str]:
+    """What the functional path alone changes at one radius, where there is more than one seed: nothing is chosen for this."""
+    sentences = []
+    for size, part in data.groupby("size", sort=False):
+        n = part.seed.nunique()
+        for name, other in (("functional-sam", "sam"), ("precond-functional-sam", "precond-sam")) if n > 1 else ():
+            two = part[part.method.isin([name, other])].pivot(index="rho", columns=["method", "seed"], values="validation_loss")
+            found = []
+            for rho, row in two.dropna().iterrows():
+                difference = paired_difference(list(row[name]), list(row[other]))
+                found.append(f"{difference.mean:+.4f} +- {difference.stderr:.4f} at {rho:g} ({verdict(difference)})")
+            if not found:
+                continue
+            sentences.append(
+                f"{label(name)} minus {label(other)} at equal rho, {str(size).removeprefix('language-')} (n={n}, paired, 95 %): "
+                f"{', '.join(found)}."
+            )
+    return sentences
