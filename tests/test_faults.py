@@ -37,9 +37,8 @@ from faults import (
     wait_for,
 )
 
-from functional_sam.cli import RESUMABLE
 from functional_sam.config import compose, to_yaml
-from functional_sam.errors import UserError
+from functional_sam.errors import RESUMABLE, UserError
 from functional_sam.files import sha256, write_text
 from functional_sam.records import Run
 from functional_sam.training import checkpoint

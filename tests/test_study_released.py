@@ -5,10 +5,10 @@ import json
 
 import pandas as pd
 import pytest
-from test_study import TASK, bowl, fill, missing, record, study_of
+from test_study import bowl, fill, missing, record, study_of
 
 from functional_sam import exhibits
-from functional_sam.commands import groups, results, runs
+from functional_sam.commands import groups, results
 from functional_sam.config import to_yaml
 from functional_sam.errors import UserError
 from functional_sam.exhibits import figure_3, figure_7  # noqa: F401 - reads the real results/benchmark, also where it is imported later
@@ -26,7 +26,7 @@ SMALL = "language-0.006M"
 def home(tmp_path, monkeypatch):
     """A directory in which runs/, paper/ and results/ are made, with the study of scale quick going cell by cell."""
     content = module.read_yaml("studies", "language")
-    content["scales"]["quick"] |= {"in_turn": True, "extensions": 0, "fixed_steps": 300, "variants": {}}
+    content["scales"]["quick"] |= {"in_turn": True, "extensions": 0, "fixed_steps": 300, "variants_shown": []}
     content["variants"] = {"gnp": {}}
     monkeypatch.setattr(module, "read_yaml", lambda *_: json.loads(json.dumps(content)))
     monkeypatch.setattr("functional_sam.exhibits.output.paper_directory", lambda: tmp_path / "paper")
@@ -180,27 +180,30 @@ def test_a_release_keeps_what_others_made(home):
 
 
 def test_members():
-    assert groups.members("figure-1", "quick") == ["figure-1"]
-    assert set(groups.members("tables", "quick")) | set(groups.members("figures", "quick")) == set(exhibits.known())
-    assert groups.members("tables", "paper") == [
-        name for name in groups.members("tables", "quick") if name in "table-1 table-2 table-3"
-    ]
+    assert exhibits.members("figure-1", "quick") == ["figure-1"]
+    assert [*exhibits.members("figures", "quick"), *exhibits.members("tables", "quick")] == exhibits.known()
+    assert exhibits.members("tables", "paper") == ["table-1", "table-2", "table-3"]
     with pytest.raises(UserError, match="none of the figures has a scale 'paper': laptop, quick"):
-        groups.members("figures", "paper")
+        exhibits.members("figures", "paper")
+
+
+def test_all_of_a_kind_plan_every_run_once(home):
+    names = [config.name for config in exhibits.plan("tables")]
+    assert len(names) == len(set(names))
+    assert set(names) == {config.name for name in exhibits.members("tables", "quick") for config in exhibits.plan(name)}
 
 
 def test_each_goes_on_and_says_what_was_left_out(capsys):
     seen = []
 
     def command(one):
-        seen.append((one.exhibit, one.together))
+        seen.append(one.exhibit)
         if one.exhibit == "table-2":
             raise exhibits.NotComplete("table-2 at scale laptop: nothing")
         return 1 if one.exhibit == "table-3" else 0
 
     assert groups.each(command, options("tables")) == 1
-    names = groups.members("tables", "quick")
-    assert seen == [(names[0], names), *((name, []) for name in names[1:])]
+    assert seen == exhibits.members("tables", "quick")
     assert "left out: table-2 at scale laptop: nothing" in capsys.readouterr().out
 
     def none(one):
@@ -210,27 +213,3 @@ def test_each_goes_on_and_says_what_was_left_out(capsys):
         groups.each(none, options("tables"))
     with pytest.raises(exhibits.NotComplete):
         groups.each(none, options("table-2"))
-
-
-def test_fresh_moves_the_runs_of_all_aside_once(home, monkeypatch):
-    """Exhibits share runs: the second must not move aside what the first has just done."""
-    study = study_of(home)
-    assert study.in_turn
-    do_cells(study_here(), cells(study_here(), "fixed")[:1])
-    old = {path.name for path in (home / "runs").iterdir()}
-    monkeypatch.setattr("functional_sam.training.pool.execute", lambda configs, jobs, console: do(configs) or [])
-    moved = []
-    real = runs.move_aside
-
-    def counted(of, root):
-        moved.append({run.config.name for run in of if run.done})
-        return real(of, root)
-
-    monkeypatch.setattr(runs, "move_aside", counted)
-    monkeypatch.setattr(groups, "members", lambda *_: ["table-1", "table-2", "table-3"])
-    monkeypatch.setattr(runs, "statuses", lambda runs: [])
-    assert groups.each(runs.run_command, options("tables", jobs=1, fresh=True)) == 0
-    assert moved == [old]
-    assert not missing(exhibits.plan("table-2"))
-    assert TASK in {config.task for config in exhibits.plan("table-3")}
-    assert fill(study_here(), cells(study_here(), "fixed")[0], bowl()) == []

@@ -15,9 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from functional_sam.commands import console, wide
-from functional_sam.errors import Interrupted, UserError
-
-RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try again later
+from functional_sam.errors import RESUMABLE, Interrupted, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         name: str, function: Callable[[argparse.Namespace], int], text: str, exhibit: bool = True
     ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(command=_each(function) if exhibit else function)
+        sub.set_defaults(command=function)
         if exhibit:
             sub.add_argument("exhibit", help="for instance figure-1; or tables, or figures: all that have the scale")
             sub.add_argument("--scale", default="quick", help="quick (default), laptop, ...: a file of configs/scales")
@@ -71,10 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     submit = command("submit", _of("submit", "submit_command"), "do the missing runs of an exhibit on a SLURM cluster, and draw it")
     submit.add_argument("--cluster", required=True, help="a file of jobs/clusters, by name or path")
     submit.add_argument("--dry-run", action="store_true", help="print the sbatch scripts, submit nothing")
-    draw = command("draw", _of("results", "draw_command"), "draw an exhibit from its records, through its notebook")
+    draw = command("draw", _each(_of("results", "draw_command")), "draw an exhibit from its records, through its notebook")
     draw.add_argument("--no-notebook", action="store_true", help="draw directly, without executing the notebook")
-    command("check", _of("results", "check_command"), "compare an exhibit drawn from the present runs with the released one")
-    command("release", _of("results", "release_command"), "write results/ of an exhibit from the present runs")
+    command("check", _each(_of("results", "check_command")), "compare an exhibit drawn from the present runs with the released one")
+    command("release", _each(_of("results", "release_command")), "write results/ of an exhibit from the present runs")
 
     command("claims", _of("results", "claims_command"), "README's table of claims, from what was drawn", exhibit=False)
 

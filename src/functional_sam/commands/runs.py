@@ -103,9 +103,8 @@ def run_command(options: argparse.Namespace) -> int:
     if options.jobs < 0:
         raise UserError(f"--jobs {options.jobs}: a number of processes, or 0 for one per core")
     overrides = tuple(options.overrides)
-    if options.fresh and options.together:  # once for all exhibits: they may share runs
-        configs = [config for name in options.together for config in plan(name, options.scale, overrides)]
-        runs = list({config.name: Run(config) for config in configs}.values())
+    if options.fresh:
+        runs = [Run(config) for config in plan(options.exhibit, options.scale, overrides)]
         aside = move_aside(runs, runs[0].directory.parent)
         if aside is not None:
             console.print(f"moved the runs that were there to {aside}", highlight=False, soft_wrap=True)

@@ -18,7 +18,10 @@ from functional_sam.exhibits.spec import Spec, load_spec, scales
 from functional_sam.records import Run
 from functional_sam.records.released import Pack, load_pack, reading, results_directory
 
-__all__ = ["Exhibit", "NotComplete", "draw", "drawable", "fresh", "known", "plan", "scales", "source"]
+__all__ = ["Exhibit", "NotComplete", "draw", "drawable", "fresh", "known", "members", "plan", "source"]
+
+
+KINDS = {"tables": "table-", "figures": "figure-"}
 
 
 class NotComplete(UserError):
@@ -36,11 +39,28 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"functional_sam.exhibits.{name.replace('-', '_')}")
 
 
+def members(name: str, scale: str) -> list[str]:
+    """The exhibits that a name stands for: all tables, all figures, or one. Raises UserError where none of them has the scale."""
+    if name not in KINDS:
+        return [name]
+    every = [one for one in known() if one.startswith(KINDS[name])]
+    found = [one for one in every if scale in scales(one)]
+    if not found:
+        there = sorted({one for exhibit in every for one in scales(exhibit)})
+        raise UserError(f"none of the {name} has a scale {scale!r}: {', '.join(there)}")
+    return found
+
+
 def plan(name: str, scale: str = "quick", overrides: tuple[str, ...] = ()) -> list[Config]:
-    """Configs of the runs that the exhibit needs, as far as they are known: later ones may depend on what earlier ones find."""
-    module = _module(name)
-    configs: list[Config] = module.plan(load_spec(name, scale), overrides)
-    return configs
+    """Configs of the runs that the exhibit needs, as far as they are known: later ones may depend on what earlier ones find.
+
+    Of tables or figures those of all, each run once.
+    """
+    found: dict[str, Config] = {}
+    for one in members(name, scale):
+        configs: list[Config] = _module(one).plan(load_spec(one, scale), overrides)
+        found |= {config.name: config for config in configs}
+    return list(found.values())
 
 
 def drawable(name: str, scale: str = "quick", overrides: tuple[str, ...] = ()) -> list[Config]:

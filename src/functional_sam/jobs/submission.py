@@ -17,12 +17,12 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm import slurm
 
 from functional_sam.config import Config, to_yaml
-from functional_sam.errors import UserError
+from functional_sam.errors import RESUMABLE, UserError
 from functional_sam.exhibits import plan
 from functional_sam.files import write_text
 from functional_sam.jobs.profile import PATIENCE, Profile
 from functional_sam.jobs.queue import jobs
-from functional_sam.jobs.work import RESUMABLE, Next, Train
+from functional_sam.jobs.work import Next, Train
 from functional_sam.records import Run
 
 STARTS = 20  # submitit's own requeues, while a job starts or ends: a job that never gets to train does not go on for ever

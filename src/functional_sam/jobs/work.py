@@ -6,28 +6,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment, clean_env
+from submitit.helpers import Checkpointable, TorchDistributedEnvironment, clean_env
 
-RESUMABLE = 75  # exit code on which the batch script requeues its job
+from functional_sam.errors import RESUMABLE
 
-
-class Resumed:
-    """A job that does what is left of its work when it is started again.
-
-    submitit requeues it on SIGUSR2 for the method `checkpoint`. That is so only while it starts and ends: in between training has
-    the signals, saves and leaves with RESUMABLE, for a requeue without a save would repeat steps.
-    """
-
-    def __call__(self) -> None:
-        raise NotImplementedError
-
-    def checkpoint(self) -> DelayedSubmission:
-        """The same again."""
-        return DelayedSubmission(self)
+# Checkpointable: submitit requeues on SIGUSR2, and the job does what is left. That is so only while it starts and ends: in between
+# training has the signals, saves and leaves with RESUMABLE, for a requeue without a save would repeat steps.
 
 
 @dataclass
-class Train(Resumed):
+class Train(Checkpointable):
     """One run; with several tasks, this process's part of it."""
 
     directory: Path  # of the run
@@ -66,7 +54,7 @@ class Train(Resumed):
 
 
 @dataclass
-class Next(Resumed):
+class Next(Checkpointable):
     """After all runs of a stage: submit those that are known only now, or draw the exhibit."""
 
     submission: Path
