@@ -11,7 +11,7 @@ from functional_sam.config import Config, RuntimeConfig
 from functional_sam.errors import UserError
 from functional_sam.exhibits import style
 from functional_sam.exhibits.output import paper_directory
-from functional_sam.exhibits.statistics import Estimate, estimate, paired_difference, verdict
+from functional_sam.exhibits.statistics import Estimate, estimate, half_width, paired_difference, verdict
 from functional_sam.exhibits.study import Planned, Search, has_radius, non_embedding
 from functional_sam.records import Run
 
@@ -237,6 +237,20 @@ def against(frame: pd.DataFrame, other: str = "adamw") -> str:
         n = "/".join(str(value) for value in sorted(set(part.n)))
         parts.append(f"{str(size).removeprefix('language-')} (n={n}) {'; '.join(words)}")
     return ". ".join(parts)
+
+
+def largest_gain(frame: pd.DataFrame) -> str:
+    """By how much any method may be better than AdamW at all, by the 95 % intervals of the sizes where they are finite."""
+    found = []
+    for size, part in frame[frame.method != "adamw"].groupby("size", sort=False):
+        ends = {
+            row.method: half_width(Estimate(row.minus_adamw, row.minus_adamw_stderr, row.n)) - row.minus_adamw
+            for row in part.itertuples()
+        }
+        name, gain = max(ends.items(), key=lambda item: item[1] if math.isfinite(item[1]) else -math.inf)
+        if math.isfinite(gain):
+            found.append(f"{str(size).removeprefix('language-')} {gain:.4f} ({label(name)})")
+    return f"Largest gain over AdamW within any of these intervals, in nats: {', '.join(found)}." if found else ""
 
 
 def methods_with_radius(planned: Sequence[Planned]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from functional_sam.config import Config
-from functional_sam.exhibits.comparison import against, comparison, edges, label, markdown, published, searched
+from functional_sam.exhibits.comparison import against, comparison, edges, label, largest_gain, markdown, published, searched
 from functional_sam.exhibits.output import Exhibit, save_frame, stem
 from functional_sam.exhibits.spec import Spec
 from functional_sam.exhibits.study import REGIMES, Entry, Planned, Study, cells, configs_of, load_study, plan_cells
@@ -35,7 +35,7 @@ def draw(spec: Spec, regime: str) -> Exhibit:
     frame = comparison(found)
     shown = f"{REGIMES[regime].capitalize()} training: {lengths(found)}.{not_shown(spec, regime, found)}"
     caption = f"{opening(spec, found)} {shown} {closing(spec, found)}"
-    text = f"Against AdamW at equal steps ({REGIMES[regime]}, paired, 95 %): {against(frame)}."
+    text = f"Against AdamW at equal steps ({REGIMES[regime]}, paired, 95 %): {against(frame)}. {largest_gain(frame)}".strip()
     diagnosed, carried = diagnosis(frame), carried_over(frame)
     path = stem(spec).with_suffix(".md")
     content = [*markdown(frame), "", caption, "", text, "", f"{diagnosed} {carried}".strip(), "", *published()]
