@@ -91,6 +91,7 @@ def draw(spec: Spec, configs: list[Config]) -> Exhibit:
         axis.set_xlabel(r"radius $\rho$")
     for axis in axes[:, 0]:
         axis.set_ylabel("validation loss\nminus AdamW's (nats/token)")
+    style.signed_log(axes[0, 0], 0.01)  # shared
     style.legend_above(figure, axes[0, 0])
     others = sorted(set(map(int, data.seed)) - {study.tuning_seeds[0]})
     more = f"; where n > 1, means over it and {', '.join(map(str, others))}, bands are one standard error" if others else ""
@@ -121,7 +122,6 @@ def panel(axis: Axes, part: pd.DataFrame) -> None:
         for rho in [rho for rho in own[own.best].rho.unique() if rho in shown]:
             axis.plot([rho], [shown[rho].mean], marker="*", color=color, markersize=9, markeredgecolor="white")
     axis.set(xscale="log")
-    axis.set_yscale("symlog", linthresh=0.01)
 
 
 def _words(data: pd.DataFrame) -> str:

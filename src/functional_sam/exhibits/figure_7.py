@@ -73,6 +73,7 @@ def draw(spec: Spec, configs: list[Config]) -> Exhibit:
         )
     axis.axhline(0.0, color=black, linewidth=0.6, linestyle=":")
     axis.set(xlabel="time per step / AdamW's (AdamW: number of steps)", ylabel="test loss minus AdamW's\n(nats/token, paired)")
+    style.signed_log(axis, 0.01)
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=6)
     figure.tight_layout()
     lost = [label(str(row.method)) for row in data.itertuples() if row.diverged]
@@ -80,7 +81,8 @@ def draw(spec: Spec, configs: list[Config]) -> Exhibit:
         f"{opening(spec, [found.main])} {found.main.lr.configs[0].training.steps} steps. Gain at equal steps (below zero: better; "
         "means and standard errors of paired differences) against the time of a step, median and quartiles of "
         f"results/benchmark/time.csv ({CASE}; the two variants of Functional-SAM as Functional-SAM). Black: AdamW with that many "
-        "times the steps, its learning rate tuned again: a method below this line is worth its time."
+        "times the steps, its learning rate tuned again: a method below this line is worth its time. "
+        "Linear within 0.01, logarithmic beyond."
         + ("" if found.variants else " The variants of table-8 are not shown, because their runs are not complete.")
         + (f" With diverged runs, not shown: {', '.join(lost)}." if lost else "")
     )

@@ -4,6 +4,7 @@ import matplotlib as mpl
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 COLUMN = 3.25  # inches, one column of the ICML style
 PAGE = 6.75  # inches, both
@@ -73,3 +74,14 @@ def legend_above(figure: Figure, axis: Axes, columns: int = 5) -> None:
     figure.tight_layout()
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=columns)
+
+
+def signed_log(axis: Axes, threshold: float) -> None:
+    """y linear within +-threshold and logarithmic beyond, with numbers a reader can read. Call it when all is drawn."""
+    axis.set_yscale("symlog", linthresh=threshold)
+    axis.autoscale(axis="y")
+    steps = [threshold / 2, *(threshold * 10**power for power in range(6))]
+    low, high = axis.get_ylim()
+    ticks = [tick for tick in [*(-step for step in reversed(steps)), 0.0, *steps] if low <= tick <= high]
+    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.yaxis.set_minor_locator(NullLocator())
