@@ -5,7 +5,7 @@ import json
 
 import pandas as pd
 import pytest
-from test_study import bowl, fill, missing, record, study_of
+from test_study import bowl, fill, finish, missing, record, study_of
 
 from functional_sam import exhibits
 from functional_sam.commands import groups, results
@@ -213,3 +213,14 @@ def test_each_goes_on_and_says_what_was_left_out(capsys):
         groups.each(none, options("tables"))
     with pytest.raises(exhibits.NotComplete):
         groups.each(none, options("table-2"))
+
+
+@pytest.mark.parametrize("name", ["table-1", "table-2", "table-3", "table-8", "figure-3", "figure-5", "figure-7"])
+def test_the_published_sizes_are_drawn_by_the_same_code(name, tmp_path, monkeypatch):
+    """Made-up records of the whole study at scale paper: no curvature there, one seed of the largest model."""
+    monkeypatch.setattr("functional_sam.exhibits.output.paper_directory", lambda: tmp_path / "paper")
+    overrides = finish(name, tmp_path, bowl(best_lr=0.0016, best_rho=0.03, gain=0.1), "paper")
+    exhibit = exhibits.draw(name, "paper", overrides)
+    assert "nan" not in exhibit.verdict
+    assert "nan" not in exhibit.caption
+    assert "paper" in exhibit.caption

@@ -21,7 +21,7 @@ from functional_sam.data.images import ImageData
 from functional_sam.data.shards import Status
 from functional_sam.data.text import TextData, prepare_text
 from functional_sam.errors import UserError
-from functional_sam.exhibits import known, plan
+from functional_sam.exhibits import KINDS, known, plan
 from functional_sam.jobs.profile import load_profile
 from functional_sam.planning import GPUS, Hardware, gpu, rows, table
 from functional_sam.tasks.language import wanted_c4
@@ -78,12 +78,12 @@ def estimate_command(options: argparse.Namespace) -> int:
     """The planner's table for exhibits, or for tasks with the five methods of the paper."""
     configs: list[Config] = []
     for name in options.names:
-        if name in known():
+        if name in known() or name in KINDS:
             configs += plan(name, options.scale)
         elif (configs_directory() / "tasks" / f"{name}.yaml").is_file():
             configs += [compose(name, method, options.scale) for method in options.method or FIVE]
         else:
-            raise UserError(f"{name} is neither an exhibit ({', '.join(known())}) nor a file of configs/tasks")
+            raise UserError(f"{name} is neither an exhibit ({', '.join([*known(), *KINDS])}) nor a file of configs/tasks")
     show(configs, gpu(options.gpu, options.utilization))
     return 0
 

@@ -166,8 +166,6 @@ def _words(data: pd.DataFrame, part: pd.DataFrame) -> str:
         at = f"from {better.epochs.iloc[0]:.0f} epochs" if len(better) else "never"
         firsts.append(f"{label(str(method))} {at}")
     base = part[part.method == "adamw"]
-    shares = ", ".join(f"{row.share_func:.2f} at {row.epochs:.0f}" for row in base.itertuples())
-    return (
-        f"{main} Repeated data, better than AdamW: "
-        f"{', '.join(firsts)}. Share of delta_func in AdamW's sharpness gradient at the end, by epochs: {shares}."
-    )
+    shares = ", ".join(f"{row.share_func:.2f} at {row.epochs:.0f}" for row in base[base.n_curvature > 0].itertuples())
+    measured = f" Share of delta_func in AdamW's sharpness gradient at the end, by epochs: {shares}." if shares else ""
+    return f"{main} Repeated data, better than AdamW: {', '.join(firsts)}.{measured}"

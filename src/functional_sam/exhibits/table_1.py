@@ -6,7 +6,7 @@ import pandas as pd
 
 from functional_sam.config import Config
 from functional_sam.exhibits import regime_table
-from functional_sam.exhibits.comparison import against, comparison, edges, label, pair, published
+from functional_sam.exhibits.comparison import against, comparison, edges, label, largest_gain, pair, published
 from functional_sam.exhibits.output import Exhibit, save_frame, stem
 from functional_sam.exhibits.regime_table import lengths, not_shown, opening, tuned
 from functional_sam.exhibits.spec import Spec
@@ -41,8 +41,9 @@ def draw(spec: Spec, configs: list[Config]) -> Exhibit:
     unsettled = [f"{REGIMES[regime].capitalize()}: {edges(cells).strip()}" for regime, cells in found.items() if edges(cells)]
     left = "".join(not_shown(spec, regime, found.get(regime, [])) for regime in REGIMES)
     caption = " ".join([opening(spec, both), f"{trained}.{left}", tuned(both), *unsettled])
-    words = (f"{REGIMES[regime].capitalize()}: {against(frame[frame.regime == regime])}" for regime in found)
-    text = f"Against AdamW at equal steps (paired, 95 %). {'. '.join(words)}."
+    own = {regime: frame[frame.regime == regime] for regime in found}
+    words = (f"{REGIMES[regime].capitalize()}: {against(part)}. {largest_gain(part)}".strip() for regime, part in own.items())
+    text = f"Against AdamW at equal steps (paired, 95 %). {' '.join(words)}"
     path = stem(spec).with_suffix(".md")
     write_text(path, "\n".join([*markdown(frame), "", caption, "", text, "", *published()]) + "\n")
     return Exhibit([path, save_frame(spec, frame)], caption, text, frame)
