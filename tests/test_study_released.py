@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 
 import pandas as pd
 import pytest
@@ -14,7 +15,7 @@ from functional_sam.errors import UserError
 from functional_sam.exhibits import figure_3, figure_7  # noqa: F401 - reads the real results/benchmark, also where it is imported later
 from functional_sam.exhibits import study as module
 from functional_sam.exhibits.spec import load_spec
-from functional_sam.exhibits.study import cells, configs_of, load_study, plan_cell, plan_cells, repeated
+from functional_sam.exhibits.study import cells, configs_of, load_study, plan_cell, plan_cells, repeated, smallest_of_the_best
 from functional_sam.exhibits.table_8 import parts
 from functional_sam.files import write_text
 from functional_sam.records import Run, released
@@ -85,6 +86,21 @@ def test_what_is_complete_is_drawn_and_the_caption_says_what_is_not(home):
     caption = exhibits.draw("table-2").caption
     assert "not complete" not in caption
     assert "width 16, depth 2), 0.014M" in caption
+
+
+@pytest.mark.parametrize(
+    ("losses", "index"),
+    [
+        ([[5.0, 5.1, 5.2], [4.0, 4.1, 4.2], [3.9, 4.2, 4.1]], 1),  # -0.1, 0.1, -0.1: within one standard error
+        ([[5.0, 5.1, 5.2], [4.0, 4.1, 4.2], [3.9, 4.0, 4.0]], 2),  # -0.1, -0.1, -0.2: not
+        ([[4.0, 4.25], [4.125, 4.125], [4.0, 4.0]], 0),  # 0, 0.25 above the last: mean and standard error are both 0.125
+        ([[4.0], [3.999]], 1),  # one run a value: the lowest
+        ([[math.inf, 4.0], [4.0, 4.0]], 1),
+        ([[math.inf, 4.0], [math.inf, 4.0]], 0),
+    ],
+)
+def test_the_smallest_of_equally_good_rates(losses, index):
+    assert smallest_of_the_best(losses) == index
 
 
 def test_the_functional_path_is_compared_at_equal_rho_over_seeds():
@@ -182,9 +198,9 @@ def test_a_release_keeps_what_others_made(home):
 def test_members():
     assert exhibits.members("figure-1", "quick") == ["figure-1"]
     assert [*exhibits.members("figures", "quick"), *exhibits.members("tables", "quick")] == exhibits.known()
-    assert exhibits.members("tables", "paper") == ["table-1", "table-2", "table-3"]
-    with pytest.raises(UserError, match="none of the figures has a scale 'paper': laptop, quick"):
-        exhibits.members("figures", "paper")
+    assert exhibits.members("tables", "paper") == ["table-1", "table-2", "table-3", "table-8"]
+    with pytest.raises(UserError, match="none of the figures has a scale 'cloud': laptop, paper, quick"):
+        exhibits.members("figures", "cloud")
 
 
 def test_all_of_a_kind_plan_every_run_once(home):

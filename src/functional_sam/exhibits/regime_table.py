@@ -88,7 +88,8 @@ def tuned(found: Sequence[Planned]) -> str:
         f"Test loss over {config.training.eval_rows or 'all'} whole documents (cut to a row), read once at the end; mean and "
         f"standard error over n seeds ({seeds}); differences paired by initialization and "
         "data order, better or worse only where the 95 % t interval leaves out zero; a diverged run counts as infinite. Learning "
-        f"rate tuned for AdamW on the validation split (mean of {len(first.lr.runs[0])} other seeds) and shared by all methods, "
+        f"rate tuned for AdamW on the validation split (mean of {len(first.lr.runs[0])} other seeds; the smallest "
+        "within a standard error of the best) and shared by all methods, "
         f"rho tuned per method and size on one of them (grids of {lrs} and of {rhos} at {place}, extended while the best was at an "
         "end, as far as the protocol allows)."
     )

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from functional_sam.config import Config, ModelConfig, compose, nearest, read_yaml, validated
 from functional_sam.errors import UserError
 from functional_sam.exhibits.spec import Spec
+from functional_sam.exhibits.statistics import paired_difference
 from functional_sam.records import Run
 
 REGIMES = {"fixed": "fixed length", "chinchilla": "Chinchilla-style"}  # of the main tables
@@ -223,7 +224,8 @@ def mean_loss(configs: Sequence[Config]) -> float:
 def search(grid: Sequence[float], runs_of: Callable[[float], list[Config]], extensions: int) -> Search:
     """Extend the grid by its own factor at the end where the best value is, until it is interior, `extensions` times at most.
 
-    A diverged run never wins. Where all diverged, or two values are equally good, the smaller one counts as the best.
+    A diverged run never wins. Where all diverged, the smallest value is the best; with several runs a value, the smallest one whose
+    mean is within one standard error (paired) of the lowest: which of two equal ones wins is then no matter of rounding.
     """
     values = sorted(grid)
     factor = values[1] / values[0] if len(values) > 1 else 0.0
@@ -231,14 +233,23 @@ def search(grid: Sequence[float], runs_of: Callable[[float], list[Config]], exte
         runs = [runs_of(value) for value in values]
         if not all(Run(config).done for configs in runs for config in configs):
             return Search(values, runs, None)
-        losses = [mean_loss(configs) for configs in runs]
-        index = losses.index(min(losses))
+        index = smallest_of_the_best([[loss(config) for config in configs] for configs in runs])
         at = "low" if index == 0 else "high" if index == len(values) - 1 else ""
         edge = at if factor else ""
         if not edge or extended == extensions:
             break
         values = [_rounded(values[0] / factor), *values] if edge == "low" else [*values, _rounded(values[-1] * factor)]
     return Search(values, runs, values[index], edge)
+
+
+def smallest_of_the_best(losses: Sequence[Sequence[float]]) -> int:
+    """Index of the first whose mean is above the lowest one by at most the standard error of their paired difference."""
+    means = [sum(values) / len(values) for values in losses]
+    lowest = means.index(min(means))
+    if len(losses[lowest]) == 1 or math.isinf(means[lowest]):
+        return lowest
+    differences = [paired_difference(values, losses[lowest]) for values in losses[:lowest]]
+    return next((index for index, one in enumerate(differences) if one.mean <= one.stderr), lowest)
 
 
 def _rounded(value: float) -> float:
