@@ -87,8 +87,9 @@ def draw(spec: Spec, configs: list[Config]) -> Exhibit:
         axis.set_title(f"{size.removeprefix('language-')} (n={n})")
     for axis in axes.flat[len(sizes) :]:
         axis.set_axis_off()
-    for axis in axes[-1]:
+    for axis in axes.flat[max(0, len(sizes) - columns) : len(sizes)]:  # nothing below them
         axis.set_xlabel(r"radius $\rho$")
+        axis.tick_params(labelbottom=True)
     for axis in axes[:, 0]:
         axis.set_ylabel("validation loss\nminus AdamW's (nats/token)")
     style.signed_log(axes[0, 0], 0.01)  # shared
