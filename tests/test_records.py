@@ -248,6 +248,14 @@ def test_cells_beyond_their_tolerance(row, column, value, found):
     assert [(one.row, one.column) for one in check.compare(fresh, RELEASED, STATED)] == found
 
 
+def test_a_row_may_be_left_out_by_name():
+    fresh = RELEASED.copy()
+    fresh.loc[0, "loss"], fresh.loc[1, "n"] = 9.0, 4
+    tolerance = dataclasses.replace(STATED, rows_ignored={"method sam": "luck"})
+    assert [(one.row, one.column) for one in check.compare(fresh, RELEASED, tolerance)] == [("method adamw", "n")]
+    assert check.compare(fresh.drop(index=0), RELEASED, tolerance)[0].fresh == "no such row"  # it must be there
+
+
 def test_columns_that_came_or_went():
     assert [one.column for one in check.compare(RELEASED.drop(columns="n"), RELEASED, STATED)] == ["n"]
     assert [one.column for one in check.compare(RELEASED.assign(more=1), RELEASED, STATED)] == ["more"]
@@ -261,6 +269,10 @@ def test_columns_that_came_or_went():
         ("keys: [method]\nexact: [n, verdict, loss, n]\nignored: {seconds: a time}\n", "stated twice: n"),
         ("keys: [n]\nexact: [method, verdict, loss]\nignored: {seconds: a time}\n", "do not name each row"),
         ("keys: [method]\nbounds: {loss: {absolut: 1}}\n", "absolut"),
+        (
+            "keys: [method]\nexact: [n, verdict, loss]\nignored: {seconds: a time}\nrows_ignored: {method gam: x}\n",
+            "mean 'method sam'",
+        ),
     ],
 )
 def test_a_tolerance_that_cannot_be(tmp_path, monkeypatch, text, words):

@@ -50,11 +50,12 @@ def check_command(options: argparse.Namespace) -> int:
         wide().print(table)
         console.print(f"{len(found)} cells differ by more than the tolerance in {shown(yaml)}", style="red", soft_wrap=True)
         return 1
-    cells = len(released) * (len(tolerance.bounds) + len(tolerance.exact))
+    rows = len(released) - len(tolerance.rows_ignored)
+    cells = rows * (len(tolerance.bounds) + len(tolerance.exact))
     ignored = list(tolerance.ignored)
     same = frame.drop(columns=ignored, errors="ignore").equals(released.drop(columns=ignored))
     console.print(
-        f"{name}, scale {scale}: all {cells} cells of {len(released)} rows are those of {shown(csv)}, "
+        f"{name}, scale {scale}: all {cells} cells of {rows} rows are those of {shown(csv)}, "
         + ("to the last digit" if same else f"within the tolerance in {shown(yaml)}"),
         soft_wrap=True,
     )

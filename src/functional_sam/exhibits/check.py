@@ -9,6 +9,7 @@ import pandas as pd
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from functional_sam.config import nearest
 from functional_sam.errors import UserError
 from functional_sam.records.released import results_directory
 
@@ -23,13 +24,14 @@ class Bound:
 
 @dataclass
 class Tolerance:
-    """What counts as the same result. Every column is a key, has a bound, is exact, or is ignored for a stated reason."""
+    """What counts as the same result. Every column is a key, has a bound, is exact, or is ignored for a reason; so may a row be."""
 
     reason: str = ""  # for the sizes of the bounds
     keys: list[str] = field(default_factory=list)  # columns that name a row
     bounds: dict[str, Bound] = field(default_factory=dict)
     exact: list[str] = field(default_factory=list)
     ignored: dict[str, str] = field(default_factory=dict)  # column -> why
+    rows_ignored: dict[str, str] = field(default_factory=dict)  # row, as a mismatch names it -> why
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,9 @@ def load_released(name: str, scale: str) -> tuple[pd.DataFrame, Tolerance]:
             raise UserError(f"{yaml}: columns {what}: {', '.join(columns)}")
     if not tolerance.keys or frame.duplicated(tolerance.keys).any():
         raise UserError(f"{yaml}: keys {tolerance.keys} do not name each row of {csv.name}")
+    for row in tolerance.rows_ignored:
+        if row not in _by_key(frame, tolerance.keys):
+            raise nearest(f"row in {yaml}, rows_ignored:", row, _by_key(frame, tolerance.keys))
     return frame, tolerance
 
 
@@ -85,7 +90,8 @@ def compare(fresh: pd.DataFrame, released: pd.DataFrame, tolerance: Tolerance) -
             fresh_has, released_has = ("present" if name in side else "no such row" for side in rows)
             found.append(Mismatch(name, "", fresh_has, released_has, ""))
             continue
-        for column in [c for c in (*tolerance.bounds, *tolerance.exact) if c in fresh]:
+        compared = () if name in tolerance.rows_ignored else (*tolerance.bounds, *tolerance.exact)
+        for column in [c for c in compared if c in fresh]:
             ours, theirs = rows[0][name][column], rows[1][name][column]
             bound = tolerance.bounds.get(column, Bound())
             if not _same(ours, theirs, bound):
