@@ -29,19 +29,19 @@ $(READY): requirements.lock requirements-data.txt pyproject.toml
 	@touch $@
 
 figure-1: $(READY)  ## logit and functional share of the sharpness gradient, language beside vision (3 min)
-figure-2: $(READY)  ## Angle-SAM: loss and accuracy against the angle between the two halves (8 min)
+figure-2: $(READY)  ## Angle-SAM: loss and accuracy against the angle between the two halves (6 min)
 figure-3: $(READY)  ## validation loss minus AdamW's against rho, every method and size (1 min after table-2)
 figure-4: $(READY)  ## spectral densities of H, H_G, H_F, plain and in Adam's geometry, and the shares (5 min)
 figure-5: $(READY)  ## loss against model size in both regimes, and against repetition of the data (2 min after table-3)
 figure-7: $(READY)  ## gain of every method and variant against its measured cost (seconds after table-8)
-table-1: $(READY)  ## SAM, Functional-SAM and both preconditioned against AdamW in language modeling (9 min)
+table-1: $(READY)  ## SAM and Functional-SAM against AdamW in language modeling, both regimes, every size (4 min)
 table-2: $(READY)  ## the five methods at every size, at a fixed number of steps (5 min)
 table-3: $(READY)  ## the five methods at every size, 20 tokens per parameter (6 min; after table-2)
 table-4: $(READY)  ## curvature of every method's final weights, and which measure ranks them as the loss does (8 min)
 table-8: $(READY)  ## equal compute, other variants, repeated data (5 min after table-2)
 
-tables: $(READY)  ## every table at quick (TABLES_TIME); larger scales are redrawn from results/, FRESH=1 trains them
-figures: $(READY)  ## every figure, in the same way (FIGURES_TIME)
+tables: $(READY)  ## every table (quick: 20 min); larger scales are redrawn from results/, FRESH=1 trains them
+figures: $(READY)  ## every figure, in the same way (quick: 15 min after make tables)
 
 $(EXHIBITS): $(READY)
 	@$(BIN)/functional-sam run $@ --scale $(SCALE) --jobs $(JOBS) $(if $(FRESH),--fresh)
