@@ -111,7 +111,7 @@ def test_readme_commands_are_the_makefiles():
     readme = (ROOT / "README.md").read_text()
     targets = set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     verbs = ("draw", "plan", "check", "submit")
-    targets |= {f"{verb}-{name}" for name in exhibits.known() for verb in verbs} | set(exhibits.known())
+    targets |= {f"{verb}-{name}" for name in [*exhibits.known(), *exhibits.KINDS] for verb in verbs} | set(exhibits.known())
     used = set(re.findall(r"(?:`|^)make ([a-z][a-z0-9-]*)", readme, re.MULTILINE))
     assert {"figure-1", "test"} <= used
     assert used <= targets, used - targets
