@@ -1,6 +1,7 @@
 """A study that is not finished, drawn as far as it goes; its released records, which exhibits share; commands on all of a kind."""
 
 import argparse
+import gzip
 import json
 import math
 
@@ -157,8 +158,8 @@ def test_exhibits_of_a_study_share_one_pack_and_redraw_from_it(home, monkeypatch
     do_cells(study, cells(study, "fixed"))
     do_cells(study, cells(study, "chinchilla")[:1])
     assert results.release_command(options("table-2")) == 0
-    path = home / "results" / "runs" / "language-quick.jsonl"
-    names = [json.loads(line)["run"] for line in path.read_text().splitlines()[1:]]
+    path = home / "results" / "runs" / "language-quick.jsonl.gz"
+    names = [json.loads(line)["run"] for line in gzip.decompress(path.read_bytes()).splitlines()[1:]]
     assert len(names) == len(set(names))
     both = plan_cells(study, [*cells(study, "fixed"), *cells(study, "chinchilla")[:1]])
     assert {config.name for one in both for config in one.configs} == set(names)  # table-3's complete cell too
@@ -166,13 +167,13 @@ def test_exhibits_of_a_study_share_one_pack_and_redraw_from_it(home, monkeypatch
     (home / "runs").rename(home / "elsewhere")
     for name, frame in here.items():
         exhibit = exhibits.draw(name)
-        assert exhibit.source == "results/runs/language-quick.jsonl"
+        assert exhibit.source == "results/runs/language-quick.jsonl.gz"
         assert exhibit.frame.equals(frame)
     # Another machine has one cell more and lacks the others: its release adds to what is there.
     do_cells(study, cells(study, "fixed")[:1])
     with pytest.raises(UserError, match="only complete runs can be released"):
         results.release_command(options("table-2"))  # the pack has more of it than is here
-    assert str(home) not in path.read_text()
+    assert str(home) not in gzip.decompress(path.read_bytes()).decode()
 
 
 def test_a_release_keeps_what_others_made(home):

@@ -1,12 +1,15 @@
-"""Released records: what redraws exhibits without their run directories, one JSON-lines file an exhibit, or a study, and scale.
+"""Released records: what redraws exhibits without their run directories, one file an exhibit, or a study, and scale.
 
-results/runs/NAME-SCALE.jsonl: a head (name, scale, the code and the data of the runs), then one line a run: config, metrics except
-those of LEFT_OUT, and every JSON file of its directory. Checkpoints, runtime settings and uncommitted changes stay behind.
+results/runs/NAME-SCALE.jsonl.gz (zcat shows it): a head (name, scale, the code and the data of the runs), then one line a run:
+config, metrics except those of LEFT_OUT, and every JSON file of its directory. Checkpoints, runtime settings and uncommitted
+changes stay behind.
 """
 
 import copy
+import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from functional_sam.config import configs_directory
 from functional_sam.errors import UserError
-from functional_sam.files import write_text
+from functional_sam.files import atomic_file
 from functional_sam.records.code import ROOT
 
 if TYPE_CHECKING:
@@ -79,14 +82,14 @@ def results_directory() -> Path:
 
 def pack_path(name: str, scale: str) -> Path:
     """The file of the released records of an exhibit, or of a study that several share."""
-    return results_directory() / "runs" / f"{name}-{scale}.jsonl"
+    return results_directory() / "runs" / f"{name}-{scale}.jsonl.gz"
 
 
 def load_pack(name: str, scale: str) -> Pack | None:
     """The released records of an exhibit or study, None where there are none. Raises UserError for a damaged file."""
     path = pack_path(name, scale)
     try:
-        head, *lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+        head, *lines = (json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines())
         for part in _parts(lines):
             if "code" in part:
                 part["code"] = {"sha256": part["code"], "files": head["code"][part["code"]]}
@@ -95,7 +98,7 @@ def load_pack(name: str, scale: str) -> Pack | None:
         return Pack(path, {line["run"]: line for line in lines})
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}): restore it with git checkout") from error
 
 
@@ -113,7 +116,9 @@ def save_pack(name: str, scale: str, runs: Iterable["Run"], kept: Iterable[dict[
             part["data"] = part["data"]["sha256"]
     content = [{"name": name, "scale": scale, "left_out": LEFT_OUT, **shared}, *lines]
     path = pack_path(name, scale)
-    write_text(path, "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in content))
+    text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in content)
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(gzip.compress(text.encode(), mtime=0))  # no time: the same records are the same file
     return path
 
 
