@@ -326,13 +326,13 @@ def plan_cell(study: Study, cell: Cell, entries: dict[str, Entry] | None = None,
 def plan_cells(
     study: Study, wanted: Sequence[Cell], entries: dict[str, Entry] | None = None, seeds: Sequence[int] | None = None
 ) -> list[Planned]:
-    """The cells one after the other; with study.in_turn up to the first that is not complete, and without it to draw them."""
+    """The cells one after the other; with study.in_turn up to the first that is not complete, or, to draw, those that are."""
     planned: list[Planned] = []
     for cell in wanted:
         one = plan_cell(study, cell, entries, seeds)
         if one.complete or not study.complete_only:
             planned.append(one)
-        if study.in_turn and not one.complete:
+        if study.in_turn and not study.complete_only and not one.complete:
             break
     return planned
 

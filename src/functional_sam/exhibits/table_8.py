@@ -50,7 +50,7 @@ def parts(study: Study) -> Parts:
         for one in [] if blocked() else plan_cells(study, [longer(study, factor)], adamw, study.middle_seeds):
             found.longer[factor] = one
     for name, entries in (("cheap", study.cheap), ("variants", study.variants)):
-        if blocked() or len(found.longer) <= len(study.compute):
+        if blocked() or len(found.longer) < 1 + len(study.compute):
             return found
         for one in plan_cells(study, [cell], entries, study.middle_seeds):
             found = Parts(**{**vars(found), name: one})
@@ -146,7 +146,8 @@ def draw(spec: Spec, configs: list[Config]) -> Exhibit:
 def not_shown(study: Study, found: Parts) -> str:
     """Blocks whose runs are not complete, in words; empty when all are."""
     left = [] if found.variants else ["variants"]
-    left += [f"{epochs} epochs" for epochs in study.epochs[len(found.repeated) :]]
+    have = {one.cell.regime for one in found.repeated}
+    left += [name for name in (f"{epochs} epochs" for epochs in study.epochs) if name not in have]
     return f"Not shown, because their runs are not complete: {', '.join(left)}. " if left else ""
 
 
