@@ -22,7 +22,8 @@ def plan_command(options: argparse.Namespace) -> int:
     from functional_sam.training.speed import Measured, estimate, measured, seen
 
     configs = plan(options.exhibit, options.scale, tuple(options.overrides))
-    speeds = [speed for root in sorted({Path(c.runtime.runs) for c in configs}) for speed in measured(root)]
+    tasks = {config.task for config in configs if not Run(config).done}
+    speeds = [speed for root in sorted({Path(c.runtime.runs) for c in configs}) for speed in measured(root, tasks)]
     table = Table("run", "rho", "seed", "steps", "trained on", "time", "state", title=f"{options.exhibit}, scale {options.scale}")
     found = statuses([Run(config) for config in configs])
     left: list[Measured | None] = []  # what is still to do: seconds of a run, and its threads

@@ -5,6 +5,7 @@ import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from functional_sam.config import Config, load
@@ -35,11 +36,21 @@ class Measured:
     seconds: float
     threads: int
 
+    @cached_property
+    def same(self) -> tuple[str, ...]:
+        """Equal where a step takes the same time."""
+        return _key(self.config, True)
 
-def measured(root: Path) -> list[Measured]:
-    """The speeds of the complete and partial runs under `root` that this kind of machine did, start to end."""
+    @cached_property
+    def alike(self) -> tuple[str, ...]:
+        """Equal where a gradient takes the same time."""
+        return _key(self.config, False)
+
+
+def measured(root: Path, tasks: Iterable[str] = ("*",)) -> list[Measured]:
+    """The speeds of the complete and partial runs of tasks under `root` that this kind of machine did, start to end."""
     here, found = machine(), []
-    for path in sorted(root.glob("*/config.yaml")):
+    for path in sorted(path for task in set(tasks) for path in root.glob(f"{task}-*/config.yaml")):
         try:
             run = Run(load(path), root)
             record = run.read("provenance.json")
@@ -58,10 +69,11 @@ def estimate(config: Config, speeds: Sequence[Measured]) -> Measured | None:
 
     From runs that differ in seeds, rho and number of steps alone; else from other methods of the same shape, by their passes.
     """
-    same = [speed for speed in speeds if _key(speed.config, True) == _key(config, True)]
+    own = Measured(config, 0.0, 0)
+    same = [speed for speed in speeds if speed.same == own.same]
     if same:
         return Measured(config, statistics.median(s.seconds for s in same), _threads(same))
-    alike = [speed for speed in speeds if _key(speed.config, False) == _key(config, False)]
+    alike = [speed for speed in speeds if speed.alike == own.alike]
     if not alike:
         return None
     a_pass = statistics.median(speed.seconds / passes(speed.config) for speed in alike)
