@@ -36,7 +36,7 @@ figure-5: $(READY)  ## loss against model size in both regimes, and against repe
 figure-7: $(READY)  ## gain of every method and variant against its measured cost (seconds after table-8)
 table-1: $(READY)  ## SAM and Functional-SAM against AdamW in language modeling, both regimes, every size (4 min)
 table-2: $(READY)  ## the five methods at every size, at a fixed number of steps (5 min)
-table-3: $(READY)  ## the five methods at every size, 20 tokens per parameter (6 min; after table-2)
+table-3: $(READY)  ## the five methods at every size, 20 tokens per parameter (2 min after table-2)
 table-4: $(READY)  ## curvature of every method's final weights, and which measure ranks them as the loss does (8 min)
 table-8: $(READY)  ## equal compute, other variants, repeated data (5 min after table-2)
 
