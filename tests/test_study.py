@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import math
 
 import pandas as pd
@@ -26,6 +27,7 @@ from functional_sam.exhibits.study import (
     plan_cell,
     search,
 )
+from functional_sam.files import write_text
 from functional_sam.models import Decoder
 from functional_sam.records import Run
 from functional_sam.sharpness.methods import METHODS
@@ -46,6 +48,8 @@ def record(config, loss, tokens=10, sha256="s", step=None, norm_func=1.0):
     if config.training.test:
         done |= {"test_loss": loss, "test_bits_per_byte": loss, "test_tokens": tokens}
     run.write("done.json", done if loss is not None else {"diverged": True, "error": "e", "loss": None})
+    line = {"kind": "validation", "step": config.training.steps, "loss": loss}
+    write_text(run.directory / "metrics.jsonl", json.dumps(line) + "\n" if loss is not None else "")
     run.write("provenance.json", {"commit": "c", "diff": "", "versions": {}, "data": {"data": "d", "sha256": sha256}})
     record = {}
     for key, path in DIAGNOSIS.items():

@@ -11,7 +11,7 @@ from matplotlib.ticker import NullLocator, ScalarFormatter
 from scipy import optimize
 
 from functional_sam.config import Config
-from functional_sam.exhibits import style
+from functional_sam.exhibits import stopping, style
 from functional_sam.exhibits.comparison import comparison, edges, label
 from functional_sam.exhibits.output import Exhibit, save_figure, save_frame
 from functional_sam.exhibits.regime_table import not_shown, opening
@@ -54,7 +54,7 @@ def draw(spec: Spec, configs: list[Config]) -> Exhibit:
     """Above test loss, below its paired difference to AdamW; the two regimes, then repeated data."""
     study = load_study(spec, spec.command)
     found = planned(study)
-    data = comparison(found)
+    data = stopping.with_stopping(comparison(found), found)
     data["epochs"] = data.tokens / data.unique_tokens
     style.use()
     figure, axes = plt.subplots(2, 3, figsize=(style.PAGE, 3.6), sharex="col")
@@ -75,6 +75,7 @@ def draw(spec: Spec, configs: list[Config]) -> Exhibit:
         plain(axes[0, column])
     part = on_repeated(study, data)
     lines(axes[:, 2], part, "epochs", fit=False)
+    early = stopped_lines(axes[1, 2], part)
     axes[0, 2].set(title=f"Repeated data, {study.middle.removeprefix('language-')}")
     axes[0, 2].set_xscale("log", base=2)
     ticks = sorted({round(value) for value in part.epochs})
@@ -88,7 +89,7 @@ def draw(spec: Spec, configs: list[Config]) -> Exhibit:
         f"{study.tokens_per_parameter:g} tokens per parameter; right: {study.fixed_steps} steps on the first tokens of the train "
         "stream only, rho tuned at each number of epochs. Above test loss with standard errors, below differences to AdamW paired "
         "by seed (n as in table-2 and table-3; repeated data "
-        f"n={len(study.middle_seeds)}).{left_out(spec, study, found)} {_fits(laws)} {edges(found)}"
+        f"n={len(study.middle_seeds)}).{early}{left_out(spec, study, found)} {_fits(laws)} {edges(found)}"
     )
     return Exhibit([*save_figure(spec, figure), save_frame(spec, data)], caption.strip(), _words(data, part), data, figure)
 
@@ -133,6 +134,17 @@ def lines(axes: Sequence[Axes], part: pd.DataFrame, x: str, fit: bool = True) ->
             below.plot([place], [0.98], "x", color=color, transform=below.get_xaxis_transform(), clip_on=False)
     below.axhline(0.0, color=style.METHOD_COLOR["adamw"], linewidth=0.8)
     return laws
+
+
+def stopped_lines(axis: Axes, part: pd.DataFrame) -> str:
+    """Hollow and dashed: the differences had every run been stopped at its lowest validation loss. Returns the caption's words."""
+    if "stopped_loss" not in part or part.stopped_loss.isna().all():
+        return ""
+    for method, own in part[part.method.ne("adamw") & np.isfinite(part.stopped_minus_adamw)].groupby("method", sort=False):
+        error = own.stopped_minus_adamw_stderr.fillna(0)
+        color = style.METHOD_COLOR[str(method)]
+        axis.errorbar(own.epochs, own.stopped_minus_adamw, error, color=color, marker="o", markerfacecolor="none", linestyle="--")
+    return " Dashed: as if every run, AdamW's too, had been stopped at its lowest validation loss."
 
 
 def plain(axis: Axes) -> None:

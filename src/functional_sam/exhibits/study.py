@@ -50,6 +50,7 @@ class Study:
     middle: str = ""  # the size of repeated data, equal compute and variants
     middle_seeds: list[int] = field(default_factory=list)  # reported seeds there; among those of the size
     epochs: list[int] = field(default_factory=list)  # how often the data is met, where it is repeated
+    evaluations: int = 20  # on the way, of the reported runs on repeated data: where early stopping would have ended them
     compute: dict[str, float] = field(default_factory=dict)  # method -> time of a step over AdamW's, as measured once
     variants: dict[str, Entry] = field(default_factory=dict)  # at equal steps
     variants_shown: list[str] = field(default_factory=list)  # those of this scale; empty = all
@@ -171,6 +172,8 @@ def make(
         "method.rho": rho,
         "measure.curvature": curvature,
     }
+    if reported and cell.unique_tokens:
+        values["training.eval_every"] = max(1, steps // study.evaluations)
     for place, value in values.items():
         if place not in given:
             section, key = place.split(".")

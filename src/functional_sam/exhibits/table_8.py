@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from functional_sam.config import Config
+from functional_sam.exhibits import stopping
 from functional_sam.exhibits.comparison import check, comparison, edges, label, markdown, rows, summaries
 from functional_sam.exhibits.output import Exhibit, save_frame, stem
 from functional_sam.exhibits.regime_table import closing, diagnosis, opening
@@ -111,7 +112,7 @@ def frame(study: Study, found: Parts) -> pd.DataFrame:
     data = pd.DataFrame(out)
     if not found.repeated:
         return data
-    again = comparison(found.repeated)
+    again = stopping.with_stopping(comparison(found.repeated), found.repeated)
     again.insert(0, "block", "repeated data")
     return pd.concat([data, again], ignore_index=True)
 
@@ -127,7 +128,9 @@ def draw(spec: Spec, configs: list[Config]) -> Exhibit:
         f"{opening(spec, [found.main])} {found.main.lr.configs[0].training.steps} steps unless said otherwise. Equal compute: each "
         "method against AdamW with as many more steps as it takes longer (learning rate tuned again, warm-up and cosine "
         f"stretched): 2 for two passes, {times} (measured, results/benchmark/time.csv). Variants at equal steps, each with its "
-        "radius tuned over a grid in its own unit. Repeated data: the same steps on fewer unique tokens, rho tuned in each cell. "
+        "radius tuned over a grid in its own unit. Repeated data: the same steps on fewer unique tokens, rho tuned in each cell "
+        f"for the loss at the end; below it the lowest validation loss of {study.evaluations} on the way, as if stopped there (the "
+        "schedule not cut to it, no test loss read there). "
         f"{closing(spec, [found.main])} {edges(found.all[1:])}{not_shown(study, found)}{seconds}"
     )
     text = _words(data)
@@ -137,7 +140,7 @@ def draw(spec: Spec, configs: list[Config]) -> Exhibit:
     lines += ["**Repeated data**", ""] if found.repeated else []
     for regime, part in data[data.block == "repeated data"].groupby("regime", sort=False):
         unique = f"{regime}, {part.unique_tokens.iloc[0]:,} unique tokens"
-        lines += [unique, "", *markdown(part), "", diagnosis(part), ""]
+        lines += [unique, "", *markdown(part), "", *stopping.markdown(part), "", diagnosis(part), ""]
     path = stem(spec).with_suffix(".md")
     write_text(path, "\n".join([*lines, caption, "", text]) + "\n")
     return Exhibit([path, save_frame(spec, data)], caption, text, data)
@@ -193,7 +196,9 @@ def _words(data: pd.DataFrame) -> str:
             continue
         sentences.append(f"{name}: {_counted(part, column)}")
     for regime, part in data[data.block == "repeated data"].groupby("regime", sort=False):
-        sentences.append(f"{regime}: {_counted(part[part.method != 'adamw'], 'verdict_adamw')}")
+        others = part[part.method != "adamw"]
+        stopped = _counted(others, "stopped_verdict_adamw")
+        sentences.append(f"{regime}: {_counted(others, 'verdict_adamw')} (all stopped early: {stopped})")
     return f"Against AdamW (paired, 95 %). {'. '.join(sentences)}."
 
 
