@@ -12,7 +12,7 @@ from functional_sam.errors import UserError
 from functional_sam.exhibits import style
 from functional_sam.exhibits.output import paper_directory
 from functional_sam.exhibits.statistics import Estimate, estimate, half_width, paired_difference, verdict
-from functional_sam.exhibits.study import Planned, Search, has_radius, non_embedding
+from functional_sam.exhibits.study import REGIMES, Planned, Search, has_radius, non_embedding
 from functional_sam.records import Run
 
 # Of curvature.json: column -> where in it. delta_func and delta_logit are those of the gradient ascent.
@@ -218,8 +218,10 @@ def searched(one: Search) -> str:
 def edges(planned: Sequence[Planned]) -> str:
     """Where a search ended at the end of its grid, in words; empty when every best value is interior."""
     found = []
+    several = len({one.cell.regime for one in planned}) > 1
     for one in planned:
-        place = f"{one.cell.task.removeprefix('language-')}"
+        place = one.cell.task.removeprefix("language-")
+        place += f", {REGIMES.get(one.cell.regime, one.cell.regime)}" if several else ""
         if one.lr.edge:
             found.append(f"lr at {place} ({one.lr.edge})")
         found += [f"rho of {label(name)} at {place} ({own.edge})" for name, own in one.rho.items() if own.edge]

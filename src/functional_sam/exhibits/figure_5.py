@@ -20,6 +20,7 @@ from functional_sam.exhibits.statistics import Estimate
 from functional_sam.exhibits.study import REGIMES, Planned, Study, cells, configs_of, load_study, plan_cells, repeated
 
 ENOUGH = 3  # sizes that a power law of two parameters needs
+LINEAR = 0.01  # nats: differences on repeated data span three decades, and both signs
 
 
 def planned(study: Study) -> list[Planned]:
@@ -76,6 +77,7 @@ def draw(spec: Spec, configs: list[Config]) -> Exhibit:
     part = on_repeated(study, data)
     lines(axes[:, 2], part, "epochs", fit=False)
     early = stopped_lines(axes[1, 2], part)
+    style.signed_log(axes[1, 2], LINEAR)
     axes[0, 2].set(title=f"Repeated data, {study.middle.removeprefix('language-')}")
     axes[0, 2].set_xscale("log", base=2)
     ticks = sorted({round(value) for value in part.epochs})
@@ -88,7 +90,7 @@ def draw(spec: Spec, configs: list[Config]) -> Exhibit:
         f"{opening(spec, main)} Fixed length: {study.fixed_steps} steps at every size; Chinchilla-style: "
         f"{study.tokens_per_parameter:g} tokens per parameter; right: {study.fixed_steps} steps on the first tokens of the train "
         "stream only, rho tuned at each number of epochs. Above test loss with standard errors, below differences to AdamW paired "
-        "by seed (n as in table-2 and table-3; repeated data "
+        f"by seed (n as in table-2 and table-3; right on an axis that is logarithmic beyond {LINEAR:g} nats; repeated data "
         f"n={len(study.middle_seeds)}).{early}{left_out(spec, study, found)} {_fits(laws)} {edges(found)}"
     )
     return Exhibit([*save_figure(spec, figure), save_frame(spec, data)], caption.strip(), _words(data, part), data, figure)
