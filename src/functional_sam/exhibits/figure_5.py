@@ -182,4 +182,12 @@ def _words(data: pd.DataFrame, part: pd.DataFrame) -> str:
     base = part[part.method == "adamw"]
     shares = ", ".join(f"{row.share_func:.2f} at {row.epochs:.0f}" for row in base[base.n_curvature > 0].itertuples())
     measured = f" Share of delta_func in AdamW's sharpness gradient at the end, by epochs: {shares}." if shares else ""
-    return f"{main} Repeated data, better than AdamW: {', '.join(firsts)}.{measured}"
+    return f"{main} Repeated data, better than AdamW: {', '.join(firsts)}{_stopped_words(part)}.{measured}"
+
+
+def _stopped_words(part: pd.DataFrame) -> str:
+    if "stopped_loss" not in part:
+        return ""
+    better = part[part.stopped_verdict_adamw.fillna("").str.startswith("better")]
+    early = ", ".join(f"{label(row.method)} at {row.epochs:.0f}" for row in better.itertuples())
+    return f"; with every run stopped at its lowest validation loss: {early or 'none'}"
