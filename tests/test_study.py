@@ -386,7 +386,7 @@ def test_figure_5_finds_where_the_sign_changes(tmp_path, monkeypatch):
     assert f"SAM from {study.epochs[0]} epochs" in exhibit.verdict
     assert "Functional-SAM never" in exhibit.verdict
     assert "stopped at its lowest validation loss: SAM at 32." in exhibit.verdict
-    assert "Dashed: as if every run" in exhibit.caption
+    assert "Hollow: as if every run" in exhibit.caption
     assert "no fit: fewer than 3 sizes" in exhibit.caption
 
 

@@ -139,14 +139,14 @@ def lines(axes: Sequence[Axes], part: pd.DataFrame, x: str, fit: bool = True) ->
 
 
 def stopped_lines(axis: Axes, part: pd.DataFrame) -> str:
-    """Hollow and dashed: the differences had every run been stopped at its lowest validation loss. Returns the caption's words."""
+    """Hollow: the differences had every run been stopped at its lowest validation loss. Returns the caption's words."""
     if "stopped_loss" not in part or part.stopped_loss.isna().all():
         return ""
     for method, own in part[part.method.ne("adamw") & np.isfinite(part.stopped_minus_adamw)].groupby("method", sort=False):
         error = own.stopped_minus_adamw_stderr.fillna(0)
         color = style.METHOD_COLOR[str(method)]
         axis.errorbar(own.epochs, own.stopped_minus_adamw, error, color=color, marker="o", markerfacecolor="none", linestyle="--")
-    return " Dashed: as if every run, AdamW's too, had been stopped at its lowest validation loss."
+    return " Hollow: as if every run, AdamW's too, had been stopped at its lowest validation loss."
 
 
 def plain(axis: Axes) -> None:
