@@ -3,7 +3,6 @@
 import json
 import math
 
-import pandas as pd
 import pytest
 from test_study import bowl, fill, record, study_of
 
@@ -80,4 +79,3 @@ def test_columns_join_the_comparison_row_by_row(planned):
     lines = stopping.markdown(data)
     assert "+0.1010 +- 0.0006" in lines[3]
     assert "worse" in lines[3]
-    assert isinstance(data, pd.DataFrame)

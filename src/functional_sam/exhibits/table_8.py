@@ -129,8 +129,8 @@ def draw(spec: Spec, configs: list[Config]) -> Exhibit:
         "method against AdamW with as many more steps as it takes longer (learning rate tuned again, warm-up and cosine "
         f"stretched): 2 for two passes, {times} (measured, results/benchmark/time.csv). Variants at equal steps, each with its "
         "radius tuned over a grid in its own unit. Repeated data: the same steps on fewer unique tokens, rho tuned in each cell "
-        f"for the loss at the end; below it the lowest validation loss of {study.evaluations} on the way, as if stopped there (the "
-        "schedule not cut to it, no test loss read there). "
+        f"for the loss at the end; below it the lowest of about {study.evaluations} validation losses on the way, as if stopped "
+        "there (the schedule not cut to it, no test loss read there). "
         f"{closing(spec, [found.main])} {edges(found.all[1:])}{not_shown(study, found)}{seconds}"
     )
     text = _words(data)
