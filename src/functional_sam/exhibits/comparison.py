@@ -76,10 +76,10 @@ def summaries(configs: Sequence[Config], key: str) -> list[float]:
 def rows(one: Planned, smallest: Planned | None = None) -> list[dict[str, Any]]:
     """One row a method of the cell. smallest: the cell whose radius is carried over, to say what that would have lost."""
     found = []
-    base = {name: one.reported[name] for name in ("adamw", "sam") if name in one.reported}
+    losses = {name: summaries(configs, "test_loss") for name, configs in one.reported.items()}
     for name, configs in one.reported.items():
         config, entry = configs[0], one.entries[name]
-        test, bits = estimate(summaries(configs, "test_loss")), estimate(summaries(configs, "test_bits_per_byte"))
+        test, bits = estimate(losses[name]), estimate(summaries(configs, "test_bits_per_byte"))
         tokens = config.training.steps * config.training.batch * config.model.length
         row: dict[str, Any] = {
             "size": config.task,
@@ -101,17 +101,25 @@ def rows(one: Planned, smallest: Planned | None = None) -> list[dict[str, Any]]:
             "test_bits_per_byte_stderr": bits.stderr,
             "validation_loss": estimate(summaries(configs, "loss")).mean,
         }
-        for other in ("adamw", "sam"):
-            difference, word = Estimate(math.nan, math.nan, 0), ""
-            if other in base and name not in (other, "adamw"):
-                difference = paired_difference(summaries(configs, "test_loss"), summaries(base[other], "test_loss"))
-                word = verdict(difference)
-            row |= {f"minus_{other}": difference.mean, f"minus_{other}_stderr": difference.stderr, f"verdict_{other}": word}
+        row |= differences(name, losses)
         row |= {"seconds": estimate(summaries(configs, "seconds")).mean, "gradients": entry.passes * config.training.steps}
         row |= _carried(one, name, smallest)
-        row |= _diagnosis(configs, base.get("adamw", configs))
+        row |= _diagnosis(configs, one.reported.get("adamw", configs))
         found.append(row)
     return found
+
+
+def differences(name: str, losses: dict[str, list[float]], prefix: str = "") -> dict[str, Any]:
+    """Columns of a method's differences to AdamW and SAM, paired by seed; nan and no verdict where there is none."""
+    row: dict[str, Any] = {}
+    for other in ("adamw", "sam"):
+        difference, word = Estimate(math.nan, math.nan, 0), ""
+        if other in losses and name not in (other, "adamw"):
+            difference = paired_difference(losses[name], losses[other])
+            word = verdict(difference)
+        row |= {f"{prefix}minus_{other}": difference.mean, f"{prefix}minus_{other}_stderr": difference.stderr}
+        row[f"{prefix}verdict_{other}"] = word
+    return row
 
 
 def _carried(one: Planned, name: str, smallest: Planned | None) -> dict[str, float]:

@@ -7,8 +7,8 @@ from typing import Any
 import pandas as pd
 
 from functional_sam.config import Config
-from functional_sam.exhibits.comparison import label, pair
-from functional_sam.exhibits.statistics import estimate, paired_difference, verdict
+from functional_sam.exhibits.comparison import differences, label, pair
+from functional_sam.exhibits.statistics import estimate
 from functional_sam.exhibits.study import Planned
 from functional_sam.records import Run
 
@@ -32,12 +32,7 @@ def stopped(one: Planned) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"regime": one.cell.regime, "size": one.cell.task, "method": name}
         row |= {"stopped_loss": mean.mean, "stopped_loss_stderr": mean.stderr}
         row["stopped_step"] = estimate([step for _, step in values]).mean
-        for other in ("adamw", "sam"):
-            row |= {f"stopped_minus_{other}": math.nan, f"stopped_minus_{other}_stderr": math.nan, f"stopped_verdict_{other}": ""}
-            if other in losses and name not in (other, "adamw"):
-                difference = paired_difference(losses[name], losses[other])
-                row[f"stopped_minus_{other}"], row[f"stopped_minus_{other}_stderr"] = difference.mean, difference.stderr
-                row[f"stopped_verdict_{other}"] = verdict(difference)
+        row |= differences(name, losses, "stopped_")
         found.append(row)
     return found
 
