@@ -1,7 +1,6 @@
 """What a run is: the schema with every default. YAML files under configs/ hold differences only.
 
-compose() = defaults <- tasks/TASK.yaml <- scales/SCALE.yaml (its section for the task) <- methods/METHOD.yaml <-
-exhibit <- overrides.
+compose() = defaults <- tasks/TASK.yaml <- scales/SCALE.yaml (its section for the task) <- method <- exhibit <- overrides.
 """
 
 import dataclasses
@@ -17,20 +16,24 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from functional_sam.data.packages import pinned
 from functional_sam.errors import UserError
+
+SCHEMA = 2  # raised when the same settings come to mean another result: every run then has another name
 
 
 @dataclass
 class ModelConfig:
-    """A pre-LN transformer without biases; the defaults are Nanodo's."""
+    """The model of a run; the defaults are Nanodo's decoder, pre-LN and without biases."""
 
-    kind: str = "decoder"  # decoder (text) or vit (images)
+    kind: str = "decoder"  # a model of the task's: decoder (language), vit (vision)
     width: int = 512  # D, residual stream
     depth: int = 6  # N, blocks
     heads: int = 8  # H, must divide width
-    mlp: int = 0  # F, hidden units of the MLP; 0 = 4 * width
-    length: int = 512  # L, tokens of a row (decoder)
-    patch: int = 4  # pixels, side of a patch (vit)
+    mlp: int | None = None  # F, hidden units of the MLP; none: 4 * width
+    length: int = 512  # L, tokens of a row
+    patch: int = 4  # pixels, side of a patch
+    dropout: float = 0.0  # fraction of a block's outputs set to zero while training
     head_dtype: str = "float32"  # of the logits' matrix product under bf16; float32 to the letter of Nanodo
     checkpoint_blocks: bool = False  # recompute activations in backward: less memory, one more forward
 
@@ -41,10 +44,13 @@ class DataConfig:
 
     sources: list[str] = field(default_factory=lambda: ["news", "encyclopedia"])  # text, see data/sources.py; or [c4], alone
     vocab: int = 1024  # V, SentencePiece pieces
+    held_out: str = "documents"  # rows of validation and test: documents cut to L (Nanodo), or windows: all of each document
     images: str = "fashion-mnist"  # or mnist-5k, or imagenet-1k; never swapped silently
-    unique_tokens: int = 0  # train on so many tokens only, over and over; 0 = all
-    files: int = 0  # the first so many train files of c4 or imagenet-1k; 0 = all
-    tokenizer: str = ""  # a SentencePiece model for c4; "" = trained on the start of its first file
+    augment: str | None = None  # of training images: crop-flip
+    hub: str | None = None  # OWNER/NAME[@REVISION] of c4 or imagenet-1k on the hub; none: the one they are published as
+    unique_tokens: int | None = None  # train on so many tokens only, over and over; none: all
+    files: int | None = None  # the first so many train files of c4 or imagenet-1k; none: all
+    tokenizer: str | None = None  # a SentencePiece model for c4; none: trained on the start of its first file
 
 
 @dataclass
@@ -52,23 +58,27 @@ class MethodConfig:
     """A named method and its options; see `functional-sam methods`."""
 
     name: str = "adamw"
-    rho: float | None = None  # radius, in units of the parameters; None = the method's published default
+    rho: float | None = None  # radius, in units of the parameters; none: the method's published default
     options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class OptimizerConfig:
-    """AdamW as in Nanodo: decoupled weight decay on ALL parameters, linear warm-up, cosine decay."""
+    """The optimizer and its schedule; the defaults are Nanodo's: AdamW, weight decay on ALL parameters, cosine after a warm-up."""
 
+    name: str = "adamw"  # adamw, sgd (with momentum) or adafactor
     lr: float = 1.6e-3  # peak
+    schedule: str = "cosine"  # cosine or linear, to lr_end, or constant; each after a linear warm-up
     lr_start: float = 0.1  # fraction of lr at step 0
     lr_end: float = 0.1  # fraction of lr at the last step
     warmup_steps: int = 1000
-    beta1: float = 0.9
+    beta1: float = 0.9  # of adamw
     beta2: float = 0.98
     eps: float = 1e-9
-    weight_decay: float = 0.1
-    clip: float = 0.0  # norm the gradient is clipped to, after the method; 0 = off, as in Nanodo
+    momentum: float = 0.9  # of sgd
+    weight_decay: float = 0.1  # decoupled, but for sgd
+    decay: str = "all"  # parameters that it acts on: all, or matrices (two or more dimensions: no biases, no norms)
+    clip: float | None = None  # norm the gradient is clipped to, after the method; none: off, as in Nanodo
 
 
 @dataclass
@@ -77,28 +87,33 @@ class TrainingConfig:
 
     steps: int = 1000
     batch: int = 256  # rows of a step
-    micro_batch: int = 0  # rows of a forward; must divide batch; 0 = batch
-    precision: str = "bf16"  # bf16 (autocast, float32 master weights), float32 or float64
+    micro_batch: int | None = None  # rows of a forward; must divide batch; none: batch
+    precision: str = "float32"  # float32, float64, or bf16 (autocast, float32 weights): for hardware that multiplies it natively
     init_seed: int = 0  # of the weights
-    data_seed: int = 0  # of the order of the data: the same for every method
-    eval_every: int = 0  # steps between evaluations on the validation split; 0 = at the end only
-    eval_rows: int = 0  # documents or images of an evaluation; 0 = all
+    data_seed: int = 0  # of the order of the data, and of what is drawn in a step: the same for every method
+    eval_every: int | None = None  # steps between evaluations on the validation split; none: at the end only
+    eval_rows: int | None = None  # rows of an evaluation on the validation split; none: all
+    test_rows: int | None = None  # rows of the evaluation on the test split; none: all
     eval_batch: int = 64  # rows of an evaluation forward
     test: bool = False  # evaluate the test split once, after the last step
+    test_best: bool = False  # and at each evaluation that is the best so far on the validation split: the last of them counts
+    jitter: float = 0.0  # relative size of a random change of the initial weights: a placebo, to see what chance alone does
 
 
 @dataclass
 class MeasureConfig:
-    """Decomposition of the sharpness gradient during training, on fixed held-out rows."""
+    """What is measured on the way: doses, and the decomposition of the sharpness gradient on fixed held-out rows."""
 
-    points: int = 0  # measurements, log-spaced from step 1 to the last; 0 = none
+    doses: int = 8  # measurements of |g_method - g| / |g|, log-spaced over the steps
+    points: int = 0  # decompositions, log-spaced from step 1 to the last
     rows: int = 16  # rows of the held-out (validation) batch
     micro_batch: int = 8  # rows of a second-order pass, which keeps its graph
     ascents: list[str] = field(default_factory=lambda: ["gradient", "adam"])
+    adam_from: int = 10  # step from which the adam ascent is measured: before, P g is the sign of g, rounding noise included
     curvature: bool = False  # spectra and traces of H, H_G, H_F at the final weights, into curvature.json
     probes: int = 10  # random vectors of a trace
     lanczos: int = 100  # products of a run of Lanczos, at most
-    density_probes: int = 0  # random vectors of a spectral density; 0 = no densities
+    density_probes: int = 0  # random vectors of a spectral density
     density_order: int = 64  # products of each of them
 
 
@@ -108,26 +123,12 @@ class RuntimeConfig:
 
     device: str = "cpu"  # or cuda: of many processes each takes its own GPU
     parallel: str = "auto"  # ddp or fsdp (FSDP2) for the processes of torchrun or srun, none; auto: ddp where WORLD_SIZE > 1
-    threads: int = 0  # CPU threads of the process; 0 = all cores
+    threads: int | None = None  # CPU threads of the process; none: all cores
     cache: str = ".cache"  # prepared data
-    data: str = (
-        ""  # where c4 or imagenet-1k is: a directory in the hub's layout, or OWNER/NAME[@REVISION] there; "" = the hub's own
-    )
+    data: str | None = None  # a directory that holds data.hub in the hub's own layout; none: the hub itself
     runs: str = "runs"
     log_every: int = 10  # steps between lines of metrics.jsonl
     checkpoint_every: int = 200  # steps
-
-
-# Fields younger than released results: left out of the hash while at their default, so that old runs keep their names.
-LATER: tuple[tuple[str, str], ...] = (
-    ("data", "files"),
-    ("data", "tokenizer"),
-    ("measure", "curvature"),
-    ("measure", "probes"),
-    ("measure", "lanczos"),
-    ("measure", "density_probes"),
-    ("measure", "density_order"),
-)
 
 
 @dataclass
@@ -135,6 +136,7 @@ class Config:
     """One run."""
 
     task: str = "language"  # a file of configs/tasks
+    kind: str = "language"  # what sort of task it is: one of functional_sam.tasks.TASKS
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
@@ -145,18 +147,33 @@ class Config:
 
     @property
     def hash(self) -> str:
-        """12 hexadecimal digits of the SHA-256 of everything that can change a result."""
-        content, default = dataclasses.asdict(self), dataclasses.asdict(Config())
-        del content["runtime"]
-        for section, key in LATER:
-            if content[section][key] == default[section][key]:
-                del content[section][key]
+        """12 hexadecimal digits of the SHA-256 of all that can change a result: what differs from the defaults, and the packages
+        that hold the data, each with its version. So a new setting leaves the names of old runs alone."""
+        content = {"schema": SCHEMA, "packages": pinned([*self.data.sources, self.data.images]), **_differing(self)}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
     def name(self) -> str:
         """Name of the run directory."""
         return f"{self.task}-{self.method.name}-{self.hash}"
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows of a forward."""
+        return self.training.micro_batch or self.training.batch
+
+
+def _differing(config: Config) -> dict[str, Any]:
+    """Section -> key -> value of every setting that is not the default and can change a result."""
+    content, default = dataclasses.asdict(config), dataclasses.asdict(Config())
+    del content["runtime"]
+    found: dict[str, Any] = {}
+    for name, value in content.items():
+        if not isinstance(value, dict):
+            found[name] = value
+        elif differing := {key: one for key, one in value.items() if one != default[name][key]}:
+            found[name] = differing
+    return found
 
 
 def configs_directory() -> Path:
@@ -190,14 +207,17 @@ def compose(
     task: str, method: str = "adamw", scale: str | None = None, extra: Sequence[dict[str, Any]] = (), overrides: Sequence[str] = ()
 ) -> Config:
     """One complete, checked config. Raises UserError for unknown names or keys, wrong types, impossible values."""
+    from functional_sam.sharpness.methods import METHODS  # imports torch, which a reader of records can do without
+
     base = _schema()
+    if method not in METHODS:
+        raise nearest("method", method, METHODS)
     layers = [(f"configs/tasks/{task}.yaml", read_yaml("tasks", task))]
     if scale is not None:
         by_task = read_yaml("scales", scale)
         if task not in by_task:
             raise nearest(f"task of scale {scale!r}:", task, by_task)
         layers.append((f"configs/scales/{scale}.yaml, {task}", by_task[task] or {}))
-    layers.append((f"configs/methods/{method}.yaml", read_yaml("methods", method)))
     layers += [("exhibit", dict(layer)) for layer in extra]
     layers.append(("command", {"task": task, "method": {"name": method}}))
     for override in overrides:
@@ -281,58 +301,53 @@ def _to_object(base: Any, where: str) -> Config:
 
 
 def validated(config: Config) -> Config:
-    """The config itself, or a UserError that names the first impossible value."""
-    model, data, method, optimizer, training, measure = (
-        config.model,
-        config.data,
-        config.method,
-        config.optimizer,
-        config.training,
-        config.measure,
-    )
-    if training.micro_batch == 0:
-        training.micro_batch = training.batch
+    """The config itself, unchanged, or a UserError that names the first impossible value. What a task needs, it checks itself."""
+    model, data, method, optimizer, training = config.model, config.data, config.method, config.optimizer, config.training
 
     def require(condition: bool, message: str) -> None:
         if not condition:
             raise UserError(message)
 
-    require(model.kind in ("decoder", "vit"), f"model.kind={model.kind!r}: decoder or vit")
-    for key in ("width", "depth", "heads", "length", "patch"):
-        require(getattr(model, key) >= 1, f"model.{key}={getattr(model, key)}: at least 1")
-    require(model.mlp >= 0, f"model.mlp={model.mlp}: hidden units, or 0 for 4 * width")
+    def counts(section: str, least: int, *keys: str) -> None:
+        """Numbers that are at least so large; where they may be left out, none stands for that."""
+        for key in keys:
+            value = getattr(getattr(config, section), key)
+            require(value is None or value >= least, f"{section}.{key}={value}: at least {least}")
+
+    def one_of(section: str, key: str, *choices: str | None) -> None:
+        value = getattr(getattr(config, section), key)
+        if value not in choices:
+            raise nearest(f"value of {section}.{key}:", str(value), [choice for choice in choices if choice])
+
+    counts("model", 1, "width", "depth", "heads", "mlp", "length", "patch")
     require(model.width % model.heads == 0, f"model.heads={model.heads} does not divide model.width={model.width}")
-    require(model.head_dtype in ("float32", "bfloat16"), f"model.head_dtype={model.head_dtype!r}: float32 or bfloat16")
+    require(0 <= model.dropout < 1, f"model.dropout={model.dropout}: a fraction, at least 0 and below 1")
+    one_of("model", "head_dtype", "float32", "bfloat16")
     require(data.vocab >= 16, f"data.vocab={data.vocab}: at least 16 pieces")
-    require(data.files >= 0, f"data.files={data.files}: a number of files, or 0 for all")
-    require(data.unique_tokens >= 0, f"data.unique_tokens={data.unique_tokens}: a number of tokens, or 0 for all")
+    one_of("data", "held_out", "documents", "windows")
+    one_of("data", "augment", None, "crop-flip")
+    counts("data", 1, "files", "unique_tokens")
     require(method.rho is None or 0 <= method.rho < float("inf"), f"method.rho={method.rho}: finite and >= 0")
-    require(optimizer.lr >= 0, f"optimizer.lr={optimizer.lr}: >= 0")
-    require(0 <= optimizer.beta1 < 1 and 0 <= optimizer.beta2 < 1, "optimizer.beta1 and beta2 lie in [0, 1)")
-    require(optimizer.warmup_steps >= 0, f"optimizer.warmup_steps={optimizer.warmup_steps}: >= 0")
-    require(optimizer.clip >= 0, f"optimizer.clip={optimizer.clip}: a norm, or 0 for none")
-    require(training.steps >= 1, f"training.steps={training.steps}: at least 1")
-    require(training.batch >= 1, f"training.batch={training.batch}: at least 1")
+    one_of("optimizer", "name", "adamw", "sgd", "adafactor")
+    one_of("optimizer", "schedule", "cosine", "linear", "constant")
+    one_of("optimizer", "decay", "all", "matrices")
+    for key in ("lr", "warmup_steps", "weight_decay", "lr_start", "lr_end", "eps"):
+        value = getattr(optimizer, key)
+        require(0 <= value < float("inf"), f"optimizer.{key}={value}: finite and >= 0")
+    for key in ("beta1", "beta2", "momentum"):
+        require(0 <= getattr(optimizer, key) < 1, f"optimizer.{key}={getattr(optimizer, key)}: at least 0 and below 1")
+    require(optimizer.clip is None or optimizer.clip > 0, f"optimizer.clip={optimizer.clip}: a norm above 0, or null for none")
+    counts("training", 1, "steps", "batch", "micro_batch", "eval_every", "eval_rows", "test_rows", "eval_batch")
     require(
-        training.micro_batch >= 1 and training.batch % training.micro_batch == 0,
+        training.batch % config.micro_batch == 0,
         f"training.micro_batch={training.micro_batch} does not divide training.batch={training.batch}",
     )
-    require(
-        training.precision in ("bf16", "float32", "float64"), f"training.precision={training.precision!r}: bf16, float32 or float64"
-    )
-    require(measure.points >= 0 and measure.rows >= 1, f"measure.points={measure.points}, measure.rows={measure.rows}")
-    require(
-        measure.probes >= 2 and measure.lanczos >= 4, f"measure.probes={measure.probes} (2 or more), lanczos={measure.lanczos} (4)"
-    )
-    require(
-        measure.density_probes >= 0 and measure.density_order >= 2,
-        f"measure.density_probes={measure.density_probes} (0 or more), density_order={measure.density_order} (2)",
-    )
-    require(measure.micro_batch >= 1, f"measure.micro_batch={measure.micro_batch}: at least 1")
-    require(
-        config.runtime.parallel in ("auto", "none", "ddp", "fsdp"),
-        f"runtime.parallel={config.runtime.parallel!r}: auto, none, ddp or fsdp",
-    )
-    require(config.runtime.checkpoint_every >= 1, f"runtime.checkpoint_every={config.runtime.checkpoint_every}: at least 1")
-    require(config.runtime.log_every >= 1, f"runtime.log_every={config.runtime.log_every}: at least 1")
+    require(0 <= training.jitter < 1, f"training.jitter={training.jitter}: a fraction, at least 0 and below 1")
+    one_of("training", "precision", "float32", "float64", "bf16")
+    counts("measure", 0, "doses", "points", "density_probes")
+    counts("measure", 1, "rows", "micro_batch", "adam_from")
+    counts("measure", 2, "probes", "density_order")
+    counts("measure", 4, "lanczos")
+    one_of("runtime", "parallel", "auto", "none", "ddp", "fsdp")
+    counts("runtime", 1, "threads", "checkpoint_every", "log_every")
     return config

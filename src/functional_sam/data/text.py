@@ -15,7 +15,8 @@ from torch import Tensor
 
 from functional_sam.data.cache import Progress, cached, digest, silent, write_array
 from functional_sam.data.order import indices
-from functional_sam.data.sources import PACKAGES, Document, check_sources, read_sources
+from functional_sam.data.packages import HOLDS
+from functional_sam.data.sources import Document, check_sources, read_sources
 from functional_sam.data.tokenizer import BOS, EOS, PAD, Tokenizer, train_tokenizer
 from functional_sam.errors import UserError
 from functional_sam.losses import IGNORE
@@ -59,7 +60,7 @@ def text_directory(
     names = sorted(set(sources))
     made_from = {
         "format": FORMAT,
-        "sources": {name: {"package": PACKAGES[name].name, "version": PACKAGES[name].version} for name in names},
+        "sources": {name: {"package": HOLDS[name].name, "version": HOLDS[name].version} for name in names},
         "sentencepiece": importlib.metadata.version("sentencepiece"),
         "vocab": vocab,
         "max_train_tokens": max_train_tokens,
