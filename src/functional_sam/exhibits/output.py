@@ -1,9 +1,8 @@
-"""Writing an exhibit: the figure or table, its CSV, and where its numbers come from; each file whole or not at all."""
+"""What was drawn, and writing it: figure or table, its numbers as CSV, and where they come from; each file whole or not at all."""
 
+import io
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,35 +10,41 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from functional_sam.config import configs_directory
+from functional_sam.config import Config, configs_directory
+from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import Spec
 from functional_sam.files import atomic_file, write_text
-from functional_sam.records import Run
+from functional_sam.records import Source
+
+METADATA: dict[str, dict[str, Any]] = {"pdf": {"CreationDate": None}, "png": {"Software": None}}  # no time, no version
 
 
-@dataclass
+@dataclass(frozen=True)
 class Exhibit:
-    """What was drawn: files, caption and the one-line verdict."""
+    """What was drawn of a plan, in memory: write() makes the files."""
 
-    paths: list[Path]
-    caption: str
-    verdict: str
-    frame: pd.DataFrame
-    figure: Any = None
-    source: str = "runs"  # or the released records it was drawn from
+    plan: Plan
+    frames: dict[str, pd.DataFrame]  # part -> its numbers; "" is the exhibit itself, which `check` compares
+    caption: str  # three sentences at most: finding, setting, n
+    verdict: str  # one line; in the record, not in the caption
+    figure: Figure | None = None
+    markdown: str = ""  # the tables alone; title, caption and verdict come from here
 
+    @property
+    def title(self) -> str:
+        """Of the YAML."""
+        return self.plan.spec.title
 
-_into: ContextVar[Path | None] = ContextVar("into", default=None)
+    @property
+    def frame(self) -> pd.DataFrame:
+        """The numbers of the exhibit itself."""
+        return self.frames[""]
 
-
-@contextmanager
-def drawing_into(directory: Path) -> Iterator[None]:
-    """Write what is drawn under `directory` instead of paper/."""
-    token = _into.set(directory)
-    try:
-        yield
-    finally:
-        _into.reset(token)
+    @property
+    def page(self) -> str:
+        """The Markdown file of a table."""
+        below = [self.caption, self.verdict, f"Published: {self.plan.spec.published}."]
+        return "\n\n".join([f"# {self.plan.spec.name}: {self.title}", self.markdown.strip(), *below]) + "\n"
 
 
 def paper_directory() -> Path:
@@ -47,58 +52,83 @@ def paper_directory() -> Path:
     return configs_directory().parent / "paper"
 
 
-def stem(spec: Spec) -> Path:
-    """paper/figures/figure-1 or paper/tables/table-1; another scale than quick is part of the name."""
+def stem(spec: Spec, directory: Path | None = None) -> Path:
+    """DIRECTORY/figures/figure-1 or DIRECTORY/tables/table-1 (default: paper/); another scale than quick is part of the name."""
     folder = "figures" if spec.name.startswith("figure") else "tables"
     name = spec.name if spec.scale == "quick" else f"{spec.name}-{spec.scale}"
-    return (_into.get() or paper_directory()) / folder / name
+    return (directory or paper_directory()) / folder / name
 
 
-def save_figure(spec: Spec, figure: Figure) -> list[Path]:
-    """PDF (vector) and PNG."""
+def csv_text(frame: pd.DataFrame) -> str:
+    """A frame as it is written and released: eight significant digits."""
+    text: str = frame.to_csv(index=False, float_format="%.8g")
+    return text
+
+
+def as_written(frame: pd.DataFrame) -> pd.DataFrame:
+    """A frame as its CSV holds it."""
+    return pd.read_csv(io.StringIO(csv_text(frame)))
+
+
+def write(exhibit: Exhibit, directory: Path | None = None) -> list[Path]:
+    """Write pdf and png of a figure, md of a table, a csv a part, and json under DIRECTORY (default: paper/); the paths, json last.
+
+    The same bytes whether the records came from run directories or from results/.
+    """
+    place = stem(exhibit.plan.spec, directory)
     paths = []
-    for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
-        path = stem(spec).with_suffix(f".{kind}")
-        with atomic_file(path) as temporary:
-            figure.savefig(temporary, format=kind, bbox_inches="tight", metadata=metadata)
-        paths.append(path)
+    if exhibit.figure is not None:
+        paths += save_figure(exhibit.figure, place)
+    if exhibit.markdown:
+        paths.append(_written(place.with_suffix(".md"), exhibit.page))
+    for part, frame in exhibit.frames.items():
+        path = place.with_name(f"{place.name}-{part}.csv" if part else f"{place.name}.csv")
+        paths.append(_written(path, csv_text(frame)))
+    root = place.parents[1].parent
+    content = {**record(exhibit), "files": [str(path.relative_to(root)) for path in paths]}
+    paths.append(_written(place.with_suffix(".json"), json.dumps(content, indent=1) + "\n"))
     return paths
 
 
-def save_frame(spec: Spec, frame: pd.DataFrame, part: str = "") -> Path:
-    """The numbers behind the exhibit, or behind one part of it, as CSV."""
-    path = stem(spec).with_suffix(".csv") if not part else stem(spec).with_name(f"{stem(spec).name}-{part}.csv")
-    write_text(path, frame.to_csv(index=False, float_format="%.8g"))
+def save_figure(figure: Figure, place: Path) -> list[Path]:
+    """PLACE.pdf (vector) and PLACE.png."""
+    return [_saved(place.with_suffix(f".{kind}"), figure.savefig, kind) for kind in METADATA]
+
+
+def _saved(path: Path, save: Callable[..., Any], kind: str) -> Path:
+    with atomic_file(path) as temporary:
+        save(temporary, format=kind, bbox_inches="tight", metadata=METADATA[kind])
     return path
 
 
-def save_provenance(spec: Spec, exhibit: Exhibit, runs: Sequence[Run]) -> Path:
-    """NAME.json: caption, verdict, files, and the runs with config hash, commit, code, versions and data."""
-    path = stem(spec).with_suffix(".json")
-    root = (_into.get() or paper_directory()).parent
-    content = {
-        "exhibit": spec.name,
-        "scale": spec.scale,
+def _written(path: Path, text: str) -> Path:
+    write_text(path, text)
+    return path
+
+
+def record(exhibit: Exhibit) -> dict[str, Any]:
+    """The content of NAME.json but for its files: title, verdict, caption, and each run with its config hash, commit, code, data."""
+    plan = exhibit.plan
+    return {
+        "exhibit": plan.spec.name,
+        "scale": plan.spec.scale,
+        "title": exhibit.title,
         "verdict": exhibit.verdict,
         "caption": exhibit.caption,
-        "files": [str(file.relative_to(root)) for file in exhibit.paths],
-        "drawn_from": exhibit.source,
-        "runs": [_entry(run) for run in runs],
+        "runs": [_entry(plan.source, config) for config in plan.shown],
     }
-    write_text(path, json.dumps(content, indent=1) + "\n")
-    return path
 
 
-def _entry(run: Run) -> dict[str, Any]:
-    record = run.read("provenance.json")
+def _entry(source: Source, config: Config) -> dict[str, Any]:
+    found = source.read(config, "provenance.json")
     return {
-        "run": run.directory.name,
-        "hash": run.config.hash,
-        "commit": record["commit"],
-        "code": record.get("code", {}).get("sha256"),
-        "modified": bool(record["diff"]),
-        "resumed_by_other_code": any("code" in part for part in record.get("resumed", [])),
-        "versions": record["versions"],
-        "machine": record.get("machine"),
-        "data": {"name": record["data"]["data"], "sha256": record["data"]["sha256"]},
+        "run": config.name,
+        "hash": config.hash,
+        "commit": found["commit"],
+        "code": found.get("code", {}).get("sha256"),
+        "modified": bool(found["diff"]),
+        "resumed_by_other_code": any("code" in part for part in found.get("resumed", [])),
+        "versions": found["versions"],
+        "machine": found.get("machine"),
+        "data": {"name": found["data"]["data"], "sha256": found["data"]["sha256"]},
     }

@@ -1,4 +1,4 @@
-"""What an exhibit is made of: configs/exhibits/NAME.yaml, with a section per scale."""
+"""What an exhibit is, and is made of: configs/exhibits/NAME.yaml, with a section per scale."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,12 +11,36 @@ from functional_sam.errors import UserError
 
 
 @dataclass
+class Bound:
+    """|fresh - released| <= absolute + relative * |released|."""
+
+    absolute: float = 0.0
+    relative: float = 0.0
+
+
+@dataclass
+class Tolerance:
+    """What counts as the same result. Every column is a key, has a bound, is exact, or is ignored for a reason; so may a row be."""
+
+    reason: str = ""  # for the sizes of the bounds
+    keys: list[str] = field(default_factory=list)  # columns that name a row
+    bounds: dict[str, Bound] = field(default_factory=dict)
+    exact: list[str] = field(default_factory=list)
+    ignored: dict[str, str] = field(default_factory=dict)  # column -> why
+    rows_ignored: dict[str, str] = field(default_factory=dict)  # row, as a mismatch names it -> why
+
+
+@dataclass
 class Spec:
     """One exhibit at one scale."""
 
     name: str = ""
     scale: str = "quick"
     title: str = ""
+    time: str = ""  # of make NAME at scale quick on 2 CPU cores, for people
+    claim: str = ""  # what the paper says
+    published: str = ""  # its number
+    tolerance: Tolerance = field(default_factory=Tolerance)  # of `check`
     tasks: list[str] = field(default_factory=list)
     methods: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)  # of the reported runs: initialization and data order
@@ -24,8 +48,6 @@ class Spec:
     rho_scale: dict[str, float] = field(default_factory=dict)  # a method's radius in units of the grid's, where it is another one
     phi: list[float] = field(default_factory=list)  # angles of Angle-SAM, degrees
     study: str = ""  # a file of configs/studies, which then says seeds and grids; tasks, if any, limit its sizes
-    complete_only: bool = False  # plan the cells of a study that are complete, where it goes cell by cell: to draw what there is
-    command: tuple[str, ...] = ()  # overrides of the command line, for a drawing that plans again
     overrides: dict[str, Any] = field(default_factory=dict)  # on the config of every run
     by_task: dict[str, Any] = field(default_factory=dict)  # on those of one task, after overrides
 
@@ -54,6 +76,9 @@ def load_spec(name: str, scale: str) -> Spec:
     except OmegaConfBaseException as error:
         raise UserError(f"{where}, scale {scale}: {error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(spec, Spec)
+    for key in ("title", "time", "claim", "published"):
+        if not getattr(spec, key):
+            raise UserError(f"{where}: {key} is missing: `make help` and README's table of claims need it")
     if not spec.seeds and not spec.study:
         raise UserError(f"{where}, scale {scale}: seeds is empty")
     return spec

@@ -1,6 +1,7 @@
 """Run directories: what a run was asked, where it came from, what it measured."""
 
 from functional_sam.records.run import Run, RunLocked
+from functional_sam.records.source import RunDirectories, Source
 from functional_sam.records.status import Status, move_aside, status
 
-__all__ = ["Run", "RunLocked", "Status", "move_aside", "status"]
+__all__ = ["Run", "RunDirectories", "RunLocked", "Source", "Status", "move_aside", "status"]

@@ -11,68 +11,56 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from functional_sam.config import configs_directory
+from functional_sam.config import Config, configs_directory
 from functional_sam.errors import UserError
 from functional_sam.files import atomic_file
 from functional_sam.records.code import ROOT
-
-if TYPE_CHECKING:
-    from functional_sam.records.run import Run
+from functional_sam.records.run import Run
 
 LEFT_OUT = ("train",)  # kinds of lines of metrics.jsonl that no exhibit draws, and the most numerous
 
 
 @dataclass(frozen=True)
 class Pack:
-    """The records of one exhibit, or of one study, at one scale."""
+    """The records of one exhibit, or of one study, at one scale: a Source."""
 
     path: Path
     runs: dict[str, dict[str, Any]]
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.runs
+    @property
+    def name(self) -> str:
+        """The file, as seen from the checkout."""
+        return "/".join(self.path.parts[-3:])
 
-    def read(self, run: str, name: str) -> dict[str, Any]:
-        """Content of a run's file NAME. Raises UserError when it was not released."""
-        files: dict[str, dict[str, Any]] = self._run(run)["files"]
-        if name not in files:
-            raise UserError(f"{self.path}: {name} of {run} is not among the released files ({', '.join(sorted(files))})")
-        return files[name]
+    def done(self, config: Config) -> bool:
+        """Whether the run is among the released ones, which are all complete."""
+        return config.name in self.runs
 
-    def metrics(self, run: str, kind: str | None) -> list[dict[str, Any]]:
+    def summary(self, config: Config) -> dict[str, Any]:
+        """Content of done.json. Raises UserError when the run was not released."""
+        return self.read(config, "done.json")
+
+    def read(self, config: Config, file: str) -> dict[str, Any]:
+        """Content of a run's file. Raises UserError when it was not released."""
+        files: dict[str, dict[str, Any]] = self._run(config)["files"]
+        if file not in files:
+            raise UserError(f"{self.path}: {file} of {config.name} is not among the released files ({', '.join(sorted(files))})")
+        return files[file]
+
+    def metrics(self, config: Config, kind: str | None = None) -> list[dict[str, Any]]:
         """The released lines of a run's metrics.jsonl. Raises UserError for a kind that is never released."""
         if kind in LEFT_OUT:
             raise UserError(f"{self.path}: lines of kind {kind!r} are not released")
-        return [line for line in self._run(run)["metrics"] if kind is None or line["kind"] == kind]
+        return [line for line in self._run(config)["metrics"] if kind is None or line["kind"] == kind]
 
-    def _run(self, name: str) -> dict[str, Any]:
-        if name not in self.runs:
-            raise UserError(f"{self.path}: {name} is not among the released runs")
-        return self.runs[name]
-
-
-_current: ContextVar[Pack | None] = ContextVar("released", default=None)
-
-
-def current() -> Pack | None:
-    """The pack that runs are read from, None for run directories."""
-    return _current.get()
-
-
-@contextmanager
-def reading(pack: Pack) -> Iterator[None]:
-    """Read every run from `pack`, and from nowhere else."""
-    token = _current.set(pack)
-    try:
-        yield
-    finally:
-        _current.reset(token)
+    def _run(self, config: Config) -> dict[str, Any]:
+        if config.name not in self.runs:
+            raise UserError(f"{self.path}: {config.name} is not among the released runs")
+        return self.runs[config.name]
 
 
 def results_directory() -> Path:
@@ -102,7 +90,7 @@ def load_pack(name: str, scale: str) -> Pack | None:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}): restore it with git checkout") from error
 
 
-def save_pack(name: str, scale: str, runs: Iterable["Run"], kept: Iterable[dict[str, Any]] = ()) -> Path:
+def save_pack(name: str, scale: str, runs: Iterable[Run], kept: Iterable[dict[str, Any]] = ()) -> Path:
     """Write the released records of complete runs, after lines `kept` of a pack that was loaded."""
     lines = [*copy.deepcopy(list(kept)), *(_line(run) for run in runs)]
     # The same for most runs: once, in the head.
@@ -129,7 +117,7 @@ def _parts(lines: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         yield from (record, *record.get("resumed", []))
 
 
-def _line(run: "Run") -> dict[str, Any]:
+def _line(run: Run) -> dict[str, Any]:
     names = sorted(path.name for path in run.directory.glob("[!.]*.json"))
     line = {
         "run": run.config.name,

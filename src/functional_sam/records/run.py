@@ -17,7 +17,6 @@ from filelock import FileLock, Timeout
 from functional_sam.config import Config, load, to_yaml
 from functional_sam.errors import UserError
 from functional_sam.files import atomic_file, explained, sync, write_text
-from functional_sam.records import released
 
 LOCK_WAIT = 0.5  # seconds: a reader that asks whether the run is locked holds the lock for an instant
 
@@ -27,7 +26,7 @@ class RunLocked(UserError):
 
 
 class Run:
-    """The directory of one config's run; within released.reading() its released record is read instead."""
+    """The directory of one config's run."""
 
     def __init__(self, config: Config, root: Path | None = None):
         self.config = config
@@ -40,8 +39,7 @@ class Run:
     @property
     def done(self) -> bool:
         """True when the run is complete: done.json is written last, whole."""
-        pack = released.current()
-        return self.config.name in pack if pack else (self.directory / "done.json").is_file()
+        return (self.directory / "done.json").is_file()
 
     @property
     def running(self) -> bool:
@@ -75,9 +73,6 @@ class Run:
 
     def read(self, name: str) -> dict[str, Any]:
         """Content of the run's file NAME, such as curvature.json. Raises UserError when there is none."""
-        pack = released.current()
-        if pack:
-            return pack.read(self.config.name, name)
         path = self.directory / name
         try:
             content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -93,9 +88,6 @@ class Run:
 
     def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl, those of one kind or all; a line cut by a crash is left out."""
-        pack = released.current()
-        if pack:
-            return pack.metrics(self.config.name, kind)
         return [line for line in self._lines() if kind is None or line["kind"] == kind]
 
     def _lines(self) -> Iterator[dict[str, Any]]:
