@@ -28,6 +28,7 @@ class Entry:
     grid: dict[str, list[float]] = field(default_factory=dict)  # key -> values beside the learning rate; all combinations are tried
     rho_scale: float = 1.0  # unit of its radius in that of the grid: a cell's grid of rho is multiplied by it
     steps: float = 1.0  # times those of the cell: AdamW with the time of another method
+    matched: str = "adamw-double"  # the entry that takes as much time: the baseline with more steps
 
 
 @dataclass
@@ -66,6 +67,7 @@ class Study:
     extensions: int = 0  # points by which the centre's grid may grow while its best is at an end
     warmup: float = 0.1  # fraction of the steps
     evaluations: int = 20  # on the way, where the best checkpoint counts
+    in_turn: bool = False  # do a cell only when the one before is complete: what exists is a complete smaller study, always
     entries: dict[str, Entry] = field(default_factory=dict)
     cells: dict[str, Cell] = field(default_factory=dict)  # in the order in which they are best done
     settings: dict[str, Any] = field(default_factory=dict)  # on the config of every run

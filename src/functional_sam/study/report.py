@@ -129,9 +129,7 @@ def _row(
         "seconds": estimate([float(source.summary(c).get("seconds", math.nan)) for c in configs]).mean,
         "label": entry.label,
     }
-    against = {"baseline": _twin(one, base, trial)}
-    if name != "sam" and "sam" in cell.entries:
-        against["sam"] = _like(one, "sam", trial)
+    against = {"baseline": _twin(one, base, trial), "sam": None if name in (base[0], "sam") else _like(one, "sam", trial)}
     for other, key in against.items():
         difference = Estimate(math.nan, math.nan, 0)
         if key is not None and key != (name, trial):
@@ -164,6 +162,37 @@ def _like(one: Planned, name: str, trial: Trial) -> tuple[str, Trial] | None:
 def tested(configs: Sequence[Config], source: Source, best: bool) -> list[float]:
     """The metric of every run on the test split, as a loss, inf where it diverged: no run is left out."""
     return [score(config, source, best, "test_") for config in configs]
+
+
+def by_seed(planned: Sequence[Planned], source: Source) -> pd.DataFrame:
+    """One row an entry, trial and seed: test metric, the same minus the baseline's of that seed and learning rate, mean dose."""
+    check(planned, source)
+    rows = []
+    for one in planned:
+        base = next(iter(one.reported))
+        for (name, trial), configs in one.reported.items():
+            twin = _twin(one, base, trial)
+            assert twin is not None
+            metric = TASKS[configs[0].kind].metric
+            sign = 1.0 if metric.lower_is_better else -1.0
+            own, theirs = (tested(of, source, one.cell.best) for of in (configs, one.reported[twin]))
+            for config, a, b in zip(configs, own, theirs, strict=True):
+                rows.append(
+                    {
+                        "cell": one.cell.name,
+                        "task": one.cell.task,
+                        "batch": config.training.batch,
+                        "entry": name,
+                        "lr": trial.get(LR),
+                        "rho": config.method.rho if has_radius(one.study, name) else math.nan,
+                        "seed": config.training.init_seed,
+                        "test": sign * a,
+                        "minus_baseline": 0.0 if a == b else sign * (a - b),
+                        "dose": mean_dose([config], source),
+                        "diverged": bool(source.summary(config).get("diverged")),
+                    }
+                )
+    return pd.DataFrame(rows)
 
 
 def mean_dose(configs: Sequence[Config], source: Source) -> float:

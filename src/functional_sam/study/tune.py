@@ -109,13 +109,18 @@ def plan_cell(study: Study, cell: Cell, source: Source) -> Planned:
 
 
 def plan_cells(study: Study, cells: Sequence[Cell], source: Source) -> list[Planned]:
-    """The cells one after the other, up to the first that is not complete: what exists is a complete smaller study, always."""
-    planned: list[Planned] = []
-    for cell in cells:
-        planned.append(plan_cell(study, cell, source))
-        if not planned[-1].complete:
+    """All cells, each as far as it is known."""
+    return [plan_cell(study, cell, source) for cell in cells]
+
+
+def todo(planned: Sequence[Planned]) -> list[Config]:
+    """Their runs in the order in which they are best done; of a study in turn up to the first cell that is not complete."""
+    wanted: list[Planned] = []
+    for one in planned:
+        wanted.append(one)
+        if one.study.in_turn and not one.complete:
             break
-    return planned
+    return unique(config for one in wanted for config in one.configs)
 
 
 def search(study: Study, cell: Cell, name: str, tried: Sequence[Trial], source: Source) -> Search:
