@@ -180,7 +180,7 @@ def make(study: Study, cell: Cell, name: str, trial: Trial, seed: int, *, report
     entry = study.entries[name]
     given = {override.partition("=")[0] for override in study.overrides}
     steps = config.training.steps if "training.steps" in given else round(entry.steps * steps_of(study, cell))
-    rows = steps_of(study, cell) * config.training.batch * TASKS[config.kind].units_of_row(config)
+    rows = steps_of(study, cell) * config.training.batch * TASKS[config.kind].units(config)
     values: dict[str, Any] = {
         "method.name": entry.method or name,
         **entry.settings,
@@ -236,7 +236,7 @@ def steps_of(study: Study, cell: Cell) -> int:
     config = _base(study.name, study.scale, study.overrides, _key(study.settings), _key(cell.settings), cell.task)
     assert cell.tokens_per_parameter is not None
     units = cell.tokens_per_parameter * TASKS[config.kind].size(config)
-    return math.ceil(units / (config.training.batch * TASKS[config.kind].units_of_row(config)))
+    return math.ceil(units / (config.training.batch * TASKS[config.kind].units(config)))
 
 
 def rounded(value: float) -> float:
