@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from functional_sam.sharpness import SharpnessAware
-from functional_sam.sharpness.passes import unwrapped
+from functional_sam.weights import unwrapped
 from functional_sam.training import checkpoint
 from functional_sam.training.distributed import Ranks
 
