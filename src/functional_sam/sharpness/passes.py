@@ -8,7 +8,7 @@ import contextlib
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -145,7 +145,8 @@ class Passes:
     ) -> list[Kept]:
         """J^T u at the weights as they are, added to .grad.
 
-        `repeated`: an earlier pass whose randomness this one has; `remember` keeps u, `logits` the logits (with a readout (h, weight) is both).
+        repeated: an earlier pass whose randomness this one has. remember: keep u; logits: keep them (with a readout (h, weight)
+        is both).
         """
         kept: list[Kept] = []
         for i, (inputs, targets) in enumerate(batches):

@@ -14,13 +14,13 @@ from functional_sam.data.cache import Progress
 from functional_sam.records import Run
 from functional_sam.records.provenance import provenance, resumed
 from functional_sam.sharpness import SharpnessAware
-from functional_sam.weights import unwrapped
 from functional_sam.tasks import Batches, Task, prepare
 from functional_sam.training.distributed import join
 from functional_sam.training.measure import final_curvature, shares
 from functional_sam.training.schedule import learning_rate
 from functional_sam.training.signals import Interrupted, Stop
 from functional_sam.training.state import restore, save
+from functional_sam.weights import unwrapped
 
 TIMES = ("seconds",)  # fields of metrics.jsonl that differ between two runs of one config
 

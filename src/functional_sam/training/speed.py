@@ -14,8 +14,8 @@ from functional_sam.records.provenance import machine
 from functional_sam.sharpness import cost
 
 
-def gradients(config: Config) -> float:
-    """Gradient evaluations of a step."""
+def passes(config: Config) -> float:
+    """Gradient evaluations of a step, as the table of methods has them."""
     return cost(config.method.name, config.method.options).gradients
 
 
@@ -64,7 +64,7 @@ def measured(root: Path, tasks: Iterable[str] = ("*",)) -> list[Measured]:
 def estimate(config: Config, speeds: Sequence[Measured]) -> Measured | None:
     """Seconds a step of a config, None when nothing of its shape was measured.
 
-    From runs that differ in seeds, rho and number of steps alone; else from other methods of the same shape, by their gradients.
+    From runs that differ in seeds, rho and number of steps alone; else from other methods of the same shape, by their passes.
     """
     own = Measured(config, 0.0, 0)
     same = [speed for speed in speeds if speed.same == own.same]
@@ -73,8 +73,8 @@ def estimate(config: Config, speeds: Sequence[Measured]) -> Measured | None:
     alike = [speed for speed in speeds if speed.alike == own.alike]
     if not alike:
         return None
-    each = statistics.median(speed.seconds / gradients(speed.config) for speed in alike)
-    return Measured(config, each * gradients(config), _threads(alike))
+    a_pass = statistics.median(speed.seconds / passes(speed.config) for speed in alike)
+    return Measured(config, a_pass * passes(config), _threads(alike))
 
 
 def _threads(speeds: Iterable[Measured]) -> int:
