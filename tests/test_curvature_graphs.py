@@ -27,6 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from functional_sam import head
 from functional_sam.curvature import CurvatureProducts, functions, outer
 from functional_sam.losses import IGNORE
 
@@ -90,7 +91,7 @@ def test_budget_is_kept():
         products.hessian(v)
         assert (len(products._kept), len(calls)) == (kept, 3 + 3 - kept)
         assert sum(batch.num_bytes for batch in products._kept.values()) <= budget
-        assert sum(batch.state.outer.p_NV is not None for batch in products._kept.values()) == with_softmax
+        assert sum(batch.state.outer.u_NV is not None for batch in products._kept.values()) == with_softmax
         agree(products, everything)
 
 
@@ -147,7 +148,7 @@ def whole_logits(model, inputs):
 def test_head_by_hand_is_the_generic_path(kind, chunk, budget, monkeypatch):
     """In chunks of one row, and in one; with the softmax kept and made again."""
     monkeypatch.setattr(outer, "CHUNK_BYTES", chunk)
-    monkeypatch.setattr(outer, "LEAST_ROWS", 1)
+    monkeypatch.setattr(head, "LEAST_ROWS", 1)
     model, batches = case(kind)
     by_hand = CurvatureProducts(model, batches, memory_budget=budget)
     generic = CurvatureProducts(model, batches, forward=whole_logits)
@@ -283,11 +284,11 @@ def test_quick_functions_reach_modules():
     quick = CurvatureProducts(model, batches)
     v = directions(quick)
     seen = []
-    original, functions._QUICK = functions._QUICK, {}
+    original, functions._FASTER = functions._FASTER, {}
     try:
         plain = CurvatureProducts(model, batches)
         seen = [getattr(plain, name)(v) for name in NAMES]
     finally:
-        functions._QUICK = original
+        functions._FASTER = original
     for name, reference in zip(NAMES, seen, strict=True):
         assert error(getattr(quick, name)(v), reference) < 1e-12

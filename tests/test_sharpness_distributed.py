@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import TinyModel, TinyReadout, adamw, gradients, make_batch, make_model, warmed_up
+from test_sharpness_dose import Normalized
 from test_sharpness_oracle import combine, norm, oracle, state_of, theta_of
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -21,12 +22,12 @@ COMBINATIONS = [
     *[(name, PENALTY if METHODS[name].path == "penalty" else {}) for name in METHODS],
     ("angle-sam", {**PENALTY, "phi": 30.0}),
     ("sam", {"ascent": "adaptive", "path": "functional"}),
-    ("sam", {"ascent": "adam", "path": "logit", "form": "c"}),
+    ("sam", {"ascent": "adam", "path": "logit", "normalize_by": "energy"}),
     ("momentum-functional-sam", {"preconditioned": True}),
     ("momentum-sam", {"path": "logit"}),
-    ("looksam", {"k": 2, "path": "functional"}),
+    ("looksam", {"every": 2, "path": "functional"}),
     ("wsam", {"decoupled": False, "ascent": "momentum"}),
-    ("functional-sam", {"interval": 2, "rho_schedule": "warmup", "warmup_steps": 2}),
+    ("functional-sam", {"every": 2, "rho_schedule": "warmup", "warmup_steps": 2}),
 ]
 
 
@@ -100,17 +101,18 @@ def equals_one_process(wrap, rank, kind, method, options, tolerance=1e-10, **mod
         for step in range(3):
             batch = global_batch(step)
             before = [local(p).clone() for p in model.parameters()]
-            loss = sharpness.backward(share(batch, rank) if parallel else [batch])
+            loss = sharpness.backward(share(batch, rank) if parallel else [batch], measure_dose=step == 1)
             for p, value in zip(model.parameters(), before, strict=True):
                 assert torch.equal(local(p), value), (method, options)
             grads = {clean(n): whole(p.grad).clone() for n, p in model.named_parameters()}
             optimizer.step()
             optimizer.zero_grad()
             weights = {clean(n): whole(p.detach()).clone() for n, p in model.named_parameters()}
-            record.append((loss, grads, weights))
+            record.append((loss, sharpness.dose, grads, weights))
         runs.append(record)
-    for (loss, grads, weights), (loss_, grads_, weights_) in zip(*runs, strict=True):
+    for (loss, dose, grads, weights), (loss_, dose_, grads_, weights_) in zip(*runs, strict=True):
         text = f"{method} {options} {kind.__name__}"
+        assert dose_ == (dose if dose is None else pytest.approx(dose, rel=100 * tolerance, abs=100 * tolerance)), text
         torch.testing.assert_close(loss_, loss, rtol=tolerance, atol=tolerance, msg=lambda t, text=text: f"{text}: {t}")
         for name in grads:
             for a, b, loose in [(grads_, grads, 1.0), (weights_, weights, 100.0)]:
@@ -133,6 +135,24 @@ def distributed(tensor, like):
     return torch.distributed.tensor.distribute_tensor(tensor, like.device_mesh, like.placements)
 
 
+def asking_for_the_dose_changes_nothing(wrap, rank, kind, methods=("sam", "functional-sam", "wsam", "looksam", "tram")):
+    """Local weights, buffers and random state are those of the run that never asked, bit for bit, from the first step on."""
+    for method in methods:
+        runs = []
+        for asks in (False, True):
+            model = wrap(make_model(kind, dtype=torch.float32, dropout=0.3))
+            optimizer = adamw(model)
+            sharpness = SharpnessAware(model, optimizer, method, rho=0.3)
+            torch.manual_seed(rank)
+            for step in range(3):
+                sharpness.backward(share(global_batch(step), rank), measure_dose=asks)
+                assert (sharpness.dose is not None) == asks
+                optimizer.step()
+                optimizer.zero_grad()
+            runs.append([*map(local, model.parameters()), *(b.clone() for b in model.buffers()), torch.get_rng_state()])
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True)), (method, kind)
+
+
 # ---------------------------------------------------------------------- DDP
 
 
@@ -152,6 +172,8 @@ def ddp_worker(rank):
             m_is_rank_or_microbatch(rank, kind, view)
         reductions(rank, kind)
         ranks_that_differ(rank, kind)
+        asking_for_the_dose_changes_nothing(ddp, rank, kind)
+    asking_for_the_dose_changes_nothing(ddp, rank, Normalized)
     wrapped_otherwise(rank)
     with pytest.raises(UserError, match="static_graph"):
         SharpnessAware(ddp(make_model(), static_graph=True), adamw(make_model()), "sam")
@@ -170,16 +192,16 @@ def m_is_rank_or_microbatch(rank, kind, view):
     optimizer = adamw(model)
     model.module.load_state_dict(plain.state_dict())
     optimizer.load_state_dict(plain_optimizer.state_dict())
-    for mode in ("rank", "microbatch"):
+    for mode in ("rank", "micro-batch"):
         for ascent, path in [("gradient", "sam"), ("adam", "functional"), ("adaptive", "logit"), ("momentum", "functional")]:
             expected = {n: torch.zeros_like(p) for n, p in theta_of(plain).items()}
             for r in range(WORLD):
-                parts = share(batch, r) if mode == "microbatch" else [tuple(x[r::WORLD] for x in batch)]
+                parts = share(batch, r) if mode == "micro-batch" else [tuple(x[r::WORLD] for x in batch)]
                 for part in parts:
                     count = int((part[1] != -100).sum())
                     _, its = oracle(plain, theta_of(plain), part, ascent, path, 0.2, m, P)
                     expected = combine(1.0, expected, count / total, its)
-            SharpnessAware(model, optimizer, "sam", rho=0.2, ascent=ascent, path=path, m=mode).backward(share(batch, rank))
+            SharpnessAware(model, optimizer, "sam", rho=0.2, ascent=ascent, path=path, scope=mode).backward(share(batch, rank))
             result = {clean(n): g for n, g in gradients(model).items()}
             for name in expected:
                 torch.testing.assert_close(result[name], expected[name], rtol=1e-10, atol=1e-10)
@@ -222,7 +244,7 @@ def wrapped_otherwise(rank):
 
 
 def reductions(rank, kind):
-    """Gradient all-reduces: two with m="global", one, in pass 2, where the ascent is the rank's own or needs no gradient."""
+    """Gradient all-reduces: two with scope="step", one, in pass 2, where the ascent is the rank's own or needs no gradient."""
     model = ddp(make_model(kind))
     optimizer = warmed_up_parallel(model, rank)
     counts = {"calls": 0}
@@ -236,10 +258,10 @@ def reductions(rank, kind):
     for method, options, expected in [
         ("adamw", {}, 1),
         ("sam", {}, 2),
-        ("functional-sam", {"m": "rank"}, 1),
-        ("sam", {"m": "rank"}, 1),
-        ("logit-sam", {"m": "rank"}, 1),
-        ("sam", {"m": "microbatch"}, 1),
+        ("functional-sam", {"scope": "rank"}, 1),
+        ("sam", {"scope": "rank"}, 1),
+        ("logit-sam", {"scope": "rank"}, 1),
+        ("sam", {"scope": "micro-batch"}, 1),
         ("momentum-functional-sam", {}, 1),
     ]:
         sharpness = SharpnessAware(model, optimizer, method, **options)
@@ -261,9 +283,9 @@ def ranks_that_differ(rank, kind):
     batch = global_batch(4)
     batch[1][1::WORLD] = -100
     for method in ("sam", "functional-sam", "logit-sam"):
-        for mode in ("rank", "microbatch", "global"):
+        for mode in ("rank", "micro-batch", "step"):
             model = ddp(make_model(kind))
-            SharpnessAware(model, adamw(model), method, rho=0.2, m=mode).backward([tuple(x[rank::WORLD] for x in batch)])
+            SharpnessAware(model, adamw(model), method, rho=0.2, scope=mode).backward([tuple(x[rank::WORLD] for x in batch)])
             part = tuple(x[0::WORLD] for x in batch)
             _, expected = oracle(plain, theta_of(plain), part, "gradient", METHODS[method].path, 0.2)
             result = {clean(n): g for n, g in gradients(model).items()}
@@ -274,7 +296,7 @@ def ranks_that_differ(rank, kind):
                 spoil = float("nan") if rank == 0 else 1.0
                 return model(inputs) * spoil if readout is None else model(inputs, lambda h, weight: readout(h * spoil, weight))
 
-            bad = SharpnessAware(model, adamw(model), method, rho=0.2, m=mode, forward=forward, keep="auto")
+            bad = SharpnessAware(model, adamw(model), method, rho=0.2, scope=mode, forward=forward, keep="auto")
             with pytest.raises(FloatingPointError, match="step 1"):
                 bad.backward([tuple(x[rank::WORLD] for x in global_batch(4))])
             for p, value in zip(model.parameters(), plain.parameters(), strict=True):
@@ -289,11 +311,12 @@ def fsdp_worker(rank):
         for method, options in COMBINATIONS:
             tolerance = 1e-8 if METHODS[method].path == "penalty" else 1e-10
             equals_one_process(fsdp, rank, kind, method, options, tolerance)
+        asking_for_the_dose_changes_nothing(fsdp, rank, kind)
         mixed_precision(rank, kind)
         resume(rank, kind)
         an_exception_in_pass_two(rank, kind)
     model = fsdp(make_model())
-    for options, words in [({"m": "rank"}, "whole parameters"), ({"path": "penalty"}, "difference")]:
+    for options, words in [({"scope": "rank"}, "whole parameters"), ({"path": "penalty"}, "difference")]:
         with pytest.raises(UserError, match=words):
             SharpnessAware(model, adamw(model), "sam", **options)
 

@@ -194,6 +194,8 @@ def make(study: Study, cell: Cell, name: str, trial: Trial, seed: int, *, report
         "measure.curvature": curvature,
         **dict(trial.values),
     }
+    if entry.settings.get("method.options.rho_schedule") == "warmup":
+        values["method.options.warmup_steps"] = round(study.warmup * steps)
     if cell.best:
         values["training.eval_every"] = max(1, steps // study.evaluations)
     for key, value in values.items():

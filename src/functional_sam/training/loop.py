@@ -14,13 +14,13 @@ from functional_sam.data.cache import Progress
 from functional_sam.records import Run
 from functional_sam.records.provenance import provenance, resumed
 from functional_sam.sharpness import SharpnessAware
-from functional_sam.sharpness.passes import unwrapped
 from functional_sam.tasks import Batches, Task, prepare
 from functional_sam.training.distributed import join
 from functional_sam.training.measure import final_curvature, shares
 from functional_sam.training.schedule import learning_rate
 from functional_sam.training.signals import Interrupted, Stop
 from functional_sam.training.state import restore, save
+from functional_sam.weights import unwrapped
 
 TIMES = ("seconds",)  # fields of metrics.jsonl that differ between two runs of one config
 
@@ -91,10 +91,10 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
             if last or (config.training.eval_every and count % config.training.eval_every == 0):
                 evaluated = _evaluate(task, inner, "validation")
                 run.log("validation", count, **evaluated)
-                sharpness.passes.reshard()
+                sharpness.reshard()
             if count in measured_at:
                 run.log("decompose", count, **shares(inner, optimizer, _moved(task.measured(), device, dtype), config))
-                sharpness.passes.reshard()
+                sharpness.reshard()
             stopped_by = ranks.any(stop.requested)
             if count % config.runtime.checkpoint_every == 0 or last or stopped_by:
                 run.sync()

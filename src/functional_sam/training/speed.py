@@ -1,7 +1,6 @@
 """How long a run takes, from the runs of the same shape that this machine has measured."""
 
 import dataclasses
-import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,14 +11,12 @@ from functional_sam.config import Config, load
 from functional_sam.errors import UserError
 from functional_sam.records import Run
 from functional_sam.records.provenance import machine
-from functional_sam.sharpness.methods import METHODS
+from functional_sam.sharpness import cost
 
 
 def passes(config: Config) -> float:
     """Gradient evaluations of a step, as the table of methods has them."""
-    found = re.search(r"[\d.]+", METHODS[config.method.name].passes)
-    assert found
-    return float(found[0])
+    return cost(config.method.name, config.method.options).gradients
 
 
 def seen(config: Config, steps: int | None = None) -> tuple[int, str]:
