@@ -12,7 +12,8 @@ from dataclasses import dataclass, fields
 
 from functional_sam.config import Config
 from functional_sam.errors import UserError
-from functional_sam.planning.cost import Shape, settings, shape
+from functional_sam.models.shape import Shape
+from functional_sam.planning.cost import settings, shape
 from functional_sam.sharpness.methods import METHODS
 
 # Of sharpness/head.py, which a test holds them to: float32 logits of a chunk, and what the softmax widens at once on a CPU.
@@ -58,7 +59,7 @@ def rows(config: Config, gpus: int) -> tuple[int, int]:
     if gpus < 1 or training.batch % gpus:
         raise UserError(f"training.batch={training.batch} cannot be divided among {gpus} GPUs: take a divisor of it")
     each = training.batch // gpus
-    size = min(training.micro_batch or training.batch, each)
+    size = min(config.micro_batch, each)
     return size, -(-each // size)
 
 
