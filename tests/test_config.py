@@ -57,12 +57,12 @@ def test_unknown_names(arguments, words):
 def test_what_cannot_change_a_result_is_not_in_the_hash():
     plain = compose("language", "sam", "quick")
     assert compose("language", "sam", "quick", overrides=["runtime.threads=1", "runtime.runs=elsewhere"]).hash == plain.hash
-    for override in ("training.init_seed=1", "method.rho=0.1", "method.options.m=rank", "measure.points=3"):
+    for override in ("training.init_seed=1", "method.rho=0.1", "method.options.scope=rank", "measure.points=3"):
         assert compose("language", "sam", "quick", overrides=[override]).hash != plain.hash, override
 
 
 def test_yaml_round_trip(tmp_path):
-    config = compose("vision", "precond-sam", "quick", overrides=["method.rho=0.1", "method.options.form=b"])
+    config = compose("vision", "precond-sam", "quick", overrides=["method.rho=0.1", "method.options.normalize_by=gradient"])
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load(tmp_path / "config.yaml") == config
 

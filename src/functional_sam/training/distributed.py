@@ -174,20 +174,20 @@ class _Watched(Run):
 
 
 def _require_divisible(config: Config, world: int, parallel: str) -> None:
-    training, m = config.training, config.method.options.get("m")
+    training, scope = config.training, config.method.options.get("scope")
     if training.batch % world:
         raise UserError(
             f"training.batch={training.batch} is not divisible by {world} processes: every process takes the same number of rows"
         )
     forwards = training.batch // config.micro_batch
-    if m == "microbatch" and forwards % world:
+    if scope == "micro-batch" and forwards % world:
         raise UserError(
-            f"m=microbatch: the {forwards} micro-batches of a step are not divisible by {world} processes; "
+            f"scope=micro-batch: the {forwards} micro-batches of a step are not divisible by {world} processes; "
             f"a training.micro_batch of {training.batch // world} gives each process one (another run: it changes the result)"
         )
-    if m == "rank" and world > 1:
+    if scope == "rank" and world > 1:
         raise UserError(
-            f"m=rank: the result would depend on the number of processes; m=microbatch with training.micro_batch="
+            f"scope=rank: the result would depend on the number of processes; scope=micro-batch with training.micro_batch="
             f"{training.batch // world} is the same for {world} processes, and fixed by the config"
         )
     if parallel == "fsdp" and config.measure.curvature:

@@ -15,7 +15,6 @@ from functional_sam.data.order import seed_of
 from functional_sam.records import Run
 from functional_sam.records.provenance import provenance, resumed
 from functional_sam.sharpness import SharpnessAware
-from functional_sam.sharpness.passes import unwrapped
 from functional_sam.tasks import Metric, Task, prepare
 from functional_sam.tasks.batches import placed
 from functional_sam.training.distributed import join
@@ -25,6 +24,7 @@ from functional_sam.training.precision import warn_of_slow_bf16
 from functional_sam.training.schedule import learning_rate
 from functional_sam.training.signals import Interrupted, Stop
 from functional_sam.training.state import restore, save
+from functional_sam.weights import unwrapped
 
 TIMES = ("seconds",)  # fields of metrics.jsonl that differ between two runs of one config
 
@@ -102,10 +102,10 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
                 if training.test_best and (best is None or task.metric.better(evaluated[task.metric.name], best[task.metric.name])):
                     best = evaluated
                     run.log("test", count, **_evaluate(task, inner, "test"))
-                sharpness.passes.reshard()
+                sharpness.reshard()
             if count in measured_at and (found := shares(inner, optimizer, task, placed(task.measured(), device, dtype), count)):
                 run.log("decompose", count, **found)
-                sharpness.passes.reshard()
+                sharpness.reshard()
             stopped_by = ranks.any(stop.requested)
             if count % config.runtime.checkpoint_every == 0 or last or stopped_by:
                 run.sync()

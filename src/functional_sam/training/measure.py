@@ -15,8 +15,8 @@ from functional_sam.curvature import (
     quadratic_fit,
 )
 from functional_sam.curvature.geometry import AdamGeometry
-from functional_sam.sharpness.passes import is_sharded
 from functional_sam.tasks import Batches, Task
+from functional_sam.weights import is_sharded
 
 PART_FIELDS = (
     "norm_gradient",

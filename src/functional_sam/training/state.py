@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from functional_sam.sharpness import SharpnessAware
-from functional_sam.sharpness.passes import unwrapped
 from functional_sam.training import checkpoint
 from functional_sam.training.distributed import Ranks
+from functional_sam.weights import unwrapped
 
 
 def save(directory: Path, step: int, ranks: Ranks, sharpness: SharpnessAware, seconds: float) -> None:
