@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from functional_sam.models import Decoder, ViT
-from functional_sam.planning.cost import IMAGES
 from functional_sam.planning.memory import rows
 from functional_sam.sharpness import SharpnessAware
 from functional_sam.sharpness.passes import Kept, Passes
 from functional_sam.sharpness.perturbation import Perturbation, Step
+from functional_sam.tasks.vision import IMAGES
 
 
 class Storages(TorchDispatchMode):
@@ -143,15 +143,15 @@ def _peak(config, gpus, mesh):
 def model_of(config):
     s, dtype = config.model, torch.float64 if config.training.precision == "float64" else torch.float32
     sizes = (s.width, s.depth, s.heads)
-    options = {"head_dtype": s.head_dtype, "checkpoint_blocks": s.checkpoint_blocks, "dtype": dtype}
-    if s.kind == "decoder":
+    options = {"head_dtype": s.head_dtype, "checkpoint_blocks": s.checkpoint_blocks, "dropout": s.dropout, "dtype": dtype}
+    if config.kind == "language":
         return Decoder(config.data.vocab, *sizes, s.length, s.mlp, **options)
     channels, side, classes = IMAGES[config.data.images]
     return ViT(side, s.patch, classes, *sizes, s.mlp, channels, **options)
 
 
 def batch_of(config, size):
-    if config.model.kind == "decoder":
+    if config.kind == "language":
         tokens = torch.zeros(size, config.model.length + 1, dtype=torch.long)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     channels, side, _ = IMAGES[config.data.images]

@@ -12,6 +12,7 @@ from functional_sam.errors import UserError
 from functional_sam.records import Run
 from functional_sam.records.provenance import machine
 from functional_sam.sharpness import cost
+from functional_sam.tasks import TASKS
 
 
 def passes(config: Config) -> float:
@@ -20,9 +21,14 @@ def passes(config: Config) -> float:
 
 
 def seen(config: Config, steps: int | None = None) -> tuple[int, str]:
-    """What is trained on in `steps` steps (default: all), and its unit: tokens or images."""
-    rows = (config.training.steps if steps is None else steps) * config.training.batch
-    return (rows * config.model.length, "tokens") if config.model.kind == "decoder" else (rows, "images")
+    """What is trained on in `steps` steps (default: all), and its unit: tokens, images."""
+    rows, task = (config.training.steps if steps is None else steps) * config.training.batch, TASKS[config.kind]
+    return rows * task.units(config), task.unit
+
+
+def work_of(config: Config) -> float:
+    """What a run costs beside others: gradient evaluations of all steps, times what they go through, times the parameters."""
+    return gradients(config) * seen(config)[0] * TASKS[config.kind].shape(config).parameters
 
 
 @dataclass(frozen=True)
@@ -84,10 +90,12 @@ def _threads(speeds: Iterable[Measured]) -> int:
 def _key(config: Config, exact: bool) -> tuple[str, ...]:
     """What a step's time depends on; `exact`: with the method and all that is evaluated and measured besides."""
     training = config.training
-    shape = (config.model, config.data, training.batch, training.micro_batch, training.precision, config.runtime.device)
+    work = (config.kind, config.model, config.data, config.optimizer.name, training.batch, config.micro_batch)
+    shape = (*work, training.precision, config.runtime.device)
     if exact:
-        frequency = training.eval_every / training.steps  # of two runs of different length
-        also = (config.method.name, config.method.options, training.test, training.eval_rows, frequency, config.measure)
+        frequency = (training.eval_every or training.steps) / training.steps  # of two runs of different length
+        tests = (training.test, training.test_best, training.test_rows)
+        also = (config.method.name, config.method.options, *tests, training.eval_rows, frequency, config.measure)
         return tuple(map(_text, (*shape, *also)))
     return tuple(map(_text, shape))
 
