@@ -41,12 +41,12 @@ COMPRESSION = 0.4  # bytes of C4's gz files to a byte of text; only the progress
 
 @dataclass(frozen=True)
 class C4:
-    """What a run asks for. files: the first so many train files, 0 for all; tokenizer: a model file, "" to train one."""
+    """What a run asks for. files: the first so many train files, none for all; tokenizer: a model file, none to train one."""
 
     vocab: int
     location: str = HUB
-    files: int = 0
-    tokenizer: str = ""
+    files: int | None = None
+    tokenizer: str | None = None
 
     def directory(self, cache: Path) -> Path:
         """Where prepare_c4 keeps the set; the shards are beside it."""

@@ -57,7 +57,7 @@ def fashion_arrays(progress: Progress) -> tuple[Arrays, str]:
     raise UserError(
         "fashion-mnist cannot be had on this machine. Tried:\n"
         + "\n".join(tried)
-        + f"\nInstall it (`apt-get install {DEBIAN}`) or use the small set: task=vision data.source=mnist-5k"
+        + f"\nInstall it (`apt-get install {DEBIAN}`) or use the small set: data.images=mnist-5k"
     )
 
 

@@ -21,8 +21,8 @@ class File:
         return self.url.rpartition("/")[2]
 
 
-def layout(location: str, folder: str, split: str, suffix: str, first: int = 0) -> list[File]:
-    """The first so many files (0: all) of FOLDER/*SPLIT*-00000-of-01024SUFFIX, in the order of their numbers.
+def layout(location: str, folder: str, split: str, suffix: str, first: int | None = None) -> list[File]:
+    """The first so many files (none: all) of FOLDER/*SPLIT*-00000-of-01024SUFFIX, in the order of their numbers.
 
     location: a directory with that layout, or a repository of the hub, `owner/name` or `owner/name@revision`.
     Raises UserError when a file that is asked for is missing there, or the hub cannot be reached.

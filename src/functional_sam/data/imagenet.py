@@ -5,8 +5,7 @@
       validation-00000-of-.../  test.*: the published validation set is our test split (the published test set has no labels)
       first-16/ or all/         shards.json
 
-An image is resized to 256 on its shorter side and its middle 224 x 224 kept, uint8, so 150,528 bytes (193 GB for all). There is no
-augmentation: the paper's is not known.
+An image is resized to 256 on its shorter side and its middle 224 x 224 kept, uint8, so 150,528 bytes (193 GB for all).
 """
 
 import functools
@@ -32,7 +31,7 @@ HELD_OUT = 100  # one train image in so many
 AT_ONCE = 100
 
 
-def imagenet_directory(cache: Path, location: str = HUB, files: int = 0) -> Path:
+def imagenet_directory(cache: Path, location: str = HUB, files: int | None = None) -> Path:
     """Where prepare_imagenet keeps the set; the shards are beside it."""
     where = str(Path(location).resolve()) if Path(location).is_dir() else location
     name = f"images-imagenet-1k-{digest([FORMAT, where])[:12]}"
@@ -42,12 +41,12 @@ def imagenet_directory(cache: Path, location: str = HUB, files: int = 0) -> Path
 def prepare_imagenet(
     cache: Path,
     location: str = HUB,
-    files: int = 0,
+    files: int | None = None,
     progress: Progress | None = None,
     processes: int = 0,
     watch: Watch | None = None,
 ) -> "ImageNet":
-    """Decode what is missing of the first so many train files (0: all) and of the published validation set; once per cache.
+    """Decode what is missing of the first so many train files (none: all) and of the published validation set; once per cache.
 
     Raises UserError when files are missing or cannot be read, the cache is damaged, the disk is full.
     """

@@ -25,6 +25,7 @@ CLASSES = {
     "mnist-5k": tuple("0123456789"),
 }
 MNIST_5K = "1b845fda528288bf79346626fdf2fff6549f0170890dc9174bc1ef609807bbfa"  # SHA-256 of the table, uint8 [5000, 785]
+SHIFT = 4  # pixels, of the augmentation
 SPLIT_SEED = 20_260_101  # of the permutation that divides a set into parts; part of the data, not an option
 
 Part = tuple[np.ndarray, np.ndarray]  # images uint8 [n, 28, 28], labels uint8 [n]
@@ -107,6 +108,12 @@ class ImageData:
         chosen = np.arange(len(self._parts[split][1]))[:max_examples]
         return (self._tensors(split, chosen[i : i + batch]) for i in range(0, len(chosen), batch))
 
+    @property
+    def black(self) -> Tensor:
+        """Of each channel, as train_batch gives it; float32 [C]."""
+        mean, std = (torch.tensor(self.manifest[key]).reshape(-1) for key in ("pixel_mean", "pixel_std"))
+        return -mean / std
+
     def _tensors(self, split: str, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
         images, labels = (torch.from_numpy(array[chosen]) for array in self._parts[split])
         pixels = (images.unsqueeze(1).float() / 255 - self.manifest["pixel_mean"]) / self.manifest["pixel_std"]
@@ -115,6 +122,22 @@ class ImageData:
     def _open(self, split: str) -> tuple[Any, Any]:
         images = np.memmap(self.directory / f"{split}.images", dtype=np.uint8, mode="r")
         return images.reshape(-1, 28, 28), np.fromfile(self.directory / f"{split}.labels", dtype=np.uint8)
+
+
+def crop_flip(images: Tensor, black: Tensor, generator: torch.Generator) -> Tensor:
+    """Images [B, C, S, S], each shifted by up to SHIFT pixels either way (`black` [C] moves in) and, one in two, mirrored.
+
+    The same as a random crop of S x S after padding by SHIFT.
+    """
+    B, _, S, _ = images.shape
+    shift = torch.randint(-SHIFT, SHIFT + 1, (B, 2, 1), generator=generator)
+    mirrored = torch.rand(B, 1, generator=generator) < 0.5
+    down, across = (torch.arange(S) + shift).unbind(1)  # [B, S] each: which row and column of the image comes here
+    across = torch.where(mirrored, across.flip(1), across)
+    inside = ((down >= 0) & (down < S))[:, :, None] & ((across >= 0) & (across < S))[:, None, :]
+    down, across = down.clamp(0, S - 1), across.clamp(0, S - 1)
+    moved = images[torch.arange(B)[:, None, None], :, down[:, :, None], across[:, None, :]]  # [B, S, S, C]
+    return torch.where(inside[..., None], moved, black).permute(0, 3, 1, 2).contiguous()
 
 
 def _fashion(progress: Progress) -> tuple[dict[str, Part], dict[str, str]]:

@@ -1,6 +1,7 @@
-"""The order of training examples: a permutation per epoch, computed from the step alone: resuming needs no state."""
+"""What is random in a step, computed from seeds and the step alone: resuming needs no state."""
 
 import functools
+import hashlib
 
 import numpy as np
 
@@ -25,3 +26,8 @@ def permutation(count: int, seed: int, epoch: int = 0) -> np.ndarray:
     order = np.random.RandomState([seed, epoch]).permutation(count)
     order.flags.writeable = False
     return order
+
+
+def seed_of(purpose: str, *numbers: int) -> int:
+    """A seed of 63 bits for torch's generators: what differs in purpose or any number draws other numbers."""
+    return int.from_bytes(hashlib.sha256(repr((purpose, *numbers)).encode()).digest()[:8], "big") >> 1

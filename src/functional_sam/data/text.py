@@ -175,27 +175,35 @@ class TextData:
         return inputs, targets
 
     def eval_batches(
-        self, split: str, batch: int, length: int, max_documents: int | None = None
+        self, split: str, batch: int, length: int, max_rows: int | None = None, windows: bool = False
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(inputs [B, T], targets [B, T], num_bytes [B]), int64, one document a row, cut to `length` tokens, T <= length.
 
-        max_documents: the first so many in the stored (hash) order. Rows are sorted by length, longest first, and a batch is as
-        wide as its longest row; PAD fills inputs, IGNORE the targets beyond the document. num_bytes: UTF-8 bytes that the row's
-        targets cover (EOS 0), so bits per byte = summed nats / (log(2) * summed bytes) is exact on truncated documents.
+        windows: a longer document goes on in further rows, each beginning with the last token of the one before, so that every
+        token after a document's first is a target once. max_rows: the first so many, documents in the stored (hash) order. Rows
+        are sorted by length, longest first, and a batch is as wide as its longest row; PAD fills inputs, IGNORE the targets beyond
+        the document. num_bytes: UTF-8 bytes that the row's targets cover (EOS 0), so bits per byte = summed nats / (log(2) *
+        summed bytes) is exact on cut documents.
         """
         if split not in ("validation", "test"):
             raise UserError(f"split is {split!r}: evaluation has 'validation' and 'test'")
         if length < 2:
             raise UserError(f"length is {length}: a row needs 2 tokens, one to read and one to predict")
         offsets = np.fromfile(self.directory / f"{split}.offsets", dtype=np.int64)
-        if len(offsets) == 1 or max_documents == 0:
+        if len(offsets) == 1 or max_rows == 0:
             raise UserError(f"the {split} split of {self.directory} has no documents to evaluate: add sources")
-        lengths = np.minimum(np.diff(offsets)[:max_documents], length)
+        starts, sizes = offsets[:-1], np.diff(offsets)
+        if windows:
+            counts = np.maximum(1, -(-(sizes - 1) // (length - 1)))  # rows of each document
+            number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # of a row in its document
+            passed = number * (length - 1)
+            starts, sizes = np.repeat(starts, counts) + passed, np.repeat(sizes, counts) - passed
+        starts, lengths = starts[:max_rows], np.minimum(sizes[:max_rows], length)
         rows = np.argsort(-lengths, kind="stable")
-        return self._eval_rows(split, offsets, lengths, [rows[i : i + batch] for i in range(0, len(rows), batch)])
+        return self._eval_rows(split, starts, lengths, [rows[i : i + batch] for i in range(0, len(rows), batch)])
 
     def _eval_rows(
-        self, split: str, offsets: np.ndarray, lengths: np.ndarray, batches: list[np.ndarray]
+        self, split: str, starts: np.ndarray, lengths: np.ndarray, batches: list[np.ndarray]
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         ids = np.fromfile(self.directory / f"{split}.ids", dtype=self.manifest["dtype"]).astype(np.int64)
         ends = np.fromfile(self.directory / f"{split}.ends", dtype=np.uint32).astype(np.int64)
@@ -203,10 +211,11 @@ class TextData:
             inputs = np.full((len(rows), lengths[rows].max()), PAD, dtype=np.int64)
             targets = np.full_like(inputs, IGNORE)
             for i, row in enumerate(rows):
-                tokens = ids[offsets[row] : offsets[row] + lengths[row]]
+                tokens = ids[starts[row] : starts[row] + lengths[row]]
                 inputs[i, : len(tokens)] = tokens
                 targets[i, : len(tokens) - 1] = tokens[1:]
-            num_bytes = ends[offsets[rows] + lengths[rows] - 1]
+            first = starts[rows]
+            num_bytes = ends[first + lengths[rows] - 1] - ends[first]
             yield torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(num_bytes)
 
 

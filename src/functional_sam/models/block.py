@@ -64,16 +64,19 @@ class Linear(nn.Linear):
 
 
 class Block(nn.Module):
-    """x + attention(LN x), then x + mlp(LN x); no bias, no dropout; tanh GELU.
+    """x + attention(LN x), then x + mlp(LN x); no bias; tanh GELU.
 
+    dropout: fraction of a branch's outputs set to zero in training mode; at 0.0 nothing is drawn.
     Raises UserError when the heads do not divide the width.
     """
 
-    def __init__(self, width: int, heads: int, mlp: int, causal: bool, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, width: int, heads: int, mlp: int, causal: bool, dropout: float = 0.0, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         if width % heads:
             raise UserError(f"heads={heads} does not divide width={width}: choose heads so that width / heads is whole")
-        self.heads, self.causal = heads, causal
+        self.heads, self.causal, self.dropout = heads, causal, dropout
         self.norm_attention = LayerNorm(width, dtype=dtype)
         # q, k, v as one matrix [3D, D]: one product and one cast of its input where three would run.
         self.qkv = Linear(width, 3 * width, dtype=dtype)
@@ -104,9 +107,13 @@ class Block(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         # Under autocast the branches are bfloat16 and the sum, promoted, stays float32.
-        x_BLD = x_BLD + self.attention(self.norm_attention(x_BLD))
+        x_BLD = x_BLD + self.dropped(self.attention(self.norm_attention(x_BLD)))
         mlp_BLD: Tensor = self.down(F.gelu(self.up(self.norm_mlp(x_BLD)), approximate="tanh"))
-        return x_BLD + mlp_BLD
+        return x_BLD + self.dropped(mlp_BLD)
+
+    def dropped(self, branch_BLD: Tensor) -> Tensor:
+        """The branch with dropout, if there is any."""
+        return F.dropout(branch_BLD, self.dropout) if self.dropout and self.training else branch_BLD
 
 
 class Backbone(nn.Module):
@@ -126,13 +133,14 @@ class Backbone(nn.Module):
         causal: bool,
         head_dtype: str,
         checkpoint_blocks: bool,
+        dropout: float,
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
         if head_dtype not in HEAD_DTYPES:
             raise UserError(f"head_dtype={head_dtype!r}: choose one of {', '.join(HEAD_DTYPES)}")
-        self.head_dtype, self.checkpoint_blocks = head_dtype, checkpoint_blocks
-        self.blocks = nn.ModuleList(Block(width, heads, mlp or 4 * width, causal, dtype=dtype) for _ in range(depth))
+        self.head_dtype, self.checkpoint_blocks, self.dropout = head_dtype, checkpoint_blocks, dropout
+        self.blocks = nn.ModuleList(Block(width, heads, mlp or 4 * width, causal, dropout, dtype) for _ in range(depth))
         self.norm = LayerNorm(width, dtype=dtype)
 
     def init_weights(self, generator: Generator | None = None) -> None:
@@ -151,8 +159,8 @@ class Backbone(nn.Module):
         x_BLD = at_least_float32(x_BLD)
         for block in self.blocks:
             if self.checkpoint_blocks:
-                # No dropout in a block, hence no random state to preserve.
-                x_BLD = checkpoint(block, x_BLD, use_reentrant=False, preserve_rng_state=False)
+                # Without dropout there is no random state to preserve.
+                x_BLD = checkpoint(block, x_BLD, use_reentrant=False, preserve_rng_state=self.dropout > 0)
             else:
                 x_BLD = block(x_BLD)
         return x_BLD

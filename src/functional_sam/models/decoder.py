@@ -35,14 +35,14 @@ PUBLISHED = {
 
 
 class Decoder(Backbone):
-    """Pre-LN decoder, learned absolute positions, head tied to the unscaled embedding, no bias, no dropout.
+    """Pre-LN decoder, learned absolute positions, head tied to the unscaled embedding, no bias.
 
     tokens [B, L] of integers below `vocab` -> logits [B, L, V], float32 (float64 in a float64 model).
 
     mlp: width of the MLP, None or 0 for 4 * width. length: longest sequence.
     head_dtype: "float32" computes the logits outside autocast, as Nanodo does; "bfloat16" leaves them to autocast and widens
     the result.
-    checkpoint_blocks: keep one activation a block and compute the rest again in backward.
+    checkpoint_blocks: keep one activation a block and compute the rest again in backward. dropout: of both branches of a block.
     generator: seeds the weights. With device="meta" nothing is drawn: `to_empty(device=...)`, then `init_weights(generator)`.
     Compute in bfloat16 is torch.autocast around forward; parameters, residual stream and logits stay float32. One thing differs
     from Nanodo in bfloat16: its final LayerNorm rounds h to bfloat16 before the float32 head, ours does not.
@@ -59,13 +59,14 @@ class Decoder(Backbone):
         mlp: int | None = None,
         head_dtype: str = "float32",
         checkpoint_blocks: bool = False,
+        dropout: float = 0.0,
         *,
         generator: Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         with torch.device(device or torch.get_default_device()):
-            super().__init__(width, depth, heads, mlp, True, head_dtype, checkpoint_blocks, dtype)
+            super().__init__(width, depth, heads, mlp, True, head_dtype, checkpoint_blocks, dropout, dtype)
             self.tokens = nn.Parameter(torch.empty(vocab, width, dtype=dtype))
             self.positions = nn.Parameter(torch.empty(length, width, dtype=dtype))
         if not self.positions.is_meta:

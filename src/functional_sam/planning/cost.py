@@ -8,53 +8,14 @@ scores, as a fused kernel that skips masked blocks may not do. Not counted: elem
 from dataclasses import dataclass
 
 from functional_sam.config import Config
+from functional_sam.models.shape import Shape
 from functional_sam.sharpness.methods import ASCENT_OPTIONS, GENERAL_OPTIONS, METHODS, MIX_OPTIONS, PATH_OPTIONS, Method
-
-IMAGES = {"fashion-mnist": (1, 28, 10), "mnist-5k": (1, 28, 10), "imagenet-1k": (3, 224, 1000)}  # channels, side, classes
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a model."""
-
-    D: int
-    N: int
-    F: int
-    H: int
-    L: int
-    V: int
-    inputs: int  # numbers of a patch, 0 for tokens
-    targets: int  # of a row
-
-    @property
-    def block(self) -> int:
-        """Parameters of a block."""
-        return 4 * self.D**2 + 2 * self.D * self.F + 2 * self.D
-
-    @property
-    def root(self) -> int:
-        """Parameters outside of the blocks: embeddings, head, final LayerNorm."""
-        embedding = self.inputs * self.D + self.V * self.D if self.inputs else self.V * self.D
-        return embedding + self.L * self.D + self.D
-
-    @property
-    def parameters(self) -> int:
-        return self.N * self.block + self.root
-
-    @property
-    def non_embedding(self) -> int:
-        return self.N * self.block + self.D
+from functional_sam.tasks import TASKS
 
 
 def shape(config: Config) -> Shape:
     """Of a config's model."""
-    model = config.model
-    mlp = model.mlp or 4 * model.width
-    if model.kind == "decoder":
-        return Shape(model.width, model.depth, mlp, model.heads, model.length, config.data.vocab, 0, model.length)
-    channels, side, classes = IMAGES[config.data.images]
-    patches = (side // model.patch) ** 2
-    return Shape(model.width, model.depth, mlp, model.heads, patches, classes, channels * model.patch**2, 1)
+    return TASKS[config.kind].shape(config)
 
 
 @dataclass(frozen=True)
@@ -83,11 +44,10 @@ def cost(config: Config, checkpointing: bool | None = None) -> Cost:
     # result no gradient needs.
     again = blocks - 2 * s.L * s.D * s.F * training.batch * s.N if recompute else 0
     step = blocks * (forwards + 2 * backwards) + again * backwards + embed * (forwards + backwards) + head * heads
-    unit = s.targets if not s.inputs else 1
     return Cost(
         s.parameters,
         s.non_embedding,
-        training.steps * training.batch * unit,
+        training.steps * training.batch * TASKS[config.kind].units(config),
         (forwards + 2 * backwards) / 3,
         step,
         step * training.steps,

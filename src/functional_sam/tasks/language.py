@@ -1,51 +1,77 @@
 """Next-token prediction on real prose with the Nanodo decoder."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from functional_sam.config import Config
 from functional_sam.data import c4
+from functional_sam.data.cache import Progress
+from functional_sam.data.shards import Watch
+from functional_sam.data.sources import check_sources
 from functional_sam.data.text import TextData, prepare_text, text_directory
 from functional_sam.errors import UserError
-from functional_sam.losses import cross_entropy
 from functional_sam.models import Decoder
-from functional_sam.tasks.ranks import shared, summed
+from functional_sam.models.shape import Shape
+from functional_sam.tasks.batches import Batch
+from functional_sam.tasks.ranks import totals
+from functional_sam.tasks.task import Metric, Task
 
 
-def wanted_c4(config: Config) -> c4.C4 | None:
-    """What to prepare of C4, None for packaged text. Raises UserError for C4 mixed with others, misplaced options."""
-    data = config.data
-    if "c4" in data.sources:
-        if data.sources != ["c4"]:
-            raise UserError(f"data.sources={data.sources}: c4 stands alone")
-        return c4.C4(data.vocab, config.runtime.data or c4.HUB, data.files, data.tokenizer)
-    if data.files or data.tokenizer:
-        raise UserError(f"data.files and data.tokenizer are for data.sources=[c4], not for {data.sources}")
-    return None
+class Language(Task):
+    """Training rows are packed windows. Evaluation rows are documents, padded or cut to L as in Nanodo, or all of each document."""
 
+    metric = Metric("loss", "loss (nats per token)", lower_is_better=True)
+    unit = "tokens"
+    data: TextData
 
-def data_directory(config: Config) -> Path:
-    """Where the prepared text of a config is, or will be."""
-    cache, wanted = Path(config.runtime.cache), wanted_c4(config)
-    return wanted.directory(cache) if wanted else text_directory(config.data.sources, config.data.vocab, cache)[0]
+    @classmethod
+    def check(cls, config: Config) -> None:
+        data = config.data
+        if config.model.kind != "decoder":
+            raise UserError(f"model.kind={config.model.kind!r}: a task of kind language has a decoder")
+        if data.augment:
+            raise UserError(f"data.augment={data.augment} is for images, not for text")
+        if "c4" in data.sources:
+            if data.sources != ["c4"]:
+                raise UserError(f"data.sources={data.sources}: c4 stands alone")
+        elif data.files or data.tokenizer or data.hub:
+            raise UserError(f"data.files, data.tokenizer and data.hub are for data.sources=[c4], not for {data.sources}")
+        else:
+            check_sources(data.sources)
 
+    @classmethod
+    def prepare(cls, config: Config, progress: Progress | None = None, processes: int = 0, watch: Watch | None = None) -> TextData:
+        cache, wanted = Path(config.runtime.cache), wanted_c4(config)
+        if wanted:
+            return c4.prepare_c4(wanted, cache, progress, processes, watch)
+        return prepare_text(config.data.sources, config.data.vocab, cache, progress)
 
-class Language:
-    """Training rows are packed windows, evaluation rows whole documents (padded or truncated to L), as in Nanodo."""
+    @classmethod
+    def data_directory(cls, config: Config) -> Path:
+        cache, wanted = Path(config.runtime.cache), wanted_c4(config)
+        return wanted.directory(cache) if wanted else text_directory(config.data.sources, config.data.vocab, cache)[0]
 
-    def __init__(self, config: Config, cache: Path, progress: Callable[[str], None] | None = None):
-        self.config = config
-        wanted = wanted_c4(config)
-        self.data: TextData = (
-            c4.prepare_c4(wanted, cache, progress)
-            if wanted
-            else prepare_text(config.data.sources, config.data.vocab, cache, progress)
-        )
-        self.provenance: dict[str, object] = {"data": "+".join(config.data.sources), **self.data.manifest}
+    @classmethod
+    def data_name(cls, config: Config) -> str:
+        return " + ".join(config.data.sources)
+
+    @classmethod
+    def model_name(cls, config: Config) -> str:
+        return "decoder"
+
+    @classmethod
+    def units(cls, config: Config) -> int:
+        return config.model.length
+
+    @classmethod
+    def shape(cls, config: Config) -> Shape:
+        m = config.model
+        return Shape(m.width, m.depth, m.mlp or 4 * m.width, m.heads, m.length, config.data.vocab, 0, m.length)
 
     def model(self) -> torch.nn.Module:
         shape = self.config.model
@@ -58,35 +84,32 @@ class Language:
             shape.mlp,
             shape.head_dtype,
             shape.checkpoint_blocks,
+            shape.dropout,
             generator=torch.Generator().manual_seed(self.config.training.init_seed),
         )
 
-    def batch(self, step: int) -> list[tuple[Tensor, Tensor]]:
-        training = self.config.training
-        inputs, targets = self.data.train_batch(
-            step, training.batch, self.config.model.length, training.data_seed, self.config.data.unique_tokens or None
-        )
-        size = training.micro_batch
-        return [(inputs[i : i + size], targets[i : i + size]) for i in range(0, training.batch, size)]
+    def rows(self, step: int) -> Batch:
+        training, unique_tokens = self.config.training, self.config.data.unique_tokens
+        return self.data.train_batch(step, training.batch, self.config.model.length, training.data_seed, unique_tokens)
 
-    def measured(self) -> list[tuple[Tensor, Tensor]]:
-        measure = self.config.measure
-        rows = self.data.eval_batches("validation", measure.micro_batch, self.config.model.length, measure.rows)
-        return [(inputs, targets) for inputs, targets, _ in rows]
+    def held_out(self, split: str, size: int, rows: int | None) -> Iterable[tuple[Any, ...]]:
+        windows = self.config.data.held_out == "windows"
+        return self.data.eval_batches(split, size, self.config.model.length, rows, windows)
 
     def evaluate(self, model: torch.nn.Module, split: str) -> dict[str, float]:
-        """Mean nats per token and bits per byte over the whole documents of a split; float32, whatever training's precision."""
-        training = self.config.training
-        device = next(model.parameters()).device
-        nats, tokens, num_bytes = 0.0, 0.0, 0.0
-        with torch.no_grad():
-            for (inputs, targets, covered), counts in shared(
-                self.data.eval_batches(split, training.eval_batch, self.config.model.length, training.eval_rows or None)
-            ):
-                loss, count = cross_entropy(model(inputs.to(device)), targets.to(device))
-                if counts:
-                    nats += float(loss)
-                    tokens += int(count)
-                    num_bytes += int(covered.sum())
-        nats, tokens, num_bytes = summed(nats, tokens, num_bytes)
+        """Mean nats per token, and bits per byte of the text that the rows cover."""
+
+        def sums(tokens: Tensor, targets: Tensor, covered: Tensor) -> tuple[float, ...]:
+            loss, count = self.loss_fn(self.forward(model, tokens), targets)
+            return float(loss), int(count), int(covered.sum())
+
+        nats, tokens, num_bytes = totals(model, self.evaluated(split), sums)
         return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / num_bytes, "tokens": int(tokens)}
+
+
+def wanted_c4(config: Config) -> c4.C4 | None:
+    """What to prepare of C4, None for packaged text."""
+    data = config.data
+    if data.sources != ["c4"]:
+        return None
+    return c4.C4(data.vocab, config.runtime.data or data.hub or c4.HUB, data.files, data.tokenizer)

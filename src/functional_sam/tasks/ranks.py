@@ -1,13 +1,28 @@
 """An evaluation over all processes of a training: each takes its batches, the sums are of all."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from functional_sam.tasks.batches import placed
+
 Batch = TypeVar("Batch")
+
+
+def totals(model: torch.nn.Module, batches: Iterable[Sequence[Any]], sums: Callable[..., Sequence[float]]) -> list[float]:
+    """What sums(*batch) returns, added up over the batches of all processes; without gradients, each batch where the model is."""
+    parameter = next(model.parameters())
+    total: list[float] = []
+    with torch.no_grad():
+        for batch, counts in shared(batches):
+            found = sums(*placed(batch, parameter.device, parameter.dtype))
+            total = total or [0.0] * len(found)
+            if counts:
+                total = [a + b for a, b in zip(total, found, strict=True)]
+    return summed(*total)
 
 
 def shared(batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
