@@ -1,155 +1,110 @@
-"""figure-3: validation loss minus AdamW's against the radius, for every method and size at fixed length."""
+"""figure-3: dose and response: test loss minus AdamW's against the radius, and against what it does to the gradient. Nothing is chosen."""
 
 import math
-from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from functional_sam.config import Config
-from functional_sam.exhibits import style
-from functional_sam.exhibits.comparison import edges, label
-from functional_sam.exhibits.output import Exhibit, save_figure, save_frame
-from functional_sam.exhibits.regime_table import not_shown, opening
-from functional_sam.exhibits.spec import Spec
-from functional_sam.exhibits.statistics import estimate, paired_difference, verdict
-from functional_sam.exhibits.study import Planned, Study, cells, configs_of, has_radius, load_study, loss, make, plan_cells
-from functional_sam.records import Run
+from functional_sam.exhibits import markdown, style
+from functional_sam.exhibits.comparison import label, left_out, place, plan, setting
+from functional_sam.exhibits.output import Exhibit
+from functional_sam.exhibits.plan import Plan
+from functional_sam.study.compare import Estimate, Verdict, estimate, judged, paired_difference
+from functional_sam.study.report import by_seed, frame, judge
+
+__all__ = ["draw", "plan"]
+
+PAIRS = (("functional-sam", "sam"), ("precond-functional-sam", "precond-sam"))  # the path alone differs
+LINEAR = 0.01  # nats: within it the axis is linear
 
 
-def plan(spec: Spec, overrides: tuple[str, ...] = ()) -> list[Config]:
-    """The cells of table-2, and the whole grid of one size on more seeds, which choose nothing."""
-    study = load_study(spec, overrides)
-    planned = plan_cells(study, cells(study, "fixed", spec.tasks))
-    more = [config for one in planned for curve in curves(study, one).values() for config in curve.values()]
-    return list({config.hash: config for config in [*configs_of(planned), *more]}.values())
-
-
-def curves(study: Study, one: Planned) -> dict[tuple[int, str], dict[float | None, Config]]:
-    """(seed, method) -> radius -> run: the first tuning seed's, at the middle size all; AdamW's radius is None.
-
-    To draw what is complete: the seeds whose runs all are.
-    """
-    lr = one.lr.best
-    if lr is None or any(found.best is None for found in one.rho.values()):
-        return {}
-    found: dict[tuple[int, str], dict[float | None, Config]] = {}
-    for seed in study.tuning_seeds[: study.curve_seeds or None] if one.cell.task == study.middle else study.tuning_seeds[:1]:
-        own: dict[tuple[int, str], dict[float | None, Config]] = {}
-        for name, entry in one.entries.items():
-            radii: Sequence[float | None] = one.rho[name].values if has_radius(name, entry) else [None]
-            own[seed, name] = {rho: make(study, one.cell, name, entry, seed, lr, rho) for rho in radii}
-        if not study.complete_only or all(Run(config).done for curve in own.values() for config in curve.values()):
-            found |= own
-    return found
-
-
-def frame(study: Study, planned: Sequence[Planned]) -> pd.DataFrame:
-    """One row per size, method, radius and seed; minus_adamw is inf where the run diverged."""
-    rows = []
-    for one in planned:
-        for (seed, name), curve in curves(study, one).items():
-            (base,) = curves(study, one)[seed, "adamw"].values()
-            for rho, config in curve.items():
-                if rho is None:
-                    continue
-                rows.append(
-                    {
-                        "size": one.cell.task,
-                        "method": name,
-                        "rho": rho,
-                        "seed": seed,
-                        "lr": config.optimizer.lr,
-                        "validation_loss": loss(config),
-                        "minus_adamw": loss(config) - loss(base),
-                        "diverged": bool(Run(config).summary().get("diverged")),
-                        "best": rho == one.rho[name].best,
-                        "edge": one.rho[name].edge if rho == one.rho[name].best else "",
-                    }
-                )
-    return pd.DataFrame(rows)
-
-
-def draw(spec: Spec, configs: list[Config]) -> Exhibit:
-    """One panel a size."""
-    study = load_study(spec, spec.command)
-    planned = plan_cells(study, cells(study, "fixed", spec.tasks))
-    data = frame(study, planned)
+def draw(plan: Plan) -> Exhibit:
+    """A row a cell; left against rho, right against the measured dose; bands are 95 % intervals, the grey one is the placebo's."""
+    seeds = by_seed(plan.content, plan.source)
+    margin = plan.content[0].study.margin
+    data = judge(frame(plan.content, plan.source), margin)
+    paths = pd.DataFrame([row for _, part in seeds.groupby("cell", sort=False) for row in path_alone(part, margin)])
     style.use()
-    sizes = list(dict.fromkeys(data["size"]))
-    columns = min(2, len(sizes))
-    lines = math.ceil(len(sizes) / columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(style.PAGE, 2.1 * lines + 0.3), sharex=True, sharey=True, squeeze=False)
-    for axis, size in zip(axes.flat, sizes, strict=False):
-        panel(axis, data[data["size"] == size])
-        n = data[data["size"] == size].seed.nunique()
-        axis.set_title(f"{size.removeprefix('language-')} (n={n})")
-    for axis in axes.flat[len(sizes) :]:
-        axis.set_axis_off()
-    for axis in axes.flat[max(0, len(sizes) - columns) : len(sizes)]:  # nothing below them
-        axis.set_xlabel(r"radius $\rho$")
-        axis.tick_params(labelbottom=True)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("validation loss\nminus AdamW's (nats/token)")
-    style.signed_log(axes[0, 0], 0.01)  # shared
-    style.legend_above(figure, axes[0, 0])
-    others = sorted(set(map(int, data.seed)) - {study.tuning_seeds[0]})
-    more = f"; where n > 1, means over it and {', '.join(map(str, others))}, bands are one standard error" if others else ""
+    cells = list(dict.fromkeys(seeds.cell))
+    figure, axes = plt.subplots(len(cells), 2, figsize=(style.PAGE, 2.2 * len(cells) + 0.4), squeeze=False, sharey="row")
+    for (left, right), cell in zip(axes, cells, strict=True):
+        part = seeds[seeds.cell == cell]
+        _panel(left, part, "rho")
+        _panel(right, part, "dose")
+        left.set(title=place(next(data[data.cell == cell].itertuples())), ylabel="test loss minus AdamW's\n(nats per token)")
+        left.set_xlabel(r"radius $\rho$")
+        right.set_xlabel(r"dose $|g_{method} - g|\,/\,|g|$, mean over the run")
+        style.signed_log(left, LINEAR)
+    style.legend_above(figure, axes[0, 0], columns=3)
+    finding = _finding(paths)
     caption = (
-        f"{opening(spec, planned)} {planned[0].lr.configs[0].training.steps} steps.{not_shown(spec, 'fixed', planned)} "
-        "Validation loss minus AdamW's with the same initialization and data order, against rho, at AdamW's learning rate; the "
-        f"radius of preconditioned methods is |eps| too. Tuning seed {study.tuning_seeds[0]}, whose lowest point is the radius of "
-        f"table-2 (star){more}. Crosses at the top edge diverged. Linear within 0.01, logarithmic beyond. {edges(planned)}"
-    ).strip()
-    return Exhibit([*save_figure(spec, figure), save_frame(spec, data)], caption, _words(data), data, figure)
+        f"{finding} Linear within {LINEAR:g} nats, logarithmic beyond; crosses at the top edge diverged; grey, the placebo's interval "
+        f"(AdamW whose initial weights were changed by 1e-6). {setting(plan, data)}{left_out(plan)}"
+    )
+    return Exhibit(plan, {"": data, "seeds": seeds, "path": paths}, caption, finding, figure)
 
 
-def panel(axis: Axes, part: pd.DataFrame) -> None:
-    """The curves of one size."""
+def _panel(axis: Axes, part: pd.DataFrame, x: str) -> None:
     axis.axhline(0.0, color=style.METHOD_COLOR["adamw"], linewidth=0.8)
-    for method, own in part.groupby("method", sort=False):
-        color = style.METHOD_COLOR[str(method)]
-        groups = {rho: list(group.minus_adamw) for rho, group in own.groupby("rho")}
-        shown = {rho: estimate(values) for rho, values in groups.items() if all(map(math.isfinite, values))}
-        means = [value.mean for value in shown.values()]
-        errors = [value.stderr if math.isfinite(value.stderr) else 0.0 for value in shown.values()]
-        axis.plot(list(shown), means, color=color, marker="o", label=label(str(method)))
-        low, high = ([m + sign * e for m, e in zip(means, errors, strict=True)] for sign in (-1, 1))
-        axis.fill_between(list(shown), low, high, color=color, alpha=0.15, linewidth=0)
-        diverged = [rho for rho in groups if rho not in shown]
-        for rho in diverged:
-            axis.plot([rho], [0.98], "x", color=color, transform=axis.get_xaxis_transform(), clip_on=False)
-        for rho in [rho for rho in own[own.best].rho.unique() if rho in shown]:
-            axis.plot([rho], [shown[rho].mean], marker="*", color=color, markersize=9, markeredgecolor="white")
-    axis.set(xscale="log")
+    placebo = part[part.entry == "placebo"]
+    if len(placebo) > 1:
+        half = estimate(list(placebo.minus_baseline)).half_width
+        axis.axhspan(placebo.minus_baseline.mean() - half, placebo.minus_baseline.mean() + half, color="#bbbbbb", alpha=0.5, linewidth=0)
+    for name, own in part[part.rho.notna()].groupby("entry", sort=False):
+        color = style.METHOD_COLOR[str(name)]
+        xs, means, halves = [], [], []
+        for rho, at in own.groupby("rho"):
+            found = estimate(list(at.minus_baseline))
+            if math.isfinite(found.mean):
+                xs.append(float(at[x].mean()))
+                means.append(found.mean)
+                halves.append(found.half_width if math.isfinite(found.half_width) else 0.0)
+            else:
+                axis.plot([float(rho if x == "rho" else at.dose.mean())], [0.98], "x", color=color, transform=axis.get_xaxis_transform())
+        axis.plot(xs, means, color=color, marker="o", label=label(str(name)))
+        axis.fill_between(xs, np.subtract(means, halves), np.add(means, halves), color=color, alpha=0.15, linewidth=0)
+    axis.set_xscale("log")
 
 
-def _words(data: pd.DataFrame) -> str:
+def path_alone(part: pd.DataFrame, margin: float) -> list[dict[str, Any]]:
+    """The functional path minus the plain one, same ascent: at equal rho, and at equal dose (log-linear between the radii, by seed)."""
+    rows: list[dict[str, Any]] = []
+    for name, other in PAIRS:
+        own, theirs = (part[part.entry == entry] for entry in (name, other))
+        for rho, at in own.groupby("rho"):
+            twin = theirs[theirs.rho == rho].sort_values("seed")
+            at = at.sort_values("seed")
+            for kind, values in (("rho", list(twin.test)), ("dose", [_at_dose(theirs, row) for row in at.itertuples()])):
+                pairs = [(a, b) for a, b in zip(at.test, values, strict=False) if not math.isnan(b)]
+                if len(pairs) == len(at):
+                    found = paired_difference([a for a, _ in pairs], [b for _, b in pairs])
+                    row = {"cell": at.cell.iloc[0], "entry": name, "other": other, "at_equal": kind, "rho": rho, "dose": at.dose.mean()}
+                    rows.append(row | {"n": found.n, "difference": found.mean, "stderr": found.stderr})
+    found_all = [Estimate(row["difference"], row["stderr"], row["n"]) for row in rows]
+    for row, word in zip(rows, judged(found_all, margin=margin), strict=True):
+        row["verdict"] = str(word)
+    return rows
+
+
+def _at_dose(theirs: pd.DataFrame, row: Any) -> float:
+    """The other method's test loss at this row's dose and seed; nan outside the doses that its radii gave."""
+    own = theirs[(theirs.seed == row.seed) & np.isfinite(theirs.test)].sort_values("dose")
+    if own.empty or not own.dose.min() <= row.dose <= own.dose.max():
+        return math.nan
+    return float(np.interp(math.log(row.dose), np.log(own.dose), own.test))
+
+
+def _finding(paths: pd.DataFrame) -> str:
     sentences = []
-    for size, part in data.groupby("size", sort=False):
-        own = part[part.best & (part.seed == part.seed.min())]
-        found = [f"{label(row.method)} {row.rho:g} ({row.minus_adamw:+.4f})" for row in own.itertuples()]
-        sentences.append(f"{str(size).removeprefix('language-')} {', '.join(found)}")
-    best = f"Best rho, and validation loss minus AdamW's there, on the tuning seed (n=1, chosen by it): {'; '.join(sentences)}."
-    return " ".join([best, *at_equal_rho(data)])
-
-
-def at_equal_rho(data: pd.DataFrame) -> list[str]:
-    """What the functional path alone changes at one radius, where there is more than one seed: nothing is chosen for this."""
-    sentences = []
-    for size, part in data.groupby("size", sort=False):
-        n = part.seed.nunique()
-        for name, other in (("functional-sam", "sam"), ("precond-functional-sam", "precond-sam")) if n > 1 else ():
-            two = part[part.method.isin([name, other])].pivot(index="rho", columns=["method", "seed"], values="validation_loss")
-            found = []
-            for rho, row in two.dropna().iterrows():
-                difference = paired_difference(list(row[name]), list(row[other]))
-                found.append(f"{difference.mean:+.4f} +- {difference.stderr:.4f} at {rho:g} ({verdict(difference)})")
-            if not found:
-                continue
-            sentences.append(
-                f"{label(name)} minus {label(other)} at equal rho, {str(size).removeprefix('language-')} (n={n}, paired, 95 %): "
-                f"{', '.join(found)}."
-            )
-    return sentences
+    for (cell, name, kind), part in paths.groupby(["cell", "entry", "at_equal"], sort=False) if len(paths) else ():
+        words = [f"{word} at rho {', '.join(f'{r:g}' for r in part[part.verdict == word].rho)}" for word in Verdict if word in set(part.verdict)]
+        other = label(part.other.iloc[0])
+        best = part.loc[part.difference.idxmin()]
+        sentences.append(
+            f"{cell}, {label(name)} against {other} at equal {kind}: {'; '.join(words)} (lowest "
+            f"{markdown.interval(best.difference, Estimate(best.difference, best.stderr, int(best.n)).half_width, sign=True)})"
+        )
+    return ". ".join(sentences) + "."

@@ -21,6 +21,7 @@ METHOD_COLOR = {
     "precond-sam": "#E69F00",
     "precond-functional-sam": "#009E73",
     "angle-sam": "#CC79A7",
+    "logit-sam": "#56B4E9",
 }
 METHOD_LABEL = {
     "adamw": "AdamW",

@@ -1,16 +1,18 @@
-"""table-2: the five methods at every size, the same number of steps at each."""
+"""table-2: the five methods at every size, the same number of steps at each; table-3 is the same of another part of the study."""
 
-from functional_sam.config import Config
-from functional_sam.exhibits import regime_table
+from functional_sam.exhibits.comparison import counted, left_out, plan, rows_of, seen, setting
 from functional_sam.exhibits.output import Exhibit
-from functional_sam.exhibits.spec import Spec
+from functional_sam.exhibits.plan import Plan
+from functional_sam.study.report import frame, judge
+
+__all__ = ["draw", "plan"]
 
 
-def plan(spec: Spec, overrides: tuple[str, ...] = ()) -> list[Config]:
-    """The fixed-length cells of the study."""
-    return regime_table.plan(spec, "fixed", overrides)
-
-
-def draw(spec: Spec, configs: list[Config]) -> Exhibit:
-    """CSV and Markdown table."""
-    return regime_table.draw(spec, "fixed")
+def draw(plan: Plan) -> Exhibit:
+    """One row an entry and cell; Holm over all differences to AdamW, and over all to SAM."""
+    margin = plan.content[0].study.margin
+    data = judge(judge(frame(plan.content, plan.source), margin), margin, "sam")
+    words = "; ".join(f"{name}: {counted(part)}" for name, part in data.groupby("cell", sort=False))
+    finding = f"Against AdamW, tuned with as many trials: {words}.{seen(data)}"
+    against_sam = f"Against SAM: {counted(data, 'sam')}."
+    return Exhibit(plan, {"": data}, f"{finding} {setting(plan, data)}{left_out(plan)}", f"{finding} {against_sam}", markdown=rows_of(data))

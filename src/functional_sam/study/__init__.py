@@ -1,0 +1,5 @@
+"""Comparisons of methods, whatever the task: tune with equal trials, report on other seeds, compare in pairs.
+
+A study (configs/studies/NAME.yaml) names entries, the lines of a comparison, and cells, the settings in which they are compared. It
+knows no figure and trains nothing: it says which runs are needed, and reads their records from a source that is passed.
+"""

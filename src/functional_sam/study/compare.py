@@ -1,0 +1,112 @@
+"""Compare in pairs: means over seeds, 95 % intervals, Holm's correction within a family, and the test that says "no difference"."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.95
+POWER = 0.8
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over n seeds with its standard error (sample standard deviation / sqrt(n); nan for n < 2)."""
+
+    mean: float
+    stderr: float
+    n: int
+
+    @property
+    def half_width(self) -> float:
+        """Half of the two-sided 95 % t interval: 4.3 standard errors for n = 3, 2.4 for n = 8; inf for n < 2."""
+        return float(_t(0.5 + LEVEL / 2, self.n) * self.stderr) if self.n > 1 else math.inf
+
+    @property
+    def p(self) -> float:
+        """Two-sided p of "the mean is zero", Student's t; 1 where it cannot be tested."""
+        if self.n < 2 or not math.isfinite(self.mean) or not math.isfinite(self.stderr):
+            return 1.0
+        if self.stderr == 0.0:
+            return float(self.mean == 0.0)
+        return float(2 * stats.t.sf(abs(self.mean) / self.stderr, self.n - 1))
+
+    @property
+    def detectable(self) -> float:
+        """The effect that a test of 5 % on as many seeds of this spread finds in 4 of 5 cases; inf for n < 2."""
+        return float((_t(0.5 + LEVEL / 2, self.n) + _t(POWER, self.n)) * self.stderr) if self.n > 1 else math.inf
+
+
+class Verdict(StrEnum):
+    """What a paired comparison says."""
+
+    BETTER = "better"
+    WORSE = "worse"
+    SAME = "no difference"  # smaller than the margin, by two one-sided tests
+    OPEN = "inconclusive"
+    LOST = "worse (diverged)"
+    WON = "better (the other diverged)"
+    NONE = ""  # nothing to compare with
+
+    @property
+    def sign(self) -> int:
+        """-1 for a loss against the other, 1 for a gain, 0 else."""
+        return {Verdict.BETTER: 1, Verdict.WON: 1, Verdict.WORSE: -1, Verdict.LOST: -1}.get(self, 0)
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and standard error over independent seeds. A diverged run counts as inf, and makes the mean inf."""
+    array = np.asarray(values, dtype=float)
+    n = len(array)
+    if n < 2 or not np.isfinite(array).all():
+        return Estimate(float(array.mean()) if n else math.nan, math.nan, n)
+    return Estimate(float(array.mean()), float(array.std(ddof=1) / math.sqrt(n)), n)
+
+
+def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Estimate:
+    """Mean and standard error of values - baseline, seed by seed (same initialization and data order); two diverged runs are equal."""
+    return estimate([0.0 if a == b else a - b for a, b in zip(values, baseline, strict=True)])
+
+
+def equivalent(difference: Estimate, margin: float) -> bool:
+    """Whether the difference is smaller than the margin in size: two one-sided t tests of 5 %, the 90 % interval within it."""
+    if difference.n < 2 or not math.isfinite(difference.mean) or not math.isfinite(difference.stderr):
+        return False
+    return abs(difference.mean) + float(_t(LEVEL, difference.n)) * difference.stderr < margin
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p values adjusted for their number (Holm 1979): the chance of one false claim in the family stays below 5 %."""
+    adjusted, largest = [1.0] * len(ps), 0.0
+    for rank, index in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def verdict(difference: Estimate, *, lower_is_better: bool = True, margin: float = 0.0, p: float | None = None) -> Verdict:
+    """Better or worse where p, adjusted by the caller for its family or that of the difference alone, is below 5 %.
+
+    Else "no difference" where it is smaller than the margin, else inconclusive. Divergence is worse: a loss that is infinite.
+    """
+    if math.isinf(difference.mean):
+        return Verdict.LOST if (difference.mean > 0) == lower_is_better else Verdict.WON
+    if (difference.p if p is None else p) < 1.0 - LEVEL:
+        return Verdict.BETTER if (difference.mean < 0) == lower_is_better else Verdict.WORSE
+    return Verdict.SAME if margin and equivalent(difference, margin) else Verdict.OPEN
+
+
+def judged(differences: Sequence[Estimate], *, lower_is_better: bool = True, margin: float = 0.0) -> list[Verdict]:
+    """The verdicts of a family of comparisons, Holm's correction within it; of divergences and single seeds no p is counted."""
+    tested = [i for i, one in enumerate(differences) if one.n > 1 and math.isfinite(one.mean)]
+    adjusted = dict(zip(tested, holm([differences[i].p for i in tested]), strict=True))
+    return [
+        verdict(one, lower_is_better=lower_is_better, margin=margin, p=adjusted.get(i, 1.0)) for i, one in enumerate(differences)
+    ]
+
+
+def _t(probability: float, n: int) -> float:
+    return float(stats.t.ppf(probability, n - 1))

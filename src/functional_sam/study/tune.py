@@ -1,0 +1,166 @@
+"""Tune and plan: the runs of a cell known so far, in three stages, and what was chosen.
+
+1. The centre: the baseline's learning rate, by the mean over the tuning seeds; its grid grows while the best is at an end.
+2. The trials: each entry at multiples of the centre, with its own grid (rho, or weight decay), the same number for every entry.
+3. The report: the chosen trial of each entry on other seeds; or, where nothing is chosen, every trial on them.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from functional_sam.config import Config
+from functional_sam.study.compare import paired_difference
+from functional_sam.study.design import LR, Cell, Study, Trial, make, rounded, trials, tuned, tuning_seeds
+from functional_sam.tasks import TASKS
+
+
+class Source(Protocol):
+    """Records of runs, as functional_sam.records has them."""
+
+    def done(self, config: Config) -> bool: ...
+
+    def summary(self, config: Config) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Search:
+    """Trials on the tuning seeds."""
+
+    trials: list[Trial]
+    runs: list[list[Config]]  # of each trial, one a seed
+    scores: list[list[float]]  # of each run, lower is better, inf where it diverged; empty while runs are missing
+    best: Trial | None = None  # None while runs are missing
+
+    @property
+    def edges(self) -> dict[str, str]:
+        """Key -> low or high, where the best value of a key lies at an end of what was tried."""
+        found = {}
+        for key, value in self.best.values if self.best else ():
+            tried = sorted({trial.get(key) for trial in self.trials})  # type: ignore[type-var]
+            if len(tried) > 1 and value in (tried[0], tried[-1]):
+                found[key] = "low" if value == tried[0] else "high"
+        return found
+
+    @property
+    def configs(self) -> list[Config]:
+        """All runs."""
+        return [config for runs in self.runs for config in runs]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A cell and its runs. reported: (entry, trial) -> one run a seed, once the trial is known."""
+
+    study: Study
+    cell: Cell
+    centre: Search
+    searches: dict[str, Search]
+    reported: dict[tuple[str, Trial], list[Config]]
+    complete: bool
+
+    @property
+    def configs(self) -> list[Config]:
+        """All runs, each once, in the order in which they are best done: stage by stage, all entries of a seed before the next."""
+        tuning = [*self.centre.configs, *(config for one in self.searches.values() for config in one.configs)]
+        by_seed = zip(*self.reported.values(), strict=True) if self.reported else ()
+        return unique([*tuning, *(config for seed in by_seed for config in seed)])
+
+
+def unique(configs: Iterable[Config]) -> list[Config]:
+    """Every run once, in order."""
+    return list({config.name: config for config in configs}.values())
+
+
+def score(config: Config, source: Source, best: bool = False, split: str = "") -> float:
+    """A run's metric as a loss (an accuracy is negated): inf for a diverged run. best: of its best checkpoint; split: "" or "test_"."""
+    metric = TASKS[config.kind].metric
+    value = source.summary(config).get(f"{split}{'best_' if best else ''}{metric.name}")
+    if value is None:
+        return math.inf
+    return float(value) if metric.lower_is_better else -float(value)
+
+
+def plan_cell(study: Study, cell: Cell, source: Source) -> Planned:
+    """The runs of a cell that are known so far; Planned.complete says whether these are all, and done."""
+    centre = find_centre(study, cell, source)
+    searches: dict[str, Search] = {}
+    reported: dict[tuple[str, Trial], list[Config]] = {}
+    known = centre.best is not None
+    if centre.best is not None:
+        lr = centre.best.get(LR)
+        assert lr is not None
+        tried = {name: trials(study, cell, name, lr) for name in cell.entries}
+        if cell.choose:
+            for name, of in tried.items():
+                searches[name] = search(study, cell, name, of, source) if tuned(study, cell, name) else Search(of, [], [], of[0])
+            known = all(one.best is not None for one in searches.values())
+            tried = {name: [one.best] for name, one in searches.items() if one.best is not None} if known else {}
+        for name, of in tried.items():
+            for trial in of:
+                reported[name, trial] = [
+                    make(study, cell, name, trial, seed, reported=True, curvature=index < cell.curvature)
+                    for index, seed in enumerate(cell.seeds)
+                ]
+    one = Planned(study, cell, centre, searches, reported, False)
+    complete = known and all(source.done(config) for config in one.configs)
+    return Planned(study, cell, centre, searches, reported, complete)
+
+
+def plan_cells(study: Study, cells: Sequence[Cell], source: Source) -> list[Planned]:
+    """All cells, each as far as it is known."""
+    return [plan_cell(study, cell, source) for cell in cells]
+
+
+def todo(planned: Sequence[Planned]) -> list[Config]:
+    """Their runs in the order in which they are best done; of a study in turn up to the first cell that is not complete."""
+    wanted: list[Planned] = []
+    for one in planned:
+        wanted.append(one)
+        if one.study.in_turn and not one.complete:
+            break
+    return unique(config for one in wanted for config in one.configs)
+
+
+def search(study: Study, cell: Cell, name: str, tried: Sequence[Trial], source: Source) -> Search:
+    """An entry's trials on the tuning seeds; the best has the lowest mean, and a diverged run never is."""
+    runs = [[make(study, cell, name, trial, seed) for seed in tuning_seeds(study, cell)] for trial in tried]
+    if not all(source.done(config) for configs in runs for config in configs):
+        return Search(list(tried), runs, [])
+    scores = [[score(config, source, cell.best) for config in configs] for configs in runs]
+    means = [sum(values) / len(values) for values in scores]
+    return Search(list(tried), runs, scores, tried[means.index(min(means))])
+
+
+def find_centre(study: Study, cell: Cell, source: Source) -> Search:
+    """The baseline's learning rate: its grid grows by its own factor at the end where the best is, study.extensions times at most.
+
+    Of rates within one standard error (paired) of the best mean the smallest is taken: which of two equal ones wins is then no
+    matter of rounding.
+    """
+    if cell.lr_of:
+        return find_centre(study, study.cells[cell.lr_of], source)
+    values, name = sorted(cell.lr), cell.entries[0]
+    factor = values[1] / values[0] if len(values) > 1 else 0.0
+    for extended in range(study.extensions + 1):
+        found = search(study, cell, name, [Trial(((LR, value),)) for value in values], source)
+        if found.best is None:
+            return found
+        index = smallest_of_the_best(found.scores)
+        found = Search(found.trials, found.runs, found.scores, found.trials[index])
+        edge = found.edges.get(LR)
+        if edge is None or not factor or extended == study.extensions:
+            return found
+        values = [rounded(values[0] / factor), *values] if edge == "low" else [*values, rounded(values[-1] * factor)]
+    return found
+
+
+def smallest_of_the_best(scores: Sequence[Sequence[float]]) -> int:
+    """Index of the first whose mean is above the lowest one by at most the standard error of their paired difference."""
+    means = [sum(values) / len(values) for values in scores]
+    lowest = means.index(min(means))
+    if len(scores[lowest]) == 1 or math.isinf(means[lowest]):
+        return lowest
+    differences = [paired_difference(values, scores[lowest]) for values in scores[:lowest]]
+    return next((index for index, one in enumerate(differences) if one.mean <= one.stderr), lowest)
