@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from functional_sam.models import Decoder, ViT
-from functional_sam.planning.cost import IMAGES
 from functional_sam.planning.memory import rows
 from functional_sam.sharpness import SharpnessAware
-from functional_sam.sharpness.backward import Step
 from functional_sam.sharpness.passes import Kept, Passes
+from functional_sam.sharpness.perturbation import Perturbation, Step
+from functional_sam.tasks.vision import IMAGES
 
 
 class Storages(TorchDispatchMode):
@@ -87,11 +87,11 @@ def simulated(config, gpus, sharded):
         for where, name, value in (
             (Passes, "sum_over_ranks", lambda self, *values: tuple(1.0 for _ in values)),
             (Passes, "_require_untouched", staticmethod(lambda *_: None)),
-            (Passes, "rewind", lambda self, i, like: Kept(())),
-            (SharpnessAware, "require_finite", lambda *_: None),
+            (Passes, "rewind", lambda self, i, repeated: Kept(())),
+            (Perturbation, "require_finite", lambda *_: None),
         ):
             stack.enter_context(mock.patch.object(where, name, value))
-        stack.enter_context(mock.patch("functional_sam.sharpness.ascent.norm", _one))
+        stack.enter_context(mock.patch("functional_sam.ascents.norm", _one))
         stack.enter_context(mock.patch("functional_sam.sharpness.backward.norm", _one))
         stack.enter_context(mock.patch.object(SharpnessAware, "_backward", _backward))
         if gpus > 1:
@@ -102,14 +102,14 @@ def simulated(config, gpus, sharded):
         return _peak(config, gpus, mesh)
 
 
-def _one(tensors):
+def _one(tensors, fast):
     """Not a Mock, which would keep what it was called with."""
     return 1.0
 
 
 def _backward(self, batches):
     """SharpnessAware._backward without the losses, which are numbers."""
-    self.passes.begin(batches)
+    self._passes.begin(batches)
     self._gradient(Step(batches))
     return torch.zeros(())
 
@@ -143,15 +143,15 @@ def _peak(config, gpus, mesh):
 def model_of(config):
     s, dtype = config.model, torch.float64 if config.training.precision == "float64" else torch.float32
     sizes = (s.width, s.depth, s.heads)
-    options = {"head_dtype": s.head_dtype, "checkpoint_blocks": s.checkpoint_blocks, "dtype": dtype}
-    if s.kind == "decoder":
+    options = {"head_dtype": s.head_dtype, "checkpoint_blocks": s.checkpoint_blocks, "dropout": s.dropout, "dtype": dtype}
+    if config.kind == "language":
         return Decoder(config.data.vocab, *sizes, s.length, s.mlp, **options)
     channels, side, classes = IMAGES[config.data.images]
     return ViT(side, s.patch, classes, *sizes, s.mlp, channels, **options)
 
 
 def batch_of(config, size):
-    if config.model.kind == "decoder":
+    if config.kind == "language":
         tokens = torch.zeros(size, config.model.length + 1, dtype=torch.long)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     channels, side, _ = IMAGES[config.data.images]

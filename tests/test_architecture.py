@@ -26,9 +26,9 @@ MAY_IMPORT = {
     # training measures the decomposition on its way, hence curvature
     "training": SHARED | {"sharpness", "curvature", "tasks", "records", "config", "data"},
     # planning reads the table of methods, and nothing else of sharpness
-    "planning": SHARED | {"config", "models", "sharpness"},
+    "planning": SHARED | {"config", "models", "sharpness", "tasks"},
     # exhibits draw what curvature returned: the smoothing of nodes and weights is its own
-    "exhibits": SHARED | {"records", "config", "curvature"},
+    "exhibits": SHARED | {"records", "config", "curvature", "tasks"},
     "jobs": SHARED | {"training", "tasks", "exhibits", "records", "config"},
 }
 

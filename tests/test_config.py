@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from functional_sam.config import Config, compose, configs_directory, load, to_yaml
+from functional_sam.config import Config, compose, configs_directory, load, to_yaml, validated
 from functional_sam.errors import UserError
 from functional_sam.models import PUBLISHED, Decoder
 
@@ -21,8 +21,16 @@ from functional_sam.models import PUBLISHED, Decoder
         ("method.rho=-1", "method.rho=-1"),
         ("method.rho=nan", "method.rho=nan"),
         ("training.micro_batch=5", "training.micro_batch=5 does not divide training.batch=16"),
-        ("training.precision=fp16", "bf16, float32 or float64"),
-        ("model.kind=mamba", "decoder or vit"),
+        ("training.precision=fp16", "known: bf16, float32, float64"),
+        ("model.kind=mamba", "has a decoder"),
+        ("kind=languages", "did you mean 'language'"),
+        ("optimizer.name=sdg", "did you mean 'sgd'"),
+        ("data.augment=crop-flip", "is for images"),
+        ("data.files=3", "data.sources=[c4]"),
+        ("data.sources=[newz]", "did you mean 'news'"),
+        ("training.eval_rows=0", "training.eval_rows=0: at least 1"),
+        ("training.jitter=1", "training.jitter=1.0"),
+        ("optimizer.clip=0", "null for none"),
         ("optimizer.lr=-1", "optimizer.lr=-1"),
         ("runtime.checkpoint_every=0", "checkpoint_every=0"),
     ],
@@ -49,12 +57,12 @@ def test_unknown_names(arguments, words):
 def test_what_cannot_change_a_result_is_not_in_the_hash():
     plain = compose("language", "sam", "quick")
     assert compose("language", "sam", "quick", overrides=["runtime.threads=1", "runtime.runs=elsewhere"]).hash == plain.hash
-    for override in ("training.init_seed=1", "method.rho=0.1", "method.options.m=rank", "measure.points=3"):
+    for override in ("training.init_seed=1", "method.rho=0.1", "method.options.scope=rank", "measure.points=3"):
         assert compose("language", "sam", "quick", overrides=[override]).hash != plain.hash, override
 
 
 def test_yaml_round_trip(tmp_path):
-    config = compose("vision", "precond-sam", "quick", overrides=["method.rho=0.1", "method.options.form=b"])
+    config = compose("vision", "precond-sam", "quick", overrides=["method.rho=0.1", "method.options.normalize_by=gradient"])
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load(tmp_path / "config.yaml") == config
 
@@ -64,20 +72,33 @@ def test_defaults_are_in_the_schema_only():
     from omegaconf import OmegaConf
 
     default = dataclasses.asdict(Config())
-    for folder in ("tasks", "methods"):
-        for path in (configs_directory() / folder).glob("*.yaml"):
-            content = OmegaConf.to_container(OmegaConf.load(path))
-            repeated = [
-                f"{section}.{key}"
-                for section, values in content.items()
-                for key, value in values.items()
-                if default[section][key] == value
-            ]
-            # A task names its data and kind even where they are the default: that is what the file is for.
-            assert set(repeated) <= {"model.kind", "model.patch", "data.sources", "data.vocab", "data.images", "method.name"} | {
-                "model.length",
-                "model.depth",
-            }, (path, repeated)
+    # A task names its data and kind even where they are the default: that is what the file is for.
+    named = {"data.sources", "data.vocab", "data.images", "model.patch", "model.length", "model.depth"}
+    for path in (configs_directory() / "tasks").glob("*.yaml"):
+        content = OmegaConf.to_container(OmegaConf.load(path))
+        content.pop("kind")
+        repeated = {
+            f"{section}.{key}"
+            for section, values in content.items()
+            for key, value in values.items()
+            if default[section][key] == value
+        }
+        assert repeated <= named, (path, repeated - named)
+
+
+def test_validation_changes_nothing_and_none_stands_for_absent():
+    config = compose("language", "sam", "quick", overrides=["training.micro_batch=null", "training.eval_every=null"])
+    before = dataclasses.asdict(config)
+    assert validated(config) is config
+    assert dataclasses.asdict(config) == before
+    assert (config.training.micro_batch, config.micro_batch) == (None, config.training.batch)
+
+
+def test_what_the_optimizer_lacks_is_not_measured():
+    for override in ("measure.points=3", "measure.curvature=true"):
+        with pytest.raises(UserError, match=r"measure.ascents=\[gradient\] does without"):
+            compose("language", "adamw", "quick", overrides=["optimizer.name=sgd", override])
+        compose("language", "adamw", "quick", overrides=["optimizer.name=sgd", override, "measure.ascents=[gradient]"])
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -11,7 +11,7 @@ from test_curvature import both, case, decoder, directions, error, flat, one_thr
 from torch import nn
 
 from functional_sam.curvature import CurvatureProducts, decompose, decompose_many, functional_sharpness, quadratic_fit
-from functional_sam.curvature.vectors import Space
+from functional_sam.vectors import Space
 from functional_sam.errors import UserError
 from functional_sam.losses import IGNORE, cross_entropy
 

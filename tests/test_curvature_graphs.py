@@ -90,7 +90,7 @@ def test_budget_is_kept():
         products.hessian(v)
         assert (len(products._kept), len(calls)) == (kept, 3 + 3 - kept)
         assert sum(batch.num_bytes for batch in products._kept.values()) <= budget
-        assert sum(batch.state.outer.p_NV is not None for batch in products._kept.values()) == with_softmax
+        assert sum(batch.state.outer.u_NV is not None for batch in products._kept.values()) == with_softmax
         agree(products, everything)
 
 
@@ -283,11 +283,11 @@ def test_quick_functions_reach_modules():
     quick = CurvatureProducts(model, batches)
     v = directions(quick)
     seen = []
-    original, functions._QUICK = functions._QUICK, {}
+    original, functions._FASTER = functions._FASTER, {}
     try:
         plain = CurvatureProducts(model, batches)
         seen = [getattr(plain, name)(v) for name in NAMES]
     finally:
-        functions._QUICK = original
+        functions._FASTER = original
     for name, reference in zip(NAMES, seen, strict=True):
         assert error(getattr(quick, name)(v), reference) < 1e-12

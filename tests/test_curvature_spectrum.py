@@ -12,7 +12,7 @@ from test_curvature import case, decoder, error, flat, moved, one_thread, seeded
 
 from functional_sam.curvature import CurvatureProducts, density, eigenvalues, hutch_plus_plus, hutchinson, quadratic, smooth
 from functional_sam.curvature.lanczos import Lanczos
-from functional_sam.curvature.vectors import Space
+from functional_sam.vectors import Space
 from functional_sam.errors import UserError
 
 SHAPES = [(3, 4), (8,), (2, 2, 5), (160,)]

@@ -12,7 +12,7 @@ import torch
 from functional_sam.data import fashion, images
 from functional_sam.data.cache import cached, silent
 from functional_sam.data.fashion import Unavailable, fashion_arrays, from_apt, from_hub, installed, read_idx
-from functional_sam.data.images import ImageData, prepare_images, write_parts
+from functional_sam.data.images import ImageData, crop_flip, prepare_images, write_parts
 from functional_sam.errors import UserError
 
 
@@ -111,7 +111,7 @@ def test_when_every_way_is_closed_the_message_says_what_was_tried(tmp_path: Path
         monkeypatch.setattr(fashion, way, closed)
     with pytest.raises(UserError) as error:
         prepare_images("fashion-mnist", tmp_path)
-    for words in ("installed: closed", "apt: closed", "hub: closed", "task=vision data.source=mnist-5k", "apt-get install"):
+    for words in ("installed: closed", "apt: closed", "hub: closed", "data.images=mnist-5k", "apt-get install"):
         assert words in str(error.value)
 
 
@@ -202,3 +202,37 @@ def test_apt_without_package_lists_fetches_private_ones(tmp_path: Path, monkeypa
     arrays = from_apt(lines.append)
     assert any("package lists" in line for line in lines)
     assert {name: fashion.array_sha256(array) for name, array in arrays.items()} == fashion.ARRAYS
+
+
+def test_crop_flip_is_a_crop_of_the_padded_image_or_its_mirror() -> None:
+    """Each image is one of the 2 x 9 x 9 that padding by 4 and cropping can make of it, and many of these occur."""
+    black = torch.tensor([-0.5, -0.25])
+    images = torch.randn(200, 2, 7, 7, generator=torch.Generator().manual_seed(0))
+    found = crop_flip(images, black, torch.Generator().manual_seed(1))
+    padded = black[:, None, None].expand(200, 2, 15, 15).clone()
+    padded[:, :, 4:11, 4:11] = images
+    seen = set()
+    for image, result in zip(padded, found, strict=True):
+        fits = [
+            (y, x, mirrored)
+            for y in range(9)
+            for x in range(9)
+            for mirrored in (False, True)
+            if torch.equal(result.flip(-1) if mirrored else result, image[:, y : y + 7, x : x + 7])
+        ]
+        assert len(fits) == 1
+        seen.update(fits)
+    assert len(seen) > 80
+    assert {mirrored for _, _, mirrored in seen} == {False, True}
+    assert {y for y, _, _ in seen} == {x for _, x, _ in seen} == set(range(9))
+    assert torch.equal(found, crop_flip(images, black, torch.Generator().manual_seed(1)))
+    assert not torch.equal(found, crop_flip(images, black, torch.Generator().manual_seed(2)))
+
+
+def test_black_is_a_pixel_of_zero(tmp_path: Path) -> None:
+    images = np.zeros((6, 28, 28), np.uint8)
+    images[0, 0, 0] = 255
+    parts = {split: (images, np.zeros(6, np.uint8)) for split in ("train", "validation", "test")}
+    data = ImageData(tmp_path, {"name": "mnist-5k", "sha256": "", **write_parts(parts, tmp_path)})
+    pixels, _ = data.train_batch(0, 6, 0)
+    assert torch.equal(data.black, pixels.min().reshape(1))

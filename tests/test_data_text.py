@@ -238,15 +238,39 @@ def test_whole_rows_cover_the_split(data: TextData) -> None:
         assert sum(int(b.sum()) for _, _, b in data.eval_batches(split, 5, 10_000)) == data.manifest["bytes"][split]
 
 
-def test_max_documents_takes_the_first_and_order_is_fixed(data: TextData) -> None:
+def test_max_rows_takes_the_first_and_order_is_fixed(data: TextData) -> None:
     def rows(**options):
         return [r[r != PAD].tolist() for i, _, _ in data.eval_batches("validation", 2, 50, **options) for r in i]
 
     assert rows() == rows()
     first = in_order([d for d in corpus() if split_of(d.id) == "validation"])[:3]
-    assert sorted(rows(max_documents=3)) == sorted([BOS, *data.tokenizer.encode(d.text), EOS][:50] for d in first)
+    assert sorted(rows(max_rows=3)) == sorted([BOS, *data.tokenizer.encode(d.text), EOS][:50] for d in first)
     lengths = [len(row) for row in rows()]
     assert lengths == sorted(lengths, reverse=True)
+
+
+@pytest.mark.parametrize("length", [2, 5, 9, 1000])
+def test_windows_cover_every_token_once_and_every_byte(data: TextData, length: int) -> None:
+    """Rows of a document by hand: from every (length - 1)th token on, so that its tokens but the first are targets once."""
+    expected = []
+    for document in in_order([d for d in corpus() if split_of(d.id) == "validation"]):
+        tokens = [BOS, *data.tokenizer.encode(document.text), EOS]
+        for start in range(0, len(tokens) - 1, length - 1):
+            row = tokens[start : start + length]
+            expected.append((row, sum(data.tokenizer.piece_bytes[t] for t in row[1:])))
+
+    def found(**options):
+        for inputs, targets, sizes in data.eval_batches("validation", 3, length, windows=True, **options):
+            for row, target, size in zip(inputs, targets, sizes, strict=True):
+                assert row[1:][row[1:] != PAD].tolist() == target[target != IGNORE].tolist()
+                yield row[row != PAD].tolist(), int(size)
+
+    assert sorted(found()) == sorted(expected)
+    assert sorted(found(max_rows=5)) == sorted(expected[:5])
+    assert sum(size for _, size in found()) == data.manifest["bytes"]["validation"]
+    assert (
+        sum(len(row) - 1 for row, _ in found()) == data.manifest["tokens"]["validation"] - data.manifest["documents"]["validation"]
+    )
 
 
 def test_eval_batches_that_cannot_be_had(tmp_path: Path, data: TextData) -> None:

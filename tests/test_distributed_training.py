@@ -32,7 +32,7 @@ METHODS = {
     "functional-sam": {"model.checkpoint_blocks": True, "model.depth": 2, "training.micro_batch": 2},
     "precond-functional-sam": {"optimizer.clip": 0.5},
     "momentum-functional-sam": {},  # perturbs before any pass, so after evaluations too
-    "looksam": {"method.options.k": 3},
+    "looksam": {"method.options.every": 3},
     "wsam": {},
     "tram": {"method.options.divergence": "previous"},
 }
@@ -175,8 +175,8 @@ def done(data, tmp_path_factory):
         done.one[method] = in_one_process(Job(config(data, root / "one", method)))
         for parallel in ("ddp", "fsdp"):
             add("whole", method, parallel)
-    # m=microbatch goes through whole micro-batches, and has no meaning for shards.
-    micro = {"method.options.m": "microbatch", "training.micro_batch": 2}
+    # scope=micro-batch goes through whole micro-batches, and has no meaning for shards.
+    micro = {"method.options.scope": "micro-batch", "training.micro_batch": 2}
     done.one["micro"] = in_one_process(Job(config(data, root / "one", "sam", **micro)))
     add("micro", "sam", "ddp", overrides=micro)
     measured = {"measure.points": 2}
@@ -361,8 +361,8 @@ def test_a_killed_process_ends_the_job_and_the_same_command_resumes(done, data, 
     ("environment", "overrides", "words"),
     [
         ({"WORLD_SIZE": "3"}, {}, "training.batch=8 is not divisible by 3 processes"),
-        ({"WORLD_SIZE": "2"}, {"method.options.m": "rank"}, "m=microbatch with training.micro_batch=4"),
-        ({"WORLD_SIZE": "4"}, {"method.options.m": "microbatch", "training.micro_batch": 4}, "the 2 micro-batches"),
+        ({"WORLD_SIZE": "2"}, {"method.options.scope": "rank"}, "scope=micro-batch with training.micro_batch=4"),
+        ({"WORLD_SIZE": "4"}, {"method.options.scope": "micro-batch", "training.micro_batch": 4}, "the 2 micro-batches"),
         ({"WORLD_SIZE": "2", "RANK": ""}, {}, "RANK, MASTER_ADDR, MASTER_PORT not set"),
         ({}, {"runtime.parallel": "fsdp"}, "torchrun --nproc-per-node 2"),
         ({"WORLD_SIZE": "2"}, {"runtime.parallel": "fsdp", "measure.curvature": True}, "whole parameters"),

@@ -232,7 +232,7 @@ def test_measuring_leaves_the_model_as_it_was(cache):
     optimizer.step()
     optimizer.zero_grad()
     before, random = [p.clone() for p in model.parameters()], torch.get_rng_state()
-    json.dumps(final_curvature(model, optimizer, task.measured(), config))
+    json.dumps(final_curvature(model, optimizer, task, task.measured()))
     assert model.training
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))

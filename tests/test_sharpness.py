@@ -205,9 +205,9 @@ def test_learning_rate_zero_leaves_theta(method):
         ({"method": "sam", "rho": -0.1}, "rho=-0.1"),
         ({"method": "sam", "rho": float("nan")}, "rho=nan"),
         ({"method": "sam", "forms": "a"}, "unknown option of sam 'forms'"),
-        ({"method": "precond-sam", "form": "d"}, "unknown value of form 'd'"),
-        ({"method": "sam", "m": "micro"}, "microbatch"),
-        ({"method": "sam", "interval": 0}, "interval=0"),
+        ({"method": "precond-sam", "normalize_by": "length"}, "unknown value of normalize_by 'length'"),
+        ({"method": "sam", "scope": "micro"}, "'micro-batch'"),
+        ({"method": "sam", "every": 0}, "every=0"),
         ({"method": "sam", "keep": "hidden"}, "has_readout"),
     ],
 )
@@ -225,9 +225,9 @@ def test_wrong_use_says_what_is_wrong():
     with pytest.raises(UserError, match="first moment"):
         SharpnessAware(model, sgd, "momentum-sam")
     sharpness = SharpnessAware(model, sgd, "sam")
-    with pytest.raises(UserError, match="an empty list"):
+    with pytest.raises(UserError, match="an empty one"):
         sharpness.backward([])
-    with pytest.raises(UserError, match="a tuple"):
+    with pytest.raises(UserError, match="a single micro-batch goes into a list"):
         sharpness.backward(make_batch())
     inputs, targets = make_batch()
     with pytest.raises(UserError, match="no valid target"):

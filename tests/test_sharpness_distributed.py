@@ -21,12 +21,12 @@ COMBINATIONS = [
     *[(name, PENALTY if METHODS[name].path == "penalty" else {}) for name in METHODS],
     ("angle-sam", {**PENALTY, "phi": 30.0}),
     ("sam", {"ascent": "adaptive", "path": "functional"}),
-    ("sam", {"ascent": "adam", "path": "logit", "form": "c"}),
+    ("sam", {"ascent": "adam", "path": "logit", "normalize_by": "energy"}),
     ("momentum-functional-sam", {"preconditioned": True}),
     ("momentum-sam", {"path": "logit"}),
-    ("looksam", {"k": 2, "path": "functional"}),
+    ("looksam", {"every": 2, "path": "functional"}),
     ("wsam", {"decoupled": False, "ascent": "momentum"}),
-    ("functional-sam", {"interval": 2, "rho_schedule": "warmup", "warmup_steps": 2}),
+    ("functional-sam", {"every": 2, "rho_schedule": "warmup", "warmup_steps": 2}),
 ]
 
 
@@ -170,16 +170,16 @@ def m_is_rank_or_microbatch(rank, kind, view):
     optimizer = adamw(model)
     model.module.load_state_dict(plain.state_dict())
     optimizer.load_state_dict(plain_optimizer.state_dict())
-    for mode in ("rank", "microbatch"):
+    for mode in ("rank", "micro-batch"):
         for ascent, path in [("gradient", "sam"), ("adam", "functional"), ("adaptive", "logit"), ("momentum", "functional")]:
             expected = {n: torch.zeros_like(p) for n, p in theta_of(plain).items()}
             for r in range(WORLD):
-                parts = share(batch, r) if mode == "microbatch" else [tuple(x[r::WORLD] for x in batch)]
+                parts = share(batch, r) if mode == "micro-batch" else [tuple(x[r::WORLD] for x in batch)]
                 for part in parts:
                     count = int((part[1] != -100).sum())
                     _, its = oracle(plain, theta_of(plain), part, ascent, path, 0.2, m, P)
                     expected = combine(1.0, expected, count / total, its)
-            SharpnessAware(model, optimizer, "sam", rho=0.2, ascent=ascent, path=path, m=mode).backward(share(batch, rank))
+            SharpnessAware(model, optimizer, "sam", rho=0.2, ascent=ascent, path=path, scope=mode).backward(share(batch, rank))
             result = {clean(n): g for n, g in gradients(model).items()}
             for name in expected:
                 torch.testing.assert_close(result[name], expected[name], rtol=1e-10, atol=1e-10)
@@ -222,7 +222,7 @@ def wrapped_otherwise(rank):
 
 
 def reductions(rank, kind):
-    """Gradient all-reduces: two with m="global", one, in pass 2, where the ascent is the rank's own or needs no gradient."""
+    """Gradient all-reduces: two with scope="step", one, in pass 2, where the ascent is the rank's own or needs no gradient."""
     model = ddp(make_model(kind))
     optimizer = warmed_up_parallel(model, rank)
     counts = {"calls": 0}
@@ -236,10 +236,10 @@ def reductions(rank, kind):
     for method, options, expected in [
         ("adamw", {}, 1),
         ("sam", {}, 2),
-        ("functional-sam", {"m": "rank"}, 1),
-        ("sam", {"m": "rank"}, 1),
-        ("logit-sam", {"m": "rank"}, 1),
-        ("sam", {"m": "microbatch"}, 1),
+        ("functional-sam", {"scope": "rank"}, 1),
+        ("sam", {"scope": "rank"}, 1),
+        ("logit-sam", {"scope": "rank"}, 1),
+        ("sam", {"scope": "micro-batch"}, 1),
         ("momentum-functional-sam", {}, 1),
     ]:
         sharpness = SharpnessAware(model, optimizer, method, **options)
@@ -261,9 +261,9 @@ def ranks_that_differ(rank, kind):
     batch = global_batch(4)
     batch[1][1::WORLD] = -100
     for method in ("sam", "functional-sam", "logit-sam"):
-        for mode in ("rank", "microbatch", "global"):
+        for mode in ("rank", "micro-batch", "step"):
             model = ddp(make_model(kind))
-            SharpnessAware(model, adamw(model), method, rho=0.2, m=mode).backward([tuple(x[rank::WORLD] for x in batch)])
+            SharpnessAware(model, adamw(model), method, rho=0.2, scope=mode).backward([tuple(x[rank::WORLD] for x in batch)])
             part = tuple(x[0::WORLD] for x in batch)
             _, expected = oracle(plain, theta_of(plain), part, "gradient", METHODS[method].path, 0.2)
             result = {clean(n): g for n, g in gradients(model).items()}
@@ -274,7 +274,7 @@ def ranks_that_differ(rank, kind):
                 spoil = float("nan") if rank == 0 else 1.0
                 return model(inputs) * spoil if readout is None else model(inputs, lambda h, weight: readout(h * spoil, weight))
 
-            bad = SharpnessAware(model, adamw(model), method, rho=0.2, m=mode, forward=forward, keep="auto")
+            bad = SharpnessAware(model, adamw(model), method, rho=0.2, scope=mode, forward=forward, keep="auto")
             with pytest.raises(FloatingPointError, match="step 1"):
                 bad.backward([tuple(x[rank::WORLD] for x in global_batch(4))])
             for p, value in zip(model.parameters(), plain.parameters(), strict=True):
@@ -293,7 +293,7 @@ def fsdp_worker(rank):
         resume(rank, kind)
         an_exception_in_pass_two(rank, kind)
     model = fsdp(make_model())
-    for options, words in [({"m": "rank"}, "whole parameters"), ({"path": "penalty"}, "difference")]:
+    for options, words in [({"scope": "rank"}, "whole parameters"), ({"path": "penalty"}, "difference")]:
         with pytest.raises(UserError, match=words):
             SharpnessAware(model, adamw(model), "sam", **options)
 

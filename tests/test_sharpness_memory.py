@@ -7,7 +7,7 @@ from test_sharpness_oracle import close, theta_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from functional_sam import METHODS, SharpnessAware
-from functional_sam.sharpness import head
+from functional_sam import head
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -63,8 +63,8 @@ def test_what_pass_one_keeps(method, monkeypatch):
     sharpness = SharpnessAware(model, optimizer, method, **options)
     kept = []
     for name in ("gradient", "cotangents"):
-        original = getattr(sharpness.passes, name)
-        monkeypatch.setattr(sharpness.passes, name, lambda *a, original=original, **k: kept.append(original(*a, **k)) or kept[-1])
+        original = getattr(sharpness._passes, name)
+        monkeypatch.setattr(sharpness._passes, name, lambda *a, original=original, **k: kept.append(original(*a, **k)) or kept[-1])
     for step in range(2):
         sharpness.backward([make_batch(seed=step), make_batch(seed=9 + step)])
         optimizer.step()
@@ -79,9 +79,9 @@ def test_no_gradient_of_a_step_outlives_it():
     model = make_model(TinyReadout)
     sharpness = SharpnessAware(model, adamw(model), "functional-sam")
     sharpness.backward([make_batch()])
-    addresses = {p: copy.data_ptr() for p, copy in sharpness._theta.items()}
+    addresses = {p: copy.data_ptr() for p, copy in sharpness._perturbation._theta.items()}
     sharpness.backward([make_batch(seed=2)])
-    assert addresses == {p: copy.data_ptr() for p, copy in sharpness._theta.items()}
+    assert addresses == {p: copy.data_ptr() for p, copy in sharpness._perturbation._theta.items()}
     assert set(addresses) == set(model.parameters())
 
 
@@ -109,7 +109,7 @@ def test_a_compiled_model(kind, how):
                 options = {"forward": torch.compile(lambda model, x, readout=None: model(x, readout), backend=counter)}
             elif compiled:
                 options = {"forward": torch.compile(lambda model, x: model(x), backend=counter)}
-            sharpness = SharpnessAware(given, optimizer, method, **options, **({"k": 2} if method == "looksam" else {}))
+            sharpness = SharpnessAware(given, optimizer, method, **options, **({"every": 2} if method == "looksam" else {}))
             frames = []
             for step in range(5):
                 sharpness.backward([make_batch(seed=step)])
@@ -122,7 +122,7 @@ def test_a_compiled_model(kind, how):
             thetas.append(theta_of(model))
         close(thetas[1], thetas[0], 1e-9)
         if compiled:
-            assert sharpness.passes.fused == (kind is TinyReadout)
+            assert sharpness._passes.fused == (kind is TinyReadout)
     torch._dynamo.reset()
 
 

@@ -33,19 +33,20 @@ def state_of(model, optimizer, beta1=0.9, beta2=0.98, e=1e-9):
     return m, precision
 
 
-def direction(ascent, theta, g, m, P, form="a", eta=None, sign=1.0, preconditioned=False):
+def direction_of(ascent, theta, g, m, P, normalize_by="direction", eta=None, direction="ascent", preconditioned=False):
     """(d, size)."""
     if ascent == "gradient":
         return g, norm(g)
     if ascent == "adam":
         d = {n: P[n] * g[n] for n in g}
-        return d, {"a": norm(d), "b": norm(g), "c": math.sqrt(dot(g, d))}[form]
+        return d, {"direction": norm(d), "gradient": norm(g), "energy": math.sqrt(dot(g, d))}[normalize_by]
     if ascent == "adaptive":
         T = {n: theta[n].abs() + (eta or 0.01) if theta[n].ndim > 1 else torch.ones_like(theta[n]) for n in g}
         return {n: T[n] ** 2 * g[n] for n in g}, norm({n: T[n] * g[n] for n in g})
     if ascent == "fisher":
         d = {n: g[n] / (1 + (eta or 1.0) * g[n] ** 2) for n in g}
         return d, math.sqrt(dot(g, d))
+    sign = 1.0 if direction == "ascent" else -1.0
     d = {n: sign * m[n] * (P[n] if preconditioned else 1.0) for n in g}
     return d, norm(d)
 
@@ -61,7 +62,7 @@ def oracle(model, theta, batch, ascent="gradient", path="sam", rho=0.3, m=None, 
     z, pull = vjp(z_of, theta)
     u = grad(loss)(z)
     g = pull(u)[0]
-    d, size = direction(ascent, theta, g, m, P, **options)
+    d, size = direction_of(ascent, theta, g, m, P, **options)
     eps = {n: (rho[n] if isinstance(rho, dict) else rho) * d[n] / size for n in d}
     there = combine(1.0, theta, 1.0, eps)
     if path == "sam":

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 import functional_sam.sharpness
-from functional_sam.sharpness.methods import ASCENT_OPTIONS, MIX_OPTIONS, PATH_OPTIONS, table
+from functional_sam.sharpness.methods import table
+from functional_sam.sharpness.options import ASCENT_OPTIONS, MIX_OPTIONS, PATH_OPTIONS
 
 PAGE = (Path(functional_sam.sharpness.__file__).parent / "README.md").read_text()
 

@@ -15,7 +15,7 @@ from functional_sam import METHODS, SharpnessAware
 pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = pytest.mark.parametrize("kind", [TinyModel, TinyReadout])
 ALL = pytest.mark.parametrize("method", METHODS)
-PERTURBED = [name for name in METHODS if name != "adamw"]
+PERTURBED = [name for name in METHODS if METHODS[name].path != "plain"]
 
 
 def uneven_batch(rows=8):
@@ -108,7 +108,7 @@ def test_autocast_around_the_whole_step():
     for method in ("adamw", "sam"):
         model = make_model(dtype=torch.float32, vocab=31, width=16)
         # Only down.weight moves, and is seen only through its cast.
-        options = {"only": lambda name, p: name == "down.weight"} if method == "sam" else {}
+        options = {"subset": lambda name, p: name == "down.weight"} if method == "sam" else {}
         with torch.autocast("cpu", torch.bfloat16):
             SharpnessAware(model, adamw(model), method, rho=3.0, **options).backward([uneven_batch()])
         grads[method] = gradients(model)
@@ -130,13 +130,13 @@ def test_m_microbatch(ascent, path, kind):
     for part in parts:
         _, its = oracle(model, theta_of(model), part, ascent, path, 0.2, m, P)
         expected = combine(1.0, expected, int((part[1] != -100).sum()) / total, its)
-    SharpnessAware(model, optimizer, "sam", rho=0.2, ascent=ascent, path=path, m="microbatch").backward(parts)
+    SharpnessAware(model, optimizer, "sam", rho=0.2, ascent=ascent, path=path, scope="micro-batch").backward(parts)
     close(gradients(model), expected)
 
     def loss_fn(z, t):
         return F.cross_entropy(z.flatten(0, 1), t.flatten(), reduction="sum"), int((t != -100).sum())
 
-    own = SharpnessAware(model, optimizer, "sam", rho=0.2, ascent=ascent, path=path, m="microbatch", loss_fn=loss_fn)
+    own = SharpnessAware(model, optimizer, "sam", rho=0.2, ascent=ascent, path=path, scope="micro-batch", loss_fn=loss_fn)
     own.backward(parts)
     close(gradients(model), expected)
 
@@ -145,7 +145,7 @@ def test_m_microbatch_with_a_micro_batch_of_no_target():
     model = make_model()
     inputs, targets = make_batch(4)
     targets[:2] = -100
-    sharpness = SharpnessAware(model, adamw(model), "sam", rho=0.2, m="microbatch")
+    sharpness = SharpnessAware(model, adamw(model), "sam", rho=0.2, scope="micro-batch")
     sharpness.backward(parts_of((inputs, targets), [2]))
     _, expected = oracle(model, theta_of(model), (inputs[2:], targets[2:]), rho=0.2)
     close(gradients(model), expected)
@@ -156,7 +156,7 @@ def test_m_rank_is_global_in_one_process():
     parts = parts_of(uneven_batch(), [3])
     SharpnessAware(model, adamw(model), "sam", rho=0.2).backward(parts)
     expected = gradients(model)
-    SharpnessAware(model, adamw(model), "sam", rho=0.2, m="rank").backward(parts)
+    SharpnessAware(model, adamw(model), "sam", rho=0.2, scope="rank").backward(parts)
     close(gradients(model), expected, 0)
 
 
@@ -183,7 +183,7 @@ def test_both_passes_see_the_same_dropout_mask(method, kind):
         with torch.no_grad():
             for p in model.parameters():
                 p += 0.05 * torch.randn_like(p)
-        sharpness.mix.old = {p: old[n] for n, p in model.named_parameters()}
+        sharpness._mix.old = {p: old[n] for n, p in model.named_parameters()}
         log_p, log_q = forward(old).log_softmax(-1), forward(theta_of(model)).log_softmax(-1)
     torch.manual_seed(7)
     sharpness.backward([(inputs, targets)])
@@ -192,7 +192,7 @@ def test_both_passes_see_the_same_dropout_mask(method, kind):
 
     named = METHODS[method]
     rho = 0.2 * float((log_p.exp() * (log_p - log_q)).sum(-1).mean()) if named.mix == "tram" else 0.2
-    options = {k: v for k, v in named.options.items() if k in ("sign", "preconditioned", "phi")}
+    options = {k: v for k, v in named.options.items() if k in ("direction", "preconditioned", "phi")}
     g, there = oracle(
         model,
         theta_of(model),
@@ -207,6 +207,7 @@ def test_both_passes_see_the_same_dropout_mask(method, kind):
     )
     expected = {
         "adamw": g,
+        "plain": g,
         "wsam": g,
         "gnp": combine(0.2, g, 0.8, there),
         "gsam": combine(2.0, there, -1.0, g),
@@ -215,7 +216,7 @@ def test_both_passes_see_the_same_dropout_mask(method, kind):
         parallel = sum(float((g[n] * there[n]).sum()) for n in g) / norm(there) ** 2
         expected = combine(1.0 + parallel, there, -1.0, g)
     if method == "wsam":
-        close({n: sharpness.mix.pending[p] for n, p in model.named_parameters()}, combine(1.0, there, -1.0, g))
+        close({n: sharpness._mix.pending[p] for n, p in model.named_parameters()}, combine(1.0, there, -1.0, g))
     if method != "sam-on":
         close(result, expected)
 

@@ -207,7 +207,8 @@ def compose(
     task: str, method: str = "adamw", scale: str | None = None, extra: Sequence[dict[str, Any]] = (), overrides: Sequence[str] = ()
 ) -> Config:
     """One complete, checked config. Raises UserError for unknown names or keys, wrong types, impossible values."""
-    from functional_sam.sharpness.methods import METHODS  # imports torch, which a reader of records can do without
+    from functional_sam.sharpness.methods import METHODS  # these import torch, which a reader of records can do without
+    from functional_sam.tasks import check
 
     base = _schema()
     if method not in METHODS:
@@ -235,7 +236,9 @@ def compose(
         for where, layer in layers:  # layer by layer, for a message that names the one at fault
             base = _merge(base, layer, where)
         raise
-    return validated(_to_object(merged, "the merged config"))
+    config = validated(_to_object(merged, "the merged config"))
+    check(config)
+    return config
 
 
 @functools.cache
@@ -302,7 +305,8 @@ def _to_object(base: Any, where: str) -> Config:
 
 def validated(config: Config) -> Config:
     """The config itself, unchanged, or a UserError that names the first impossible value. What a task needs, it checks itself."""
-    model, data, method, optimizer, training = config.model, config.data, config.method, config.optimizer, config.training
+    model, data, method = config.model, config.data, config.method
+    optimizer, training, measure = config.optimizer, config.training, config.measure
 
     def require(condition: bool, message: str) -> None:
         if not condition:
@@ -348,6 +352,12 @@ def validated(config: Config) -> Config:
     counts("measure", 1, "rows", "micro_batch", "adam_from")
     counts("measure", 2, "probes", "density_order")
     counts("measure", 4, "lanczos")
+    measured = (measure.points or measure.curvature) and "adam" in measure.ascents
+    require(
+        not measured or optimizer.name == "adamw",
+        f"measure.ascents={measure.ascents}: adam is the second moment of adamw, which optimizer.name={optimizer.name} has not; "
+        "measure.ascents=[gradient] does without",
+    )
     one_of("runtime", "parallel", "auto", "none", "ddp", "fsdp")
     counts("runtime", 1, "threads", "checkpoint_every", "log_every")
     return config

@@ -158,7 +158,7 @@ def contender(case: Case, name: str, batch: tuple[Tensor, Tensor]) -> Contender:
         return _public(name, model, inputs, targets)
 
     method, _, option = name.partition(" ")
-    settings: dict[str, dict[str, Any]] = {"keep u": {"keep": "u"}, "naive": {"keep": "cotangent"}, "k=5": {"k": 5}}
+    settings: dict[str, dict[str, Any]] = {"keep u": {"keep": "u"}, "naive": {"keep": "cotangent"}, "k=5": {"every": 5}}
     options = settings.get(option, {})
     optimizer = adamw(model.parameters())
     sharpness = SharpnessAware(model, optimizer, method, 0.01, forward=_autocast, **options)
@@ -168,7 +168,7 @@ def contender(case: Case, name: str, batch: tuple[Tensor, Tensor]) -> Contender:
         optimizer.step()
         optimizer.zero_grad()
 
-    return Contender(name, ours, options.get("k", 1))
+    return Contender(name, ours, options.get("every", 1))
 
 
 def _public(name: str, model: nn.Module, inputs: Tensor, targets: Tensor) -> Contender:

@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.progress import (
     BarColumn,
@@ -16,16 +15,12 @@ from rich.progress import (
 
 from functional_sam.commands import console, wide
 from functional_sam.config import Config, compose, configs_directory
-from functional_sam.data.c4 import prepare_c4
-from functional_sam.data.images import ImageData
 from functional_sam.data.shards import Status
-from functional_sam.data.text import TextData, prepare_text
 from functional_sam.errors import UserError
 from functional_sam.exhibits import KINDS, known, needed
 from functional_sam.jobs.profile import load_profile
 from functional_sam.planning import GPUS, Hardware, gpu, rows, table
-from functional_sam.tasks.language import wanted_c4
-from functional_sam.tasks.vision import prepare_pixels
+from functional_sam.tasks import TASKS
 
 FIVE = ("adamw", "sam", "functional-sam", "precond-sam", "precond-functional-sam")
 
@@ -35,7 +30,7 @@ def data_command(options: argparse.Namespace) -> int:
     config = compose(options.task, "adamw", options.scale, overrides=options.overrides)
     if options.processes < 0:
         raise UserError(f"--processes {options.processes}: a number of processes, or 0 for one per core")
-    wanted = wanted_c4(config) if config.model.kind == "decoder" else None
+    task = TASKS[config.kind]
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -53,24 +48,16 @@ def data_command(options: argparse.Namespace) -> int:
             if not bar.tasks[0].started:
                 bar.start_task(line)  # not before the tokenizer is there: the rate is that of tokenizing
             elapsed = bar.tasks[0].elapsed or 0.0
-            rate = f"{status.made / elapsed:,.0f} {'images' if config.model.kind == 'vit' else 'tokens'}/s" if elapsed else ""
+            rate = f"{status.made / elapsed:,.0f} {task.unit}/s" if elapsed else ""
             text = f"{status.whole} of {status.of} files"
             bar.update(line, visible=True, completed=status.done, total=status.total, rate=rate, description=text)
 
         def say(text: str) -> None:
             bar.console.print(text, style="dim", highlight=False, soft_wrap=True)
 
-        cache = Path(config.runtime.cache)
-        data: TextData | ImageData
-        if wanted is not None:
-            data = prepare_c4(wanted, cache, say, options.processes, watch)
-        elif config.model.kind == "vit":
-            data = prepare_pixels(config, cache, say, options.processes, watch)
-        else:
-            data = prepare_text(config.data.sources, config.data.vocab, cache, say)
-    counts = data.manifest.get(unit := "images" if config.model.kind == "vit" else "tokens", {})
-    what = ", ".join(f"{split} {count:,}" for split, count in counts.items())
-    console.print(f"ready: {data.directory}, {unit}: {what}; SHA-256 {data.sha256[:16]}", highlight=False, soft_wrap=True)
+        data = task.prepare(config, say, options.processes, watch)
+    what = ", ".join(f"{split} {count:,}" for split, count in data.manifest.get(task.unit, {}).items())
+    console.print(f"ready: {data.directory}, {task.unit}: {what}; SHA-256 {data.sha256[:16]}", highlight=False, soft_wrap=True)
     return 0
 
 

@@ -11,7 +11,7 @@ from functional_sam.curvature.measures import FunctionalSharpness, Measures, fun
 from functional_sam.curvature.products import CurvatureProducts
 from functional_sam.curvature.quadratic import QuadraticFit, QuadraticPoint, quadratic_fit
 from functional_sam.curvature.spectrum import Density, Eigenvalue, Eigenvalues, density, eigenvalues, smooth
-from functional_sam.curvature.trace import Estimate, hutch_plus_plus, hutchinson, quadratic
+from functional_sam.curvature.trace import TraceEstimate, hutch_plus_plus, hutchinson, quadratic
 
 __all__ = [
     "AdamGeometry",
@@ -20,7 +20,7 @@ __all__ = [
     "Density",
     "Eigenvalue",
     "Eigenvalues",
-    "Estimate",
+    "TraceEstimate",
     "FunctionalSharpness",
     "Measures",
     "Part",

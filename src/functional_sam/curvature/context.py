@@ -1,4 +1,4 @@
-"""Where second derivatives exist, where weights are moved, and models that are no function of their inputs and weights."""
+"""Where second derivatives exist, where weights are moved to, and models that are no function of their inputs and weights."""
 
 import contextlib
 import sys
@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from functional_sam.errors import UserError
+from functional_sam.weights import moved
 
 
 @contextlib.contextmanager
@@ -31,25 +32,11 @@ def second_order(model: nn.Module, device: str) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def moved(model: nn.Module, parameters: Sequence[nn.Parameter], v: Sequence[Tensor], step: float) -> Iterator[None]:
+def moved_along(
+    model: nn.Module, parameters: Sequence[nn.Parameter], v: Sequence[Tensor], step: float
+) -> contextlib.AbstractContextManager[Any]:
     """theta + step v inside the block; after it theta bit for bit, by copy."""
-    start = [p.detach().clone() for p in parameters]
-    try:
-        _set(model, parameters, [p_0 + v_i.detach() * step for p_0, v_i in zip(start, v, strict=True)])
-        yield
-    finally:
-        _set(model, parameters, start)
-
-
-def _set(model: nn.Module, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
-    for module in model.modules() if any(hasattr(p, "device_mesh") for p in parameters) else ():
-        reshard: Any = getattr(module, "reshard", None)
-        if reshard is not None:  # FSDP2 drops the whole parameters that it has gathered, of weights that change now
-            reshard()
-    with torch.no_grad():
-        for p, value in zip(parameters, values, strict=True):
-            p.copy_(value)
+    return moved(model, parameters, lambda: torch._foreach_add_(list(parameters), [v_i.detach() for v_i in v], alpha=step))
 
 
 @contextlib.contextmanager

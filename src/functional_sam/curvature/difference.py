@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from functional_sam.curvature.batches import Batch
-from functional_sam.curvature.context import drawing_nothing, moved, second_order
+from functional_sam.curvature.context import drawing_nothing, moved_along, second_order
 from functional_sam.curvature.outer import LossFn
-from functional_sam.curvature.vectors import length, norm
+from functional_sam.vectors import length, norm
 from functional_sam.errors import UserError
 
 Forward = Callable[..., Any]
@@ -58,19 +58,19 @@ class Differences:
                 summed, valid = self.loss_fn(self._logits(inputs), targets)
                 loss, count = loss + float(summed), count + float(valid)
         loss, count = self._over_ranks(loss, count)
-        return self._scalar(loss / some(count))
+        return self._scalar(loss / required(count))
 
     def loss_and_gradient(self) -> tuple[Tensor, list[Tensor]]:
         """L and g."""
         total, loss, count = self._zeros(), 0.0, 0.0
-        with self._passes():
+        with self._gradients_apart():
             for inputs, targets in self.batches:
                 summed, valid = self.loss_fn(self._logits(inputs), targets)
                 torch.autograd.backward(summed)
                 torch._foreach_add_(total, self._take())
                 loss, count = loss + float(summed.detach()), count + float(valid)
         loss, count = self._over_ranks(loss, count)
-        return self._scalar(loss / some(count)), self._mean(total, count)
+        return self._scalar(loss / required(count)), self._mean(total, count)
 
     def hessian(self, v: Sequence[Tensor]) -> list[Tensor]:
         """H v."""
@@ -94,7 +94,7 @@ class Differences:
     def gauss_newton(self, v: Sequence[Tensor]) -> list[Tensor]:
         """H_G v."""
         h, total, count, size, gap = self._step(v), self._zeros(), 0.0, 0.0, 0.0
-        with self._passes():
+        with self._gradients_apart():
             for inputs, targets in self.batches:
                 coarse, fine = (self._change_of_u(v, step, inputs, targets) for step in (h, h / 2))
                 gap += float((fine - coarse).norm(dtype=torch.float64)) ** 2
@@ -111,12 +111,12 @@ class Differences:
     def _difference(self, v: Sequence[Tensor], prepared: Callable[[Any, Any], tuple[Callable[[], None], float]]) -> list[Tensor]:
         """The derivative along v of the gradient that `prepared` of a batch leaves in .grad, wherever the weights are then."""
         h, coarse, fine, count = self._step(v), self._zeros(), self._zeros(), 0.0
-        with self._passes():
+        with self._gradients_apart():
             for inputs, targets in self.batches:
                 run, valid = prepared(inputs, targets)
                 for total, step in ((coarse, h), (fine, h / 2)):
                     for signed in (step, -step):
-                        with moved(self.model, self.parameters, v, signed):
+                        with moved_along(self.model, self.parameters, v, signed):
                             run()
                         torch._foreach_add_(total, self._take(), alpha=1 / (2 * signed))
                 count += valid
@@ -131,7 +131,7 @@ class Differences:
         return self.step * (norm([p.detach() for p in self.parameters]) or 1.0) / length(v, "v")
 
     @contextmanager
-    def _passes(self) -> Iterator[None]:
+    def _gradients_apart(self) -> Iterator[None]:
         """Second-order surroundings, .grad empty inside and at the end what it was."""
         everything = list(self.model.parameters())
         before = [p.grad for p in everything]
@@ -160,9 +160,9 @@ class Differences:
 
     def _change_of_u(self, v: Sequence[Tensor], step: float, inputs: Any, targets: Any) -> Tensor:
         """(u(theta + step v) - u(theta - step v)) / 2 step."""
-        with moved(self.model, self.parameters, v, step):
+        with moved_along(self.model, self.parameters, v, step):
             ahead, _ = self._cotangent(inputs, targets)
-        with moved(self.model, self.parameters, v, -step):
+        with moved_along(self.model, self.parameters, v, -step):
             return ahead.sub_(self._cotangent(inputs, targets)[0]).div_(2 * step)
 
     def _take(self) -> list[Tensor]:
@@ -175,7 +175,7 @@ class Differences:
     def _mean(self, total: list[Tensor], count: float) -> list[Tensor]:
         # FSDP2 has averaged over the ranks what is a sum.
         world = self.meshes[0].size() if self.meshes else 1
-        torch._foreach_mul_(total, world / some(count))
+        torch._foreach_mul_(total, world / required(count))
         return total
 
     def _over_ranks(self, *numbers: float) -> list[float]:
@@ -196,7 +196,7 @@ class Differences:
         return self.parameters[0].device
 
 
-def some(count: float) -> float:
+def required(count: float) -> float:
     """The number of valid targets, which cannot be zero."""
     if not count:
         raise UserError("curvature over no valid target: every target of every batch is ignored")

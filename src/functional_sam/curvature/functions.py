@@ -16,13 +16,13 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 
-class Quick(TorchFunctionMode):
+class FastSecondDerivatives(TorchFunctionMode):
     """Inside it, a model that calls these functions calls the ones below; not in a checkpointed block, which runs again outside."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        quick = _QUICK.get(func)
-        if quick is not None and not _checkpointed():
-            return quick(*args, **(kwargs or {}))
+        faster = _FASTER.get(func)
+        if faster is not None and not _checkpointed():
+            return faster(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -221,7 +221,7 @@ class _SoftmaxGrad(torch.autograd.Function):
         return r * p, r.mul_(centred) if _by_inputs else None
 
 
-_QUICK: dict[Any, Callable[..., Tensor]] = {
+_FASTER: dict[Any, Callable[..., Tensor]] = {
     F.gelu: gelu,
     F.silu: silu,
     F.layer_norm: layer_norm,

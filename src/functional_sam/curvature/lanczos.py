@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Generator, Tensor
 
-from functional_sam.curvature.vectors import Space
+from functional_sam.vectors import Space
 from functional_sam.errors import UserError
 
 Product = Callable[[Sequence[Tensor]], Sequence[Tensor]]

@@ -32,7 +32,7 @@ Forward = Callable[..., Any]  # (model, inputs), and readout= of a model that ha
 class Linearization:
     """Products for one batch, its sums not yet divided by the number of targets.
 
-    keep_bytes: what it may hold of the softmax. measure: whether to find num_bytes, what it holds in all but the parameters.
+    keep_bytes: what it may hold of u. measure: whether to find num_bytes, what it holds in all but the parameters.
     """
 
     def __init__(
@@ -53,9 +53,9 @@ class Linearization:
             outer: Outer
             if readout:
                 h, weight = forward(model, inputs, readout=lambda h, weight: (h, weight))
-                own = weight.requires_grad and (not weight.is_leaf or any(weight is p for p in parameters))
-                outputs = [h] * h.requires_grad + [weight] * own
-                outer = OnHead(h, weight, targets, h.requires_grad, own, keep_bytes)
+                by_weight = weight.requires_grad and (not weight.is_leaf or any(weight is p for p in parameters))
+                outputs = [h] * h.requires_grad + [weight] * by_weight
+                outer = OnHead(h, weight, targets, h.requires_grad, by_weight, keep_bytes)
             else:
                 z = forward(model, inputs)
                 outputs = [z] * z.requires_grad
@@ -73,10 +73,10 @@ class Linearization:
     def num_bytes(self) -> int:
         return self._graph_bytes + self.state.outer.num_bytes
 
-    def shed(self) -> None:
-        """Give up what can be made again from the graph."""
+    def drop_cotangent(self) -> None:
+        """Give up u, which can be made again from the graph."""
         if isinstance(self.state.outer, OnHead):
-            self.state.outer.p_NV = None
+            self.state.outer.u_NV = None
 
     def gradient(self) -> list[Tensor]:
         """J^T c."""

@@ -12,8 +12,8 @@ from functional_sam.curvature.ascent import Ascent, direction
 from functional_sam.curvature.geometry import Products
 from functional_sam.curvature.lanczos import MAX_BASIS_BYTES
 from functional_sam.curvature.spectrum import Eigenvalue, Eigenvalues, eigenvalues
-from functional_sam.curvature.trace import Estimate, estimate
-from functional_sam.curvature.vectors import Space, dot, norm, ratio, unit
+from functional_sam.curvature.trace import TraceEstimate, estimate
+from functional_sam.vectors import Space, dot, norm, ratio, unit
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Measures:
 
     quadratic: float  # eps^T A eps
     norm: float  # |A eps|; of H_F it is |delta_func|, of H_G |delta_logit|
-    trace: Estimate
+    trace: TraceEstimate
     top: Eigenvalue
     bottom: Eigenvalue
     num_products: int  # that Lanczos took

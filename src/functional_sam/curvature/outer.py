@@ -10,23 +10,23 @@ OnHead     y = (h, W), z = h W^T, for cross-entropy. With p = softmax(z) and u =
                dc = (q W, q^T h) + (u dW, u^T dh)
 
            where the terms with q are the logit half and those with u, there because z is bilinear in (h, W), the functional half.
-           Of the size [N, V] there is p, and that only where it is allowed; the rest of that width exists for one chunk of rows.
+           Of the size [N, V] there is u, and that only where it is allowed; the rest of that width exists for one chunk of rows.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from functional_sam.head import chunks, hessian_product, softmax_of, to_cotangent
 from functional_sam.losses import IGNORE
 
 LossFn = Callable[[Tensor, Any], tuple[Tensor, Tensor]]
 Tangents = Sequence[Tensor | None]  # None is zero
 
 CHUNK_BYTES = 4 * 2**20  # of logits held at once
-LEAST_ROWS = 64  # in a chunk, for fewer make slow matrix products
 
 
 class Outer(Protocol):
@@ -70,18 +70,13 @@ class CrossEntropyOnLogits:
     """Cross-entropy of the logits in closed form: u is kept, where double backward would keep ten times as much."""
 
     def __init__(self, z: Tensor, targets: Tensor) -> None:
-        z, V = z.detach(), z.shape[-1]
-        self.valid_N1 = targets.reshape(-1, 1) != IGNORE
-        self.y_N1 = targets.reshape(-1, 1).where(self.valid_N1, 0)
-        self.count, self.loss = self.valid_N1.sum(), torch.zeros((), dtype=torch.float64, device=z.device)
-        self.u = torch.empty_like(z, memory_format=torch.contiguous_format)
-        z_NV, u_NV = z.reshape(-1, V), self.u.view(-1, V)
-        for rows in chunks(len(z_NV), z_NV.element_size() * V):
-            z_CV, valid_C1, y_C1 = z_NV[rows].to(torch.promote_types(z.dtype, torch.float32)), self.valid_N1[rows], self.y_N1[rows]
-            lse_C1 = z_CV.logsumexp(1, keepdim=True)
-            self.loss += ((lse_C1 - z_CV.gather(1, y_C1)) * valid_C1).sum(dtype=torch.float64)
-            u_CV = (z_CV - lse_C1.masked_fill(~valid_C1, torch.inf)).exp_()  # an ignored row is exp(-inf) = 0
-            u_NV[rows] = u_CV.scatter_add_(1, y_C1, -valid_C1.to(u_CV.dtype))
+        V = z.shape[-1]
+        self.targets_N = targets.reshape(-1)
+        self.count, self.loss = (self.targets_N != IGNORE).sum(), torch.zeros((), dtype=torch.float64, device=z.device)
+        self.u = z.detach().clone(memory_format=torch.contiguous_format)
+        dtype, u_NV = torch.promote_types(z.dtype, torch.float32), self.u.view(-1, V)
+        for rows in chunks(len(u_NV), z.element_size() * V, CHUNK_BYTES):
+            self.loss += to_cotangent(u_NV[rows], self.targets_N[rows], dtype, torch.float64)
 
     @property
     def num_bytes(self) -> int:
@@ -91,49 +86,40 @@ class CrossEntropyOnLogits:
         return [self.u.detach()]
 
     def second(self, dy: Tangents, logit: bool, functional: bool) -> list[Tensor | None]:
-        """By u = p - onehot: with s = p . dz = u . dz + dz_y, q is u (dz - s) and, at the target y, dz_y - s more."""
         (dz,) = dy
         if dz is None or not logit:
             return [None]
         q, V = torch.empty_like(self.u), self.u.shape[-1]
         u_NV, dz_NV, q_NV = self.u.view(-1, V), dz.reshape(-1, V), q.view(-1, V)
-        for rows in chunks(len(u_NV), u_NV.element_size() * V):
-            u_CV, dz_CV, y_C1 = u_NV[rows], dz_NV[rows], self.y_N1[rows]
-            own_C1 = dz_CV.gather(1, y_C1) * self.valid_N1[rows]  # u is zero for an ignored target, and so is q then
-            s_C1 = (u_CV * dz_CV).sum(1, keepdim=True) + own_C1
-            torch.sub(dz_CV, s_C1, out=q_NV[rows]).mul_(u_CV).scatter_add_(1, y_C1, (own_C1 - s_C1) * self.valid_N1[rows])
+        for rows in chunks(len(u_NV), u_NV.element_size() * V, CHUNK_BYTES):
+            q_NV[rows] = hessian_product(softmax_of(u_NV[rows], self.targets_N[rows]), dz_NV[rows])
         return [q]
 
 
 class OnHead:
-    """Cross-entropy of h W^T, [N, D] by [V, D]. p is kept if it takes no more than keep_bytes, and made again otherwise."""
+    """Cross-entropy of h W^T, [N, D] by [V, D]. u is kept if it takes no more than keep_bytes, and made again otherwise."""
 
     def __init__(self, h: Tensor, weight: Tensor, targets: Tensor, by_h: bool, by_weight: bool, keep_bytes: float) -> None:
         self.by_h, self.by_weight, self.shape = by_h, by_weight, h.shape
         self.h_ND, self.W_VD = h.detach().reshape(-1, h.shape[-1]), weight.detach().to(h.dtype)
-        self.valid_N = targets.reshape(-1) != IGNORE
-        self.y_N = targets.reshape(-1).where(self.valid_N, 0)
+        self.targets_N = targets.reshape(-1)
         N, V = len(self.h_ND), len(self.W_VD)
         self.row_bytes = V * h.element_size()
-        self.p_NV = self.h_ND.new_empty(N, V) if N * self.row_bytes <= keep_bytes else None
-        self.count, self.loss = self.valid_N.sum(), self.h_ND.new_zeros((), dtype=torch.float64)
+        self.u_NV = self.h_ND.new_empty(N, V) if N * self.row_bytes <= keep_bytes else None
+        self.count, self.loss = (self.targets_N != IGNORE).sum(), self.h_ND.new_zeros((), dtype=torch.float64)
         by_h_ND, by_W_VD = self._zeros()
-        for rows in chunks(N, self.row_bytes):
-            z_CV = self.h_ND[rows] @ self.W_VD.T
-            lse_C1 = z_CV.logsumexp(1, keepdim=True)
-            own_C1 = z_CV.gather(1, self.y_N[rows].unsqueeze(1))
-            self.loss += ((lse_C1 - own_C1).squeeze(1) * self.valid_N[rows]).sum(dtype=torch.float64)
-            p_CV = self._softmax(z_CV, lse_C1, rows)
-            if self.p_NV is not None:
-                self.p_NV[rows] = p_CV
-            _add(by_h_ND, rows, p_CV, self.W_VD)
-            _add_transposed(by_W_VD, p_CV, self.h_ND[rows])
-        self._minus_onehot(by_h_ND, by_W_VD, self.h_ND, self.W_VD)
+        for rows in chunks(N, self.row_bytes, CHUNK_BYTES):
+            u_CV, loss = self._cotangent(rows)
+            self.loss += loss
+            if self.u_NV is not None:
+                self.u_NV[rows] = u_CV
+            _add(by_h_ND, rows, u_CV, self.W_VD)
+            _add_transposed(by_W_VD, u_CV, self.h_ND[rows])
         self.c = self._outputs(by_h_ND, by_W_VD)
 
     @property
     def num_bytes(self) -> int:
-        return self.p_NV.nbytes if self.p_NV is not None else 0
+        return self.u_NV.nbytes if self.u_NV is not None else 0
 
     def cotangents(self) -> list[Tensor]:
         c, self.c = self.c, []
@@ -142,29 +128,24 @@ class OnHead:
     def second(self, dy: Tangents, logit: bool, functional: bool) -> list[Tensor | None]:
         dh, dW = self._tangents(dy)
         by_h_ND, by_W_VD = self._zeros()
-        for rows in chunks(len(self.h_ND), self.row_bytes) if dh is not None or dW is not None else ():
-            if self.p_NV is not None:
-                p_CV = self.p_NV[rows]
-            else:
-                z_CV = self.h_ND[rows] @ self.W_VD.T
-                p_CV = self._softmax(z_CV, z_CV.logsumexp(1, keepdim=True), rows)
+        for rows in chunks(len(self.h_ND), self.row_bytes, CHUNK_BYTES) if dh is not None or dW is not None else ():
+            u_CV = self._cotangent(rows)[0] if self.u_NV is None else self.u_NV[rows]
             if logit:
-                dz_CV = torch.zeros_like(p_CV) if dh is None else dh[rows] @ self.W_VD.T
+                dz_CV = torch.zeros_like(u_CV) if dh is None else dh[rows] @ self.W_VD.T
                 if dW is not None:
                     dz_CV.addmm_(self.h_ND[rows], dW.T)
-                q_CV = dz_CV.sub_((p_CV * dz_CV).sum(1, keepdim=True)).mul_(p_CV)
+                q_CV = hessian_product(softmax_of(u_CV, self.targets_N[rows]), dz_CV)
                 _add(by_h_ND, rows, q_CV, self.W_VD)
                 _add_transposed(by_W_VD, q_CV, self.h_ND[rows])
             if functional:
-                _add(by_h_ND, rows, p_CV, dW)
-                _add_transposed(by_W_VD, p_CV, None if dh is None else dh[rows])
-        if functional:
-            self._minus_onehot(by_h_ND, by_W_VD, dh, dW)
+                _add(by_h_ND, rows, u_CV, dW)
+                _add_transposed(by_W_VD, u_CV, None if dh is None else dh[rows])
         return list(self._outputs(by_h_ND, by_W_VD))
 
-    def _softmax(self, z_CV: Tensor, lse_C1: Tensor, rows: slice) -> Tensor:
-        """p in place of z; an ignored row is exp(-inf) = 0."""
-        return z_CV.sub_(lse_C1.masked_fill(~self.valid_N[rows].unsqueeze(1), torch.inf)).exp_()
+    def _cotangent(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """u of a chunk of rows, and their loss."""
+        u_CV = self.h_ND[rows] @ self.W_VD.T
+        return u_CV, to_cotangent(u_CV, self.targets_N[rows], u_CV.dtype, torch.float64)
 
     def _zeros(self) -> tuple[Tensor | None, Tensor | None]:
         return (
@@ -180,20 +161,6 @@ class OnHead:
     def _outputs(self, by_h_ND: Tensor | None, by_W_VD: Tensor | None) -> list[Tensor]:
         by_h = [] if by_h_ND is None else [by_h_ND.view(self.shape)]
         return by_h + ([] if by_W_VD is None else [by_W_VD])
-
-    def _minus_onehot(self, by_h_ND: Tensor | None, by_W_VD: Tensor | None, h_ND: Tensor | None, W_VD: Tensor | None) -> None:
-        """by_h -= onehot W and by_W -= onehot^T h: what was made with p is then as made with u."""
-        if by_h_ND is not None and W_VD is not None:
-            by_h_ND.sub_(W_VD[self.y_N] * self.valid_N.unsqueeze(1))
-        if by_W_VD is not None and h_ND is not None:
-            by_W_VD.index_add_(0, self.y_N, h_ND * self.valid_N.unsqueeze(1), alpha=-1)
-
-
-def chunks(num_rows: int, row_bytes: int) -> Iterator[slice]:
-    """Slices of rows that fit CHUNK_BYTES, of LEAST_ROWS at least."""
-    size = max(LEAST_ROWS, CHUNK_BYTES // row_bytes)
-    for start in range(0, num_rows, size):
-        yield slice(start, min(start + size, num_rows))
 
 
 def pull_back(

@@ -5,24 +5,26 @@ parameters. A batch has any number of leading dimensions.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from functional_sam.curvature.batches import Batch, Batches
-from functional_sam.curvature.context import drawing_nothing, moved, second_order
-from functional_sam.curvature.difference import Differences, some
-from functional_sam.curvature.functions import Quick
+from functional_sam.curvature.context import drawing_nothing, moved_along, second_order
+from functional_sam.curvature.difference import Differences, required
+from functional_sam.curvature.functions import FastSecondDerivatives
 from functional_sam.curvature.geometry import AdamGeometry, adam_scales
 from functional_sam.curvature.groups import Selection, select
 from functional_sam.curvature.linearization import Forward, Linearization
+from functional_sam.curvature.operators import Names, Operator, Vector
 from functional_sam.curvature.outer import LossFn, OnHead
 from functional_sam.errors import UserError
 from functional_sam.losses import cross_entropy
+from functional_sam.weights import is_sharded
 
-Product = Callable[[Linearization, bool], list[Tensor]]
+BatchProduct = Callable[[Linearization, bool], list[Tensor]]
 
 MEMORY_BUDGET = 2 * 2**30
 
@@ -32,16 +34,16 @@ class CurvatureProducts:
 
     L = sum over batches of loss_fn(z, targets)[0] / sum over batches of loss_fn(z, targets)[1],  z = forward(model, inputs)
 
-        hessian(v)       H v   = d/dtheta (g . v)
-        gauss_newton(v)  H_G v = J^T (d2L/dz2) J v
-        functional(v)    H_F v = d/dtheta (J^T u . v), u held fixed;  H = H_G + H_F
-        split(v)         (H_G v, H_F v) for less than the price of both
+        hessian @ v       H v   = d/dtheta (g . v)
+        gauss_newton @ v  H_G v = J^T (d2L/dz2) J v
+        functional @ v    H_F v = d/dtheta (J^T u . v), u held fixed;  H = H_G + H_F
+        split(v)          (H_G v, H_F v) for less than the price of both
 
     batches: a list of (inputs, targets), or something that gives the same ones at every pass. loss_fn(logits, targets) -> (sum over
     valid targets, their number). forward: `model(inputs)` unless given. parameters: those to differentiate by, the trainable ones
     unless given: a kind ("embedding", "attention", "mlp", "norm", "head"), a pattern of names ("blocks.0.*"), parameters, or a list
-    of any of these; the products are then of that block of the matrix. v and every result are lists of tensors shaped like them.
-    The weights, their .grad and v are left alone.
+    of any of these; the products are then of that block of the matrix. v is a list of tensors shaped like them, or a dictionary by their names, and the result is as v is.
+    hessian(v) is hessian @ v. The weights, their .grad and v are left alone.
 
     retain: the graph of a batch serves many products. "auto" keeps the graphs of as many batches as fit memory_budget (bytes,
     2 GiB unless given), True those of all, False none, and the batch at hand has one in any case. Amortized over many products and
@@ -79,6 +81,7 @@ class CurvatureProducts:
         self.readout = _reads_out(model, forward, loss_fn)
         self.forward: Forward = forward or (lambda module, inputs, **readout: module(inputs, **readout))
         self.parameters = select(model, parameters)
+        self._names = Names(model, self.parameters)
         self.retain, self.memory_budget = retain, memory_budget
         if retain not in ("auto", True, False):
             raise UserError(f"retain={retain!r}: choose 'auto', True or False")
@@ -87,10 +90,9 @@ class CurvatureProducts:
             raise UserError(f"curvature of parameters in {', '.join(sorted(narrow))}: use model.float() or model.double()")
         if method not in ("exact", "difference"):
             raise UserError(f"method={method!r}: choose 'exact' or 'difference'")
-        sharded = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
-        if sharded and method == "exact":
+        if is_sharded(model) and method == "exact":
             raise UserError("exact products of a sharded model do not exist: use method='difference'")
-        self._differences = None
+        self._differences: Differences | None = None
         if method == "difference":
             self._differences = Differences(model, self.batches, loss_fn, self.forward, self.parameters)
         self._kept: dict[int, Linearization] = {}
@@ -122,12 +124,11 @@ class CurvatureProducts:
                     else:
                         part, valid = self.loss_fn(self.forward(self.model, inputs), targets)
                 total, count = total + float(part), count + float(valid)
-        return self.parameters[0].new_tensor(total / some(count))
+        return self.parameters[0].new_tensor(total / required(count))
 
-    def loss_along(self, v: Sequence[Tensor], rho: float) -> Tensor:
+    def loss_along(self, v: Vector, rho: float) -> Tensor:
         """L(theta + rho v). The weights are moved and put back by copy, bit for bit."""
-        v = self._checked(v)
-        with moved(self.model, self.parameters, v, rho):
+        with moved_along(self.model, self.parameters, self._names.listed(v), rho):
             return self.loss()
 
     def gradient(self) -> list[Tensor]:
@@ -144,50 +145,71 @@ class CurvatureProducts:
         )
         return loss.to(self.parameters[0].dtype), [g_i.detach() for g_i in gradient]
 
-    def hessian(self, v: Sequence[Tensor]) -> list[Tensor]:
-        """H v."""
-        v = self._checked(v)
+    @property
+    def hessian(self) -> Operator:
+        """H: hessian(v) or hessian @ v is H v."""
+        return Operator(self._hessian, self._names)
+
+    @property
+    def gauss_newton(self) -> Operator:
+        """H_G: gauss_newton(v) or gauss_newton @ v is J^T (d2L/dz2) J v."""
+        return Operator(self._gauss_newton, self._names)
+
+    @property
+    def functional(self) -> Operator:
+        """H_F: functional(v) or functional @ v is the Hessian of (z . u) with u = dL/dz held fixed, times v."""
+        return Operator(self._functional, self._names)
+
+    @overload
+    def split(self, v: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]: ...
+
+    @overload
+    def split(self, v: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]: ...
+
+    def split(self, v: Any) -> Any:
+        """(H_G v, H_F v): the backward that gives H_F v gives J v on its way."""
+        listed, number = self._names.listed(v), len(self.parameters)
+        if self._differences:
+            both = [*self._differences.gauss_newton(listed), *self._differences.functional(listed)]
+        else:
+            zeros = [torch.zeros_like(p) for p in self.parameters * 2]
+            both = self._mean(lambda batch, keep: batch.split(listed, keep), zeros)
+        return self._names.as_given(both[:number], v), self._names.as_given(both[number:], v)
+
+    def named(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """A list shaped like the parameters, such as `gradient()`, by their names."""
+        return dict(zip(self._names.names, tensors, strict=True))
+
+    def _hessian(self, v: list[Tensor]) -> list[Tensor]:
         if self._differences:
             return self._differences.hessian(v)
         return self._mean(lambda batch, keep: batch.hessian(v, keep))
 
-    def gauss_newton(self, v: Sequence[Tensor]) -> list[Tensor]:
-        """H_G v = J^T (d2L/dz2) J v."""
-        v = self._checked(v)
+    def _gauss_newton(self, v: list[Tensor]) -> list[Tensor]:
         if self._differences:
             return self._differences.gauss_newton(v)
         return self._mean(lambda batch, keep: batch.gauss_newton(v, keep))
 
-    def functional(self, v: Sequence[Tensor]) -> list[Tensor]:
-        """H_F v, the Hessian of (z . u) with u = dL/dz held fixed, times v."""
-        v = self._checked(v)
+    def _functional(self, v: list[Tensor]) -> list[Tensor]:
         if self._differences:
             return self._differences.functional(v)
         return self._mean(lambda batch, keep: batch.functional(v, keep))
-
-    def split(self, v: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """(H_G v, H_F v): the backward that gives H_F v gives J v on its way."""
-        v = self._checked(v)
-        if self._differences:
-            return self._differences.gauss_newton(v), self._differences.functional(v)
-        both = self._mean(lambda batch, keep: batch.split(v, keep), [torch.zeros_like(p) for p in self.parameters * 2])
-        return both[: len(self.parameters)], both[len(self.parameters) :]
 
     def in_adam_geometry(
         self, optimizer: torch.optim.Optimizer | None = None, second_moments: Sequence[Tensor] | None = None, eps: float = 1e-8
     ) -> AdamGeometry:
         """The same products of P^1/2 A P^1/2, P = 1 / (sqrt(v_hat) + eps): the curvature in the geometry of Adam.
 
-        v_hat and eps from the state of an optimizer, or v_hat given as second_moments, bias-corrected, shaped like the parameters.
-        See AdamGeometry. Raises UserError for both or neither, and for an optimizer that is no Adam or lacks a parameter.
+        v_hat and eps from the state of an optimizer (Adam's family, RMSprop, Adagrad), or v_hat given as second_moments, bias-corrected, shaped like the parameters.
+        See AdamGeometry. Raises UserError for both or neither, and for an optimizer without second moments or that lacks a parameter.
         """
-        return AdamGeometry(self, adam_scales(self.parameters, optimizer, second_moments, eps, self.gradient))
+        return AdamGeometry(self, self._names, adam_scales(self.parameters, optimizer, second_moments, eps))
 
     @property
     def _device(self) -> torch.device:
         return self.parameters[0].device
 
-    def _mean(self, product: Product, total: list[Tensor] | None = None) -> list[Tensor]:
+    def _mean(self, product: BatchProduct, total: list[Tensor] | None = None) -> list[Tensor]:
         """Sum of product over all batches, divided by the number of valid targets in all of them."""
         # Into zeros and not into the first result, which autograd may have made a view of v itself.
         total = [torch.zeros_like(parameter) for parameter in self.parameters] if total is None else total
@@ -201,7 +223,7 @@ class CurvatureProducts:
                 torch._foreach_add_(total, product(batch, i in self._kept))
                 count += float(batch.count)
                 del batch
-        torch._foreach_div_(total, some(count))
+        torch._foreach_div_(total, required(count))
         return total
 
     def _linearized(self, i: int, inputs: Any, targets: Any) -> Linearization:
@@ -209,7 +231,7 @@ class CurvatureProducts:
         room = self.memory_budget - sum(batch.num_bytes for batch in self._kept.values())
         auto = self.retain == "auto"
         measure = auto and not self._full
-        with drawing_nothing(self._device), Quick():
+        with drawing_nothing(self._device), FastSecondDerivatives():
             batch = Linearization(
                 self.model,
                 self.forward,
@@ -222,7 +244,7 @@ class CurvatureProducts:
                 measure,
             )
         if measure and batch.num_bytes > room:
-            batch.shed()
+            batch.drop_cotangent()
             self._full = batch.num_bytes > room
         if self.retain is True or (measure and not self._full):
             self._kept[i] = batch
@@ -238,12 +260,6 @@ class CurvatureProducts:
         if stamp != self._stamp:
             self.release()
             self._stamp = stamp
-
-    def _checked(self, v: Sequence[Tensor]) -> list[Tensor]:
-        given, wanted = [tuple(t.shape) for t in v], [tuple(p.shape) for p in self.parameters]
-        if given != wanted:
-            raise UserError(f"v has shapes {given}, the parameters {wanted}: give one tensor for each parameter")
-        return [tensor.detach() for tensor in v]
 
 
 def _reads_out(model: nn.Module, forward: Forward | None, loss_fn: LossFn) -> bool:

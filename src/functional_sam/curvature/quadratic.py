@@ -11,7 +11,7 @@ import torch
 
 from functional_sam.curvature.ascent import Ascent, direction
 from functional_sam.curvature.products import CurvatureProducts
-from functional_sam.curvature.vectors import dot, ratio, unit
+from functional_sam.vectors import dot, ratio, unit
 
 
 @dataclass(frozen=True)

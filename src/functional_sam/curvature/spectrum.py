@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from functional_sam.curvature.lanczos import MAX_BASIS_BYTES, Lanczos, Product, orthogonalize, rows_within
-from functional_sam.curvature.vectors import Space
+from functional_sam.vectors import Space
 from functional_sam.errors import UserError
 
 WIDTH = math.sqrt(1e-5)  # of a Gaussian, in units of the range
@@ -43,7 +43,7 @@ class Eigenvalues:
 
 def eigenvalues(
     product: Product,
-    like: Sequence[Tensor],
+    parameters: Sequence[Tensor],
     k: int = 1,
     end: str = "both",
     *,
@@ -54,7 +54,7 @@ def eigenvalues(
 ) -> Eigenvalues:
     """The k largest and the k smallest eigenvalues by Lanczos with full reorthogonalization and thick restarts.
 
-    like: tensors shaped like a vector, such as products.parameters. end: "top", "bottom" or "both".
+    parameters: tensors shaped like a vector, such as products.parameters. end: "top", "bottom" or "both".
     tolerance: converged means |A y - value y| <= tolerance * (largest |Ritz value|); the error of the value itself is about the
     square of that. It stops when all asked for have converged, or after max_products.
     max_basis_bytes: the basis (P numbers a vector) is never larger; when full it is contracted to the Ritz vectors of interest and
@@ -68,7 +68,7 @@ def eigenvalues(
     """
     if end not in ("top", "bottom", "both") or k < 1:
         raise UserError(f"end={end!r}, k={k}: choose 'top', 'bottom' or 'both', and k of 1 or more")
-    space = Space(like)
+    space = Space(parameters)
     k = min(k, space.size)
     sides = 2 if end == "both" else 1
     rows = min(rows_within(max_basis_bytes, space, sides * k + 3), max_products)
@@ -138,7 +138,7 @@ class Density:
 
 def density(
     product: Product,
-    like: Sequence[Tensor],
+    parameters: Sequence[Tensor],
     probes: int = 10,
     order: int = 80,
     sigma: float | None = None,
@@ -163,7 +163,7 @@ def density(
     """
     if probes < 1 or order < 1:
         raise UserError(f"probes={probes}, order={order}: both are 1 or more")
-    space = Space(like)
+    space = Space(parameters)
     order = min(order, space.size)
     window = min(rows_within(max_basis_bytes, space, 3), order)
     found = [_quadrature(product, space, order, window, generator) for _ in range(probes)]

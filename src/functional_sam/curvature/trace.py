@@ -8,12 +8,12 @@ import torch
 from torch import Generator, Tensor
 
 from functional_sam.curvature.lanczos import MAX_BASIS_BYTES, Product, orthogonalize, rows_within
-from functional_sam.curvature.vectors import Space, dot, unit
+from functional_sam.vectors import Space, dot, unit
 from functional_sam.errors import UserError
 
 
 @dataclass(frozen=True)
-class Estimate:
+class TraceEstimate:
     """A mean, its standard error (nan for n = 1) and the number n of independent samples behind it."""
 
     mean: float
@@ -22,21 +22,21 @@ class Estimate:
     num_products: int
 
 
-def estimate(samples: Sequence[float], num_products: int | None = None) -> Estimate:
+def estimate(samples: Sequence[float], num_products: int | None = None) -> TraceEstimate:
     """Mean and standard error of independent samples."""
     values = torch.tensor(list(samples), dtype=torch.float64)
     stderr = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
-    return Estimate(float(values.mean()), stderr, len(values), len(values) if num_products is None else num_products)
+    return TraceEstimate(float(values.mean()), stderr, len(values), len(values) if num_products is None else num_products)
 
 
-def hutchinson(product: Product, like: Sequence[Tensor], probes: int = 30, *, generator: Generator | None = None) -> Estimate:
+def hutchinson(product: Product, parameters: Sequence[Tensor], probes: int = 30, *, generator: Generator | None = None) -> TraceEstimate:
     """tr A = E[x^T A x], x of independent signs; the variance of a sample is 2 (|A|_F^2 - sum of A_ii^2).
 
-    like: tensors shaped like a vector. Costs `probes` products.
+    parameters: tensors shaped like a vector. Costs `probes` products.
     Raises UserError for less than one probe. Source: Hutchinson 1989.
     """
     _at_least(probes, 1)
-    space = Space(like)
+    space = Space(parameters)
     samples = []
     for _ in range(probes):
         x = space.tensors(space.signs(generator))
@@ -46,12 +46,12 @@ def hutchinson(product: Product, like: Sequence[Tensor], probes: int = 30, *, ge
 
 def hutch_plus_plus(
     product: Product,
-    like: Sequence[Tensor],
+    parameters: Sequence[Tensor],
     num_products: int = 30,
     *,
     max_basis_bytes: int = MAX_BASIS_BYTES,
     generator: Generator | None = None,
-) -> Estimate:
+) -> TraceEstimate:
     """tr A with the largest eigenvalues taken exactly: tr(Q^T A Q) + E[x^T (1 - QQ^T) A (1 - QQ^T) x].
 
     Q an orthonormal basis of A times random signs. A third of the products goes into each of Q, tr(Q^T A Q) and the samples, n of
@@ -62,7 +62,7 @@ def hutch_plus_plus(
     (arXiv 2010.09649).
     """
     _at_least(num_products, 6)
-    space = Space(like)
+    space = Space(parameters)
     rank = min(num_products // 3, space.size, rows_within(max_basis_bytes, space, 1))
     Q = torch.empty(rank, space.local_size, dtype=space.dtype, device=space.device)
     used, low = 0, 0.0

@@ -23,34 +23,23 @@ class Train(Checkpointable):
     device: str
 
     def __call__(self) -> None:
-        from functional_sam.config import load
         from functional_sam.errors import Interrupted
-        from functional_sam.files import write_text
         from functional_sam.records import RunLocked
+        from functional_sam.training.attempt import attempt
         from functional_sam.training.distributed import leave
-        from functional_sam.training.loop import train
 
         place = TorchDistributedEnvironment()
         if place.world_size > 1:
             place.export(set_cuda_visible_devices=False, overwrite=True)
-        error = self.directory / "error.txt"
         try:
-            config = load(self.directory / "config.yaml")
-            config.runtime.threads, config.runtime.device = self.threads, self.device
-            run = train(config, self.directory.parent, progress=print)
-            leave()
-            if place.rank == 0:
-                error.unlink(missing_ok=True)
-                print(f"{self.directory.name}: {run.summary()}")
-        except FloatingPointError as diverged:  # recorded by train: complete
-            print(f"{self.directory.name}: {diverged}")
+            run = attempt(self.directory, self.threads, self.device, progress=print, leads=place.rank == 0)
         except (Interrupted, RunLocked) as later:  # locked: by a job of before that is still ending, or by another submission
             print(f"{self.directory.name}: {later}", flush=True)
             sys.exit(RESUMABLE)
-        except Exception as failure:
-            if place.rank == 0:
-                write_text(error, f"{type(failure).__name__}: {failure}\n")
-            raise
+        if not run.summary().get("diverged"):
+            leave()
+        if place.rank == 0:
+            print(f"{self.directory.name}: {run.summary()}")
 
 
 @dataclass

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from functional_sam.config import Config
 from functional_sam.models.shape import Shape
-from functional_sam.sharpness.methods import ASCENT_OPTIONS, GENERAL_OPTIONS, METHODS, MIX_OPTIONS, PATH_OPTIONS, Method
+from functional_sam.sharpness.methods import Cost, needs_cotangent, resolve
 from functional_sam.tasks import TASKS
 
 
@@ -19,24 +19,53 @@ def shape(config: Config) -> Shape:
 
 
 @dataclass(frozen=True)
-class Cost:
+class RunCost:
     """parameters, non_embedding: numbers of them; tokens: trained on (images for a ViT); flops: of the run, by all its GPUs;
-    step: FLOPs of one step; passes: gradient evaluations of a step; checkpoint: bytes of one on disk, of which two are kept."""
+    step: FLOPs of one step; gradients: evaluations of a step; checkpoint: bytes of one on disk, of which two are kept."""
 
     parameters: int
     non_embedding: int
     tokens: int
-    passes: float
+    gradients: float
     step: float
     flops: float
     checkpoint: int
 
 
-def cost(config: Config, checkpointing: bool | None = None) -> Cost:
+def of_method(config: Config) -> Cost:
+    """What a step of the config's method costs."""
+    method, options = resolve(config.method.name, config.method.options)
+    return method.cost(options)
+
+
+def keeps_cotangent(config: Config, gpus: int = 1, sharded: bool = False) -> bool:
+    """Whether pass 1 keeps u instead of the last hidden state: as asked, or where it takes no more memory than the parameters."""
+    method, options = resolve(config.method.name, config.method.options)
+    if not (needs_cotangent(method, options) and method.has_first_pass) or options["keep"] not in ("auto", "u"):
+        return False
+    s = shape(config)
+    own = parameter_bytes(config) * s.parameters / (gpus if sharded else 1)
+    return options["keep"] == "u" or config.training.batch // gpus * s.targets * s.V * head_bytes(config) <= own
+
+
+def parameter_bytes(config: Config) -> int:
+    """Of a parameter."""
+    return 8 if config.training.precision == "float64" else 4
+
+
+def head_bytes(config: Config) -> int:
+    """Of a logit."""
+    return 2 if config.training.precision == "bf16" and config.model.head_dtype == "bfloat16" else parameter_bytes(config)
+
+
+def run_cost(config: Config, checkpointing: bool | None = None, gpus: int = 1, sharded: bool = False) -> RunCost:
     """Of a run. checkpointing: with recomputed blocks, None for as the config says."""
     s, training = shape(config), config.training
     recompute = config.model.checkpoint_blocks if checkpointing is None else checkpointing
-    forwards, backwards, heads = passes(config)
+    method = of_method(config)
+    forwards, backwards, heads = method.forwards, method.backwards, method.heads
+    if keeps_cotangent(config, gpus, sharded):  # the product that would build the logits again
+        heads -= 1 / resolve(config.method.name, config.method.options)[1]["every"]
     blocks = block_flops(s) * training.batch * s.N
     embed = 2 * s.inputs * s.D * s.L * training.batch  # no gradient is taken of the images, so backward is one product
     head = 2 * s.D * s.V * s.targets * training.batch
@@ -44,51 +73,15 @@ def cost(config: Config, checkpointing: bool | None = None) -> Cost:
     # result no gradient needs.
     again = blocks - 2 * s.L * s.D * s.F * training.batch * s.N if recompute else 0
     step = blocks * (forwards + 2 * backwards) + again * backwards + embed * (forwards + backwards) + head * heads
-    return Cost(
+    return RunCost(
         s.parameters,
         s.non_embedding,
         training.steps * training.batch * TASKS[config.kind].units(config),
-        (forwards + 2 * backwards) / 3,
+        method.gradients,
         step,
         step * training.steps,
-        4 * s.parameters * (3 + carried(config)),
+        4 * s.parameters * (3 + method.carried),
     )
-
-
-def settings(config: Config) -> tuple[Method, dict[str, object]]:
-    """The method and its options, the config's over the method's over the general ones."""
-    method = METHODS[config.method.name]
-    defaults = {**GENERAL_OPTIONS, **ASCENT_OPTIONS[method.ascent], **PATH_OPTIONS[method.path], **MIX_OPTIONS[method.mix]}
-    return method, {**defaults, **method.options, **config.method.options}
-
-
-def passes(config: Config) -> tuple[float, float, float]:
-    """(forwards, backwards, products of the head) of a step, means over its interval. A head's gradient is 3 products.
-
-    The penalty path is counted as difference quotients of gradients would be (derivative="exact" measured about the same).
-    """
-    method, options = settings(config)
-    if method.path == "plain":
-        return 1.0, 1.0, 3.0
-    first = (0.0, 0.0, 0.0) if method.ascent == "momentum" else (1.0, 1.0, 3.0)
-    second = {
-        "sam": (1.0, 1.0, 3.0),
-        "functional": (1.0, 1.0, 3.0) if method.ascent != "momentum" else (2.0, 1.0, 3.0),
-        "logit": (2.0, 1.0, 3.0),
-        "penalty": (3.0, 3.0, 9.0),
-    }[method.path]
-    if method.mix == "tram":
-        first = (2.0, 1.0, 5.0)
-    every = float(str(options["k"])) if method.mix == "looksam" else float(str(options["interval"]))
-    plain = (1.0, 1.0, 3.0)
-    full = tuple(a + b for a, b in zip(first, second, strict=True))
-    forwards, backwards, heads = ((a + (every - 1) * b) / every for a, b in zip(full, plain, strict=True))
-    return forwards, backwards, heads
-
-
-def carried(config: Config) -> int:
-    """Copies of the parameters that a method's own state puts into a checkpoint."""
-    return {"looksam": 1, "tram": 1}.get(METHODS[config.method.name].mix or "", 0)
 
 
 def block_flops(s: Shape) -> int:

@@ -12,12 +12,10 @@ from dataclasses import dataclass, fields
 
 from functional_sam.config import Config
 from functional_sam.errors import UserError
-from functional_sam.planning.cost import Shape, settings, shape
-from functional_sam.sharpness.methods import METHODS
-
-# Of sharpness/head.py, which a test holds them to: float32 logits of a chunk, and what the softmax widens at once on a CPU.
-CHUNK_BYTES = 64 * 2**20
-SWEEP_BYTES = 4 * 2**20
+from functional_sam.head import CHUNK_BYTES, SWEEP_BYTES
+from functional_sam.models.shape import Shape
+from functional_sam.planning.cost import head_bytes, keeps_cotangent, of_method, parameter_bytes, shape
+from functional_sam.sharpness.methods import METHODS, resolve
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Memory:
     """Bytes on one GPU at the peak.
 
     copies: of parameters or gradients that the method keeps (theta while it is perturbed). kept: h (and, sharded, the head)
-    from pass 1 for pass 2. activations: what the graph holds. work: the head's chunk of logits, parameters gathered by FSDP2,
+    or u from pass 1 for pass 2. activations: what the graph holds. work: the head's chunk of logits, parameters gathered by FSDP2,
     gradients on their way.
     """
 
@@ -58,14 +56,13 @@ def rows(config: Config, gpus: int) -> tuple[int, int]:
     if gpus < 1 or training.batch % gpus:
         raise UserError(f"training.batch={training.batch} cannot be divided among {gpus} GPUs: take a divisor of it")
     each = training.batch // gpus
-    size = min(training.micro_batch or training.batch, each)
+    size = min(config.micro_batch, each)
     return size, -(-each // size)
 
 
 def accounted(config: Config) -> bool:
     """Whether memory() knows the config's method: all but the exact penalty path."""
-    method, options = settings(config)
-    return not (method.path == "penalty" and options["derivative"] == "exact")
+    return not of_method(config).second_order
 
 
 def memory(config: Config, layout: Layout) -> Memory:
@@ -74,24 +71,23 @@ def memory(config: Config, layout: Layout) -> Memory:
     The penalty path with derivative="exact" keeps a second-order graph and is refused: use the account for "difference".
     """
     s, (size, forwards) = shape(config), rows(config, layout.gpus)
-    method, options = settings(config)
+    (_, options), spent = resolve(config.method.name, config.method.options), of_method(config)
     if not accounted(config):
         raise UserError(f'{config.method.name} with derivative="exact" keeps a second-order graph, which is not accounted for')
-    w = 8 if config.training.precision == "float64" else 4
+    w = parameter_bytes(config)
     a = 2 if config.training.precision == "bf16" else w
     tokens, targets = size * s.L, size * s.targets
     shards = layout.gpus if layout.sharded else 1
     own = w * s.parameters / shards  # one copy of the parameters, on this GPU
 
     # What outlives a pass.
-    perturbs = method.path != "plain"
-    extra = {"gsam": 1, "wsam": 1, "gnp": 1, "looksam": 2, "tram": 2}.get(method.mix or "", 0) + (method.path == "penalty")
-    copies = own * (perturbs * (s.D * (2 * s.N + 1) / s.parameters if options["only"] == "norm" else 1) + extra)
-    keeps = method.path in ("functional", "logit") or method.mix == "tram"
-    kept = 0.0
-    if keeps:
-        kept = forwards * targets * s.D * w * (2 if method.mix == "tram" else 1)
-        kept += w * s.V * s.D if layout.sharded or method.path == "logit" else 0
+    part = s.D * (2 * s.N + 1) / s.parameters if options["subset"] == "norm" else 1
+    copies = own * (spent.theta * part + spent.g + spent.carried)
+    if keeps_cotangent(config, layout.gpus, layout.sharded):
+        kept = float(forwards * targets * s.V * head_bytes(config))
+    else:
+        kept = float(forwards * targets * s.D * w * spent.h)
+        kept += w * s.V * s.D if spent.head or (spent.h and layout.sharded) else 0
     # DDP's buckets stay; elsewhere gradients are freed between steps and passes, and there before the second forward of a pass.
     there = forwards > 1 or (layout.gpus > 1 and not layout.sharded)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from functional_sam.config import Config
-from functional_sam.planning.cost import Cost, cost
+from functional_sam.planning.cost import RunCost, run_cost
 from functional_sam.planning.hardware import Hardware
 from functional_sam.planning.memory import Layout, Memory, accounted, memory
 
@@ -21,7 +21,7 @@ class Need:
     """
 
     config: Config
-    cost: Cost
+    cost: RunCost
     layout: Layout | None
     memory: Memory
     stored: Memory
@@ -44,7 +44,7 @@ def need(config: Config, hardware: Hardware, most: int = 512) -> Need:
     ]
     found = next((layout for layout in tried if memory(config, layout).total <= hardware.budget), None)
     at = found or tried[-1]
-    spent = cost(config, at.checkpointing)
+    spent = run_cost(config, at.checkpointing, at.gpus, at.sharded)
     both = [memory(config, dataclasses.replace(at, checkpointing=checkpointing)) for checkpointing in (False, True)]
     hours = spent.flops / (hardware.peak * hardware.utilization) / 3600
     return Need(config, spent, found, memory(config, at), both[0], both[1], hours)

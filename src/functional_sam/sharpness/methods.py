@@ -1,11 +1,49 @@
-"""Every named method, as a point of the grid ascent x path (x mix): one table.
+"""Every named method, as a point of the grid ascent x path (x mix), what it costs, and its complete options: one table.
 
 Notation: g = J^T u the gradient at theta, theta' = theta + eps, g' the gradient (by the path) at theta'.
-passes counts gradient evaluations (one forward and backward = 1, a forward alone = 1/3).
 """
 
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from functional_sam.errors import UserError
+from functional_sam.sharpness.options import ASCENT_OPTIONS, CHOICES, FORMER, GENERAL_OPTIONS, MIX_OPTIONS, PATH_OPTIONS
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one step, the mean over `every` steps, and of memory beyond the optimizer's own.
+
+    heads: products with the head's matrix, of which a gradient takes 3; a model with a readout does not evaluate its head in a
+    forward whose cotangents are only kept. theta, g, carried: copies of the parameters: while they are perturbed, of g for a mix, and
+    between steps (in a checkpoint too). h, head: of the last hidden states of a step and of the head's matrix.
+    """
+
+    forwards: float = 1.0
+    backwards: float = 1.0
+    heads: float = 3.0
+    theta: int = 0
+    g: int = 0
+    carried: int = 0
+    h: int = 0
+    head: int = 0
+    second_order: bool = False  # keeps the graph of a gradient
+
+    @property
+    def gradients(self) -> float:
+        """Gradient evaluations: a forward is 1/3 of one, a backward 2/3."""
+        return (self.forwards + 2 * self.backwards) / 3
+
+    @property
+    def memory(self) -> str:
+        """The copies in words."""
+        copies = {"theta": self.theta, "g": self.g, "carried": self.carried, "h": self.h, "head": self.head}
+        words = [f"{number} {name}" if number > 1 else name for name, number in copies.items() if number]
+        return ", ".join(words + ["graph of second order"] * self.second_order) or "none"
 
 
 @dataclass(frozen=True)
@@ -16,84 +54,166 @@ class Method:
     path: str
     mix: str | None = None
     options: dict[str, Any] = field(default_factory=dict)  # defaults of this method, on top of those of ascent, path, mix
-    passes: str = "2"
-    memory: str = "theta"  # beyond AdamW's own
     rho: float = 0.05  # published default radius where there is one
     source: str = ""
 
+    @property
+    def has_first_pass(self) -> bool:
+        """Whether a perturbed step needs g: where eps comes from the optimizer's state, only a mix or the penalty does."""
+        return self.ascent != "momentum" or self.mix is not None or self.path == "penalty"
 
-# Options and defaults of each axis; a method accepts those of its own ascent, path and mix, and the general ones.
-ASCENT_OPTIONS: dict[str | None, dict[str, Any]] = {
-    None: {},
-    "gradient": {},
-    "adam": {"form": "a"},
-    "adaptive": {"eta": 0.01},
-    "fisher": {"eta": 1.0},
-    "momentum": {"sign": 1.0, "preconditioned": False},
-}
-PATH_OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "sam": {},
-    "functional": {},
-    "logit": {},
-    "penalty": {"phi": 45.0, "derivative": "exact", "step": 1e-3},
-}
-MIX_OPTIONS: dict[str | None, dict[str, Any]] = {
-    None: {},
-    "gnp": {"alpha": 0.8},
-    "wsam": {"gamma": 0.9, "decoupled": True},
-    "gsam": {"alpha": 1.0},
-    "looksam": {"k": 10, "alpha": 0.7},
-    "tram": {"divergence": "previous"},
-}
-GENERAL_OPTIONS: dict[str, Any] = {
-    "m": "global",
-    "interval": 1,
-    "only": None,
-    "rho_schedule": "constant",
-    "warmup_steps": 0,
-    "lr_max": None,
-    "lr_min": 0.0,
-    "rho_min": 0.0,
-    "keep": "auto",
-    "keep_dtype": None,
-}
+    def cost(self, options: Mapping[str, Any]) -> Cost:
+        """With complete options, as `resolve` gives them."""
+        if self.path == "plain":
+            return Cost()
+        passes = [(1, 1, 3)] if self.has_first_pass else []
+        if self.mix == "tram":
+            passes.append((1, 0, 2))  # a forward at the earlier weights, and logits twice for the divergence
+        if self.path == "functional" and not self.has_first_pass:
+            passes.append((1, 0, 0))  # u at theta
+        if self.path == "logit":
+            passes.append((1, 0, 0))  # u at theta'
+        exact = self.path == "penalty" and options["derivative"] == "exact"
+        if exact:
+            passes.append((3, 3, 9))  # by double backward, as measured
+        elif self.path == "penalty":
+            functional, logit = coefficients(options["phi"])
+            passes.append((1, 1, 3 if functional == logit or not logit else 6))  # cotangents of two points, pulled back together
+        else:
+            passes.append((1, 1, 3))
+        every = options["every"]
+        forwards, backwards, heads = ((sum(part) + every - 1) / every for part in zip(*passes, strict=True))
+        return Cost(
+            forwards,
+            backwards,
+            heads + 2 * (every - 1) / every,
+            theta=1,
+            g=int(self.mix is not None or self.path == "penalty"),
+            carried=int(self.mix in ("looksam", "tram")),
+            h=2 if self.mix == "tram" else int(self.path in ("functional", "logit") or (not exact and needs_cotangent(self, options))),
+            head=int(self.path == "logit"),
+            second_order=exact,
+        )
+
 
 SINGH = "Singh et al. 2025 (Functional-SAM)"
+PLAIN = Method(None, "plain", source="Loshchilov & Hutter 2019")
 METHODS: dict[str, Method] = {
-    "adamw": Method(None, "plain", passes="1", memory="none", source="Loshchilov & Hutter 2019"),
+    "plain": PLAIN,
+    "adamw": PLAIN,  # its other name
     "sam": Method("gradient", "sam", source="Foret et al. 2020"),
-    "functional-sam": Method("gradient", "functional", memory="theta, h", source=SINGH),
-    "logit-sam": Method("gradient", "logit", passes="2.33", memory="theta, h, head", source=f"{SINGH}, the other half"),
+    "functional-sam": Method("gradient", "functional", source=SINGH),
+    "logit-sam": Method("gradient", "logit", source=f"{SINGH}, the other half"),
     "precond-sam": Method("adam", "sam", source=SINGH),
-    "precond-functional-sam": Method("adam", "functional", memory="theta, h", source=SINGH),
-    "penalty-sam": Method("gradient", "penalty", passes="about 4", memory="graph of second order", source=SINGH),
-    "angle-sam": Method(
-        "gradient",
-        "penalty",
-        options={"phi": 0.0},
-        passes="about 4",
-        memory="graph of second order",
-        source=f"{SINGH}; scaling ours",
-    ),
+    "precond-functional-sam": Method("adam", "functional", source=SINGH),
+    "penalty-sam": Method("gradient", "penalty", source=SINGH),
+    "angle-sam": Method("gradient", "penalty", options={"phi": 0.0}, source=f"{SINGH}; scaling ours"),
     "asam": Method("adaptive", "sam", rho=0.5, source="Kwon et al. 2021"),
-    "sam-on": Method("gradient", "sam", options={"only": "norm"}, memory="norm parameters", source="Mueller et al. 2023"),
+    "sam-on": Method("gradient", "sam", options={"subset": "norm"}, source="Mueller et al. 2023"),
     "fisher-sam": Method("fisher", "sam", source="Kim et al. 2022"),
-    "gsam": Method(
-        "gradient", "sam", "gsam", options={"rho_schedule": "lr"}, memory="theta, g", rho=0.6, source="Zhuang et al. 2022"
-    ),
-    "wsam": Method("gradient", "sam", "wsam", memory="theta, g", source="Yue et al. 2023"),
-    "gnp": Method("gradient", "sam", "gnp", memory="theta, g", rho=0.1, source="Zhao et al. 2022"),
-    "looksam": Method("gradient", "sam", "looksam", passes="1 + 1/k", memory="theta, g, g_v", source="Liu et al. 2022"),
-    "momentum-sam": Method("momentum", "sam", options={"sign": -1.0}, passes="1", source="Becker et al. 2024"),
-    "momentum-functional-sam": Method("momentum", "functional", passes="1.33", memory="theta, h", source="ours"),
-    "tram": Method("gradient", "sam", "tram", passes="2.33", memory="2 theta, h twice", rho=1.0, source="Sherborne et al. 2023"),
+    "gsam": Method("gradient", "sam", "gsam", options={"rho_schedule": "lr"}, rho=0.6, source="Zhuang et al. 2022"),
+    "wsam": Method("gradient", "sam", "wsam", source="Yue et al. 2023"),
+    "gnp": Method("gradient", "sam", "gnp", rho=0.1, source="Zhao et al. 2022"),
+    "looksam": Method("gradient", "sam", "looksam", source="Liu et al. 2022"),
+    "momentum-sam": Method("momentum", "sam", options={"direction": "descent"}, source="Becker et al. 2024"),
+    "momentum-functional-sam": Method("momentum", "functional", source="ours"),
+    "tram": Method("gradient", "sam", "tram", rho=1.0, source="Sherborne et al. 2023"),
 }
+
+
+def coefficients(phi: float) -> tuple[float, float]:
+    """(c cos(phi), c sin(phi)), c = sqrt(2): the penalty path's weights of delta_func and delta_logit; exact where they are 0 or 1."""
+    angle = math.radians(phi)
+    return round(math.sqrt(2.0) * math.cos(angle), 14), round(math.sqrt(2.0) * math.sin(angle), 14)
+
+
+def needs_cotangent(method: Method, options: Mapping[str, Any]) -> bool:
+    """Whether pass 1 must keep u(theta); of the penalty path only the difference, where one gradient does not give H eps."""
+    if method.path == "penalty":
+        functional, logit = coefficients(options["phi"])
+        return bool(options["derivative"] == "difference" and functional != logit)
+    return method.path == "functional"
+
+
+def resolve(name: str, given: Mapping[str, Any] | None = None) -> tuple[Method, dict[str, Any]]:
+    """The method of a name (with ascent and path as given) and its complete options; no model is needed.
+
+    lr_max stays None: it is the optimizer's. Raises UserError for a name, an option or a value that does not exist, with the nearest
+    one that does, and for numbers out of range.
+    """
+    if name not in METHODS:
+        raise unknown("method", name, METHODS)
+    named, given = METHODS[name], dict(given or {})
+    ascent, path = given.pop("ascent", named.ascent), given.pop("path", named.path)
+    if ascent not in ASCENT_OPTIONS:
+        raise unknown("ascent", ascent, [a for a in ASCENT_OPTIONS if a])
+    if path not in PATH_OPTIONS:
+        raise unknown("path", path, PATH_OPTIONS)
+    if (ascent is None) != (path == "plain"):
+        raise UserError(f"method {name!r} with ascent={ascent!r} and path={path!r}: give both, or start from another method")
+    method = dataclasses.replace(named, ascent=ascent, path=path)
+
+    options = {**GENERAL_OPTIONS, **ASCENT_OPTIONS[ascent], **PATH_OPTIONS[path], **MIX_OPTIONS[method.mix]}
+    options |= {key: value for key, value in named.options.items() if key in options}
+    for key, value in given.items():
+        if key in FORMER:
+            raise _renamed(key, value)
+        if key not in options:
+            raise unknown(f"option of {name}", key, options)
+        if key in CHOICES and value not in CHOICES[key]:
+            raise unknown(f"value of {key}", value, CHOICES[key])
+    options |= given
+
+    if not isinstance(options["every"], int) or options["every"] < 1:
+        raise UserError(f"every={options['every']!r}: the perturbed pass comes every so many steps, a whole number >= 1")
+    if not (options["subset"] in (None, "norm") or callable(options["subset"])):
+        raise UserError(f'subset={options["subset"]!r}: expected None, "norm", or a function (name, parameter) -> bool')
+    if options["rho_schedule"] == "warmup" and options["warmup_steps"] < 1:
+        raise UserError('rho_schedule="warmup" needs warmup_steps >= 1')
+    if options.get("step", 1.0) <= 0:
+        raise UserError(f"step={options['step']!r}: the displacement of the finite difference is > 0")
+    if not 0.0 <= options.get("gamma", 0.0) < 1.0:
+        raise UserError(f"gamma={options['gamma']!r}: the weight of the sharpness is in [0, 1)")
+    scope = options["scope"]
+    if scope != "step" and (method.mix is not None or path == "penalty"):
+        raise UserError(f"scope={scope!r} does not combine with {method.mix or 'penalty'}, which mixes both gradients")
+    if scope == "micro-batch" and ascent == "fisher":
+        raise UserError('scope="micro-batch" does not combine with ascent "fisher", whose F is the step\'s gradient squared')
+    return method, options
+
+
+def cost(name: str, options: Mapping[str, Any] | None = None) -> Cost:
+    """What a step of a method costs, with these options over its own. Raises UserError as resolve does."""
+    method, complete = resolve(name, options)
+    return method.cost(complete)
 
 
 def table() -> list[tuple[str, str, str, str, str, str, float, str]]:
-    """One row a method: name, ascent, path, mix, passes, extra memory, default rho, source; "-" where there is none."""
-    return [
-        (name, method.ascent or "-", method.path, method.mix or "-", method.passes, method.memory, method.rho, method.source)
-        for name, method in METHODS.items()
-    ]
+    """One row a method: name, ascent, path, mix, gradient evaluations of a step, extra memory, default rho, source; "-" for none."""
+    rows = []
+    for name, method in METHODS.items():
+        if name == "adamw":
+            continue
+        _, options = resolve(name)
+        spent = method.cost(options)
+        gradients = f"{spent.gradients:.3g}" + (f" (every {options['every']})" if options["every"] > 1 else "")
+        memory = spent.memory.replace("theta", "norm parameters") if options["subset"] == "norm" else spent.memory
+        shown = "plain (adamw)" if name == "plain" else name
+        rows.append(
+            (shown, method.ascent or "-", method.path, method.mix or "-", gradients, memory, method.rho, method.source),
+        )
+    return rows
+
+
+def unknown(kind: str, value: object, known: Iterable[object]) -> UserError:
+    """The error for a name that is not in `known`, with the nearest one."""
+    names = list(map(str, known))
+    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return UserError(f"unknown {kind} {value!r}{hint} (known: {', '.join(names)})")
+
+
+def _renamed(key: str, value: object) -> UserError:
+    new, values = FORMER[key]
+    now = values.get(value, value) if isinstance(value, str | int | float) else value
+    return UserError(f"option {key} is called {new} now: {new}={now!r} in the place of {key}={value!r}")

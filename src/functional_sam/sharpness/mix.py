@@ -1,22 +1,22 @@
 """What some methods do with both gradients: g at theta (base) and g' at theta' (now in .grad).
 
-A Mix may also set the radius (tram.py) or let a step go without its own perturbed pass (looksam).
+A Mix may also set the radius (tram) or let a step go without its own perturbed pass (looksam).
 """
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from functional_sam.ascents import owners
 from functional_sam.errors import UserError
-from functional_sam.sharpness.ascent import dot, norm, owners
-from functional_sam.sharpness.passes import unwrapped
-
-if TYPE_CHECKING:
-    from functional_sam.sharpness.backward import SharpnessAware, Step
-    from functional_sam.sharpness.passes import Kept
+from functional_sam.sharpness.divergence import divergence
+from functional_sam.sharpness.passes import Kept, Passes
+from functional_sam.sharpness.perturbation import Perturbation, Step
+from functional_sam.vectors import dot, norm
+from functional_sam.weights import buffers_kept, unwrapped
 
 Gradients = dict[Tensor, Tensor]
 
@@ -26,14 +26,14 @@ class Mix:
 
     compares_logits = False  # pass 1 keeps its logits for `measure`
 
-    def __init__(self, sharpness: "SharpnessAware"):
-        self.sharpness, self.options = sharpness, sharpness.options
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, options: dict[str, Any]) -> None:
+        self.model, self.options = model, options
 
-    def prepare(self, step: "Step", due: bool) -> bool:
-        """Called before pass 1; whether this step, `due` by interval and radius, has a perturbed pass."""
+    def prepare(self, passes: Passes, perturbation: Perturbation, step: Step, due: bool) -> bool:
+        """Called before pass 1; whether this step, `due` by its number and radius, has a perturbed pass."""
         return due
 
-    def measure(self, step: "Step", kept: "Sequence[Kept]") -> None:
+    def measure(self, passes: Passes, step: Step, kept: Sequence[Kept]) -> None:
         """Called after pass 1 of a step with a perturbed pass, which it may give other radii."""
 
     def combine(self, base: Gradients) -> None:
@@ -42,8 +42,12 @@ class Mix:
     def reuse(self, active: bool) -> None:
         """Called after pass 1 of a step without a perturbed pass; `active`: rho is not zero."""
 
-    def done(self) -> None:
+    def done(self, perturbation: Perturbation) -> None:
         """Called at the end of every step, weights restored."""
+
+    def beside(self) -> Gradients:
+        """What the coming optimizer.step() will apply beside .grad, in its units."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -92,14 +96,14 @@ class WeightedSharpness(Mix):
     Source: Yue et al. 2023 (rho 0.05, gamma 0.9, decoupled), Algorithm 1.
     """
 
-    def __init__(self, sharpness: "SharpnessAware"):
-        super().__init__(sharpness)
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, options: dict[str, Any]) -> None:
+        super().__init__(model, optimizer, options)
         self.weight = self.options["gamma"] / (1.0 - self.options["gamma"])
         self.pending: Gradients = {}
         if self.options["decoupled"]:
-            sharpness.optimizer.register_step_post_hook(self._correct)
+            optimizer.register_step_post_hook(self._correct)
 
-    def prepare(self, step: "Step", due: bool) -> bool:
+    def prepare(self, passes: Passes, perturbation: Perturbation, step: Step, due: bool) -> bool:
         self.pending = {}
         return due
 
@@ -114,11 +118,14 @@ class WeightedSharpness(Mix):
             torch._foreach_mul_(there, self.weight)
             torch._foreach_add_(there, g)
 
-    def done(self) -> None:
-        size = norm(list(self.pending.values()))  # not in .grad, where the core looks
+    def done(self, perturbation: Perturbation) -> None:
+        size = norm(list(self.pending.values()), fast=True)  # not in .grad, where the core looks
         if not math.isfinite(size):
             self.pending = {}
-        self.sharpness.require_finite(size, "gradient", self.sharpness.where)
+        perturbation.require_finite(size, "gradient")
+
+    def beside(self) -> Gradients:
+        return {p: correction * self.weight for p, correction in self.pending.items()}
 
     @torch.no_grad()
     def _correct(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -129,10 +136,10 @@ class WeightedSharpness(Mix):
 
     def state_dict(self) -> dict[str, Any]:
         """Empty between steps; the correction when taken between backward and optimizer.step()."""
-        return {"pending": named(self.sharpness.model, self.pending)}
+        return {"pending": named(self.model, self.pending)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.pending = unnamed(self.sharpness.model, state["pending"])
+        self.pending = unnamed(self.model, state["pending"])
 
 
 class SurrogateGap(Mix):
@@ -144,54 +151,125 @@ class SurrogateGap(Mix):
 
     def combine(self, base: Gradients) -> None:
         g, there = self._both(base)
-        square, alpha = norm(there) ** 2, self.options["alpha"]
+        square, alpha = norm(there, fast=True) ** 2, self.options["alpha"]
         if square > 0.0:
-            torch._foreach_mul_(there, 1.0 + alpha * dot(g, there) / square)
+            torch._foreach_mul_(there, 1.0 + alpha * dot(g, there, fast=True) / square)
             torch._foreach_add_(there, g, alpha=-alpha)
 
 
 class LookSAM(Mix):
-    """LookSAM: every k steps g' and g_v = g' - (g . g' / |g|^2) g, the part of g' orthogonal to g; g + alpha (|g| / |g_v|) g_v
+    """LookSAM: every so many steps g' and g_v = g' - (g . g' / |g|^2) g, the part of g' orthogonal to g; g + alpha (|g| / |g_v|) g_v
     in the steps between.
 
-    Keeps g_v. With the functional or logit path g' is that path's. Source: Liu et al. 2022, Algorithm 1 (k 10, alpha 0.7).
+    Keeps g_v. With the functional or logit path g' is that path's. Source: Liu et al. 2022, Algorithm 1 (every 10, alpha 0.7).
     """
 
-    def __init__(self, sharpness: "SharpnessAware"):
-        super().__init__(sharpness)
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, options: dict[str, Any]) -> None:
+        super().__init__(model, optimizer, options)
         self.orthogonal: Gradients = {}
         self.size = 0.0
         self._next: tuple[Gradients, float] | None = None
 
-    def prepare(self, step: "Step", due: bool) -> bool:
+    def prepare(self, passes: Passes, perturbation: Perturbation, step: Step, due: bool) -> bool:
         self._next = None
-        return due and (self.sharpness.steps - 1) % self.options["k"] == 0
+        return due
 
     def combine(self, base: Gradients) -> None:
         g, there = self._both(base)
         if not g:
             return
-        torch._foreach_mul_(g, -dot(g, there) / norm(g) ** 2)
+        torch._foreach_mul_(g, -dot(g, there, fast=True) / norm(g, fast=True) ** 2)
         torch._foreach_add_(g, there)
-        self._next = ({p: base[p] for p in base if p.grad is not None}, norm(g))
+        self._next = ({p: base[p] for p in base if p.grad is not None}, norm(g, fast=True))
         # g' parallel to g leaves rounding alone, which the steps between would blow up to the size of g.
-        if self._next[1] <= 8 * torch.finfo(g[0].dtype).eps * norm(there):
+        if self._next[1] <= 8 * torch.finfo(g[0].dtype).eps * norm(there, fast=True):
             self._next = ({}, 0.0)
 
-    def done(self) -> None:
+    def done(self, perturbation: Perturbation) -> None:
         if self._next is not None:  # taken over only now, when the step is known to be sound
             (self.orthogonal, self.size), self._next = self._next, None
 
     def reuse(self, active: bool) -> None:
         if not active or self.size == 0.0:
             return
-        grads = [p.grad for p in self.sharpness.model.parameters() if p.grad is not None]
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         pairs = [(p.grad, orthogonal) for p, orthogonal in self.orthogonal.items() if p.grad is not None]
-        factor = self.options["alpha"] * norm(grads) / self.size
+        factor = self.options["alpha"] * norm(grads, fast=True) / self.size
         torch._foreach_add_([g for g, _ in pairs], [orthogonal for _, orthogonal in pairs], alpha=factor)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"orthogonal": named(self.sharpness.model, self.orthogonal), "size": self.size}
+        return {"orthogonal": named(self.model, self.orthogonal), "size": self.size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.orthogonal, self.size = unnamed(self.sharpness.model, state["orthogonal"]), float(state["size"])
+        self.orthogonal, self.size = unnamed(self.model, state["orthogonal"]), float(state["size"])
+
+
+class TrustRegion(Mix):
+    """Radius rho * D, D = mean over valid targets of KL(softmax(z_old) || softmax(z)) in nats, z the logits at theta.
+
+    z_old are those at theta_{t-1}, the weights of the previous step (divergence="previous"), or at theta_0, those of the first
+    one ("initial"); both forwards see the same dropout mask. In the first step D = 0: the plain gradient.
+    Keeps a copy of the parameters and, through a step, the logits (with a readout: h, twice). One forward more than SAM.
+    Rows without a target are left out where targets are class indices; for another loss_fn every row counts.
+    Source: Sherborne et al. 2023, TRAM-theta_{t-1} and TRAM-theta_0; rho = 1 is their radius, its factor and the order of the
+    two arguments of KL are ours to state.
+    """
+
+    compares_logits = True
+
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, options: dict[str, Any]) -> None:
+        super().__init__(model, optimizer, options)
+        self.old: dict[Tensor, Tensor] = {}
+        self._there: list[Kept] = []
+
+    def prepare(self, passes: Passes, perturbation: Perturbation, step: Step, due: bool) -> bool:
+        if not due or not self.old:
+            return False
+        with perturbation.moved(self.old, self._go_back), buffers_kept(self.model):
+            self._there = passes.cotangents(step.batches, logits=True)
+        step.repeated = self._there
+        return True
+
+    def _go_back(self) -> None:
+        for p, value in self.old.items():
+            p.copy_(value)
+
+    def measure(self, passes: Passes, step: Step, kept: Sequence[Kept]) -> None:
+        total, count = zip(
+            *(
+                divergence(there, here, self.old, targets)
+                for there, here, (_, targets) in zip(self._there, kept, step.batches, strict=True)
+            ),
+            strict=True,
+        )
+        moved, valid = passes.sum_over_ranks(torch.stack(total).sum(), torch.stack(count).sum())
+        # Rounding may leave a divergence of about -1e-8 between logits that are the same.
+        factor = max(moved / max(valid, 1.0), 0.0)
+        step.radii = {p: radius * factor for p, radius in step.radii.items()}
+        self._there = []
+        for memory in kept:
+            memory.logits = None
+
+    def done(self, perturbation: Perturbation) -> None:
+        if self.options["divergence"] == "previous" or not self.old:
+            for p in self.model.parameters():
+                if p.requires_grad:
+                    if p in self.old:
+                        self.old[p].copy_(p.detach())
+                    else:
+                        self.old[p] = p.detach().clone()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"old": named(self.model, self.old)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.old = unnamed(self.model, state["old"])
+
+
+MIXES: dict[str, type[Mix]] = {
+    "gnp": GradientNormPenalty,
+    "wsam": WeightedSharpness,
+    "gsam": SurrogateGap,
+    "looksam": LookSAM,
+    "tram": TrustRegion,
+}

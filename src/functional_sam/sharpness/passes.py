@@ -16,13 +16,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from functional_sam.errors import UserError
+from functional_sam.head import compute_dtype, pull_back
 from functional_sam.losses import IGNORE, cross_entropy
-from functional_sam.sharpness.head import compute_dtype, pull_back
+from functional_sam.weights import is_sharded, local_bytes, process_group, replicas, reshard, unwrapped
 
-Batch = tuple[Any, Tensor]
+Batch = tuple[Any, Any]  # (inputs, targets), inputs any pytree
 LossFn = Callable[[Tensor, Tensor], tuple[Tensor, Any]]
 
 
@@ -40,35 +40,6 @@ class Kept:
     returned: Tensor | None = None  # by a model whose readout returned `loss`
 
 
-def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """The caller's module inside DistributedDataParallel and torch.compile."""
-    inner: Any = model
-    while isinstance(inner, DistributedDataParallel) or hasattr(inner, "_orig_mod"):
-        inner = inner.module if isinstance(inner, DistributedDataParallel) else inner._orig_mod
-    found: torch.nn.Module = inner
-    return found
-
-
-def replicas(model: torch.nn.Module) -> list[DistributedDataParallel]:
-    """The DistributedDataParallel modules in the model: itself, or inside torch.compile or the caller's own module."""
-    return [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
-
-
-def is_sharded(model: torch.nn.Module) -> bool:
-    """True when FSDP2 (or another DTensor scheme) holds the parameters in shards."""
-    return any(hasattr(p, "device_mesh") for p in model.parameters())
-
-
-def _process_group(model: torch.nn.Module) -> Any:
-    """The group over which the model's gradients are averaged, or None for a model that lives in one process."""
-    for replica in replicas(model):
-        return replica.process_group
-    for p in model.parameters():
-        if hasattr(p, "device_mesh"):  # FSDP2 averages over its whole mesh, of one dimension or two (HSDP)
-            return p.device_mesh.get_group() if p.device_mesh.ndim == 1 else dist.group.WORLD
-    return None
-
-
 class Passes:
     """Runs passes for one model, loss and forward function; SharpnessAware explains the arguments."""
 
@@ -84,16 +55,14 @@ class Passes:
         self.forward: Callable[..., Any] = forward or (lambda model, inputs, **readout: model(inputs, **readout))
         takes_readout = forward is None or "readout" in inspect.signature(forward).parameters
         possible = bool(getattr(unwrapped(model), "has_readout", False)) and takes_readout and loss_fn is cross_entropy
-        if keep not in ("auto", "hidden", "u", "cotangent"):
-            raise UserError(f'keep={keep!r}: expected "auto", "hidden", "u" or "cotangent"')
         if keep in ("hidden", "u") and not possible:
             raise UserError(
                 f'keep="{keep}" needs a model with has_readout, a forward that takes readout=, and the default loss_fn; '
                 'use keep="auto" or keep="cotangent"'
             )
         self.fused = possible and keep != "cotangent"
-        self.keep_u = keep == "u"
-        self.group = _process_group(model)
+        self.keep_u = None if keep == "auto" else keep == "u"  # None: decided at the first step that keeps anything
+        self.group = process_group(model)
         self.world = dist.get_world_size(self.group) if self.group is not None else 1
         self.sharded = is_sharded(model)
         self.replicas = replicas(model)
@@ -109,6 +78,7 @@ class Passes:
         targets beforehand; for another one the first micro-batch's count stands in and `finish` returns the correction.
         """
         self.num_batches = len(batches)
+        self.num_targets = sum(targets.numel() for _, targets in batches) if self.fused else 0  # of this process
         self.divisor: float | None = None
         if self.loss_fn is cross_entropy:
             counts = torch.stack([(targets != IGNORE).sum() for _, targets in batches])
@@ -168,21 +138,21 @@ class Passes:
         self,
         batches: Sequence[Batch],
         *,
-        like: Sequence[Kept] | None = None,
+        repeated: Sequence[Kept] | None = None,
         remember: bool = False,
         logits: bool = False,
         sync: bool = True,
     ) -> list[Kept]:
         """J^T u at the weights as they are, added to .grad.
 
-        `like` repeats an earlier pass's randomness; `remember` keeps u, `logits` the logits (with a readout (h, weight) is both).
+        `repeated`: an earlier pass whose randomness this one has; `remember` keeps u, `logits` the logits (with a readout (h, weight) is both).
         """
         kept: list[Kept] = []
         for i, (inputs, targets) in enumerate(batches):
-            memory = self.rewind(i, like)
+            memory = self.rewind(i, repeated)
             with self._synchronized(sync and i == len(batches) - 1):
                 if self.fused:
-                    loss = self._call(inputs, partial(self._loss_readout, targets, memory, kept if remember or logits else None))
+                    loss = self._call(inputs, partial(self._loss_readout, targets, memory, kept, remember, logits))
                     memory.returned = loss.detach()
                     torch.autograd.backward(loss)
                 else:
@@ -198,7 +168,7 @@ class Passes:
         return kept
 
     def cotangents(
-        self, batches: Sequence[Batch], *, like: Sequence[Kept] | None = None, copy_weight: bool = False, logits: bool = False
+        self, batches: Sequence[Batch], *, repeated: Sequence[Kept] | None = None, copy_weight: bool = False, logits: bool = False
     ) -> list[Kept]:
         """A forward at the weights as they are that keeps their cotangents (or the logits); no gradient.
 
@@ -207,7 +177,7 @@ class Passes:
         """
         kept: list[Kept] = []
         for i, (inputs, targets) in enumerate(batches):
-            memory = self.rewind(i, like)
+            memory = self.rewind(i, repeated)
             with torch.no_grad():
                 if self.fused:
                     self._call(inputs, partial(self._keeping_readout, memory, kept, copy_weight))
@@ -219,58 +189,38 @@ class Passes:
                         u = self._cotangent(z, targets, memory)
                         memory.u = u if self.keep_dtype is None else u.to(self.keep_dtype)
             kept.append(memory)
-        self.reshard()  # a root module stays gathered after forward; the next pass must gather the weights it will then have
+        reshard(self.model)  # a root module stays gathered after forward; the next pass must gather the weights it will then have
         return kept
 
     def pull(
         self,
         batches: Sequence[Batch],
         kept: Sequence[Kept],
-        originals: Mapping[Tensor, Tensor],
+        theta: Mapping[Tensor, Tensor],
         *,
-        share: float = 1.0,
-        own: float = 0.0,
+        weight_kept: float = 1.0,
+        weight_here: float = 0.0,
         sync: bool = True,
     ) -> None:
-        """J^T (share * u kept elsewhere + own * u here) at the weights as they are, added to .grad, in one backward.
+        """J^T (weight_kept * u kept elsewhere + weight_here * u here) at the weights as they are, added to .grad, in one backward.
 
-        originals: parameter -> its values where u was kept.
+        theta: parameter -> its values where u was kept.
         """
         for i, ((inputs, targets), memory) in enumerate(zip(batches, kept, strict=True)):
             self.rewind(i, kept)
             with self._synchronized(sync and i == len(batches) - 1):
                 if self.fused:
-                    loss = self._call(inputs, partial(self._pull_readout, targets, memory, originals, share, own))
-                    if not own:
-                        memory.returned = loss.detach() / share
+                    loss = self._call(inputs, partial(self._pull_readout, targets, memory, theta, weight_kept, weight_here))
+                    if not weight_here:
+                        memory.returned = loss.detach() / weight_kept
                     torch.autograd.backward(loss)
                 else:
                     assert memory.u is not None
                     z = self.forward(self.model, inputs)
                     u = memory.u.to(z.dtype)
-                    if own or share != 1.0:
-                        u = u * share + self._cotangent(z, targets, Kept(())) * own
+                    if weight_here or weight_kept != 1.0:
+                        u = u * weight_kept + self._cotangent(z, targets, Kept(())) * weight_here
                     torch.autograd.backward(z, u)
-
-    def reshard(self) -> None:
-        """Drop the whole parameters that FSDP2 has gathered: they are of weights that change now."""
-        if self.sharded:
-            for module in self.model.modules():
-                reshard: Any = getattr(module, "reshard", None)
-                if reshard is not None:
-                    reshard()
-
-    @contextlib.contextmanager
-    def buffers_kept(self, keep: bool = True) -> Iterator[None]:
-        """Buffers (BatchNorm's running statistics ...) leave the block as they entered it."""
-        buffers = list(self.model.buffers()) if keep and self.model.training else []
-        copies = [buffer.detach().clone() for buffer in buffers]
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, copy in zip(buffers, copies, strict=True):
-                    buffer.copy_(copy)
 
     # ------------------------------------------------------------------ loss and cotangent
 
@@ -314,14 +264,23 @@ class Passes:
         assert self._job is not None
         return self._job(h, weight)
 
-    def _loss_readout(self, targets: Tensor, memory: Kept, earlier: list[Kept] | None, h: Tensor, weight: Tensor) -> Tensor:
-        """The scaled loss here; `earlier`: keep (h, weight), these being the micro-batches kept so far."""
-        if earlier is not None:
+    def _loss_readout(
+        self, targets: Tensor, memory: Kept, earlier: list[Kept], remember: bool, logits: bool, h: Tensor, weight: Tensor
+    ) -> Tensor:
+        """The scaled loss here; `earlier`: the micro-batches before. Keeps u, or (h, weight), from which it is built again."""
+        if remember and self._keeps_u(h, weight):
+            # The one place where u is ever whole: it saves a third of the head's work in the next pass.
+            memory.u = torch.empty(targets.numel(), len(weight), dtype=self.keep_dtype or compute_dtype(h), device=h.device)
+        if logits or (remember and memory.u is None):
             self._keep(memory, earlier, False, h, weight)
-            if self.keep_u:  # the one place where u is ever whole: it saves a third of the head's work in the next pass
-                dtype = self.keep_dtype or compute_dtype(h)
-                memory.u = torch.empty(targets.numel(), len(weight), dtype=dtype, device=h.device)
         return self._pulled(memory, h, weight, h, weight, targets, u=memory.u)
+
+    def _keeps_u(self, h: Tensor, weight: Tensor) -> bool:
+        """keep="auto" keeps u where that takes no more memory than one copy of the parameters, once and for all steps."""
+        if self.keep_u is None:
+            itemsize = (self.keep_dtype or compute_dtype(h)).itemsize
+            self.keep_u = self.num_targets * len(weight) * itemsize <= local_bytes(self.model.parameters())
+        return self.keep_u
 
     def _keeping_readout(self, memory: Kept, earlier: list[Kept], copy: bool, h: Tensor, weight: Tensor) -> Tensor:
         self._keep(memory, earlier, copy, h, weight)
@@ -329,7 +288,7 @@ class Passes:
 
     def _keep(self, memory: Kept, earlier: list[Kept], copy: bool, h: Tensor, weight: Tensor) -> None:
         memory.h, memory.weight = h.detach(), weight.detach()
-        # A parameter is found again in `originals`. A view of one would move with it, FSDP2's whole parameter is freed.
+        # A parameter is found again in `theta`. A view of one would move with it, FSDP2's whole parameter is freed.
         if isinstance(weight, torch.nn.Parameter) and not (copy or self.sharded):
             memory.weight = weight
         elif earlier and earlier[0].weight is not None:
@@ -341,19 +300,21 @@ class Passes:
         self,
         targets: Tensor,
         memory: Kept,
-        originals: Mapping[Tensor, Tensor],
-        share: float,
-        own: float,
+        theta: Mapping[Tensor, Tensor],
+        weight_kept: float,
+        weight_here: float,
         h: Tensor,
         weight: Tensor,
     ) -> Tensor:
-        assert memory.h is not None
-        assert memory.weight is not None
-        result = self._pulled(
-            memory, h, weight, memory.h, originals.get(memory.weight, memory.weight), targets, share, memory.u, True
-        )
-        if own:
-            result = result + self._pulled(Kept(()), h, weight, h, weight, targets, own)
+        if memory.u is not None:
+            result = self._pulled(memory, h, weight, h, weight, targets, weight_kept, memory.u, True)
+        else:
+            assert memory.h is not None
+            assert memory.weight is not None
+            there = theta.get(memory.weight, memory.weight)
+            result = self._pulled(memory, h, weight, memory.h, there, targets, weight_kept)
+        if weight_here:
+            result = result + self._pulled(Kept(()), h, weight, h, weight, targets, weight_here)
         return result
 
     def _pulled(
@@ -364,32 +325,41 @@ class Passes:
         h_u: Tensor,
         weight_u: Tensor,
         targets: Tensor,
-        share: float = 1.0,
+        factor: float = 1.0,
         u: Tensor | None = None,
         known: bool = False,
     ) -> Tensor:
         assert self.divisor is not None
-        scaled = pull_back(h, weight, h_u, weight_u, targets, share / self.divisor, u, known)
+        scaled = pull_back(h, weight, h_u, weight_u, targets, factor / self.divisor, u, known)
         if u is None or not known:
-            memory.loss = scaled.detach() / share
+            memory.loss = scaled.detach() / factor
         elif memory.loss is not None:
-            scaled = scaled + memory.loss * share
+            scaled = scaled + memory.loss * factor
         return scaled
 
     # ------------------------------------------------------------------ randomness and ranks
 
-    def rewind(self, i: int, like: Sequence[Kept] | None) -> Kept:
-        """A record for micro-batch i, after setting the random state to what it was in pass `like`."""
-        device = next(self.model.parameters()).device
-        accelerator = torch.get_device_module(device) if device.type not in ("cpu", "meta") else None
-        if like is not None:
-            torch.set_rng_state(like[i].rng[0])
-            if accelerator:
-                accelerator.set_rng_state(like[i].rng[1], device)
+    def rewind(self, i: int, repeated: Sequence[Kept] | None) -> Kept:
+        """A record for micro-batch i, after setting the random state to what it was in pass `repeated`."""
+        if repeated is not None:
+            self.set_random_state(repeated[i].rng)
+        return Kept(self.random_state())
+
+    def random_state(self) -> tuple[Tensor, ...]:
+        """Of the CPU's generator, and of the accelerator's that the model is on."""
         rng: tuple[Tensor, ...] = (torch.get_rng_state(),)
-        if accelerator:
-            rng += (accelerator.get_rng_state(device),)
-        return Kept(rng)
+        device = self._device
+        return rng if device.type in ("cpu", "meta") else (*rng, torch.get_device_module(device).get_rng_state(device))
+
+    def set_random_state(self, rng: tuple[Tensor, ...]) -> None:
+        """The inverse of random_state."""
+        torch.set_rng_state(rng[0])
+        if len(rng) > 1:
+            torch.get_device_module(self._device).set_rng_state(rng[1], self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     def _synchronized(self, sync: bool) -> contextlib.AbstractContextManager[Any]:
         """DDP averages gradients in the backward whose FORWARD ran with synchronization on, so this wraps both."""
@@ -402,6 +372,6 @@ class Passes:
         """Each value summed over the ranks, as a float."""
         stacked = torch.stack([value.double() for value in values])
         if self.group is not None:
-            stacked = stacked.to(next(self.model.parameters()).device)
+            stacked = stacked.to(self._device)
             dist.all_reduce(stacked, group=self.group)
         return tuple(stacked.tolist())

@@ -10,49 +10,35 @@ Source: Singh et al. 2025 for the sweep between the halves; c and the convention
 """
 
 import contextlib
-import math
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from functional_sam.losses import IGNORE, cross_entropy
-from functional_sam.sharpness.ascent import norm
-from functional_sam.sharpness.passes import Kept, LossFn
-
-if TYPE_CHECKING:
-    from functional_sam.sharpness.backward import SharpnessAware, Step
-
-
-def coefficients(phi: float) -> tuple[float, float]:
-    """(c cos(phi), c sin(phi)), the weights of delta_func and delta_logit; exactly 0 and 1 where they should be."""
-    angle = math.radians(phi)
-    return round(math.sqrt(2.0) * math.cos(angle), 14), round(math.sqrt(2.0) * math.sin(angle), 14)
+from functional_sam.head import differentiable_cotangent
+from functional_sam.losses import cross_entropy
+from functional_sam.sharpness.methods import coefficients
+from functional_sam.sharpness.passes import Kept, LossFn, Passes
+from functional_sam.sharpness.perturbation import AT_PERTURBED, Perturbation, Step
+from functional_sam.weights import buffers_kept
 
 
-def needs_u(options: dict[str, Any]) -> bool:
-    """Whether pass 1 must keep u(theta): only the difference does, and not where one gradient at theta + step gives H eps."""
-    functional, logit = coefficients(options["phi"])
-    return bool(options["derivative"] == "difference" and functional != logit)
-
-
-def penalty(sharpness: "SharpnessAware", step: "Step", kept: list[Kept] | None) -> list[Kept]:
+def penalty(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kept] | None) -> list[Kept]:
     """g + c (cos(phi) H_F eps + sin(phi) H_G eps); derivative "exact" or "difference"."""
     assert kept is not None
-    if sharpness.options["derivative"] == "exact":
-        exact(sharpness, step, kept)
+    if perturbation.options["derivative"] == "exact":
+        exact(passes, perturbation, step, kept)
     else:
-        difference(sharpness, step, kept)
+        difference(passes, perturbation, step, kept)
     return kept
 
 
 # ---------------------------------------------------------------------- by finite difference
 
 
-def difference(sharpness: "SharpnessAware", step: "Step", kept: list[Kept]) -> None:
+def difference(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kept]) -> None:
     """One more pass, at theta_h = theta + h eps/|eps|, h = `step`: both halves are differences of pulled-back cotangents.
 
         H_F eps ~ (J(theta_h)^T u(theta)   - J(theta)^T u(theta))   |eps| / h
@@ -62,15 +48,14 @@ def difference(sharpness: "SharpnessAware", step: "Step", kept: list[Kept]) -> N
     The error is of order h, plus rounding of order (precision of a gradient) |g| |eps| / h. In float32 the default h = 1e-3 is
     about right; under bf16 autocast take h of the order of rho.
     """
-    passes = sharpness.passes
-    functional, logit = coefficients(sharpness.options["phi"])
+    functional, logit = coefficients(perturbation.options["phi"])
     g = step.base
-    factor = _size(step) / sharpness.options["step"]
-    with sharpness.perturbed(step, 1.0 / factor) as originals, passes.buffers_kept():
+    factor = perturbation.length(step) / perturbation.options["step"]
+    with perturbation.applied(step, 1.0 / factor) as theta, buffers_kept(passes.model):
         if functional == logit:
-            passes.gradient(step.batches, like=kept, sync=step.sync)
+            passes.gradient(step.batches, repeated=kept, sync=step.sync)
         else:
-            passes.pull(step.batches, kept, originals, share=functional - logit, own=logit, sync=step.sync)
+            passes.pull(step.batches, kept, theta, weight_kept=functional - logit, weight_here=logit, sync=step.sync)
     there = [p.grad for p in g if p.grad is not None]
     here = [g[p] for p in g if p.grad is not None]
     # The difference first: factor is large, and its terms nearly cancel.
@@ -81,28 +66,18 @@ def difference(sharpness: "SharpnessAware", step: "Step", kept: list[Kept]) -> N
     torch._foreach_add_(there, here)
 
 
-def _size(step: "Step") -> float:
-    """|eps|, over all radii."""
-    parts = []
-    for radius in set(step.radii.values()):
-        chosen = [d for p, d in zip(step.params, step.directions, strict=True) if step.radii[p] == radius]
-        parts.append(radius * norm(chosen) / step.size)
-    return math.hypot(*parts)
-
-
 # ---------------------------------------------------------------------- by second derivatives
 
 
-def exact(sharpness: "SharpnessAware", step: "Step", kept: list[Kept]) -> None:
+def exact(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kept]) -> None:
     """By double backward, micro-batch by micro-batch; only the halves whose coefficient is not zero are computed.
 
     (J^T u) . eps is bilinear in u and eps: its derivative by theta with u held is H_F eps, by u it is J eps, and then
     H_G eps = J^T (d2L/dz2) J eps, with d2L/dz2 in closed form for cross-entropy. At 45 degrees u is not held, and one double
     backward gives H eps. Logits are whole here, and the graph of the gradient is kept: a few times the memory of a pass.
     """
-    passes = sharpness.passes
-    sharpness.at_perturbed()
-    functional, logit = coefficients(sharpness.options["phi"])
+    perturbation.where = AT_PERTURBED
+    functional, logit = coefficients(perturbation.options["phi"])
     params = list(step.base)
     total = [torch.zeros_like(p) for p in params]
     with torch.no_grad():
@@ -110,7 +85,7 @@ def exact(sharpness: "SharpnessAware", step: "Step", kept: list[Kept]) -> None:
     along = dict(zip(step.params, eps, strict=True))
     step.directions = []
     assert passes.divisor is not None
-    with _second_order(), passes.buffers_kept():
+    with _second_order(), buffers_kept(passes.model):
         for i, (inputs, targets) in enumerate(step.batches):
             passes.rewind(i, kept)
             z = passes.forward(passes.model, inputs)
@@ -165,35 +140,10 @@ def _along(
     return [[flat.pop(0) for _ in leaves] for leaves in wanted]
 
 
-class _CrossEntropyCotangent(torch.autograd.Function):
-    """u = (softmax(z) - onehot) / divisor on rows with a target, whose derivative along w is (p * w - p (p . w)) / divisor.
-
-    Double backward through F.cross_entropy keeps several times the logits; this keeps p.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, targets: Tensor, divisor: float) -> Tensor:
-        valid = (targets != IGNORE).unsqueeze(-1)
-        p = z.to(torch.promote_types(z.dtype, torch.float32)).softmax(-1) * valid
-        ctx.save_for_backward(p)
-        ctx.divisor = divisor
-        u = p.clone()
-        u.scatter_add_(-1, targets.where(valid.squeeze(-1), 0).unsqueeze(-1), -valid.to(u.dtype))
-        return u.div_(divisor).to(z.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        (p,) = ctx.saved_tensors
-        (w,) = cotangents
-        pw = p * w
-        return torch.addcmul(pw, p, pw.sum(-1, keepdim=True), value=-1).div_(ctx.divisor).to(w.dtype), None, None
-
-
 def _cotangent(loss_fn: LossFn, z: Tensor, targets: Tensor, divisor: float) -> Tensor:
     """dL/dz as a differentiable function of z."""
     if loss_fn is cross_entropy:
-        result: Tensor = _CrossEntropyCotangent.apply(z, targets, divisor)  # type: ignore[no-untyped-call]
-        return result
+        return differentiable_cotangent(z, targets, divisor)
     if not z.requires_grad:
         z = z.detach().requires_grad_()
     (u,) = torch.autograd.grad(loss_fn(z, targets)[0] / divisor, z, create_graph=True)

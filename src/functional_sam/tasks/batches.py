@@ -1,4 +1,4 @@
-"""A micro-batch is (inputs, targets): trees of tensors (dicts, tuples, ...) whose leaves have one row an example, along dimension 0."""
+"""A micro-batch is (inputs, targets): trees of tensors (dicts, tuples, ...), an example a row along dimension 0 of each leaf."""
 
 from typing import Any, TypeVar
 

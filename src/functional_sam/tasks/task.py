@@ -14,7 +14,6 @@ from torch import Tensor
 from functional_sam.config import Config
 from functional_sam.data.cache import Progress
 from functional_sam.data.shards import Watch
-from functional_sam.errors import UserError
 from functional_sam.losses import cross_entropy
 from functional_sam.models.shape import Shape
 from functional_sam.tasks.batches import Batch, Batches, split
@@ -46,7 +45,6 @@ class Task:
 
     metric: ClassVar[Metric]
     unit: ClassVar[str]  # of work: tokens, images
-    loss_fn: ClassVar[Callable[[Tensor, Tensor], tuple[Tensor, Any]]] = staticmethod(cross_entropy)
     data: Any
 
     def __init__(self, config: Config, progress: Progress | None = None):
@@ -88,7 +86,7 @@ class Task:
     @classmethod
     def shape(cls, config: Config) -> Shape:
         """The sizes of the model, from which its cost is planned."""
-        raise UserError(f"kind={config.kind}: the sizes of its model are not known without building it, so its cost cannot be planned")
+        raise NotImplementedError
 
     @classmethod
     def size(cls, config: Config) -> int:
@@ -100,6 +98,11 @@ class Task:
     def model(self) -> torch.nn.Module:
         """The model at its initial weights (training.init_seed)."""
         raise NotImplementedError
+
+    @property
+    def loss_fn(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """(logits, targets) -> (sum over valid targets, number of them)."""
+        return cross_entropy
 
     def forward(self, model: torch.nn.Module, inputs: Any, readout: Callable[..., Any] | None = None) -> Any:
         """Logits, or what readout(h, W) makes of the last hidden state (functional_sam.models)."""

@@ -20,6 +20,7 @@ from functional_sam.config import Config
 from functional_sam.errors import UserError
 from functional_sam.records import Run
 from functional_sam.tasks import Batches
+from functional_sam.tasks.batches import cut, joined, rows, split
 
 Result = TypeVar("Result")
 Forward = Callable[..., Any]
@@ -120,9 +121,9 @@ class Ranks:
         """The rows of a step that are this process's: of B rows the B/world from rank * B/world on, in forwards no larger."""
         if self.world == 1:
             return batches
-        size = len(batches[0][0])
-        inputs, targets = (torch.cat(tensors).chunk(self.world)[self.rank] for tensors in zip(*batches, strict=True))
-        return list(zip(torch.split(inputs, size), torch.split(targets, size), strict=True))
+        whole = joined(batches)
+        each = rows(whole) // self.world
+        return split(cut(whole, self.rank * each, (self.rank + 1) * each), rows(batches[0]))
 
     def wrap(self, model: torch.nn.Module, forward: Forward, batches: Batches) -> torch.nn.Module:
         """The model on its device, replicated or sharded: one FSDP2 unit a block, and the root with the embeddings.
@@ -134,7 +135,7 @@ class Ranks:
             from torch.distributed.fsdp import fully_shard  # half a second to import, for those who shard
 
             mesh = init_device_mesh(self.device.type, (self.world,))
-            blocks: Any = model.blocks
+            blocks: Any = getattr(model, "blocks", ())
             for block in blocks:
                 fully_shard(block, mesh=mesh)
             fully_shard(model, mesh=mesh)  # moves to the device unit by unit: no GPU ever holds the whole model
@@ -149,8 +150,9 @@ class Ranks:
         )
         # After its first backward DDP lays out its buckets anew, and with more than two processes the order of a sum depends on
         # the layout. Were that the first step's, a resumed run would not repeat the uninterrupted one bit for bit.
-        inputs = batches[0][0][:1]
-        forward(replica, inputs, readout=lambda h, weight: h.sum() + weight.sum()).backward()
+        inputs, _ = cut(batches[0], 0, 1)
+        readout = {"readout": lambda h, weight: h.sum() + weight.sum()} if getattr(model, "has_readout", False) else {}
+        forward(replica, inputs, **readout).sum().backward()
         model.zero_grad()
         return replica
 
@@ -172,24 +174,26 @@ class _Watched(Run):
 
 
 def _require_divisible(config: Config, world: int, parallel: str) -> None:
-    training, m = config.training, config.method.options.get("m")
+    training, scope = config.training, config.method.options.get("scope")
     if training.batch % world:
         raise UserError(
             f"training.batch={training.batch} is not divisible by {world} processes: every process takes the same number of rows"
         )
-    forwards = training.batch // training.micro_batch
-    if m == "microbatch" and forwards % world:
+    forwards = training.batch // config.micro_batch
+    if scope == "micro-batch" and forwards % world:
         raise UserError(
-            f"m=microbatch: the {forwards} micro-batches of a step are not divisible by {world} processes; "
+            f"scope=micro-batch: the {forwards} micro-batches of a step are not divisible by {world} processes; "
             f"a training.micro_batch of {training.batch // world} gives each process one (another run: it changes the result)"
         )
-    if m == "rank" and world > 1:
+    if scope == "rank" and world > 1:
         raise UserError(
-            f"m=rank: the result would depend on the number of processes; m=microbatch with training.micro_batch="
+            f"scope=rank: the result would depend on the number of processes; scope=micro-batch with training.micro_batch="
             f"{training.batch // world} is the same for {world} processes, and fixed by the config"
         )
     if parallel == "fsdp" and config.measure.curvature:
         raise UserError("measure.curvature needs whole parameters: train with runtime.parallel=ddp, or set measure.curvature=false")
+    if parallel == "fsdp" and config.optimizer.name == "adafactor":
+        raise UserError("optimizer.name=adafactor factors whole matrices: train with runtime.parallel=ddp, or by adamw or sgd")
 
 
 def _own_device() -> torch.device:

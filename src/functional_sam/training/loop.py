@@ -11,16 +11,20 @@ import torch
 
 from functional_sam.config import Config
 from functional_sam.data.cache import Progress
+from functional_sam.data.order import seed_of
 from functional_sam.records import Run
 from functional_sam.records.provenance import provenance, resumed
 from functional_sam.sharpness import SharpnessAware
-from functional_sam.sharpness.passes import unwrapped
-from functional_sam.tasks import Batches, Task, prepare
+from functional_sam.tasks import Metric, Task, prepare
+from functional_sam.tasks.batches import placed
 from functional_sam.training.distributed import join
 from functional_sam.training.measure import final_curvature, shares
+from functional_sam.training.optimizers import optimizer_of
+from functional_sam.training.precision import warn_of_slow_bf16
 from functional_sam.training.schedule import learning_rate
 from functional_sam.training.signals import Interrupted, Stop
 from functional_sam.training.state import restore, save
+from functional_sam.weights import unwrapped
 
 TIMES = ("seconds",)  # fields of metrics.jsonl that differ between two runs of one config
 
@@ -34,7 +38,7 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
     Raises Interrupted after a SIGINT, SIGTERM or SIGUSR2, once the step is finished and saved.
     Called in each of the processes of torchrun or srun it trains on all of them, and the first one writes the record.
     """
-    ranks = join(config)
+    ranks, training = join(config), config.training
     run, stop = ranks.run(config, root), Stop()
     if ranks.lead(lambda: run.done):
         return run
@@ -42,24 +46,21 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
         torch.set_num_threads(config.runtime.threads)
     ranks.lead(run.open)
     try:
+        if ranks.leads:
+            warn_of_slow_bf16(config)
         task = prepare(config, progress)
-        device, forward = ranks.device, _forward(config)
-        dtype = torch.float64 if config.training.precision == "float64" else torch.float32
-        model = ranks.wrap(task.model().to(dtype), forward, _moved(task.batch(0), device, dtype))
+        device, forward = ranks.device, _forward(task)
+        dtype = torch.float64 if training.precision == "float64" else torch.float32
+        initial = _jittered(task.model(), config).to(dtype)
+        model = ranks.wrap(initial, forward, placed(task.batch(0), device, dtype))
         inner = unwrapped(model)  # of which evaluation and curvature are
-        optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=config.optimizer.lr,
-            betas=(config.optimizer.beta1, config.optimizer.beta2),
-            eps=config.optimizer.eps,
-            weight_decay=config.optimizer.weight_decay,
-            fused=True,
-        )
+        optimizer = optimizer_of(config.optimizer, task, model)
         sharpness = SharpnessAware(
             model,
             optimizer,
             config.method.name,
             config.method.rho,
+            loss_fn=task.loss_fn,
             forward=forward,
             **config.method.options,
         )
@@ -70,50 +71,62 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
         run.write("provenance.json", resumed(run.read("provenance.json"), record, start) if start else record)
         run.restart_at(start)
 
-        measured_at = measure_steps(config.measure.points, config.training.steps)
+        measured_at = measure_steps(config.measure.points, training.steps)
+        doses_at = measure_steps(config.measure.doses if sharpness.method.path != "plain" else 0, training.steps)
+        best = ranks.lead(lambda: _best(run.metrics("validation"), task.metric))  # of before an interruption
         evaluated: dict[str, float] = {}
         began = time.perf_counter()
         stop.install()
-        for step in range(start, config.training.steps):
+        for step in range(start, training.steps):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config.optimizer, step, config.training.steps)
-            loss = sharpness.backward(_moved(ranks.part(task.batch(step)), device, dtype))
+                group["lr"] = learning_rate(config.optimizer, step, training.steps)
+            # What a step draws (dropout) is its own, whatever was drawn before it: by a method, a measurement, an earlier process.
+            torch.manual_seed(seed_of("step", training.data_seed, step, ranks.rank))
+            batches = placed(ranks.part(task.batch(step)), device, dtype)
+            loss = sharpness.backward(batches, measure_dose=step + 1 in doses_at)
             if config.optimizer.clip:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
             optimizer.step()
             optimizer.zero_grad()
 
             count = step + 1
-            last = count == config.training.steps
+            last = count == training.steps
             elapsed = seconds + time.perf_counter() - began
             if count % config.runtime.log_every == 0 or last or count == 1:
                 run.log("train", count, loss=float(loss), lr=group["lr"], seconds=round(elapsed, 3))
-            if last or (config.training.eval_every and count % config.training.eval_every == 0):
+            if count in doses_at:
+                run.log("dose", count, dose=sharpness.dose)
+            if last or (training.eval_every and count % training.eval_every == 0):
                 evaluated = _evaluate(task, inner, "validation")
                 run.log("validation", count, **evaluated)
-                sharpness.passes.reshard()
-            if count in measured_at:
-                run.log("decompose", count, **shares(inner, optimizer, _moved(task.measured(), device, dtype), config))
-                sharpness.passes.reshard()
+                if training.test_best and (best is None or task.metric.better(evaluated[task.metric.name], best[task.metric.name])):
+                    best = evaluated
+                    run.log("test", count, **_evaluate(task, inner, "test"))
+                sharpness.reshard()
+            if count in measured_at and (found := shares(inner, optimizer, task, placed(task.measured(), device, dtype), count)):
+                run.log("decompose", count, **found)
+                sharpness.reshard()
             stopped_by = ranks.any(stop.requested)
             if count % config.runtime.checkpoint_every == 0 or last or stopped_by:
                 run.sync()
                 save(run.directory / "checkpoint", count, ranks, sharpness, elapsed)
             if stopped_by:
                 raise Interrupted(
-                    f"stopped by {stopped_by} after step {count} of {config.training.steps}, checkpoint saved; "
+                    f"stopped by {stopped_by} after step {count} of {training.steps}, checkpoint saved; "
                     f"go on with: functional-sam train {run.directory}"
                 )
 
         if not evaluated:  # resumed after the last step
-            evaluated = {k: v for k, v in run.metrics("validation")[-1].items() if k not in ("kind", "step")}
-        if config.training.test:
-            evaluated = {**evaluated, **{f"test_{key}": value for key, value in _evaluate(task, inner, "test").items()}}
+            evaluated = _values(run.metrics("validation")[-1])
+        summary: dict[str, Any] = {"step": training.steps, "seconds": 0.0, **evaluated}
+        if training.test:
+            summary |= _named("test", _evaluate(task, inner, "test"))
+        if training.test_best:
+            summary |= ranks.lead(lambda: _best_and_its_test(run, task.metric))
         elapsed = seconds + time.perf_counter() - began
         if config.measure.curvature:
-            measured = final_curvature(inner, optimizer, _moved(task.measured(), device, dtype), config)
-            run.write("curvature.json", measured)
-        summary = {"step": config.training.steps, "seconds": round(elapsed, 3), **evaluated}
+            run.write("curvature.json", final_curvature(inner, optimizer, task, placed(task.measured(), device, dtype)))
+        summary["seconds"] = round(elapsed, 3)
         ranks.lead(lambda: run.write("done.json", summary))
         return run
     except FloatingPointError as error:  # divergence is a result, and kept as one
@@ -134,21 +147,26 @@ def measure_steps(points: int, steps: int) -> set[int]:
     return {round(math.exp(math.log(steps) * i / (points - 1))) for i in range(points)}
 
 
-def _forward(config: Config) -> Callable[..., Any]:
-    """Forward of the training passes: bf16 autocast or the parameters' own precision."""
-    enabled = config.training.precision == "bf16"
-    device = torch.device(config.runtime.device).type
+def _forward(task: Task) -> Callable[..., Any]:
+    """The task's forward in the training passes: under bf16 autocast, or in the parameters' own precision."""
+    enabled = task.config.training.precision == "bf16"
+    device = torch.device(task.config.runtime.device).type
 
-    def forward(model: torch.nn.Module, inputs: torch.Tensor, readout: Callable[..., Any] | None = None) -> Any:
+    def forward(model: torch.nn.Module, inputs: Any, readout: Callable[..., Any] | None = None) -> Any:
         with torch.autocast(device, torch.bfloat16) if enabled else contextlib.nullcontext():
-            return model(inputs, readout=readout)
+            return task.forward(model, inputs, readout)
 
     return forward
 
 
-def _moved(batches: Batches, device: torch.device, dtype: torch.dtype) -> Batches:
-    """The micro-batches on the device, real inputs in the parameters' dtype."""
-    return [(x.to(device, dtype) if x.is_floating_point() else x.to(device), t.to(device)) for x, t in batches]
+def _jittered(model: torch.nn.Module, config: Config) -> torch.nn.Module:
+    """The model, each weight times 1 + training.jitter * a normal number of init_seed."""
+    if config.training.jitter:
+        generator = torch.Generator().manual_seed(seed_of("jitter", config.training.init_seed))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1 + config.training.jitter * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    return model
 
 
 def _evaluate(task: Task, model: torch.nn.Module, split: str) -> dict[str, float]:
@@ -160,3 +178,28 @@ def _evaluate(task: Task, model: torch.nn.Module, split: str) -> dict[str, float
     if not math.isfinite(result["loss"]):
         raise FloatingPointError(f"after training, the {split} loss is {result['loss']}")
     return result
+
+
+def _best(lines: list[dict[str, Any]], metric: Metric) -> dict[str, Any] | None:
+    """The line with the best value, of several the first."""
+    best: dict[str, Any] | None = None
+    for line in lines:
+        if best is None or metric.better(line[metric.name], best[metric.name]):
+            best = line
+    return best
+
+
+def _best_and_its_test(run: Run, metric: Metric) -> dict[str, Any]:
+    """By the record: best_step, the validation values of that evaluation as best_..., the test values there as test_best_..."""
+    best = _best(run.metrics("validation"), metric)
+    assert best is not None
+    test = next(line for line in run.metrics("test") if line["step"] == best["step"])
+    return {"best_step": best["step"], **_named("best", _values(best)), **_named("test_best", _values(test))}
+
+
+def _values(line: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in line.items() if key not in ("kind", "step")}
+
+
+def _named(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}_{key}": value for key, value in values.items()}

@@ -15,8 +15,8 @@ from functional_sam.curvature import (
     quadratic_fit,
 )
 from functional_sam.curvature.geometry import AdamGeometry
-from functional_sam.sharpness.passes import is_sharded
-from functional_sam.tasks import Batches
+from functional_sam.tasks import Batches, Task
+from functional_sam.weights import is_sharded
 
 PART_FIELDS = (
     "norm_gradient",
@@ -33,47 +33,54 @@ MATRICES = ("hessian", "gauss_newton", "functional")
 SEED = 0  # of the random vectors: the same for every run, so that methods are compared along the same ones
 
 
-def shares(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: Batches, config: Config) -> dict[str, Any]:
+def shares(model: torch.nn.Module, optimizer: torch.optim.Optimizer, task: Task, batches: Batches, step: int) -> dict[str, Any]:
     """Norms, share and cosines of delta_logit and delta_func on the held-out rows, for each ascent; without autocast.
 
-    Of a sharded model they are differences of gradients, accurate to about 1 % in float32, and the result says so ("derivative").
+    The adam ascent from measure.adam_from on; empty where no ascent is left. Of a sharded model they are differences of gradients,
+    accurate to about 1 % in float32, and the result says so ("derivative").
     """
-    sharded = is_sharded(model)
+    sharded, measure = is_sharded(model), task.config.measure
+    ascents = [ascent for ascent in measure.ascents if ascent != "adam" or step >= measure.adam_from]
+    if not ascents:
+        return {}
     model.eval()
     try:
-        parts = decompose_many(model, batches, config.measure.ascents, optimizer, method="difference" if sharded else "exact")
+        method = "difference" if sharded else "exact"
+        parts = decompose_many(model, batches, ascents, optimizer, task.loss_fn, task.forward, method=method)
     finally:
         model.train()
     note = {"derivative": "difference"} if sharded else {}
-    return {"loss": parts[0].loss, **note, **{a: _numbers(part) for a, part in zip(config.measure.ascents, parts, strict=True)}}
+    return {"loss": parts[0].loss, **note, **{a: _numbers(part) for a, part in zip(ascents, parts, strict=True)}}
 
 
 def _numbers(part: Decomposition) -> dict[str, float]:
     return {name: getattr(part, name) for name in PART_FIELDS}
 
 
-def final_curvature(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: Batches, config: Config) -> dict[str, Any]:
+def final_curvature(model: torch.nn.Module, optimizer: torch.optim.Optimizer, task: Task, batches: Batches) -> dict[str, Any]:
     """The curvature of the final weights on the held-out rows: the content of curvature.json. Without autocast.
 
     "logits": mean over targets of their norm about the mean logit (a shift of all logits changes nothing), and of the entropy of
     the softmax in nats.
     "ascents": per ascent the numbers of `shares`, by kind of parameter too, and the loss change along eps against
     rho g.eps + rho^2/2 eps^T H eps.
-    "geometries": "plain" is A itself, "adam" P^1/2 A P^1/2; of A = H, H_G, H_F each eps^T A eps and |A eps| along the gradient, the
-    trace with its standard error over probes, both ends of the spectrum with residuals, and, with measure.density_probes, nodes and
-    weights [probes, order] of its density.
+    "geometries": "plain" is A itself, "adam" (of AdamW) P^1/2 A P^1/2; of A = H, H_G, H_F each eps^T A eps and |A eps| along the
+    gradient, the trace with its standard error over probes, both ends of the spectrum with residuals, and, with
+    measure.density_probes, nodes and weights [probes, order] of its density.
     """
-    measure = config.measure
+    config, measure = task.config, task.config.measure
     model.eval()
     try:
-        products = CurvatureProducts(model, batches)
-        parts = decompose_many(model, batches, measure.ascents, optimizer)
-        geometries: dict[str, CurvatureProducts | AdamGeometry] = {"plain": products, "adam": products.in_adam_geometry(optimizer)}
+        products = CurvatureProducts(model, batches, task.loss_fn, task.forward)
+        parts = decompose_many(model, batches, measure.ascents, optimizer, task.loss_fn, task.forward)
+        geometries: dict[str, CurvatureProducts | AdamGeometry] = {"plain": products}
+        if config.optimizer.name == "adamw":
+            geometries["adam"] = products.in_adam_geometry(optimizer)
         return {
             "step": config.training.steps,
             "rows": measure.rows,
             "loss": parts[0].loss,
-            "logits": _logits(model, batches),
+            "logits": _logits(model, task, batches),
             "ascents": {
                 ascent: {
                     **_numbers(part),
@@ -110,11 +117,11 @@ def _geometry(products: CurvatureProducts | AdamGeometry, config: Config) -> dic
     return result
 
 
-def _logits(model: torch.nn.Module, batches: Batches) -> dict[str, float]:
+def _logits(model: torch.nn.Module, task: Task, batches: Batches) -> dict[str, float]:
     norms, entropy, count = 0.0, 0.0, 0
     with torch.no_grad():
         for inputs, targets in batches:
-            logits = model(inputs).flatten(0, -2).float()[targets.flatten() >= 0]
+            logits = task.forward(model, inputs).flatten(0, -2).float()[targets.flatten() >= 0]
             log_p = logits.log_softmax(-1)
             norms += float((logits - logits.mean(-1, keepdim=True)).norm(dim=-1).sum())
             entropy -= float((log_p.exp() * log_p).sum())

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from rich.console import Console
@@ -16,16 +17,18 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from functional_sam.config import Config, to_yaml
 from functional_sam.errors import Interrupted
 from functional_sam.files import write_text
-from functional_sam.records import Run
+from functional_sam.records import Run, RunLocked
 from functional_sam.tasks import prepare
+from functional_sam.training.precision import warn_of_slow_bf16
 from functional_sam.training.signals import Stop
-from functional_sam.training.speed import passes, seen
+from functional_sam.training.speed import Measured, seen, work_of
 
 Show = Callable[
     [int, int, float, float, list[str]], None
 ]  # runs done, of, share of the work done, seconds left, a line per active run
 PLAIN_EVERY = 15.0  # seconds between lines where the output is no terminal
 AGAIN = "the same command goes on"
+ENOUGH = 10  # steps from which a run's speed is known
 
 
 @dataclass
@@ -33,7 +36,7 @@ class Watched:
     """A run seen from outside: how far it is, by the last line it logged."""
 
     run: Run
-    cost: float  # gradient evaluations, all steps, all rows
+    work: float  # of all its steps
     seconds: float = 0.0
     step: int = 0
     loss: float = float("nan")
@@ -56,6 +59,11 @@ class Watched:
     def fraction(self) -> float:
         """Share of the run's steps done."""
         return 1.0 if self.run.done else self.step / self.run.config.training.steps
+
+    @cached_property
+    def shape(self) -> tuple[str, ...]:
+        """Equal where a gradient takes the same time."""
+        return Measured(self.run.config, 0.0, 0).alike
 
     def line(self) -> str:
         """One line for the display."""
@@ -121,12 +129,16 @@ def execute(configs: Sequence[Config], jobs: int, console: Console) -> list[tupl
         return []
     for config in {(c.task, repr(c.data), c.runtime.cache): c for c in (run.config for run in missing)}.values():
         prepare(config, lambda line: console.print(f"[dim]{line}[/dim]", highlight=False))
+    for config in {run.config.training.precision: run.config for run in missing}.values():
+        warn_of_slow_bf16(config)
+    watched = [Watched(run, work_of(run.config)) for run in missing]
+    largest = max(watched, key=lambda w: w.work)  # done first, for how long it takes decides how long all take
+    missing = [largest.run, *(run for run in missing if run is not largest.run)]
     for run in missing:
         path = run.directory / "config.yaml"
         if not path.exists():
             write_text(path, to_yaml(run.config))
         (run.directory / "error.txt").unlink(missing_ok=True)
-    watched = [Watched(run, passes(run.config) * run.config.training.steps * run.config.training.batch) for run in missing]
     threads = max(1, (os.cpu_count() or 1) // max(1, jobs))  # not by how many runs are left: threads change how sums are rounded
     jobs = max(1, min(jobs, len(missing)))
     console.print(f"{len(missing)} runs to do ({len(runs) - len(missing)} complete), {jobs} at a time, {threads} thread(s) each")
@@ -135,7 +147,7 @@ def execute(configs: Sequence[Config], jobs: int, console: Console) -> list[tupl
         with Stop() as stop:
             for index in range(jobs):
                 workers.start(index)
-            _watch(workers, watched, console, stop)
+            _watch(workers, watched, console, stop, jobs)
             if stop.requested:
                 console.print(f"{stop.requested}: every run finishes its step and saves", style="yellow")
                 workers.stop()
@@ -183,21 +195,35 @@ def _start(runs: Sequence[Run], threads: int, index: int) -> subprocess.Popen[by
         )
 
 
-def _watch(workers: Workers, watched: Sequence[Watched], console: Console, stop: Stop) -> None:
-    began, total = time.monotonic(), sum(w.cost for w in watched)
-    for w in watched:
-        w.look()
-    before = sum(w.cost * w.fraction for w in watched)  # done by an earlier, interrupted call
+def _watch(workers: Workers, watched: Sequence[Watched], console: Console, stop: Stop, jobs: int) -> None:
+    total = sum(w.work for w in watched)
     with _display(console) as show:
         while workers.poll() and not stop.requested:
             time.sleep(0.5)
             for w in watched:
                 w.look()
-            done = sum(w.cost * w.fraction for w in watched)
-            elapsed = time.monotonic() - began
-            left = (total - done) * elapsed / (done - before) if done > before else float("nan")
+            done = sum(w.work * w.fraction for w in watched)
             active = [w for w in watched if w.step > 0 and not w.run.done]
+            left = time_left(watched, jobs)
             show(sum(w.run.done for w in watched), len(watched), done / total, left, [w.line() for w in active])
+
+
+def time_left(watched: Sequence[Watched], jobs: int) -> float:
+    """Seconds until all runs are done, `jobs` at a time; nan before ENOUGH steps of the largest run's shape are measured.
+
+    A run is as fast as the others of its shape, where there are none yet as all are, by its work.
+    """
+    seconds: dict[tuple[str, ...], float] = {}
+    done: dict[tuple[str, ...], float] = {}
+    for w in watched:
+        if w.step >= min(ENOUGH, w.run.config.training.steps):
+            seconds[w.shape] = seconds.get(w.shape, 0.0) + w.seconds
+            done[w.shape] = done.get(w.shape, 0.0) + w.work * w.step / w.run.config.training.steps
+    if max(watched, key=lambda w: w.work).shape not in done:
+        return float("nan")
+    overall = sum(seconds.values()) / sum(done.values())
+    each = [w.work * (1 - w.fraction) * (seconds[w.shape] / done[w.shape] if w.shape in done else overall) for w in watched]
+    return max(sum(each) / jobs, *each)
 
 
 @contextmanager
@@ -237,26 +263,17 @@ def work(directories: Sequence[Path], threads: int) -> int:
     """A worker: claim and do each run that is neither complete nor held by another; the number that failed."""
     import traceback
 
-    from functional_sam.config import load
-    from functional_sam.records import RunLocked
-    from functional_sam.training.loop import train
+    from functional_sam.training.attempt import attempt  # with it comes the whole library
 
     failures = 0
     for directory in directories:
-        error = directory / "error.txt"
         try:
-            config = load(directory / "config.yaml")
-            config.runtime.threads = threads
-            train(config, directory.parent)
-            error.unlink(missing_ok=True)
-        except RunLocked:
-            continue
+            attempt(directory, threads)
         except Interrupted:
             raise
-        except FloatingPointError as diverged:  # recorded by train: complete
-            print(f"{directory}: {diverged}", flush=True)
-        except Exception as failure:
+        except RunLocked:
+            continue
+        except Exception:
             failures += 1
             traceback.print_exc()
-            write_text(error, f"{type(failure).__name__}: {failure}\n")
     return failures

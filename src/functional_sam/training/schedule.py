@@ -1,4 +1,4 @@
-"""Learning rate as in Nanodo: linear warm-up from a fraction of the peak, cosine decay to a fraction of it."""
+"""Learning rate: linear warm-up from a fraction of the peak, then a cosine to a fraction of it (Nanodo), a line, or the peak."""
 
 import math
 
@@ -10,5 +10,9 @@ def learning_rate(optimizer: OptimizerConfig, step: int, steps: int) -> float:
     start, end, warmup = optimizer.lr * optimizer.lr_start, optimizer.lr * optimizer.lr_end, optimizer.warmup_steps
     if step < warmup:
         return start + (optimizer.lr - start) * step / warmup
-    fraction = (step - warmup) / max(1, steps - warmup)
-    return end + (optimizer.lr - end) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, fraction)))
+    if optimizer.schedule == "constant":
+        return optimizer.lr
+    fraction = min(1.0, (step - warmup) / max(1, steps - warmup))
+    if optimizer.schedule == "linear":
+        return end + (optimizer.lr - end) * (1.0 - fraction)
+    return end + (optimizer.lr - end) * 0.5 * (1.0 + math.cos(math.pi * fraction))

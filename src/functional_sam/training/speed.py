@@ -1,7 +1,6 @@
 """How long a run takes, from the runs of the same shape that this machine has measured."""
 
 import dataclasses
-import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,20 +11,24 @@ from functional_sam.config import Config, load
 from functional_sam.errors import UserError
 from functional_sam.records import Run
 from functional_sam.records.provenance import machine
-from functional_sam.sharpness.methods import METHODS
+from functional_sam.sharpness import cost
+from functional_sam.tasks import TASKS
 
 
-def passes(config: Config) -> float:
-    """Gradient evaluations of a step, as the table of methods has them."""
-    found = re.search(r"[\d.]+", METHODS[config.method.name].passes)
-    assert found
-    return float(found[0])
+def gradients(config: Config) -> float:
+    """Gradient evaluations of a step."""
+    return cost(config.method.name, config.method.options).gradients
 
 
 def seen(config: Config, steps: int | None = None) -> tuple[int, str]:
-    """What is trained on in `steps` steps (default: all), and its unit: tokens or images."""
-    rows = (config.training.steps if steps is None else steps) * config.training.batch
-    return (rows * config.model.length, "tokens") if config.model.kind == "decoder" else (rows, "images")
+    """What is trained on in `steps` steps (default: all), and its unit: tokens, images."""
+    rows, task = (config.training.steps if steps is None else steps) * config.training.batch, TASKS[config.kind]
+    return rows * task.units(config), task.unit
+
+
+def work_of(config: Config) -> float:
+    """What a run costs beside others: gradient evaluations of all steps, times what they go through, times the parameters."""
+    return gradients(config) * seen(config)[0] * TASKS[config.kind].shape(config).parameters
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def measured(root: Path, tasks: Iterable[str] = ("*",)) -> list[Measured]:
 def estimate(config: Config, speeds: Sequence[Measured]) -> Measured | None:
     """Seconds a step of a config, None when nothing of its shape was measured.
 
-    From runs that differ in seeds, rho and number of steps alone; else from other methods of the same shape, by their passes.
+    From runs that differ in seeds, rho and number of steps alone; else from other methods of the same shape, by their gradients.
     """
     own = Measured(config, 0.0, 0)
     same = [speed for speed in speeds if speed.same == own.same]
@@ -76,8 +79,8 @@ def estimate(config: Config, speeds: Sequence[Measured]) -> Measured | None:
     alike = [speed for speed in speeds if speed.alike == own.alike]
     if not alike:
         return None
-    a_pass = statistics.median(speed.seconds / passes(speed.config) for speed in alike)
-    return Measured(config, a_pass * passes(config), _threads(alike))
+    each = statistics.median(speed.seconds / gradients(speed.config) for speed in alike)
+    return Measured(config, each * gradients(config), _threads(alike))
 
 
 def _threads(speeds: Iterable[Measured]) -> int:
@@ -87,10 +90,12 @@ def _threads(speeds: Iterable[Measured]) -> int:
 def _key(config: Config, exact: bool) -> tuple[str, ...]:
     """What a step's time depends on; `exact`: with the method and all that is evaluated and measured besides."""
     training = config.training
-    shape = (config.model, config.data, training.batch, training.micro_batch, training.precision, config.runtime.device)
+    work = (config.kind, config.model, config.data, config.optimizer.name, training.batch, config.micro_batch)
+    shape = (*work, training.precision, config.runtime.device)
     if exact:
-        frequency = training.eval_every / training.steps  # of two runs of different length
-        also = (config.method.name, config.method.options, training.test, training.eval_rows, frequency, config.measure)
+        frequency = (training.eval_every or training.steps) / training.steps  # of two runs of different length
+        tests = (training.test, training.test_best, training.test_rows)
+        also = (config.method.name, config.method.options, *tests, training.eval_rows, frequency, config.measure)
         return tuple(map(_text, (*shape, *also)))
     return tuple(map(_text, shape))
 

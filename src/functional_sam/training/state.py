@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from functional_sam.sharpness import SharpnessAware
-from functional_sam.sharpness.passes import unwrapped
 from functional_sam.training import checkpoint
 from functional_sam.training.distributed import Ranks
+from functional_sam.weights import unwrapped
 
 
 def save(directory: Path, step: int, ranks: Ranks, sharpness: SharpnessAware, seconds: float) -> None:
@@ -23,7 +23,6 @@ def save(directory: Path, step: int, ranks: Ranks, sharpness: SharpnessAware, se
         "model": unwrapped(sharpness.model).state_dict(),
         "optimizer": sharpness.optimizer.state_dict(),
         "sharpness": sharpness.state_dict(),
-        "rng": torch.get_rng_state(),  # of the first process; nothing here draws random numbers while it trains
         "seconds": seconds,
     }
     state = _gathered(state, ranks.leads)
@@ -62,7 +61,6 @@ def restore(directory: Path, ranks: Ranks, sharpness: SharpnessAware) -> tuple[i
         for key, value in state["sharpness"]["mix"].items()
     }
     sharpness.load_state_dict({**state["sharpness"], "mix": mix})
-    torch.set_rng_state(state["rng"].clone())
     return step, float(state["seconds"])
 
 
@@ -76,8 +74,10 @@ def _gathered(tree: Any, keep: bool) -> Any:
     return tree
 
 
-def _placed(value: Tensor, like: Any) -> Tensor:
+def _placed(value: Any, like: Any) -> Any:
     """A copy of a checkpoint's tensor, as its parameter `like` is, if any: on its device, in shards if it is."""
+    if not isinstance(value, Tensor):  # SGD without momentum keeps a None
+        return value
     if like is None or value.shape != like.shape:
         return value.clone()
     if hasattr(like, "device_mesh"):

@@ -11,20 +11,48 @@ from torch import Generator, Tensor
 from functional_sam.errors import UserError
 
 
-def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """Summed in float64, for parts differ in size by orders of magnitude."""
+NARROW = (torch.bfloat16, torch.float16)
+
+
+def dot(a: Sequence[Tensor], b: Sequence[Tensor], *, fast: bool = False) -> float:
+    """Inner product of two lists of tensors taken as vectors, summed in float64, for parts differ in size by orders of magnitude.
+
+    fast: each tensor's part in its own precision, float32 at least, as a training step takes it. Over 4e7 positive numbers of
+    float32 that is off by 1e-3, where float64 is by 1e-11.
+    """
     parts = []
     for x, y in zip(a, b, strict=True):
-        part: Any = (x * y).sum(dtype=torch.float64)
-        parts.append(part.full_tensor() if hasattr(part, "full_tensor") else part)
-    return float(torch.stack(parts).sum())
+        if fast and x.dtype in NARROW:
+            x, y = x.float(), y.float()
+        part: Any
+        if not fast:
+            part = (x * y).sum(dtype=torch.float64)
+        else:
+            part = (x * y).sum() if hasattr(x, "full_tensor") else torch.dot(x.reshape(-1), y.reshape(-1))
+        parts.append(_whole(part).double())
+    return float(torch.stack(parts).sum()) if parts else 0.0
 
 
-def norm(a: Sequence[Tensor]) -> float:
-    return math.sqrt(dot(a, a))
+def norm(tensors: Sequence[Tensor], *, fast: bool = False) -> float:
+    """Euclidean norm of a list of tensors taken as one vector; `fast` as for dot (off by 3e-3 at 4e7 numbers)."""
+    if not fast:
+        return math.sqrt(dot(tensors, tensors))
+    parts: list[Any] = []
+    wide = [x for x in tensors if x.dtype not in NARROW]
+    narrow = [x for x in tensors if x.dtype in NARROW]
+    if wide:
+        parts.append(torch.nn.utils.get_total_norm(wide))
+    if narrow:
+        parts.append(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(narrow, 2, dtype=torch.float32))))
+    return math.hypot(*(float(_whole(part)) for part in parts))
+
+
+def _whole(number: Any) -> Any:
+    return number.full_tensor() if hasattr(number, "full_tensor") else number
 
 
 def ratio(numerator: float, denominator: float) -> float:
+    """Their quotient, nan for a denominator of zero."""
     return numerator / denominator if denominator else math.nan
 
 
@@ -45,20 +73,20 @@ def length(d: Sequence[Tensor], what: str) -> float:
 
 
 class Space:
-    """Flat vectors for lists of tensors shaped like `like`: one row of numbers on each rank, inner products over all ranks.
+    """Flat vectors for lists of tensors shaped like `template`: one row of numbers on each rank, inner products over all ranks.
 
     size: numbers in a vector, on all ranks. local_size: of them on this rank.
     """
 
-    def __init__(self, like: Sequence[Tensor]) -> None:
-        self.like = [tensor.detach() for tensor in like]
-        local = [_local(tensor) for tensor in self.like]
+    def __init__(self, template: Sequence[Tensor]) -> None:
+        self.template = [tensor.detach() for tensor in template]
+        local = [_local(tensor) for tensor in self.template]
         self.shapes, self.sizes = [t.shape for t in local], [t.numel() for t in local]
         self.dtype, self.device = local[0].dtype, local[0].device
-        self.size, self.local_size = sum(t.numel() for t in self.like), sum(self.sizes)
+        self.size, self.local_size = sum(t.numel() for t in self.template), sum(self.sizes)
         self.row_bytes = self.local_size * local[0].element_size()
-        self.meshes = [m for m in dict.fromkeys(getattr(t, "device_mesh", None) for t in self.like) if m is not None]
-        if len(self.meshes) > 1 or (self.meshes and not all(hasattr(t, "device_mesh") for t in self.like)):
+        self.meshes = [m for m in dict.fromkeys(getattr(t, "device_mesh", None) for t in self.template) if m is not None]
+        if len(self.meshes) > 1 or (self.meshes and not all(hasattr(t, "device_mesh") for t in self.template)):
             raise UserError("parameters on several device meshes: shard the whole model over one")
 
     def flat(self, tensors: Sequence[Tensor], into: Tensor | None = None) -> Tensor:
@@ -76,13 +104,13 @@ class Space:
 
         return [
             DTensor.from_local(part, t.device_mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride())  # type: ignore[attr-defined]
-            for part, t in zip(parts, self.like, strict=True)
+            for part, t in zip(parts, self.template, strict=True)
         ]
 
     def summed(self, partial: Tensor) -> Tensor:
         """The sum of every rank's inner products."""
         for mesh in self.meshes:
-            for i, placement in enumerate(self.like[0].placements):  # type: ignore[attr-defined]
+            for i, placement in enumerate(self.template[0].placements):  # type: ignore[attr-defined]
                 if placement.is_shard():
                     dist.all_reduce(partial, group=mesh.get_group(i))
         return partial
@@ -103,7 +131,7 @@ class Space:
 
     def _drawn(self, draw: Any) -> Tensor:
         drawn = []
-        for t in self.like:
+        for t in self.template:
             whole = draw(tuple(t.shape)).to(self.device)
             if self.meshes:
                 from torch.distributed.tensor import distribute_tensor

@@ -1,9 +1,12 @@
-"""Softmax cross-entropy at the head, chunk by chunk: logits are never whole, in either pass.
+"""Softmax cross-entropy and its derivatives at the head, chunk by chunk: logits are never whole, in either pass.
 
 Dimensions: N targets, D width, V classes, C rows of a chunk.
-With logits z = h W^T and the loss in nats, u = dL/dz = softmax(z) - onehot(target). The cotangent u is built at one point
-(h_u, W_u) and pulled back at another (h, W): the same point for an ordinary gradient, theta and theta' for the functional path,
-theta' and theta for the logit path.
+With logits z = h W^T, p = softmax(z) and the loss in nats,
+
+    u = dL/dz = p - onehot(target),   (d2L/dz2) dz = p * dz - p (p . dz),   both zero on rows whose target is ignored.
+
+The cotangent u is built at one point (h_u, W_u) and pulled back at another (h, W): the same point for an ordinary gradient, theta
+and theta' for the functional path, theta' and theta for the logit path.
 """
 
 from collections.abc import Iterator
@@ -14,42 +17,87 @@ from torch import Tensor
 
 from functional_sam.losses import IGNORE
 
-CHUNK_BYTES = 64 * 2**20  # of float32 logits held at once
+CHUNK_BYTES = 64 * 2**20  # of float32 logits held at once in training
 SWEEP_BYTES = 4 * 2**20  # of float32 logits that the softmax sweeps over at a time on a CPU: they stay in its cache
+LEAST_ROWS = 64  # in a chunk, for fewer make slow matrix products
 
 
-def chunk_rows(num_classes: int) -> int:
-    """Rows of logits that fit the chunk budget."""
-    return max(64, CHUNK_BYTES // (4 * num_classes))
+def chunks(num_rows: int, row_bytes: int, budget: int) -> Iterator[slice]:
+    """Slices of rows that fit `budget` bytes, of LEAST_ROWS at least."""
+    size = max(LEAST_ROWS, budget // row_bytes)
+    for start in range(0, num_rows, size):
+        yield slice(start, min(start + size, num_rows))
 
 
-def _chunks(num_rows: int, num_classes: int) -> Iterator[slice]:
-    rows = chunk_rows(num_classes)
-    for start in range(0, num_rows, rows):
-        yield slice(start, min(start + rows, num_rows))
+def logit_chunks(num_rows: int, num_classes: int) -> Iterator[slice]:
+    """Slices of rows whose float32 logits fit CHUNK_BYTES."""
+    return chunks(num_rows, 4 * num_classes, CHUNK_BYTES)
 
 
-def _to_cotangent(z_CV: Tensor, targets_C: Tensor, dtype: torch.dtype) -> Tensor:
-    """Put softmax(z) - onehot in the place of z, computed in `dtype`; the summed loss. Rows of ignored targets become zero."""
+def to_cotangent(z_CV: Tensor, targets_C: Tensor, dtype: torch.dtype, loss_dtype: torch.dtype | None = None) -> Tensor:
+    """Put u in the place of z, computed in `dtype`; returns the summed loss in loss_dtype (`dtype` unless given)."""
     num_rows, num_classes = z_CV.shape
     sweep = max(1, SWEEP_BYTES // (4 * num_classes)) if z_CV.device.type == "cpu" else num_rows
     buffer = None if z_CV.dtype == dtype else torch.empty(min(sweep, num_rows), num_classes, dtype=dtype, device=z_CV.device)
-    loss = torch.zeros((), dtype=dtype, device=z_CV.device)
+    loss = torch.zeros((), dtype=loss_dtype or dtype, device=z_CV.device)
     for start in range(0, num_rows, sweep):
         part_CV, targets = z_CV[start : start + sweep], targets_C[start : start + sweep]
         u_CV = part_CV if buffer is None else buffer[: len(part_CV)].copy_(part_CV)
-        valid_C1 = (targets != IGNORE).unsqueeze(1)
-        index_C1 = targets.unsqueeze(1).where(valid_C1, 0)
+        valid_C1, index_C1 = _places(targets)
         # Five passes over the rows and one exponential: max, subtract, exp, sum, scale (which also zeroes the ignored rows).
         u_CV.sub_(u_CV.amax(1, keepdim=True))
         target_C1 = u_CV.gather(1, index_C1)
         sum_C1 = u_CV.exp_().sum(1, keepdim=True)
-        loss += ((sum_C1.log() - target_C1) * valid_C1).sum()
+        loss += ((sum_C1.log() - target_C1) * valid_C1).sum(dtype=loss.dtype)
         u_CV.mul_(valid_C1 / sum_C1)
         u_CV.scatter_add_(1, index_C1, -valid_C1.to(dtype))
         if buffer is not None:
             part_CV.copy_(u_CV)
     return loss
+
+
+def softmax_of(u_CV: Tensor, targets_C: Tensor) -> Tensor:
+    """p = u + onehot(target); rows of ignored targets stay zero."""
+    valid_C1, index_C1 = _places(targets_C)
+    return u_CV.scatter_add(1, index_C1, valid_C1.to(u_CV.dtype))
+
+
+def hessian_product(p: Tensor, dz: Tensor) -> Tensor:
+    """p * dz - p (p . dz), row by row."""
+    weighted = p * dz
+    return torch.addcmul(weighted, p, weighted.sum(-1, keepdim=True), value=-1)
+
+
+def _places(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Which targets are valid, and where to look for them (class 0 where they are not); one dimension more than `targets`."""
+    valid = (targets != IGNORE).unsqueeze(-1)
+    return valid, targets.unsqueeze(-1).where(valid, 0)
+
+
+class _Cotangent(torch.autograd.Function):
+    """u / divisor of whole logits. Double backward through F.cross_entropy keeps several times the logits; this keeps p."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, targets: Tensor, divisor: float) -> Tensor:
+        valid, index = _places(targets)
+        p = z.to(torch.promote_types(z.dtype, torch.float32)).softmax(-1) * valid
+        ctx.save_for_backward(p)
+        ctx.divisor = divisor
+        u = p.clone()
+        u.scatter_add_(-1, index, -valid.to(u.dtype))
+        return u.div_(divisor).to(z.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        (p,) = ctx.saved_tensors
+        (w,) = cotangents
+        return hessian_product(p, w).div_(ctx.divisor).to(w.dtype), None, None
+
+
+def differentiable_cotangent(z: Tensor, targets: Tensor, divisor: float) -> Tensor:
+    """u / divisor for logits [..., V], differentiable once by z."""
+    result: Tensor = _Cotangent.apply(z, targets, divisor)  # type: ignore[no-untyped-call]
+    return result
 
 
 def compute_dtype(h: Tensor) -> torch.dtype:
@@ -87,12 +135,12 @@ class _PullBack(torch.autograd.Function):
             want_h, want_weight = ctx.needs_input_grad[:2]
             dh_ND = torch.empty_like(h_ND) if want_h else None
             dweight_VD = torch.zeros_like(weight_VD) if want_weight else None
-            for rows in _chunks(len(h_ND), len(weight_VD)):
+            for rows in logit_chunks(len(h_ND), len(weight_VD)):
                 if u_NV is not None and known:
                     u_CV = u_NV[rows].to(dtype)
                 else:
                     u_CV = h_u[rows] @ weight_u.T  # logits, soon to be u
-                    loss += _to_cotangent(u_CV, targets_N[rows], loss.dtype)
+                    loss += to_cotangent(u_CV, targets_N[rows], loss.dtype)
                     if u_NV is not None:
                         u_NV[rows] = u_CV
                 if dh_ND is not None:

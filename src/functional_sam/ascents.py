@@ -1,7 +1,7 @@
 """Where to look: the ascent direction d and its size, so that eps = rho * d / size and theta' = theta + eps.
 
-Every function takes the parameters to perturb and their gradients g (lists of tensors) and returns (d, size), size a float.
-It may overwrite the gradients when `consume` is true.
+Training and measuring take their directions here. Every function takes the parameters to perturb and their gradients g (lists of
+tensors) and returns (d, size), size a float. It may overwrite the gradients when `consume` is true.
 """
 
 import math
@@ -12,34 +12,9 @@ import torch
 from torch import Tensor
 
 from functional_sam.errors import UserError
+from functional_sam.vectors import dot, norm
 
 Ascent = Callable[..., tuple[list[Tensor], float]]
-
-
-NARROW = (torch.bfloat16, torch.float16)
-
-
-def norm(tensors: Sequence[Tensor]) -> float:
-    """Euclidean norm of a list of tensors taken as one vector, in float32 at least; sharded tensors count whole."""
-    parts: list[Any] = []
-    wide = [x for x in tensors if x.dtype not in NARROW]
-    narrow = [x for x in tensors if x.dtype in NARROW]
-    if wide:
-        parts.append(torch.nn.utils.get_total_norm(wide))
-    if narrow:
-        parts.append(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(narrow, 2, dtype=torch.float32))))
-    return math.hypot(*(float(part.full_tensor() if hasattr(part, "full_tensor") else part) for part in parts))
-
-
-def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """Inner product of two lists of tensors taken as vectors, in float32 at least."""
-    parts = []
-    for x, y in zip(a, b, strict=True):
-        if x.dtype in NARROW:
-            x, y = x.float(), y.float()
-        product: Any = (x * y).sum() if hasattr(x, "full_tensor") else torch.dot(x.reshape(-1), y.reshape(-1))
-        parts.append((product.full_tensor() if hasattr(product, "full_tensor") else product).double())
-    return float(torch.stack(parts).sum()) if parts else 0.0
 
 
 def second_moment(optimizer: torch.optim.Optimizer, group: dict[str, Any], p: Tensor) -> tuple[Tensor, float] | None:
@@ -74,22 +49,47 @@ def owners(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, Any]]:
     return {p: group for group in optimizer.param_groups for p in group["params"]}
 
 
+def has_momentum(optimizer: torch.optim.Optimizer) -> bool:
+    """True for optimizers whose state will hold a first moment, as they are set up."""
+    return "betas" in optimizer.defaults or optimizer.defaults.get("momentum", 0) > 0
+
+
+def require_state(ascent: str | None, optimizer: torch.optim.Optimizer, preconditioned: bool = False) -> None:
+    """Raise UserError, naming the state, for an ascent that reads what this optimizer does not keep."""
+    kind = type(optimizer).__name__
+    if ascent == "adam" and not has_second_moment(optimizer):
+        raise UserError(
+            f"ascent 'adam' reads the optimizer's second moment, which {kind} does not keep: use AdamW, or ascent='gradient'"
+        )
+    if ascent == "momentum" and not has_momentum(optimizer):
+        raise UserError(f"ascent 'momentum' reads the optimizer's first moment, which {kind} does not keep as set up")
+    if ascent == "momentum" and preconditioned and not has_second_moment(optimizer):
+        raise UserError(f"preconditioned=True reads the optimizer's second moment, which {kind} does not keep")
+
+
+def denominator(optimizer: torch.optim.Optimizer, group: dict[str, Any], p: Tensor) -> Tensor | None:
+    """sqrt(v_hat) + e = 1 / P for one parameter, e the optimizer's own eps; None while it has no second moment."""
+    moment = second_moment(optimizer, group, p)
+    if moment is None:
+        return None
+    v, correction = moment
+    return v.sqrt().div_(math.sqrt(correction)).add_(group.get("eps", 1e-8))
+
+
 def _preconditioned(
     optimizer: torch.optim.Optimizer, params: Sequence[Tensor], vectors: Sequence[Tensor], consume: bool
 ) -> list[Tensor] | None:
-    """P x with P = 1 / (sqrt(v_hat) + e), e the optimizer's own eps. None when no parameter has a second moment yet.
+    """P x with P = 1 / (sqrt(v_hat) + e). None when no parameter has a second moment yet.
 
     A parameter that alone has none yet (it had no gradient so far) is left where it is: its P is unknown.
     """
     groups, found, result = owners(optimizer), False, []
     for p, x in zip(params, vectors, strict=True):
-        moment = second_moment(optimizer, groups[p], p)
-        if moment is None:
+        scale = denominator(optimizer, groups[p], p)
+        if scale is None:
             result.append(torch.zeros_like(x))
             continue
         found = True
-        v, correction = moment
-        scale = v.sqrt().div_(math.sqrt(correction)).add_(groups[p].get("eps", 1e-8))
         # One temporary the size of this parameter, not of the model.
         result.append(x.div_(scale) if consume else scale.reciprocal_().mul_(x))
     return result if found else None
@@ -97,26 +97,32 @@ def _preconditioned(
 
 def gradient(params: Sequence[Tensor], grads: list[Tensor], **_: Any) -> tuple[list[Tensor], float]:
     """SAM: d = g, size = |g|. Source: Foret et al. 2020, eq. 2."""
-    return grads, norm(grads)
+    return grads, norm(grads, fast=True)
 
 
 def adam(
-    params: Sequence[Tensor], grads: list[Tensor], *, optimizer: torch.optim.Optimizer, form: str = "a", consume: bool, **_: Any
+    params: Sequence[Tensor],
+    grads: list[Tensor],
+    *,
+    optimizer: torch.optim.Optimizer,
+    normalize_by: str = "direction",
+    consume: bool,
+    **_: Any,
 ) -> tuple[list[Tensor], float]:
     """Preconditioned SAM: d = P g in the optimizer's own geometry, P = 1 / (sqrt(v_hat) + e).
 
-    size: form a |P g|, form b |g|, form c sqrt(g^T P g). rho is not comparable between the forms. The paper's form is not
-    known to us; a is our default. In the first step, with no second moment yet, d = g (size |g|).
-    Source: Singh et al. 2025 (Functional-SAM), the idea; forms: the candidates in the preconditioned-SAM literature.
+    size, by normalize_by: "direction" |P g|, "gradient" |g|, "energy" sqrt(g^T P g). rho is not comparable between the three. The
+    paper's is not known to us; the first is our default. In the first step, with no second moment yet, d = g (size |g|).
+    Source: Singh et al. 2025 (Functional-SAM), the idea; sizes: the candidates in the preconditioned-SAM literature.
     """
-    size = norm(grads) if form == "b" else 0.0
-    preconditioned = _preconditioned(optimizer, params, grads, consume and form != "c")
+    size = norm(grads, fast=True) if normalize_by == "gradient" else 0.0
+    preconditioned = _preconditioned(optimizer, params, grads, consume and normalize_by != "energy")
     if preconditioned is None:
         return gradient(params, grads)
-    if form == "a":
-        size = norm(preconditioned)
-    elif form == "c":
-        size = math.sqrt(max(dot(grads, preconditioned), 0.0))
+    if normalize_by == "direction":
+        size = norm(preconditioned, fast=True)
+    elif normalize_by == "energy":
+        size = math.sqrt(max(dot(grads, preconditioned, fast=True), 0.0))
     return preconditioned, size
 
 
@@ -136,7 +142,7 @@ def adaptive(
             scale = p.detach().abs().add_(eta)
             scaled.append(g.mul_(scale) if consume else g * scale)
             result.append(scale.mul_(scaled[-1]))
-    return result, norm(scaled)
+    return result, norm(scaled, fast=True)
 
 
 def fisher(
@@ -148,7 +154,7 @@ def fisher(
     step's batch, eta weighs it against the identity.
     """
     result = [g / (g * g).mul_(eta).add_(1.0) for g in grads]
-    return result, math.sqrt(max(dot(grads, result), 0.0))
+    return result, math.sqrt(max(dot(grads, result, fast=True), 0.0))
 
 
 def momentum(
@@ -156,23 +162,24 @@ def momentum(
     grads: list[Tensor],
     *,
     optimizer: torch.optim.Optimizer,
-    sign: float = 1.0,
+    direction: str = "ascent",
     preconditioned: bool = False,
     **_: Any,
 ) -> tuple[list[Tensor], float]:
-    """The optimizer's first moment: d = sign * m (or sign * P m), size = |d|; it needs no gradient of the coming batch.
+    """The optimizer's first moment m: d = m (or P m), or with direction="descent" its negative; size = |d|.
 
-    Size 0 when there is no moment yet (the first step). Bias correction is a common factor and cancels in d / size.
-    Source: Momentum-SAM (Becker et al. 2024) with sign -1; sign +1 is the ascent direction.
+    It needs no gradient of the coming batch. Size 0 when there is no moment yet (the first step). Bias correction is a common
+    factor and cancels in d / size.
+    Source: Momentum-SAM (Becker et al. 2024) with "descent"; "ascent" is the direction in which the loss has been seen to grow.
     """
-    m = []
+    up, m = direction == "ascent", []
     for p in params:
         state = optimizer.state.get(p, {})
         moment = state.get("exp_avg", state.get("momentum_buffer"))
-        m.append(torch.zeros_like(p) if moment is None else moment if sign == 1.0 else -moment)
+        m.append(torch.zeros_like(p) if moment is None else moment if up else -moment)
     if preconditioned:
-        m = _preconditioned(optimizer, params, m, consume=sign != 1.0) or m  # the optimizer's own moments stay as they are
-    return m, norm(m)
+        m = _preconditioned(optimizer, params, m, consume=not up) or m  # the optimizer's own moments stay as they are
+    return m, norm(m, fast=True)
 
 
 ASCENTS: dict[str, Ascent] = {
@@ -182,24 +189,3 @@ ASCENTS: dict[str, Ascent] = {
     "fisher": fisher,
     "momentum": momentum,
 }
-
-
-def subset(model: torch.nn.Module, only: str | Callable[[str, Tensor], bool] | None) -> set[Tensor] | None:
-    """Parameters to perturb: None for all; "norm" for those of normalization layers (SAM-ON); or a predicate (name, parameter).
-
-    A normalization layer is one whose class name says so (LayerNorm, RMSNorm, BatchNorm2d, Norm ...).
-    Raises UserError when nothing is selected. Source: Mueller et al. 2023.
-    """
-    if only is None:
-        return None
-    if only == "norm":
-        chosen: set[Tensor] = {
-            p for module in model.modules() if "norm" in type(module).__name__.lower() for p in module.parameters(recurse=False)
-        }
-    elif callable(only):
-        chosen = {p for name, p in model.named_parameters() if only(name, p)}
-    else:
-        raise UserError(f'only={only!r}: expected None, "norm", or a function (name, parameter) -> bool')
-    if not chosen:
-        raise UserError(f"only={only!r} selects no parameter of {type(model).__name__}")
-    return chosen

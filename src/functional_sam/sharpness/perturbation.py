@@ -1,0 +1,130 @@
+"""theta' = theta + eps: how far and where to, the weights moved there and back, and what an error says of where it was met."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functional_sam.ascents import ASCENTS, owners
+from functional_sam.sharpness.checks import chosen, radius
+from functional_sam.sharpness.methods import Method
+from functional_sam.sharpness.passes import Batch, Kept
+from functional_sam.vectors import norm
+from functional_sam.weights import moved
+
+AT_THETA, AT_PERTURBED = "pass 1 (at theta)", "pass 2 (at theta + eps)"
+Rho = float | Callable[[int], float]
+ASCENT_WORDS = ("normalize_by", "eta", "direction", "preconditioned")  # options that an ascent takes
+
+
+@dataclass
+class Step:
+    """One perturbation: the micro-batches it is for, and where to."""
+
+    batches: Sequence[Batch]
+    sync: bool = True  # the pass that leaves the gradient averages over ranks
+    earlier: dict[Tensor, Tensor] = field(default_factory=dict)  # gradients of micro-batches before (scope="micro-batch")
+    repeated: Sequence[Kept] | None = None  # a pass before pass 1 whose randomness pass 1 repeats (tram)
+    base: dict[Tensor, Tensor] = field(default_factory=dict)  # g, for a mix and for the penalty path
+    params: list[Tensor] = field(default_factory=list)
+    directions: list[Tensor] = field(default_factory=list)  # eps = radius * direction / size
+    size: float = 0.0
+    radii: dict[Tensor, float] = field(default_factory=dict)
+
+
+class Perturbation:
+    """Radii, directions and the weights' way there and back, for one model, optimizer and method.
+
+    steps: begun so far, the one at work included. where: the pass at work, named in errors.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, method: Method, rho: Rho, options: dict[str, Any]
+    ) -> None:
+        self.model, self.optimizer, self.method, self.rho, self.options = model, optimizer, method, rho, options
+        self.chosen = chosen(model, options["subset"])
+        self.steps = 0
+        self.where = AT_THETA
+        self._theta: dict[Tensor, Tensor] = {}  # memory of the copies, kept from step to step
+
+    def radii(self) -> dict[Tensor, float]:
+        """Radius of this step for each parameter that may be perturbed: rho (or its group's "rho") under the schedule.
+
+        constant rho; warmup rho * min(1, step / warmup_steps); lr rho_min + (rho - rho_min) (lr - lr_min) / (lr_max - lr_min),
+        the fraction held in [0, 1]. A rho that is a function is called with the number of steps before this one.
+        """
+        options, result = self.options, {}
+        general = radius(self.rho(self.steps - 1), f"of step {self.steps - 1}") if callable(self.rho) else self.rho
+        for p, group in owners(self.optimizer).items():
+            if self.chosen is not None and p not in self.chosen:
+                continue
+            rho = float(group.get("rho", general))
+            if options["rho_schedule"] == "warmup":
+                rho *= min(1.0, self.steps / options["warmup_steps"])
+            elif options["rho_schedule"] == "lr":
+                fraction = (group["lr"] - options["lr_min"]) / (options["lr_max"] - options["lr_min"])
+                rho = options["rho_min"] + (rho - options["rho_min"]) * min(max(fraction, 0.0), 1.0)
+            result[p] = rho
+        return result
+
+    def ascend(self, step: Step, grads: list[Tensor], together: bool) -> None:
+        """Fill in direction and size of `step`. together: all ranks know the same size, and may raise at once."""
+        words = {key: self.options[key] for key in ASCENT_WORDS if key in self.options}
+        assert self.method.ascent is not None
+        with torch.no_grad():
+            step.directions, step.size = ASCENTS[self.method.ascent](
+                step.params, grads, optimizer=self.optimizer, consume=not step.base, **words
+            )
+        if not together and not math.isfinite(step.size):
+            step.size = 0.0  # raising here would leave the other ranks waiting: pass 2 at theta finds it again, for all of them
+        self.require_finite(step.size, "gradient")
+
+    @contextlib.contextmanager
+    def applied(self, step: Step, scale: float = 1.0) -> Iterator[dict[Tensor, Tensor]]:
+        """The weights at theta + scale * eps inside the block, where gradients start anew; yields {parameter: theta}."""
+        with self.moved(step.params, partial(self._displace, step, scale)) as theta:
+            self.where = AT_PERTURBED
+            step.directions = []  # frees them, gradients of pass 1 mostly, before pass 2 allocates its own
+            self.start_gradients(step.earlier)
+            yield theta
+
+    def moved(
+        self, params: Iterable[Tensor], move: Callable[[], None]
+    ) -> contextlib.AbstractContextManager[dict[Tensor, Tensor]]:
+        """The weights where `move` puts them inside the block, in the memory that is kept for it."""
+        return moved(self.model, params, move, self._theta)
+
+    @staticmethod
+    def _displace(step: Step, scale: float) -> None:
+        for rho in set(step.radii.values()):
+            those = [i for i, p in enumerate(step.params) if step.radii[p] == rho]
+            if those and rho:
+                params, directions = [step.params[i] for i in those], [step.directions[i] for i in those]
+                torch._foreach_add_(params, directions, alpha=scale * rho / step.size)
+
+    @staticmethod
+    def length(step: Step) -> float:
+        """|eps|, over all radii."""
+        parts = []
+        for rho in set(step.radii.values()):
+            those = [d for p, d in zip(step.params, step.directions, strict=True) if step.radii[p] == rho]
+            parts.append(rho * norm(those, fast=True) / step.size)
+        return math.hypot(*parts)
+
+    def start_gradients(self, earlier: dict[Tensor, Tensor]) -> None:
+        """.grad as it is before a pass: empty, or what earlier micro-batches left."""
+        for p in self.model.parameters():
+            p.grad = earlier.get(p)
+
+    def require_finite(self, value: float, what: str, where: str | None = None) -> None:
+        """Raise FloatingPointError, naming step and pass, unless `value` is finite."""
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"step {self.steps}, {where or self.where}: the {what} is not finite ({value}); the weights are unchanged. "
+                "A smaller rho or learning rate, or a longer warm-up, is the usual remedy"
+            )

@@ -1,0 +1,102 @@
+"""Weights that are moved and put back, and where they live: inside wrappers, in shards, in replicas."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The caller's module inside DistributedDataParallel and torch.compile."""
+    inner: Any = model
+    while isinstance(inner, DistributedDataParallel) or hasattr(inner, "_orig_mod"):
+        inner = inner.module if isinstance(inner, DistributedDataParallel) else inner._orig_mod
+    found: torch.nn.Module = inner
+    return found
+
+
+def replicas(model: torch.nn.Module) -> list[DistributedDataParallel]:
+    """The DistributedDataParallel modules in the model: itself, or inside torch.compile or the caller's own module."""
+    return [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """True when FSDP2 (or another DTensor scheme) holds the parameters in shards."""
+    return any(hasattr(p, "device_mesh") for p in model.parameters())
+
+
+def process_group(model: torch.nn.Module) -> Any:
+    """The group over which the model's gradients are averaged, or None for a model that lives in one process."""
+    for replica in replicas(model):
+        return replica.process_group
+    for p in model.parameters():
+        if hasattr(p, "device_mesh"):  # FSDP2 averages over its whole mesh, of one dimension or two (HSDP)
+            return p.device_mesh.get_group() if p.device_mesh.ndim == 1 else dist.group.WORLD
+    return None
+
+
+def local_bytes(tensors: Iterable[Tensor]) -> int:
+    """Memory of the tensors on this process, of sharded ones its own shard."""
+    return sum((t.to_local() if hasattr(t, "to_local") else t).nbytes for t in tensors)
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Drop the whole parameters that FSDP2 has gathered: they are of weights that change now."""
+    if is_sharded(model):
+        for module in model.modules():
+            drop: Any = getattr(module, "reshard", None)
+            if drop is not None:
+                drop()
+
+
+@contextlib.contextmanager
+def moved(
+    model: torch.nn.Module,
+    parameters: Iterable[Tensor],
+    move: Callable[[], None],
+    memory: MutableMapping[Tensor, Tensor] | None = None,
+) -> Iterator[dict[Tensor, Tensor]]:
+    """The weights where `move` puts them inside the block, as they were, bit for bit, after it; yields {parameter: theta}.
+
+    Restores by copy: theta + eps - eps is not theta in floating point. memory: copies of an earlier call, to be used again.
+    """
+    with torch.no_grad():
+        theta = {p: _copy(p, memory) for p in parameters}
+        reshard(model)
+        try:
+            move()
+            torch.clear_autocast_cache()  # casts of the weights as they were, if the caller has autocast around it all
+            with torch.enable_grad():
+                yield theta
+        finally:
+            reshard(model)
+            for p, value in theta.items():
+                p.copy_(value)
+            torch.clear_autocast_cache()
+
+
+def _copy(p: Tensor, memory: MutableMapping[Tensor, Tensor] | None) -> Tensor:
+    if memory is None:
+        return p.detach().clone()
+    copy = memory.get(p)
+    if copy is None or copy.shape != p.shape or copy.dtype != p.dtype or copy.device != p.device:
+        copy = memory[p] = p.detach().clone()
+        return copy
+    return copy.copy_(p.detach())
+
+
+@contextlib.contextmanager
+def buffers_kept(model: torch.nn.Module, keep: bool = True) -> Iterator[None]:
+    """Buffers (BatchNorm's running statistics ...) leave the block as they entered it."""
+    buffers = list(model.buffers()) if keep and model.training else []
+    copies = [buffer.detach().clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, copy in zip(buffers, copies, strict=True):
+                buffer.copy_(copy)
