@@ -23,6 +23,8 @@ from functional_sam.files import write_text
 from functional_sam.records import Run, RunDirectories, released
 
 ROOT = Path(__file__).resolve().parents[1]
+FIELDS = ("norm_gradient", "norm_logit", "norm_func", "cosine", "cosine_logit_gradient", "cosine_func_gradient")
+FIELDS += ("curvature_logit", "curvature_func")
 PROVENANCE = {"commit": "c", "diff": "", "versions": {}, "machine": "processor A, 2 cores", "code": {"sha256": "0", "files": {}}}
 
 
@@ -34,7 +36,10 @@ def do(configs, machine="processor A, 2 cores", of=share):
     """Finished runs of figure-1 with made-up decompositions, where their configs say."""
     for config in configs:
         run = Run(config)
-        parts = [(step, {a: {"share": of(config, step), "cosine": -0.1} for a in config.measure.ascents}) for step in (1, 10, 100)]
+        parts = [
+            (step, {a: {"share": of(config, step), **dict.fromkeys(FIELDS, -0.1)} for a in config.measure.ascents})
+            for step in (1, 10, 100)
+        ]
         lines = [{"kind": "decompose", "step": step, **by_ascent} for step, by_ascent in parts]
         write_text(run.directory / "config.yaml", to_yaml(config))
         write_text(run.directory / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
@@ -213,7 +218,9 @@ def test_make_help_lists_the_exhibit_as_its_yaml_has_it(name):
 def test_an_exhibit_without_its_facts_is_refused(tmp_path, monkeypatch):
     (tmp_path / "configs" / "tasks").mkdir(parents=True)
     write_text(tmp_path / "configs" / "scales" / "quick.yaml", "")
-    write_text(tmp_path / "configs" / "exhibits" / "table-1.yaml", "title: T\ntime: 1 min\nclaim: c\nscales: {quick: {seeds: [0]}}\n")
+    write_text(
+        tmp_path / "configs" / "exhibits" / "table-1.yaml", "title: T\ntime: 1 min\nclaim: c\nscales: {quick: {seeds: [0]}}\n"
+    )
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"table-1.yaml: published is missing"):
         load_spec("table-1", "quick")
