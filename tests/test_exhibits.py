@@ -1,4 +1,4 @@
-"""Plans and drawings from a source that is passed, the one writer, the YAML of an exhibit, and the comparison with what was released."""
+"""Plans and drawings from a source that is passed, the one writer, the YAML of an exhibit, the comparison with what was released."""
 
 import argparse
 import json
