@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from functional_sam.errors import UserError
 from functional_sam.losses import cross_entropy
 from functional_sam.models import PUBLISHED, Decoder, LayerNorm, ViT
-from functional_sam.models.block import attend
+from functional_sam.models.block import Block, attend
 
 PIECES = 32_101  # of the published tokenizer
 
@@ -338,3 +338,36 @@ def test_user_errors_name_the_values(build, words):
     with pytest.raises(UserError) as error:
         build()
     assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "vit"])
+def test_dropout(kind):
+    """At 0.0 nothing is drawn; in eval mode there is none; recomputed blocks draw the same masks again."""
+
+    def build(**options):
+        generator = torch.Generator().manual_seed(0)
+        if kind == "decoder":
+            return Decoder(17, 16, 2, 2, 8, generator=generator, **options)
+        return ViT(8, 4, 5, 16, 2, 2, channels=1, generator=generator, **options)
+
+    inputs = torch.arange(16).view(2, 8) if kind == "decoder" else torch.randn(2, 1, 8, 8)
+    state = torch.get_rng_state()
+    plain = build()(inputs)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(build(dropout=0.3).eval()(inputs), plain)
+    gradients = {}
+    for recomputed in (False, True):
+        model = build(dropout=0.3, checkpoint_blocks=recomputed)
+        torch.manual_seed(1)
+        model(inputs).square().sum().backward()
+        gradients[recomputed] = [p.grad for p in model.parameters()]
+        assert not torch.equal(model(inputs), model(inputs))
+    assert all(torch.equal(a, b) for a, b in zip(gradients[False], gradients[True], strict=True))
+
+
+def test_dropout_zeroes_its_fraction_of_a_branch_and_keeps_the_mean():
+    unit = Block(64, 1, 64, True, dropout=0.25)
+    x = torch.ones(50, 40, 64)
+    dropped = unit.dropped(x)
+    assert float((dropped == 0).float().mean()) == pytest.approx(0.25, abs=0.01)
+    assert float(dropped.mean()) == pytest.approx(1.0, abs=0.02)

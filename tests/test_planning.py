@@ -14,12 +14,13 @@ from functional_sam.errors import UserError
 from functional_sam.models import PUBLISHED
 from functional_sam.planning import GPUS, Hardware, Layout, gpu, memory, need, rows, run_cost, table
 from functional_sam.planning.cost import shape
-from functional_sam.sharpness import METHODS, SharpnessAware
+from functional_sam.sharpness import METHODS, SharpnessAware, cost
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SMALL = ("data.vocab=4000", "model.length=64", "model.width=64", "model.depth=3", "model.heads=2", "training.batch=8")
-LARGE = ("data.vocab=32101", "model.length=512", "model.width=2048", "model.depth=24", "model.heads=32")
-VIT = ("kind=vision", "model.kind=vit", "model.width=64", "model.depth=3", "model.heads=2", "training.batch=16")
+BF16 = ("training.precision=bf16",)
+SMALL = (*BF16, "data.vocab=4000", "model.length=64", "model.width=64", "model.depth=3", "model.heads=2", "training.batch=8")
+LARGE = (*BF16, "data.vocab=32101", "model.length=512", "model.width=2048", "model.depth=24", "model.heads=32")
+VIT = (*BF16, "kind=vision", "model.kind=vit", "model.width=64", "model.depth=3", "model.heads=2", "training.batch=16")
 
 
 def small(method="adamw", *overrides, base=SMALL):
@@ -93,7 +94,7 @@ def test_flops_of_recomputation():
 
 def test_gradient_evaluations_are_those_of_the_table_of_methods():
     for name in [name for name in METHODS if name != "plain"]:
-        assert run_cost(small(name)).gradients == run_cost(name).gradients
+        assert run_cost(small(name)).gradients == cost(name).gradients
     assert run_cost(small("looksam")).gradients == pytest.approx(1 + 1 / 10)
     assert run_cost(small("sam", "method.options.every=5")).gradients == pytest.approx(1.2)
 
@@ -124,6 +125,8 @@ CASES = [
     ("gsam", ()),
     ("momentum-functional-sam", ("training.precision=float32",)),
     ("sam", ("training.precision=float64",)),
+    ("functional-sam", ("model.dropout=0.1", "training.precision=float32")),
+    ("adamw", ("model.dropout=0.1",)),
     ("functional-sam", ("training.batch=1",)),  # u is kept, and not h
     ("functional-sam", ("method.options.keep=u",)),
     ("functional-sam", ("training.batch=80", "model.checkpoint_blocks=true")),  # more than one chunk of logits

@@ -1,18 +1,25 @@
 """A run: resumed equals uninterrupted bit for bit, records are complete, divergence is kept, bad directories are refused."""
 
 import json
+import math
 import shutil
+import time
+import warnings
 
 import pytest
 import torch
 
 from functional_sam.config import compose
 from functional_sam.data.cache import silent
-from functional_sam.errors import UserError
+from functional_sam.errors import Interrupted, UserError
 from functional_sam.files import write_text
+from functional_sam.models import block
 from functional_sam.records import Run, RunLocked
-from functional_sam.training import checkpoint, loop
+from functional_sam.training import checkpoint, loop, pool, precision
+from functional_sam.training.attempt import attempt
+from functional_sam.training.optimizers import optimizer_of
 from functional_sam.training.schedule import learning_rate
+from functional_sam.training.speed import work_of
 
 
 @pytest.fixture(scope="session")
@@ -40,20 +47,41 @@ class Killed(Exception):
     """Stands for the end of the process."""
 
 
-@pytest.mark.parametrize("method", ["adamw", "precond-functional-sam"])
-def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(cache, tmp_path, monkeypatch, method):
-    whole = loop.train(tiny(cache, tmp_path / "whole", method, **{"training.test": True}))
+DRAWS = {"model.dropout": 0.1, "data.augment": "crop-flip", "data.images": "mnist-5k"}  # of a vision run
+RESUMED = {
+    "adamw": ("adamw", "language", {}),
+    "precond-functional-sam": ("precond-functional-sam", "language", {}),
+    "dropout and crops": ("functional-sam", "vision", DRAWS),
+    "dropout recomputed": (
+        "sam",
+        "language",
+        {"model.dropout": 0.1, "model.checkpoint_blocks": True, "optimizer.decay": "matrices"},
+    ),
+    "sgd": ("momentum-sam", "language", {"optimizer.name": "sgd", "measure.ascents": "[gradient]", "optimizer.clip": 0.5}),
+    "adafactor": (
+        "sam",
+        "language",
+        {"optimizer.name": "adafactor", "measure.ascents": "[gradient]", "optimizer.decay": "matrices"},
+    ),
+}
 
-    config = tiny(cache, tmp_path / "parts", method, **{"training.test": True})
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(cache, tmp_path, monkeypatch, case):
+    method, task, overrides = RESUMED[case]
+    overrides = {"training.test": True, "training.test_best": True, **overrides}
+    whole = loop.train(tiny(cache, tmp_path / "whole", method, task, **overrides))
+
+    config = tiny(cache, tmp_path / "parts", method, task, **overrides)
     backward = loop.SharpnessAware.backward
     for stop in (3, 7, 11):  # before the first checkpoint, between two, and after the last but one
-        calls = []
 
-        def dying(self, batches, stop=stop, calls=calls):
-            calls.append(1)
+        def dying(self, batches, stop=stop, **options):
             if self.steps + 1 > stop:
                 raise Killed
-            return backward(self, batches)
+            loss = backward(self, batches, **options)
+            torch.rand(7)  # what was drawn elsewhere is of no account
+            return loss
 
         monkeypatch.setattr(loop.SharpnessAware, "backward", dying)
         with pytest.raises(Killed):
@@ -68,7 +96,7 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(cache, tmp_path, m
     assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
     without_time = [{k: v for k, v in run.summary().items() if k != "seconds"} for run in (whole, parts)]
     assert without_time[0] == without_time[1]
-    assert "test_loss" in without_time[0]
+    assert {"test_loss", "best_loss", "test_best_loss"} <= set(without_time[0])
 
 
 def test_the_record_says_where_it_came_from(cache, tmp_path):
@@ -78,9 +106,13 @@ def test_the_record_says_where_it_came_from(cache, tmp_path):
     assert len(record["data"]["sha256"]) == 64
     assert record["versions"]["torch"].startswith("2.")
     assert {line["step"] for line in run.metrics("decompose")} == loop.measure_steps(3, 12) == {1, 3, 12}
-    shares = run.metrics("decompose")[-1]
-    assert 0 < shares["gradient"]["share"] < 1
-    assert 0 < shares["adam"]["share"] < 1
+    shares = run.metrics("decompose")
+    assert all(0 < line["gradient"]["share"] < 1 for line in shares)
+    assert ["adam" in line for line in shares] == [False, False, True]  # from measure.adam_from = 10 on
+    assert 0 < shares[-1]["adam"]["share"] < 1
+    doses = run.metrics("dose")
+    assert {line["step"] for line in doses} == loop.measure_steps(8, 12)
+    assert all(0 < line["dose"] < 10 for line in doses)
     before = (run.directory / "metrics.jsonl").stat().st_mtime_ns
     loop.train(run.config)  # complete: not touched
     assert (run.directory / "metrics.jsonl").stat().st_mtime_ns == before
@@ -95,6 +127,120 @@ def test_every_method_sees_the_same_weights_and_the_same_order_of_data(cache, tm
         assert torch.equal(a, b)
     other = loop.prepare(tiny(cache, tmp_path, **{"training.data_seed": 1}), silent)
     assert not torch.equal(other.batch(0)[0][0], tasks[0].batch(0)[0][0])
+
+
+def test_methods_see_the_same_masks_in_both_passes(cache, tmp_path, monkeypatch):
+    """Dropout of a step is the seeds' alone: AdamW's masks are those of SAM's first pass, and of its second."""
+    kept, dropout = [], block.F.dropout
+
+    def recorded(*arguments):
+        result = dropout(*arguments)
+        kept.append(result != 0)
+        return result
+
+    monkeypatch.setattr(block.F, "dropout", recorded)
+    masks = {}
+    quiet = {"model.dropout": 0.3, "measure.points": 0, "measure.doses": 0, "training.steps": 3}
+    for method in ("adamw", "sam"):
+        kept.clear()
+        loop.train(tiny(cache, tmp_path, method, **quiet))
+        masks[method] = torch.stack(kept).unflatten(0, (3, -1))  # by step: two branches of each of two micro-batches, a pass
+    assert masks["adamw"].shape[:2] == (3, 4)
+    assert masks["sam"].shape[:2] == (3, 8)
+    assert torch.equal(masks["sam"][:, :4], masks["adamw"])
+    assert torch.equal(masks["sam"][:, 4:], masks["adamw"])
+    assert len({mask.numpy().tobytes() for mask in masks["adamw"].flatten(0, 1)}) == 12  # and none is another's
+
+
+def test_a_dose_changes_nothing_of_its_step(cache, tmp_path):
+    """With dropout, where one draw too many would."""
+    runs = [loop.train(tiny(cache, tmp_path, **{"model.dropout": 0.3, "measure.doses": doses})) for doses in (0, 8)]
+    assert runs[0].metrics("train")[-1]["loss"] == runs[1].metrics("train")[-1]["loss"]
+    assert not loop.train(tiny(cache, tmp_path, "adamw")).metrics("dose")
+
+
+def test_crops_are_those_of_data_seed_and_step(cache, tmp_path):
+    plain, one, same, other = (
+        loop.prepare(tiny(cache, tmp_path, task="vision", **{"data.images": "mnist-5k", **more}), silent)
+        for more in ({}, DRAWS, DRAWS, {**DRAWS, "training.data_seed": 1})
+    )
+    assert torch.equal(one.rows(3)[0], same.rows(3)[0])
+    assert not torch.equal(one.rows(3)[0], plain.rows(3)[0])
+    assert torch.equal(one.rows(3)[1], plain.rows(3)[1])
+    assert not torch.equal(one.rows(3)[0], other.rows(3)[0])
+    held_out = [next(iter(task.held_out("validation", 4, 4)))[0] for task in (plain, one)]
+    assert torch.equal(*held_out)
+
+
+def test_the_test_split_at_the_best_evaluation(cache, tmp_path, monkeypatch):
+    """Validation losses put in: each that is the best so far is followed by the test split, and the last of these counts."""
+    losses = iter([3.0, 2.0, 2.5, 2.0, 1.5, 9.0])
+    calls = []
+
+    def evaluate(self, model, split):
+        calls.append(split)
+        return {"loss": next(losses) if split == "validation" else 100.0 + len(calls)}
+
+    monkeypatch.setattr(type(loop.prepare(tiny(cache, tmp_path), silent)), "evaluate", evaluate)
+    run = loop.train(tiny(cache, tmp_path, "adamw", **{"training.test_best": True, "training.eval_every": 2, "measure.points": 0}))
+    assert "".join(split[0] for split in calls) == "vtvtvvvtv"
+    assert [line["step"] for line in run.metrics("test")] == [2, 4, 10]
+    assert {key: value for key, value in run.summary().items() if "best" in key} == {
+        "best_step": 10,
+        "best_loss": 1.5,
+        "test_best_loss": 108.0,
+    }
+
+
+def test_jitter_moves_every_weight_a_little_and_is_of_init_seed(cache, tmp_path):
+    def weights(**more):
+        config = tiny(cache, tmp_path, **more)
+        return torch.cat([p.flatten() for p in loop._jittered(loop.prepare(config, silent).model(), config).parameters()]).detach()
+
+    plain, jittered = weights(), weights(**{"training.jitter": 0.01})
+    relative = (jittered / plain - 1)[plain != 0]
+    assert 0.009 < float(relative.std()) < 0.011
+    assert abs(float(relative.mean())) < 0.001
+    assert torch.equal(jittered, weights(**{"training.jitter": 0.01, "training.data_seed": 5}))
+
+
+def test_decay_of_matrices_alone(cache, tmp_path):
+    task = loop.prepare(tiny(cache, tmp_path, **{"optimizer.decay": "matrices"}), silent)
+    model = task.model()
+    optimizer = optimizer_of(task.config.optimizer, task, model)
+    decayed = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert {p: 0.1 if p.ndim > 1 else 0.0 for p in model.parameters()} == decayed
+    task.config.optimizer.decay = "all"
+    assert [group["weight_decay"] for group in optimizer_of(task.config.optimizer, task, model).param_groups] == [0.1]
+
+
+def test_windows_are_evaluated_whole(cache, tmp_path):
+    """Every token of the first documents is a target; bits per byte are of all their bytes."""
+    config = tiny(cache, tmp_path, "adamw", **{"data.held_out": "windows", "training.eval_rows": 200})
+    task = loop.prepare(config, silent)
+    rows = list(task.data.eval_batches("validation", 8, 32, 200, windows=True))
+    found = task.evaluate(task.model(), "validation")
+    assert found["tokens"] == sum(int((targets >= 0).sum()) for _, targets, _ in rows)
+    num_bytes = sum(int(covered.sum()) for *_, covered in rows)
+    assert found["bits_per_byte"] == pytest.approx(found["loss"] * found["tokens"] / math.log(2) / num_bytes)
+
+
+def test_bf16_where_it_is_slow_is_said_once_with_the_way_out(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "bf16_times", lambda: 38.2)
+    slow = tiny(cache, tmp_path, "adamw", **{"training.precision": "bf16", "training.steps": 1, "measure.points": 0})
+    with pytest.warns(UserWarning, match="38 times as long .* training.precision=float32 avoids it"):
+        loop.train(slow)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        precision.warn_of_slow_bf16(tiny(cache, tmp_path))
+        monkeypatch.setattr(precision, "bf16_times", lambda: 0.6)
+        precision.warn_of_slow_bf16(slow)
+
+
+def test_bf16_is_timed_quickly():
+    began = time.perf_counter()
+    assert 0.02 < precision.bf16_times() < 1000
+    assert time.perf_counter() - began < 2
 
 
 def test_divergence_is_a_result(cache, tmp_path):
@@ -192,8 +338,69 @@ def test_schedule_is_nanodos():
     assert learning_rate(optimizer, 4000, 4000) == pytest.approx(1.6e-4)
 
 
+def test_other_schedules():
+    """Linear: a line from the peak to a tenth; constant: the peak; both after the same warm-up."""
+    optimizer = compose("language-23.9M", "adamw", overrides=["optimizer.schedule=linear"]).optimizer
+    assert learning_rate(optimizer, 500, 4000) == pytest.approx((1.6e-4 + 1.6e-3) / 2)
+    assert learning_rate(optimizer, 1000, 4000) == pytest.approx(1.6e-3)
+    assert learning_rate(optimizer, 2000, 4000) == pytest.approx(1.6e-3 * (2 + 0.1) / 3)
+    assert learning_rate(optimizer, 4000, 4000) == pytest.approx(1.6e-4)
+    optimizer.schedule = "constant"
+    assert learning_rate(optimizer, 0, 4000) == pytest.approx(1.6e-4)
+    assert learning_rate(optimizer, 3999, 4000) == learning_rate(optimizer, 1000, 4000) == 1.6e-3
+
+
 def test_float64_and_vision_run(cache, tmp_path):
     run = loop.train(
         tiny(cache, tmp_path, "functional-sam", "vision", **{"training.precision": "float64", "data.images": "mnist-5k"})
     )
     assert 0 <= run.summary()["accuracy"] <= 1
+
+
+def test_time_left_is_unknown_before_the_largest_shape_is_measured(cache, tmp_path):
+    """Then it is remaining work at each shape's own speed, shared among the jobs; start-up and first lines alone say nothing."""
+    large = {"model.width": 64, "training.steps": 100}
+    configs = [tiny(cache, tmp_path, "adamw", **{"training.steps": 100, "training.init_seed": i}) for i in range(3)]
+    configs += [tiny(cache, tmp_path, "sam", **large, **{"training.init_seed": i}) for i in range(2)]
+    watched = [pool.Watched(Run(config), work_of(config)) for config in configs]
+    assert math.isnan(pool.time_left(watched, 2))
+    watched[0].step, watched[0].seconds = 50, 5.0
+    watched[3].step, watched[3].seconds = 1, 30.0
+    assert math.isnan(pool.time_left(watched, 2))
+    watched[3].step, watched[3].seconds = 20, 20.0
+    assert pool.time_left(watched, 1) == pytest.approx(50 * 0.1 + 2 * 100 * 0.1 + 80 + 100)
+    assert pool.time_left(watched, 2) == pytest.approx((25 + 180) / 2)
+    assert pool.time_left(watched, 50) == pytest.approx(100)
+    assert pool._time(float("nan")) == "time left unknown yet"
+
+
+def test_an_attempt_says_why_it_failed_and_forgets_it_at_success(cache, tmp_path, monkeypatch):
+    """Divergence is complete; a signal and a lock are no failures; another process's error.txt is left to it."""
+    config = tiny(cache, tmp_path, "adamw", **{"training.steps": 1, "measure.points": 0})
+    directory = _written(config, Run(config).directory).parent
+    error = directory / "error.txt"
+
+    def raising(failure):
+        def train(*_):
+            raise failure
+
+        return train
+
+    train = loop.train
+    for failure in (Interrupted("stopped"), RunLocked("locked")):
+        monkeypatch.setattr("functional_sam.training.attempt.train", raising(failure))
+        with pytest.raises(type(failure)):
+            attempt(directory, 1)
+        assert not error.exists()
+    monkeypatch.setattr("functional_sam.training.attempt.train", raising(OSError("no space")))
+    with pytest.raises(OSError, match="no space"):
+        attempt(directory, 1, leads=False)
+    assert not error.exists()
+    with pytest.raises(OSError, match="no space"):
+        attempt(directory, 1)
+    assert error.read_text() == "OSError: no space\n"
+    monkeypatch.setattr("functional_sam.training.attempt.train", train)
+    assert attempt(directory, 1).done
+    assert not error.exists()
+    diverging = tiny(cache, tmp_path, "sam", **{"optimizer.lr": 1e30})
+    assert attempt(_written(diverging, Run(diverging).directory).parent, 1).summary()["diverged"]

@@ -207,7 +207,7 @@ def compose(
     task: str, method: str = "adamw", scale: str | None = None, extra: Sequence[dict[str, Any]] = (), overrides: Sequence[str] = ()
 ) -> Config:
     """One complete, checked config. Raises UserError for unknown names or keys, wrong types, impossible values."""
-    from functional_sam.sharpness.methods import METHODS  # these import torch, which a reader of records can do without
+    from functional_sam.sharpness.methods import METHODS, resolve  # these import torch, which a reader of records can do without
     from functional_sam.tasks import check
 
     base = _schema()
@@ -238,6 +238,7 @@ def compose(
         raise
     config = validated(_to_object(merged, "the merged config"))
     check(config)
+    resolve(config.method.name, config.method.options)
     return config
 
 

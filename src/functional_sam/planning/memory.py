@@ -17,6 +17,8 @@ from functional_sam.models.shape import Shape
 from functional_sam.planning.cost import head_bytes, keeps_cotangent, of_method, parameter_bytes, shape
 from functional_sam.sharpness.methods import METHODS, resolve
 
+MOMENTS = {"adamw": 2, "sgd": 1, "adafactor": 0}  # copies of the parameters that an optimizer keeps; adafactor's are vectors
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -92,7 +94,8 @@ def memory(config: Config, layout: Layout) -> Memory:
     there = forwards > 1 or (layout.gpus > 1 and not layout.sharded)
 
     # The graph.
-    block = _saved(s, a, w, not (layout.cpu and a == 2 and s.L <= 512)) * tokens
+    masks = 2 * s.D * (a if layout.cpu else 1) if config.model.dropout else 0
+    block = (_saved(s, a, w, not (layout.cpu and a == 2 and s.L <= 512)) + masks) * tokens
     cast = 2 * (s.block - 2 * s.D) if a == 2 else 0  # the matrices of a block in bf16
     each = tokens * w * s.D if layout.checkpointing else block + cast
     ends = tokens * w * s.D * 2 if not s.inputs else tokens * (w * s.D + a * s.inputs) + 2 * targets * w * s.D  # final norm
@@ -113,7 +116,7 @@ def memory(config: Config, layout: Layout) -> Memory:
         (each + inside, gradients_of_blocks, backward + head_weight + root + 2 * unit),
         (0.0, gradients_of_blocks, 2 * head_weight + root + tokens * w * s.D),
     ):
-        points.append(Memory(own, own if there else grown, 2 * own, copies, kept, activations, work))
+        points.append(Memory(own, own if there else grown, MOMENTS[config.optimizer.name] * own, copies, kept, activations, work))
     return max(points, key=lambda point: point.total)
 
 
