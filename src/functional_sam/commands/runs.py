@@ -9,11 +9,11 @@ from rich.table import Table
 
 from functional_sam.commands import console, wide
 from functional_sam.commands.scale import show_on
-from functional_sam.config import Config, load
+from functional_sam.config import Config
 from functional_sam.errors import UserError
-from functional_sam.exhibits import plan
+from functional_sam.exhibits import needed
 from functional_sam.jobs.queue import log_of, states
-from functional_sam.records import Run, Status, move_aside, status
+from functional_sam.records import Run, Status, found_in, move_aside, status
 from functional_sam.tasks import prepared_sha256
 
 
@@ -21,7 +21,7 @@ def plan_command(options: argparse.Namespace) -> int:
     """Every run the exhibit is known to need: state, steps, tokens, and how long it takes by speeds measured here."""
     from functional_sam.training.speed import Measured, estimate, measured, seen
 
-    configs = plan(options.exhibit, options.scale, tuple(options.overrides))
+    configs = needed(options.exhibit, options.scale, tuple(options.overrides))
     tasks = {config.task for config in configs if not Run(config).done}
     speeds = [speed for root in sorted({Path(c.runtime.runs) for c in configs}) for speed in measured(root, tasks)]
     table = Table("run", "rho", "seed", "steps", "trained on", "time", "state", title=f"{options.exhibit}, scale {options.scale}")
@@ -70,12 +70,7 @@ def status_command(options: argparse.Namespace) -> int:
     """The same of all runs in a directory of runs."""
     root = Path(options.directory)
     table = Table("run", "step", "of", "loss", "state")
-    runs = []
-    for path in sorted(root.glob("*/config.yaml")):
-        try:
-            runs.append(Run(load(path), root))
-        except UserError as error:
-            table.add_row(path.parent.name, "", "", "", f"unreadable: {error}")
+    runs, others = found_in(root)
     found, queued = statuses(runs), states(root)
     if queued:
         table.add_column("queue")
@@ -83,6 +78,8 @@ def status_command(options: argparse.Namespace) -> int:
         loss = "" if now.loss is None else f"{now.loss:.4f}"
         cells = (run.directory.name, str(now.step or ""), str(run.config.training.steps), loss, now.words(run))
         table.add_row(*cells, *([queued.get(run.directory.name, "")] if queued else []))
+    for name, why in others.items():
+        table.add_row(name, "", "", "", why)
     wide().print(table)
     for run, now in found:
         reason = run.directory / "error.txt"
@@ -93,6 +90,9 @@ def status_command(options: argparse.Namespace) -> int:
     counts = {state: sum(now.state == state for _, now in found) for state in ("done", "stale", "running", "partial", "missing")}
     text = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     console.print(f"{root}: {len(found)} runs; {text}", highlight=False, soft_wrap=True)
+    if others:
+        text = f"{len(others)} directories hold no run of this version, which leaves them alone: delete them or move them away"
+        console.print(text, style="yellow", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -105,12 +105,12 @@ def run_command(options: argparse.Namespace) -> int:
         raise UserError(f"--jobs {options.jobs}: a number of processes, or 0 for one per core")
     overrides = tuple(options.overrides)
     if options.fresh:
-        runs = [Run(config) for config in plan(options.exhibit, options.scale, overrides)]
+        runs = [Run(config) for config in needed(options.exhibit, options.scale, overrides)]
         aside = move_aside(runs, runs[0].directory.parent)
         if aside is not None:
             console.print(f"moved the runs that were there to {aside}", highlight=False, soft_wrap=True)
     while True:  # an exhibit may know more runs once the first are complete
-        configs = plan(options.exhibit, options.scale, overrides)
+        configs = needed(options.exhibit, options.scale, overrides)
         if all(Run(config).done for config in configs):
             found = statuses([Run(config) for config in configs])
             text = f"{options.exhibit}, scale {options.scale}: all {len(configs)} runs are complete"

@@ -15,7 +15,21 @@ from functional_sam.exhibits.spec import load_spec, scales
 from functional_sam.records import Run, RunDirectories, Source
 from functional_sam.records.released import load_pack
 
-__all__ = ["KINDS", "Exhibit", "NotComplete", "Plan", "draw", "fresh", "known", "members", "needed", "planned", "ready", "write"]
+__all__ = [
+    "KINDS",
+    "Exhibit",
+    "NotComplete",
+    "Plan",
+    "draw",
+    "draw_plan",
+    "fresh",
+    "known",
+    "members",
+    "needed",
+    "planned",
+    "ready",
+    "write",
+]
 
 KINDS = {"tables": "table-", "figures": "figure-"}
 
@@ -92,7 +106,12 @@ def draw(name: str, scale: str = "quick", overrides: tuple[str, ...] = ()) -> Ex
 
     Raises NotComplete naming the command when a run is missing and none was released.
     """
-    exhibit: Exhibit = module_of(name).draw(ready(name, scale, overrides))
+    return draw_plan(ready(name, scale, overrides))
+
+
+def draw_plan(plan: Plan) -> Exhibit:
+    """Draw in memory what a plan holds."""
+    exhibit: Exhibit = module_of(plan.spec.name).draw(plan)
     return exhibit
 
 
@@ -101,8 +120,7 @@ def fresh(name: str, scale: str = "quick", overrides: tuple[str, ...] = ()) -> E
     plan = ready(name, scale, overrides)
     if not isinstance(plan.source, RunDirectories):
         raise NotComplete(f"{name} at scale {scale}: runs are missing; make them with: functional-sam run {name} --scale {scale}")
-    exhibit: Exhibit = module_of(name).draw(plan)
-    return exhibit
+    return draw_plan(plan)
 
 
 def pack_name(name: str, scale: str) -> str:

@@ -1,37 +1,19 @@
-"""A fresh result against the released one, cell by cell, within the tolerance that results/NAME-SCALE.yaml states."""
+"""A fresh result against the released one, cell by cell, within the tolerance that configs/exhibits/NAME.yaml states."""
 
+import dataclasses
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from functional_sam.config import nearest
 from functional_sam.errors import UserError
+from functional_sam.exhibits.spec import Bound, Spec, Tolerance
 from functional_sam.records.released import results_directory
-
-
-@dataclass
-class Bound:
-    """|fresh - released| <= absolute + relative * |released|."""
-
-    absolute: float = 0.0
-    relative: float = 0.0
-
-
-@dataclass
-class Tolerance:
-    """What counts as the same result. Every column is a key, has a bound, is exact, or is ignored for a reason; so may a row be."""
-
-    reason: str = ""  # for the sizes of the bounds
-    keys: list[str] = field(default_factory=list)  # columns that name a row
-    bounds: dict[str, Bound] = field(default_factory=dict)
-    exact: list[str] = field(default_factory=list)
-    ignored: dict[str, str] = field(default_factory=dict)  # column -> why
-    rows_ignored: dict[str, str] = field(default_factory=dict)  # row, as a mismatch names it -> why
 
 
 @dataclass(frozen=True)
@@ -43,39 +25,82 @@ class Mismatch:
     fresh: str
     released: str
     tolerance: str
+    excess: float = math.inf  # difference in units of the tolerance
+
+    def __str__(self) -> str:
+        return f"{self.row}: {self.column} {self.fresh}, released {self.released} {self.tolerance}".strip()
 
 
-def released_paths(name: str, scale: str) -> tuple[Path, Path]:
-    """The released CSV of an exhibit, and its tolerance."""
-    stem = results_directory() / f"{name}-{scale}"
-    return stem.with_name(f"{stem.name}.csv"), stem.with_name(f"{stem.name}.yaml")
+@dataclass(frozen=True)
+class Checked:
+    """What a comparison found."""
+
+    mismatches: list[Mismatch]
+    rows: int  # compared
+    cells: int
+    same: bool  # to the last digit, but for what is ignored
+
+    @property
+    def furthest(self) -> Mismatch:
+        """The cell that is furthest from its released value."""
+        return max(self.mismatches, key=lambda one: one.excess)
 
 
-def load_released(name: str, scale: str) -> tuple[pd.DataFrame, Tolerance]:
-    """The released numbers and their tolerance. Raises UserError when either is missing or cannot be used."""
-    csv, yaml = released_paths(name, scale)
-    make = f"make it with: functional-sam release {name} --scale {scale}"
-    for path, way_out in ((csv, make), (yaml, "state the tolerance there, as the other files of that directory do")):
-        if not path.is_file():
-            raise UserError(f"{path} is missing, so there is nothing to check against: {way_out}")
+def released_path(name: str, scale: str) -> Path:
+    """The released CSV of an exhibit."""
+    return results_directory() / f"{name}-{scale}.csv"
+
+
+def load_released(spec: Spec) -> tuple[pd.DataFrame, Tolerance]:
+    """The released numbers and their tolerance, its patterns spelled out. Raises UserError when either cannot be used."""
+    csv, where = released_path(spec.name, spec.scale), f"configs/exhibits/{spec.name}.yaml, tolerance"
+    if not csv.is_file():
+        make = f"functional-sam release {spec.name} --scale {spec.scale}"
+        raise UserError(f"{csv} is missing, so there is nothing to check against: make it with: {make}")
     frame = pd.read_csv(csv)
-    try:
-        tolerance = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Tolerance), OmegaConf.load(yaml)))
-    except OmegaConfBaseException as error:
-        raise UserError(f"{yaml}: {error.full_key}: {str(error).splitlines()[0]}") from error
-    assert isinstance(tolerance, Tolerance)
+    if not spec.tolerance.keys:
+        raise UserError(f"{where}: keys are missing: state there what counts as the same result, as the other exhibits do")
+    tolerance = spelled_out(spec.tolerance, list(frame))
     stated = [*tolerance.keys, *tolerance.bounds, *tolerance.exact, *tolerance.ignored]
     twice = sorted({column for column in stated if stated.count(column) > 1})
     unstated, unknown = sorted(set(frame) - set(stated)), sorted(set(stated) - set(frame))
     for columns, what in ((twice, "stated twice"), (unstated, "without a tolerance"), (unknown, f"not in {csv.name}")):
         if columns:
-            raise UserError(f"{yaml}: columns {what}: {', '.join(columns)}")
-    if not tolerance.keys or frame.duplicated(tolerance.keys).any():
-        raise UserError(f"{yaml}: keys {tolerance.keys} do not name each row of {csv.name}")
+            raise UserError(f"{where}: columns {what}: {', '.join(columns)}")
+    if frame.duplicated(tolerance.keys).any():
+        raise UserError(f"{where}: keys {tolerance.keys} do not name each row of {csv.name}")
     for row in tolerance.rows_ignored:
         if row not in _by_key(frame, tolerance.keys):
-            raise nearest(f"row in {yaml}, rows_ignored:", row, _by_key(frame, tolerance.keys))
+            raise nearest(f"row in {where}, rows_ignored:", row, _by_key(frame, tolerance.keys))
     return frame, tolerance
+
+
+def spelled_out(tolerance: Tolerance, columns: list[str]) -> Tolerance:
+    """With names such as *_residual replaced by the columns they match, but for those that are named in full elsewhere."""
+    fields = (tolerance.keys, tolerance.bounds, tolerance.exact, tolerance.ignored)
+    named = {name for names in fields for name in names if name in columns}
+
+    def matched(name: str) -> list[str]:
+        found = [column for column in columns if column not in named and fnmatchcase(column, name)]
+        return found if "*" in name and found else [name]
+
+    def each(names: Iterable[str]) -> list[str]:
+        return [column for name in names for column in matched(name)]
+
+    def of(mapping: Mapping[str, Any]) -> dict[str, Any]:
+        return {column: value for name, value in mapping.items() for column in matched(name)}
+
+    bounds, ignored = of(tolerance.bounds), of(tolerance.ignored)
+    return dataclasses.replace(tolerance, bounds=bounds, exact=each(tolerance.exact), ignored=ignored)
+
+
+def check(fresh: pd.DataFrame, released: pd.DataFrame, tolerance: Tolerance) -> Checked:
+    """Compare, and count."""
+    rows = len(released) - len(tolerance.rows_ignored)
+    cells = rows * (len(tolerance.bounds) + len(tolerance.exact))
+    ignored = list(tolerance.ignored)
+    same = fresh.drop(columns=ignored, errors="ignore").equals(released.drop(columns=ignored, errors="ignore"))
+    return Checked(compare(fresh, released, tolerance), rows, cells, same)
 
 
 def compare(fresh: pd.DataFrame, released: pd.DataFrame, tolerance: Tolerance) -> list[Mismatch]:
@@ -94,8 +119,9 @@ def compare(fresh: pd.DataFrame, released: pd.DataFrame, tolerance: Tolerance) -
         for column in [c for c in compared if c in fresh]:
             ours, theirs = rows[0][name][column], rows[1][name][column]
             bound = tolerance.bounds.get(column, Bound())
-            if not _same(ours, theirs, bound):
-                found.append(Mismatch(name, column, _cell(ours), _cell(theirs), _words(bound)))
+            excess = _excess(ours, theirs, bound)
+            if excess > 1:
+                found.append(Mismatch(name, column, _cell(ours), _cell(theirs), _words(bound), excess))
     return found
 
 
@@ -103,14 +129,16 @@ def _by_key(frame: pd.DataFrame, keys: list[str]) -> dict[str, Any]:
     return {", ".join(f"{key} {row[key]}" for key in keys): row for row in frame.to_dict("records")}
 
 
-def _same(fresh: Any, released: Any, bound: Bound) -> bool:
+def _excess(fresh: Any, released: Any, bound: Bound) -> float:
+    """Difference of two cells in units of the bound: more than 1 is a mismatch."""
     if pd.isna(fresh) or pd.isna(released):
-        return bool(pd.isna(fresh) and pd.isna(released))
+        return 0.0 if pd.isna(fresh) and pd.isna(released) else math.inf
     if fresh == released:  # text, and infinities
-        return True
+        return 0.0
     if isinstance(fresh, str) or isinstance(released, str) or math.isinf(released):
-        return False
-    return bool(abs(fresh - released) <= bound.absolute + bound.relative * abs(released))
+        return math.inf
+    allowed = bound.absolute + bound.relative * abs(released)
+    return abs(fresh - released) / allowed if allowed else math.inf
 
 
 def _cell(value: Any) -> str:

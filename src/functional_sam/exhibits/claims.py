@@ -1,39 +1,38 @@
-"""README's table of claims, from paper/claims.yaml and the records of what was drawn; no number of it is typed by hand."""
+"""README's table of claims, from the exhibits' YAML and the records of what was drawn; no number of it is typed by hand."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from functional_sam.config import configs_directory
+from functional_sam.config import configs_directory, read_yaml
 from functional_sam.errors import UserError
+from functional_sam.exhibits import known, markdown
 from functional_sam.exhibits.output import paper_directory
 from functional_sam.files import write_text
 
 BEGIN, END = "<!-- claims -->", "<!-- end of claims -->"
-
-
 SCALES = ("quick", "laptop", "paper")
+COLUMNS = ("exhibit", "claim", "command, time", "published", "ours")
 
 
-def table(claims: dict[str, Any], records: dict[tuple[str, str], Any]) -> str:
+def table(claims: Mapping[str, Mapping[str, Any]], records: Mapping[tuple[str, str], Any]) -> str:
     """The rows between the marks: exhibit, what the paper says, command and time, published value, what we measured.
 
-    Of the largest scale that was drawn, with links to the others. records: (exhibit, scale) -> content of its .json.
+    Of the largest scale that was drawn, with links to the others. claims: exhibit -> content of its YAML; records: (exhibit,
+    scale) -> content of its .json. An exhibit that was not drawn has no row.
     """
-    lines = ["| exhibit | claim | command, time | published | ours |", "|---|---|---|---|---|"]
+    rows = []
     for name, claim in claims.items():
-        if (name, "quick") not in records:
-            raise UserError(f"paper/claims.yaml: {name} has not been drawn at scale quick: make {name}, or take the claim out")
         drawn = {scale: records[name, scale] for scale in SCALES if (name, scale) in records}
+        if not drawn:
+            continue
         links = {scale: f"[{scale}]({shown(record)})" for scale, record in drawn.items()}
         scale, record = list(drawn.items())[-1]
         others = ", ".join(link for other, link in links.items() if other != scale)
-        ours = f"{links[scale]}: {record['verdict'].replace('|', chr(92) + '|')}" + (f" Also at {others}." if others else "")
-        command = f"`make {name}`, {claim['time']}"
-        lines.append(f"| {name} | {claim['claim']} | {command} | {claim['published']} | {ours} |")
-    return "\n".join(lines)
+        ours = f"{links[scale]}: {record['verdict']}" + (f" Also at {others}." if others else "")
+        rows.append((name, claim["claim"], f"`make {name}`, {claim['time']}", claim["published"], ours))
+    return markdown.table(COLUMNS, rows, text=COLUMNS).strip()
 
 
 def shown(record: dict[str, Any]) -> str:
@@ -42,9 +41,8 @@ def shown(record: dict[str, Any]) -> str:
 
 
 def update() -> Path:
-    """Write the table into README.md; its path. Raises UserError where a mark is missing or a claim has no record."""
+    """Write the table into README.md; its path. Raises UserError where a mark is missing."""
     readme = configs_directory().parent / "README.md"
-    claims: Any = OmegaConf.to_container(OmegaConf.load(paper_directory() / "claims.yaml"))
     records = {}
     for path in sorted(paper_directory().glob("*/*.json")):
         record = json.loads(path.read_text())
@@ -53,5 +51,6 @@ def update() -> Path:
     if BEGIN not in text or END not in text:
         raise UserError(f"{readme}: no {BEGIN} and {END} to write the table between")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
+    claims = {name: read_yaml("exhibits", name) for name in known()}
     write_text(readme, f"{before}{BEGIN}\n{table(claims, records)}\n{END}{after}")
     return readme

@@ -6,15 +6,15 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from functional_sam.exhibits import style
-from functional_sam.exhibits.output import paper_directory
-from functional_sam.files import atomic_file
+from functional_sam.exhibits.output import paper_directory, save_figure
 
 MARKERS = ("o", "s", "^")
 COLORS = ("#0072B2", "#E69F00", "#009E73")
 
 
-def draw_cost(csv: Path) -> list[Path]:
-    """One row a method, one marker a model, lines from the first to the third quartile; writes figure-7-cost.pdf and .png."""
+def draw_cost(csv: Path, directory: Path | None = None) -> list[Path]:
+    """One row a method, one marker a model, lines from the first to the third quartile; writes figure-7-cost.pdf and .png
+    under DIRECTORY/figures (default: paper/)."""
     data = pd.read_csv(csv)
     style.use()
     methods = list(dict.fromkeys(data.method))
@@ -29,10 +29,4 @@ def draw_cost(csv: Path) -> list[Path]:
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
     axes.legend(loc="lower center", bbox_to_anchor=(0.35, 1.0), ncol=3, handletextpad=0.1, columnspacing=0.8)
-    paths = []
-    for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
-        path = paper_directory() / "figures" / f"figure-7-cost.{kind}"
-        with atomic_file(path) as temporary:
-            figure.savefig(temporary, format=kind, bbox_inches="tight", metadata=metadata)
-        paths.append(path)
-    return paths
+    return save_figure(figure, (directory or paper_directory()) / "figures" / "figure-7-cost")

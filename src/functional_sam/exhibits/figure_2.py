@@ -1,4 +1,4 @@
-"""figure-2: Angle-SAM: validation loss (language) and accuracy (vision) against the angle between the two halves."""
+"""figure-2: Angle-SAM: each task's metric against the angle between the two halves of the sharpness gradient."""
 
 import math
 
@@ -7,20 +7,21 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 
-from functional_sam.config import Config, compose
+from functional_sam.config import compose
 from functional_sam.exhibits import style
-from functional_sam.exhibits.output import Exhibit, save_figure, save_frame
+from functional_sam.exhibits.markdown import interval
+from functional_sam.exhibits.output import Exhibit
+from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import Spec
-from functional_sam.exhibits.statistics import Estimate, estimate, paired_difference, verdict
-from functional_sam.exhibits.words import sizes
-from functional_sam.records import Run
+from functional_sam.exhibits.words import firsts, model, sizes
+from functional_sam.records import Source
+from functional_sam.study.compare import Estimate, estimate, paired_difference, verdict
+from functional_sam.tasks import TASKS
 
-METRIC = {"decoder": "loss", "vit": "accuracy"}
-AXIS = {"loss": "validation loss\n(nats per token)", "accuracy": "validation accuracy"}
 DASHES = ("-", "--", ":")  # one per radius
 
 
-def plan(spec: Spec, overrides: tuple[str, ...] = ()) -> list[Config]:
+def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
     """AdamW, and Angle-SAM at each radius and angle, on each task and seed; seeds first, so that what exists is a whole sweep."""
     configs = []
     for seed in spec.seeds:
@@ -30,16 +31,15 @@ def plan(spec: Spec, overrides: tuple[str, ...] = ()) -> list[Config]:
                 for phi in spec.phi:
                     method = {"rho": rho, "options": {"phi": phi}}
                     configs.append(compose(task, "angle-sam", spec.scale, spec.layers(task, seed, method=method), overrides))
-    return configs
+    return Plan.of_known_runs(spec, configs, source)
 
 
-def frame(configs: list[Config]) -> pd.DataFrame:
-    """One row per run: its metric, and the difference to AdamW's of the same task and seed."""
+def frame(plan: Plan) -> pd.DataFrame:
+    """One row per run: its metric (infinitely bad where it diverged), and the difference to AdamW's of the same task and seed."""
     rows = []
-    for config in configs:
-        metric, summary = METRIC[config.model.kind], Run(config).summary()
-        worst = math.inf if metric == "loss" else 0.0
-        value = summary.get(metric)
+    for config in plan.configs:
+        metric, summary = TASKS[config.kind].metric, plan.source.summary(config)
+        value = summary.get(metric.name)
         rows.append(
             {
                 "task": config.task,
@@ -47,8 +47,8 @@ def frame(configs: list[Config]) -> pd.DataFrame:
                 "rho": config.method.rho,
                 "phi": config.method.options.get("phi"),
                 "seed": config.training.init_seed,
-                "metric": metric,
-                "value": worst if value is None else value,
+                "metric": metric.name,
+                "value": (math.inf if metric.lower_is_better else -math.inf) if value is None else value,
                 "diverged": bool(summary.get("diverged", False)),
             }
         )
@@ -58,27 +58,27 @@ def frame(configs: list[Config]) -> pd.DataFrame:
     return data
 
 
-def draw(spec: Spec, configs: list[Config]) -> Exhibit:
-    """Above the metric, below its difference to AdamW, seed by seed; one column per task; bands are standard errors."""
-    data = frame(configs)
+def draw(plan: Plan) -> Exhibit:
+    """Above the metric, below its difference to AdamW, seed by seed; one column per task; bands are 95 % t intervals."""
+    spec, data = plan.spec, frame(plan)
     style.use()
     figure, axes = plt.subplots(2, len(spec.tasks), figsize=(style.PAGE, 4.0), sharex="col", squeeze=False)
-    for column, task in enumerate(spec.tasks):
-        part = data[data.task == task]
-        metric = part.metric.iloc[0]
+    black = style.METHOD_COLOR["adamw"]
+    for column, (task, config) in enumerate(firsts(plan.configs).items()):
+        part, metric = data[data.task == task], TASKS[config.kind].metric
         above, below = axes[:, column]
         base = estimate(list(part[part.method == "adamw"].value))
-        above.axhline(base.mean, color=style.METHOD_COLOR["adamw"], label="AdamW")
-        above.axhspan(base.mean - base.stderr, base.mean + base.stderr, color=style.METHOD_COLOR["adamw"], alpha=0.12, linewidth=0)
-        below.axhline(0.0, color=style.METHOD_COLOR["adamw"])
+        above.axhline(base.mean, color=black, label="AdamW")
+        if base.n > 1:
+            above.axhspan(base.mean - base.half_width, base.mean + base.half_width, color=black, alpha=0.12, linewidth=0)
+        below.axhline(0.0, color=black)
         for rho, dash in zip(spec.rho, DASHES, strict=False):
             _line(above, part[part.rho == rho], "value", dash, rf"Angle-SAM, $\rho$ = {rho:g}")
             _line(below, part[part.rho == rho], "minus_adamw", dash, None)
-        model = next(config.model for config in configs if config.task == task)
-        above.set(title=f"{style.TASK_LABEL.get(task, task)} ({model.kind} of width {model.width})", ylabel=AXIS[metric])
+        above.set(title=f"{style.TASK_LABEL.get(task, task)} ({model(config)})", ylabel=f"validation {metric.label}")
         below.set(
             xlabel=r"$\phi$ (degrees): functional half 0, logit half 90",
-            ylabel=f"{metric} minus\nAdamW's (paired)",
+            ylabel=f"{metric.name} minus\nAdamW's (paired)",
             xticks=spec.phi,
         )
         for axis in (above, below):
@@ -86,16 +86,32 @@ def draw(spec: Spec, configs: list[Config]) -> Exhibit:
     axes[0, 0].legend(loc="best")
     figure.align_ylabels()
     figure.tight_layout()
-    caption, text = _words(spec, configs, data)
-    return Exhibit([*save_figure(spec, figure), save_frame(spec, data)], caption, text, data, figure)
+    return Exhibit(plan, {"": data}, _caption(plan, data), _verdict(plan, data), figure)
+
+
+def headline(data: pd.DataFrame) -> str:
+    """What figure and CSV say, in a few words."""
+    parts = []
+    for (task, rho), part in data[data.method != "adamw"].groupby(["task", "rho"], sort=False):
+        ends = _halves(data[data.task == task], float(rho))
+        parts.append(f"{task} {part.metric.iloc[0]} {interval(ends.mean, ends.half_width, sign=True)} (rho {rho:g})")
+    return f"functional half minus logit half: {', '.join(parts)}"
 
 
 def _line(axis: Axes, part: pd.DataFrame, field: str, dash: str, label: str | None) -> None:
     shown = part[~part.diverged]  # a mean with a diverged run is not a number that an axis can show: marked instead
     whole = shown.groupby("phi").filter(lambda group: len(group) == part.seed.nunique())
-    color = style.METHOD_COLOR["angle-sam"]
     sns.lineplot(
-        whole, x="phi", y=field, ax=axis, color=color, linestyle=dash, errorbar="se", marker="o", label=label, legend=False
+        whole,
+        x="phi",
+        y=field,
+        ax=axis,
+        color=style.METHOD_COLOR["angle-sam"],
+        linestyle=dash,
+        errorbar=style.t_interval,
+        marker="o",
+        label=label,
+        legend=False,
     )
     for phi in sorted(set(part[part.diverged].phi)):
         axis.annotate("diverged", (phi, 0.98), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="center", fontsize=6)
@@ -108,35 +124,45 @@ def _paired(part: pd.DataFrame, rho: float, phi: float, against: float | None = 
     return paired_difference(list(own.value), list(base.sort_values("seed").value))
 
 
-def _words(spec: Spec, configs: list[Config], data: pd.DataFrame) -> tuple[str, str]:
-    sentences = []
-    for task in spec.tasks:
-        part = data[data.task == task]
-        metric = part.metric.iloc[0]
-        lower = metric == "loss"
+def _halves(part: pd.DataFrame, rho: float) -> Estimate:
+    """The metric of the smallest angle minus that of the largest."""
+    return _paired(part, rho, part.phi.min(), against=part.phi.max())
+
+
+def _reading(plan: Plan, data: pd.DataFrame, task: str, rho: float) -> str:
+    """Which half wins, by the 95 % interval of the paired difference."""
+    lower = TASKS[firsts(plan.configs)[task].kind].metric.lower_is_better
+    word = verdict(_halves(data[data.task == task], rho), lower_is_better=lower)
+    if word.startswith(("better", "worse")):
+        return f"the {'functional' if word.startswith('better') else 'logit'} half wins"
+    return "no side wins"
+
+
+def _caption(plan: Plan, data: pd.DataFrame) -> str:
+    spec = plan.spec
+    finding = "; ".join(f"in {task} at rho {rho:g} {_reading(plan, data, task, rho)}" for task in spec.tasks for rho in spec.rho)
+    return (
+        f"{finding[0].upper()}{finding[1:]}. Angle-SAM: gradient g + sqrt(2) (cos(phi) H_F eps + sin(phi) H_G eps), |eps| = rho, "
+        "so that phi = 45 is penalty-SAM (the scaling is ours, the paper's was not seen), by exact second derivatives, rho fixed, "
+        f"not tuned; scale {spec.scale}, not the paper's: {sizes(plan.configs)}. Means over n={len(spec.seeds)} seeds, bands are "
+        "95 % t intervals, below of the differences to AdamW with the same initialization and data order."
+    )
+
+
+def _verdict(plan: Plan, data: pd.DataFrame) -> str:
+    spec, sentences = plan.spec, []
+    for task, config in firsts(plan.configs).items():
+        part, metric = data[data.task == task], TASKS[config.kind].metric
         for rho in spec.rho:
-            low, high = min(spec.phi), max(spec.phi)
-            ends = _paired(part, rho, low, against=high)
-            against = {phi: verdict(_paired(part, rho, phi), lower) for phi in spec.phi}
+            ends = _halves(part, rho)
+            against = {phi: verdict(_paired(part, rho, phi), lower_is_better=metric.lower_is_better) for phi in spec.phi}
             counts = "; ".join(
                 f"{word} at phi {', '.join(f'{phi:g}' for phi in spec.phi if against[phi].startswith(word))}"
-                for word in ("better", "worse", "inconclusive")
+                for word in ("better", "worse", "no difference", "inconclusive")
                 if any(value.startswith(word) for value in against.values())
             )
-            word = verdict(ends, lower)
-            reading = (
-                "no side wins"
-                if word.startswith("inconclusive")
-                else f"the {'functional' if word == 'better' else 'logit'} half wins"
-            )
             sentences.append(
-                f"{task}, rho {rho:g}: {metric} of the functional half minus the logit half {ends.mean:+.4f} +- {ends.stderr:.4f} "
-                f"({reading}); against AdamW {counts}"
+                f"{task}, rho {rho:g}: {metric.name} of the functional half minus the logit half "
+                f"{interval(ends.mean, ends.half_width, sign=True)} ({_reading(plan, data, task, rho)}); against AdamW {counts}"
             )
-    caption = (
-        "Angle-SAM: gradient g + sqrt(2) (cos(phi) H_F eps + sin(phi) H_G eps), |eps| = rho, so that phi = 45 is penalty-SAM; the "
-        "scaling is ours, the paper's was not seen. Exact second derivatives under bf16 autocast; rho is fixed, not tuned. "
-        f"Mean over n={len(spec.seeds)} seeds, bands are one standard error; below, differences to AdamW with the same "
-        f"initialization and data order. Scale {spec.scale}, not the paper's: {sizes(configs)}."
-    )
-    return caption, f"{'. '.join(sentences)} (n={len(spec.seeds)}, paired, 95 %)."
+    return f"{'. '.join(sentences)} (n={len(spec.seeds)}, paired, 95 % t intervals)."

@@ -52,7 +52,9 @@ def _panel(axis: Axes, part: pd.DataFrame, x: str) -> None:
     placebo = part[part.entry == "placebo"]
     if len(placebo) > 1:
         half = estimate(list(placebo.minus_baseline)).half_width
-        axis.axhspan(placebo.minus_baseline.mean() - half, placebo.minus_baseline.mean() + half, color="#bbbbbb", alpha=0.5, linewidth=0)
+        axis.axhspan(
+            placebo.minus_baseline.mean() - half, placebo.minus_baseline.mean() + half, color="#bbbbbb", alpha=0.5, linewidth=0
+        )
     for name, own in part[part.rho.notna()].groupby("entry", sort=False):
         color = style.METHOD_COLOR[str(name)]
         xs, means, halves = [], [], []
@@ -63,7 +65,9 @@ def _panel(axis: Axes, part: pd.DataFrame, x: str) -> None:
                 means.append(found.mean)
                 halves.append(found.half_width if math.isfinite(found.half_width) else 0.0)
             else:
-                axis.plot([float(rho if x == "rho" else at.dose.mean())], [0.98], "x", color=color, transform=axis.get_xaxis_transform())
+                axis.plot(
+                    [float(rho if x == "rho" else at.dose.mean())], [0.98], "x", color=color, transform=axis.get_xaxis_transform()
+                )
         axis.plot(xs, means, color=color, marker="o", label=label(str(name)))
         axis.fill_between(xs, np.subtract(means, halves), np.add(means, halves), color=color, alpha=0.15, linewidth=0)
     axis.set_xscale("log")
@@ -81,7 +85,14 @@ def path_alone(part: pd.DataFrame, margin: float) -> list[dict[str, Any]]:
                 pairs = [(a, b) for a, b in zip(at.test, values, strict=False) if not math.isnan(b)]
                 if len(pairs) == len(at):
                     found = paired_difference([a for a, _ in pairs], [b for _, b in pairs])
-                    row = {"cell": at.cell.iloc[0], "entry": name, "other": other, "at_equal": kind, "rho": rho, "dose": at.dose.mean()}
+                    row = {
+                        "cell": at.cell.iloc[0],
+                        "entry": name,
+                        "other": other,
+                        "at_equal": kind,
+                        "rho": rho,
+                        "dose": at.dose.mean(),
+                    }
                     rows.append(row | {"n": found.n, "difference": found.mean, "stderr": found.stderr})
     found_all = [Estimate(row["difference"], row["stderr"], row["n"]) for row in rows]
     for row, word in zip(rows, judged(found_all, margin=margin), strict=True):
@@ -100,7 +111,11 @@ def _at_dose(theirs: pd.DataFrame, row: Any) -> float:
 def _finding(paths: pd.DataFrame) -> str:
     sentences = []
     for (cell, name, kind), part in paths.groupby(["cell", "entry", "at_equal"], sort=False) if len(paths) else ():
-        words = [f"{word} at rho {', '.join(f'{r:g}' for r in part[part.verdict == word].rho)}" for word in Verdict if word in set(part.verdict)]
+        words = [
+            f"{word} at rho {', '.join(f'{r:g}' for r in part[part.verdict == word].rho)}"
+            for word in Verdict
+            if word in set(part.verdict)
+        ]
         other = label(part.other.iloc[0])
         best = part.loc[part.difference.idxmin()]
         sentences.append(

@@ -42,7 +42,9 @@ def draw(plan: Plan) -> Exhibit:
         for key, fill in (("equal_steps", color), ("equal_compute", "none")):
             found = Estimate(getattr(row, key), getattr(row, f"{key}_stderr"), row.n)
             if math.isfinite(found.mean):
-                axis.errorbar(found.mean, place, xerr=found.half_width, color=color, marker="o", markerfacecolor=fill, elinewidth=0.8)
+                axis.errorbar(
+                    found.mean, place, xerr=found.half_width, color=color, marker="o", markerfacecolor=fill, elinewidth=0.8
+                )
         cost.plot([row.cost], [place], "o", color=color)
     axis.axvline(0.0, color=style.METHOD_COLOR["adamw"], linewidth=0.8)
     axis.set_xscale("symlog", linthresh=LINEAR)

@@ -8,39 +8,40 @@ import nbformat
 import papermill
 
 from functional_sam.errors import UserError
-from functional_sam.exhibits import draw, known, notebook, source, spec
+from functional_sam.exhibits import Plan, notebook
 from functional_sam.exhibits.output import paper_directory, stem
 from functional_sam.files import atomic_file
 
 QUIET = ["--IPKernelApp.log_level=40"]  # errors only
 
 
-def execute_notebook(name: str, scale: str) -> tuple[list[Path], str, str]:
-    """Run the exhibit's notebook in place at a scale; the files it wrote, its verdict, and what it was drawn from."""
-    if name not in known() or not notebook(name).exists():
-        draw(name, scale)  # raises for an unknown name
-        raise UserError(f"{notebook(name)} is missing: restore it with git checkout")
-    drawn = spec(name, scale)
-    source(name, scale)  # the clear error for a missing run, before a kernel is started
-    path = notebook(name)
+def execute_notebook(plan: Plan) -> tuple[list[Path], str]:
+    """Run the exhibit's notebook at the scale of a plan, which can be drawn; the files written, and the verdict.
+
+    At quick in place; that of another scale is written beside it, so that both can be kept.
+    """
+    name, scale = plan.spec.name, plan.spec.scale
+    source, path = notebook(name), notebook(name, scale)
+    if not source.exists():
+        raise UserError(f"{source} is missing: restore it with git checkout")
     with atomic_file(path) as temporary:
         try:
             warnings.filterwarnings("ignore", message="The specified file", module="papermill")  # the name of a temporary file
             papermill.execute_notebook(
-                str(path),
+                str(source),
                 str(temporary),
                 {"scale": scale},
                 kernel_name="python3",
                 progress_bar=False,
                 extra_arguments=QUIET,
-                cwd=str(path.parents[1]),
+                cwd=str(source.parents[1]),
             )
         except papermill.PapermillExecutionError as error:
-            raise UserError(f"{path}: {error.ename}: {error.evalue}") from error
+            raise UserError(f"{source}: {error.ename}: {error.evalue}") from error
         _tidy(temporary)
-    record = json.loads(stem(drawn).with_suffix(".json").read_text())
-    files = [paper_directory().parent / file for file in record["files"]]
-    return [*files, stem(drawn).with_suffix(".json")], record["verdict"], record["drawn_from"]
+    made = stem(plan.spec).with_suffix(".json")
+    record = json.loads(made.read_text())
+    return [*(paper_directory().parent / file for file in record["files"]), made, path], record["verdict"]
 
 
 def _tidy(path: Path) -> None:
@@ -53,8 +54,9 @@ def _tidy(path: Path) -> None:
         tags = cell.metadata.get("tags")
         if tags == []:
             del cell.metadata["tags"]
-    # papermill adds a cell with the parameters it was given; fold it into the cell that declares them.
-    injected = [cell for cell in content.cells if "injected-parameters" in cell.metadata.get("tags", [])]
-    for cell in injected:
-        content.cells.remove(cell)
+    # papermill adds a cell with the parameters it was given: they go into the cell that declares them.
+    for injected in [cell for cell in content.cells if "injected-parameters" in cell.metadata.get("tags", [])]:
+        content.cells.remove(injected)
+        (declared,) = [cell for cell in content.cells if "parameters" in cell.metadata.get("tags", [])]
+        declared.source = injected.source.removeprefix("# Parameters\n").strip()
     nbformat.write(content, path)  # type: ignore[no-untyped-call]

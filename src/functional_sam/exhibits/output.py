@@ -107,7 +107,7 @@ def _written(path: Path, text: str) -> Path:
 
 
 def record(exhibit: Exhibit) -> dict[str, Any]:
-    """The content of NAME.json but for its files: title, verdict, caption, and each run with its config hash, commit, code, data."""
+    """The content of NAME.json but for its files: title, verdict, caption, and the runs with config hash, commit, code, data."""
     plan = exhibit.plan
     return {
         "exhibit": plan.spec.name,

@@ -19,6 +19,11 @@ class Plan:
     drawable: bool
     drawn: list[Config] | None = None  # the runs that a drawing shows; none: all that are complete
 
+    @classmethod
+    def of_known_runs(cls, spec: Spec, configs: list[Config], source: Source) -> "Plan":
+        """Of an exhibit all of whose runs are known from the start: it can be drawn once all are complete."""
+        return cls(spec, configs, None, source, all(source.done(config) for config in configs))
+
     @property
     def missing(self) -> list[Config]:
         """The runs that are not complete."""

@@ -1,10 +1,14 @@
 """How every figure looks: ICML column widths, one colour and marker per method, everywhere."""
 
+from collections.abc import Sequence
+
 import matplotlib as mpl
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
+
+from functional_sam.study.compare import estimate
 
 COLUMN = 3.25  # inches, one column of the ICML style
 PAGE = 6.75  # inches, both
@@ -86,3 +90,10 @@ def signed_log(axis: Axes, threshold: float) -> None:
     ticks = [tick for tick in [*(-step for step in reversed(steps)), 0.0, *steps] if low <= tick <= high]
     axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.yaxis.set_minor_locator(NullLocator())
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The band of seaborn's lines: the 95 % t interval, which decides the verdicts; of one seed no band."""
+    found = estimate(list(values))
+    half = found.half_width if found.n > 1 else 0.0
+    return found.mean - half, found.mean + half

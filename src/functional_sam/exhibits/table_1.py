@@ -22,7 +22,9 @@ def draw(plan: Plan) -> Exhibit:
     data = frame(plan.content, plan.source)
     data = data[data.entry.isin(["adamw", *SHOWN])].reset_index(drop=True)
     data = judge(judge(data, margin), margin, "sam")
-    finding = f"Against AdamW: {'; '.join(f'{name}: {counted(part)}' for name, part in data.groupby('cell', sort=False))}.{seen(data)}"
+    finding = (
+        f"Against AdamW: {'; '.join(f'{name}: {counted(part)}' for name, part in data.groupby('cell', sort=False))}.{seen(data)}"
+    )
     caption = f"{finding} {setting(plan, data)}{left_out(plan)}"
     return Exhibit(plan, {"": data}, caption, finding, markdown=_markdown(data))
 

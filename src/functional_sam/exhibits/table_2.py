@@ -15,4 +15,6 @@ def draw(plan: Plan) -> Exhibit:
     words = "; ".join(f"{name}: {counted(part)}" for name, part in data.groupby("cell", sort=False))
     finding = f"Against AdamW, tuned with as many trials: {words}.{seen(data)}"
     against_sam = f"Against SAM: {counted(data, 'sam')}."
-    return Exhibit(plan, {"": data}, f"{finding} {setting(plan, data)}{left_out(plan)}", f"{finding} {against_sam}", markdown=rows_of(data))
+    return Exhibit(
+        plan, {"": data}, f"{finding} {setting(plan, data)}{left_out(plan)}", f"{finding} {against_sam}", markdown=rows_of(data)
+    )

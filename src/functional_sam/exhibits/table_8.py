@@ -25,7 +25,10 @@ def draw(plan: Plan) -> Exhibit:
     blocks = {"variants": "Variants, equal steps", "repeated": "Repeated data, best validation checkpoint"}
     frames, tables, words = [], [], []
     if len(compute):
-        tables += ["**Equal compute**: each method against AdamW with the steps that its time buys, tuned again\n", _compute(compute)]
+        tables += [
+            "**Equal compute**: each method against AdamW with the steps that its time buys, tuned again\n",
+            _compute(compute),
+        ]
         words.append(f"At equal compute {counted(compute.rename(columns={'verdict': 'verdict_baseline'}))}")
     for part, title in blocks.items():
         own = of_part(plan.content, part)
@@ -85,6 +88,8 @@ def _compute(data: pd.DataFrame) -> str:
     lines = []
     for row in data.itertuples():
         both = (Estimate(getattr(row, key), getattr(row, f"{key}_stderr"), row.n) for key in ("minus_equal_steps", "minus_matched"))
-        differences = ["diverged" if math.isinf(one.mean) else markdown.interval(one.mean, one.half_width, sign=True) for one in both]
+        differences = [
+            "diverged" if math.isinf(one.mean) else markdown.interval(one.mean, one.half_width, sign=True) for one in both
+        ]
         lines.append([label(row.entry, row.label), f"{row.rho:g}", f"{row.times:g} times", f"{row.n}", *differences, row.verdict])
     return markdown.table(columns, lines, text=["verdict"])

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from functional_sam.config import Config
 from functional_sam.errors import UserError
-from functional_sam.exhibits import plan
+from functional_sam.exhibits import needed
 from functional_sam.jobs.profile import PATIENCE, Profile, check_site, load_profile
 from functional_sam.jobs.queue import states
 from functional_sam.jobs.snapshot import snapshot
@@ -28,7 +28,7 @@ def submit(exhibit: str, scale: str, cluster: str, overrides: list[str], dry_run
     """
     profile = load_profile(cluster)
     overrides = [_absolute(override) for override in overrides]
-    configs = plan(exhibit, scale, tuple(overrides))
+    configs = needed(exhibit, scale, tuple(overrides))
     missing = [config for config in configs if not Run(config).done]
     runs = Path(configs[0].runtime.runs).resolve()
     directory = _unused(runs / ".jobs", exhibit)

@@ -18,7 +18,7 @@ from submitit.slurm import slurm
 
 from functional_sam.config import Config, to_yaml
 from functional_sam.errors import RESUMABLE, UserError
-from functional_sam.exhibits import plan
+from functional_sam.exhibits import needed
 from functional_sam.files import write_text
 from functional_sam.jobs.profile import PATIENCE, Profile
 from functional_sam.jobs.queue import jobs
@@ -62,7 +62,7 @@ class Submission:
 
     def missing(self, after: int = 0) -> list[Config]:
         """The runs that are not complete. Raises UserError when one of stage `after` or before is among them."""
-        missing = [config for config in plan(self.exhibit, self.scale, tuple(self.overrides)) if not Run(config).done]
+        missing = [config for config in needed(self.exhibit, self.scale, tuple(self.overrides)) if not Run(config).done]
         tried = {name for stage in range(1, after + 1) for name in jobs(self.stage(stage)).values()}
         for config in missing:
             if config.name in tried:

@@ -2,6 +2,6 @@
 
 from functional_sam.records.run import Run, RunLocked
 from functional_sam.records.source import RunDirectories, Source
-from functional_sam.records.status import Status, move_aside, status
+from functional_sam.records.status import Status, found_in, move_aside, status
 
-__all__ = ["Run", "RunDirectories", "RunLocked", "Source", "Status", "move_aside", "status"]
+__all__ = ["Run", "RunDirectories", "RunLocked", "Source", "Status", "found_in", "move_aside", "status"]

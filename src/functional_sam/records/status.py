@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from functional_sam.config import load
 from functional_sam.errors import UserError
 from functional_sam.records.code import differences
 from functional_sam.records.run import Run, RunLocked
@@ -44,6 +45,23 @@ def status(run: Run, data_sha256: str | None = None) -> Status:
     step, loss = (lines[-1]["step"], lines[-1]["loss"]) if lines else (0, None)
     diverged = state == "done" and bool(run.summary().get("diverged"))
     return Status("stale" if state == "done" and differs else state, step, differs, loss, diverged)
+
+
+def found_in(root: Path) -> tuple[list[Run], dict[str, str]]:
+    """The runs in a directory of runs, and of what cannot be one today, name -> why, such as a run of an earlier version."""
+    runs, others = [], {}
+    for path in sorted(root.glob("*/config.yaml")):
+        name = path.parent.name
+        try:
+            config = load(path)
+        except UserError as error:
+            others[name] = f"of an earlier version, or damaged: {str(error).removeprefix(f'{path}: ')}"
+            continue
+        if config.name == name:
+            runs.append(Run(config, root))
+        else:
+            others[name] = f"of an earlier version, or renamed: today its settings are those of {config.name}"
+    return runs, others
 
 
 def move_aside(runs: Iterable[Run], root: Path) -> Path | None:

@@ -24,7 +24,9 @@ class Entry:
 
     method: str = ""  # default: the entry's own name
     label: str = ""  # as readers know it; default: the method's
-    settings: dict[str, Any] = field(default_factory=dict)  # key -> value on the config of its runs, such as method.options.every: 5
+    settings: dict[str, Any] = field(
+        default_factory=dict
+    )  # key -> value on the config of its runs, such as method.options.every: 5
     grid: dict[str, list[float]] = field(default_factory=dict)  # key -> values beside the learning rate; all combinations are tried
     rho_scale: float = 1.0  # unit of its radius in that of the grid: a cell's grid of rho is multiplied by it
     steps: float = 1.0  # times those of the cell: AdamW with the time of another method
@@ -174,7 +176,9 @@ def trials(study: Study, cell: Cell, name: str, centre: float) -> list[Trial]:
     return [Trial(tuple(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
 
 
-def make(study: Study, cell: Cell, name: str, trial: Trial, seed: int, *, reported: bool = False, curvature: bool = False) -> Config:
+def make(
+    study: Study, cell: Cell, name: str, trial: Trial, seed: int, *, reported: bool = False, curvature: bool = False
+) -> Config:
     """The config of one run: task, scale, study, cell, entry, trial, seed, and the command line's overrides over all of them."""
     config = copy.deepcopy(_base(study.name, study.scale, study.overrides, _key(study.settings), _key(cell.settings), cell.task))
     entry = study.entries[name]

@@ -91,9 +91,7 @@ def frame(planned: Sequence[Planned], source: Source) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _row(
-    one: Planned, name: str, trial: Trial, configs: list[Config], base: tuple[str, Trial], source: Source
-) -> dict[str, Any]:
+def _row(one: Planned, name: str, trial: Trial, configs: list[Config], base: tuple[str, Trial], source: Source) -> dict[str, Any]:
     config, cell, entry = configs[0], one.cell, one.study.entries[name]
     task = TASKS[config.kind]
     sign = 1.0 if task.metric.lower_is_better else -1.0
