@@ -28,7 +28,7 @@ def seen(config: Config, steps: int | None = None) -> tuple[int, str]:
 
 def work_of(config: Config) -> float:
     """What a run costs beside others: gradient evaluations of all steps, times what they go through, times the parameters."""
-    return gradients(config) * seen(config)[0] * TASKS[config.kind].shape(config).parameters
+    return passes(config) * seen(config)[0] * TASKS[config.kind].shape(config).parameters
 
 
 @dataclass(frozen=True)
