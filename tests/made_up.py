@@ -1,4 +1,4 @@
-"""Runs that were never trained: a source of records with made-up losses, for tests of what is planned, chosen, reported and drawn."""
+"""Runs that were never trained: a source of records with made-up losses, for tests of plans, choices, tables and figures."""
 
 import math
 

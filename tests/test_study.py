@@ -1,4 +1,4 @@
-"""Tuning, reporting and comparing: trials are equal, seeds are kept apart, numbers are those of the records, verdicts those of the test."""
+"""Tuning, reporting and comparing: equal trials, seeds kept apart, numbers of the records, verdicts of the test."""
 
 import copy
 import itertools
@@ -54,7 +54,7 @@ def test_no_difference_is_two_one_sided_tests():
 
 
 def test_detectable_effect_is_found_as_often_as_it_says():
-    """By simulation: of experiments with just that effect, about 4 in 5 find it (the formula's t for a shifted t: a few per cent off)."""
+    """By simulation: of experiments with just that effect, about 4 in 5 find it (a shifted t for the true law: a little off)."""
     generator = np.random.default_rng(0)
     n, sigma = 8, 1.0
     effect = Estimate(0.0, sigma / math.sqrt(n), n).detectable
@@ -188,7 +188,7 @@ def test_a_study_in_turn_stops_at_the_first_cell_that_is_not_complete(study):
     source = MadeUp(bowl())
     assert todo(plan_cells(study, cells, source)) == plan_cell(study, cells[0], source).configs
     finish(study, cells[0], source)
-    assert set(c.training.batch for c in todo(plan_cells(study, cells, source))) == {4, 32}
+    assert {c.training.batch for c in todo(plan_cells(study, cells, source))} == {4, 32}
 
 
 def test_smallest_rate_within_one_standard_error():
@@ -219,7 +219,7 @@ def test_bad_cells_are_refused(study, change, words):
 def test_unknown_settings_are_refused(study):
     cell = study.cells["fixed-0.014M"]
     study.entries["sam"].settings = {"training.stepz": 3}
-    with pytest.raises(UserError, match="training.stepz"):
+    with pytest.raises(UserError, match=r"training\.stepz"):
         make(study, cell, "sam", Trial(((LR, 0.01),)), 0)
 
 
@@ -261,7 +261,7 @@ def test_best_checkpoint_is_what_is_compared_where_it_counts(study):
     finish(study, cell, source)
     one = plan_cell(study, cell, source)
     data = frame([one], source)
-    (name, _), configs = next(iter(one.reported.items()))
+    configs = next(iter(one.reported.values()))
     assert data.test[0] == pytest.approx(np.mean([source.loss(c) - 0.5 + 0.25 for c in configs]))
     assert all(c.training.eval_every and c.training.test_best and c.data.unique_tokens for c in configs)
 
@@ -277,11 +277,13 @@ def test_comparisons_that_are_none_are_refused(study):
     other.training.data_seed = 77
     one.reported[key][0] = other
     source.do([other])
-    with pytest.raises(UserError, match="not paired: they differ in training.data_seed"):
+    with pytest.raises(UserError, match=r"not paired: they differ in training\.data_seed"):
         check([one], source)
     one.reported[key][0] = config
     read = source.read
-    source.read = lambda c, file: {"data": {"sha256": c.name if c.method.name == "sam" else "s"}} if file.startswith("prov") else read(c, file)
+    source.read = lambda c, file: (
+        {"data": {"sha256": c.name if c.method.name == "sam" else "s"}} if file.startswith("prov") else read(c, file)
+    )
     with pytest.raises(UserError, match=r"same data \(SHA-256\)"):
         check([one], source)
 

@@ -1,4 +1,4 @@
-"""The exhibits of the language study, drawn from made-up records: every cell appears, words follow the verdicts, nothing is planned twice."""
+"""The exhibits of the language study, drawn from made-up records: every cell appears, words follow the verdicts."""
 
 import math
 
@@ -18,7 +18,7 @@ EXHIBITS = ("figure-3", "figure-5", "figure-7", "table-1", "table-2", "table-3",
 
 @pytest.fixture(scope="module")
 def complete():
-    """All runs of the quick study, done: the functional methods are a little better than SAM, SAM worse than AdamW at large radii."""
+    """All runs of the quick study, done: functional methods a little better than SAM, SAM worse than AdamW at large radii."""
 
     def loss(config):
         value = bowl()(config)
@@ -61,7 +61,9 @@ def test_what_is_not_complete_is_named_and_the_rest_drawn(name, complete):
     cells = study.part(*planned(name, "quick", source=complete).spec.parts)
     source = MadeUp(complete.loss)
     source.records = {
-        key: value for key, value in complete.records.items() if key not in {c.name for c in plan_cell(study, cells[-1], complete).configs}
+        key: value
+        for key, value in complete.records.items()
+        if key not in {c.name for c in plan_cell(study, cells[-1], complete).configs}
     }
     for cell in cells[:-1]:
         source.do(plan_cell(study, cell, complete).configs)
@@ -86,7 +88,7 @@ def test_divergence_is_marked_and_counted(complete):
 
 
 def test_the_path_alone_at_equal_rho_and_at_equal_dose():
-    """SAM's loss is 2 log(dose) and its dose 4 rho; the functional path's is 2 log(dose) + 1 at dose rho: at equal dose it is 1 worse."""
+    """SAM's loss is 2 log(dose), its dose 4 rho; the functional path's 2 log(dose) + 1 at dose rho: at equal dose 1 worse."""
     rows = []
     for entry, slope, more in (("sam", 4.0, 0.0), ("functional-sam", 1.0, 1.0)):
         for rho in (0.01, 0.1, 1.0):

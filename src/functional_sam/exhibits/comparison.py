@@ -98,10 +98,8 @@ def seen(data: pd.DataFrame, other: str = "baseline") -> str:
     if open_.empty:
         return ""
     low, high = open_[f"detectable_{other}"].min(), open_[f"detectable_{other}"].max()
-    return (
-        f" Where inconclusive, an effect of {markdown.significant(low, 2)} to {markdown.significant(high, 2)} would have been seen in 4 "
-        "of 5 cases."
-    )
+    sizes = " to ".join(dict.fromkeys(markdown.significant(size, 2) for size in (low, high)))
+    return f" Where inconclusive, an effect of {sizes} would have been seen in 4 of 5 cases."
 
 
 def setting(plan: Plan, data: pd.DataFrame) -> str:
@@ -112,8 +110,8 @@ def setting(plan: Plan, data: pd.DataFrame) -> str:
     steps = ", ".join(dict.fromkeys(f"{int(steps)}" for steps in data.steps))
     n = "/".join(str(value) for value in sorted(set(data.n)))
     return (
-        f"Scale {plan.spec.scale}, not the paper's models: {task.model_name(config)} of {sizes} on {task.data_name(config)}, {steps} steps in "
-        f"{config.training.precision}; 95 % intervals of differences paired by seed, n = {n}, Holm's correction within the exhibit."
+        f"Scale {plan.spec.scale}, not the paper's models: {task.model_name(config)} of {sizes} on {task.data_name(config)}, "
+        f"{steps} steps in {config.training.precision}; 95 % intervals of differences paired by seed, n = {n}, Holm's correction within the exhibit."
     )
 
 

@@ -1,4 +1,4 @@
-"""figure-3: dose and response: test loss minus AdamW's against the radius, and against what it does to the gradient. Nothing is chosen."""
+"""figure-3: test loss minus AdamW's against the radius, and against the dose, which is what it does to the gradient."""
 
 import math
 from typing import Any
@@ -41,8 +41,8 @@ def draw(plan: Plan) -> Exhibit:
     style.legend_above(figure, axes[0, 0], columns=3)
     finding = _finding(paths)
     caption = (
-        f"{finding} Linear within {LINEAR:g} nats, logarithmic beyond; crosses at the top edge diverged; grey, the placebo's interval "
-        f"(AdamW whose initial weights were changed by 1e-6). {setting(plan, data)}{left_out(plan)}"
+        f"{finding} Linear within {LINEAR:g} nats, logarithmic beyond; crosses at the top edge diverged; grey, the placebo's "
+        f"interval (AdamW whose initial weights were changed by 1e-6). {setting(plan, data)}{left_out(plan)}"
     )
     return Exhibit(plan, {"": data, "seeds": seeds, "path": paths}, caption, finding, figure)
 
@@ -74,7 +74,7 @@ def _panel(axis: Axes, part: pd.DataFrame, x: str) -> None:
 
 
 def path_alone(part: pd.DataFrame, margin: float) -> list[dict[str, Any]]:
-    """The functional path minus the plain one, same ascent: at equal rho, and at equal dose (log-linear between the radii, by seed)."""
+    """The functional path minus the plain one, same ascent: at equal rho, and at equal dose (log-linear between radii)."""
     rows: list[dict[str, Any]] = []
     for name, other in PAIRS:
         own, theirs = (part[part.entry == entry] for entry in (name, other))

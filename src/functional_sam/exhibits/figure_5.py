@@ -50,8 +50,8 @@ def draw(plan: Plan) -> Exhibit:
         style.legend_above(figure, axes[0, 0], columns=3)
     finding = _finding(data, batch)
     caption = (
-        f"{finding} Above nothing is chosen (AdamW's learning rate at each batch); below every method is tuned with as many trials; linear "
-        f"within {LINEAR:g} nats, logarithmic beyond. {setting(plan, data)}{left_out(plan)}"
+        f"{finding} Above nothing is chosen (AdamW's learning rate at each batch); below every method has as many trials; "
+        f"linear within {LINEAR:g} nats, logarithmic beyond. {setting(plan, data)}{left_out(plan)}"
     )
     return Exhibit(plan, {"": data}, caption, finding, figure)
 
@@ -69,7 +69,9 @@ def lines(axis: Axes, part: pd.DataFrame, x: str) -> None:
         finite = own[own.minus_baseline.abs() < math.inf]
         halves = [difference(row).half_width for row in finite.itertuples()]
         beside = 1.0 + 0.04 * (number - (len(groups) - 1) / 2)  # so that marks do not cover each other
-        axis.errorbar(finite[x] * beside, finite.minus_baseline, halves, color=color, marker="o", label=label(str(name)), elinewidth=0.8)
+        axis.errorbar(
+            finite[x] * beside, finite.minus_baseline, halves, color=color, marker="o", label=label(str(name)), elinewidth=0.8
+        )
         for value in own[own.minus_baseline.abs() == math.inf][x]:
             axis.plot([value], [0.98], "x", color=color, transform=axis.get_xaxis_transform(), clip_on=False)
     axis.set_xscale("log")

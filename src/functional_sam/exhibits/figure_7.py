@@ -1,4 +1,4 @@
-"""figure-7: every method and variant in one sorted forest: against AdamW at equal steps, and at equal compute; and what a step costs."""
+"""figure-7: every method and variant in one sorted forest, at equal steps and at equal compute; and what a step costs."""
 
 import math
 from typing import Any
@@ -60,8 +60,8 @@ def draw(plan: Plan) -> Exhibit:
     )
     cells = frame(of_part(plan.content, "fixed", "compute", "variants"), plan.source)
     caption = (
-        f"{finding} Filled: equal steps; hollow: AdamW given the time that the method takes; linear within {LINEAR:g} nats, logarithmic "
-        f"beyond; times are those of results/benchmark/time.csv ({CASE}). {setting(plan, cells)}{left_out(plan)}"
+        f"{finding} Filled: equal steps; hollow: AdamW given the time that the method takes; linear within {LINEAR:g} nats, "
+        f"logarithmic beyond; times are those of results/benchmark/time.csv ({CASE}). {setting(plan, cells)}{left_out(plan)}"
     )
     return Exhibit(plan, {"": data}, caption, finding, figure)
 

@@ -67,7 +67,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Estimate:
-    """Mean and standard error of values - baseline, seed by seed (same initialization and data order); two diverged runs are equal."""
+    """Mean and standard error of values - baseline, seed by seed (which share what is drawn); two diverged are equal."""
     return estimate([0.0 if a == b else a - b for a, b in zip(values, baseline, strict=True)])
 
 

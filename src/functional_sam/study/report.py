@@ -128,10 +128,10 @@ def _row(one: Planned, name: str, trial: Trial, configs: list[Config], base: tup
         "label": entry.label,
     }
     against = {"baseline": _twin(one, base, trial), "sam": None if name in (base[0], "sam") else _like(one, "sam", trial)}
-    for other, key in against.items():
+    for other, twin in against.items():
         difference = Estimate(math.nan, math.nan, 0)
-        if key is not None and key != (name, trial):
-            theirs = tested(one.reported[key], source, cell.best)
+        if twin is not None and twin != (name, trial):
+            theirs = tested(one.reported[twin], source, cell.best)
             difference = paired_difference([sign * a for a in losses], [sign * b for b in theirs])
         row |= {f"minus_{other}": difference.mean, f"minus_{other}_stderr": difference.stderr}
     measured = [c for c in configs if c.measure.curvature and not source.summary(c).get("diverged")]
@@ -206,7 +206,7 @@ def difference(row: Any, other: str = "baseline") -> Estimate:
 
 
 def judge(data: pd.DataFrame, margin: float, other: str = "baseline", family: Callable[[Any], bool] | None = None) -> pd.DataFrame:
-    """The frame with columns verdict_OTHER, detectable_OTHER and half_OTHER (of the 95 % interval); Holm over the rows of the family.
+    """The frame with columns verdict_OTHER, detectable_OTHER and half_OTHER (of the 95 % interval); Holm over the family.
 
     family: the rows that a claim quantifies over, all with a difference unless given; the others are judged one by one, unadjusted.
     """

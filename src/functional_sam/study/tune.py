@@ -74,7 +74,7 @@ def unique(configs: Iterable[Config]) -> list[Config]:
 
 
 def score(config: Config, source: Source, best: bool = False, split: str = "") -> float:
-    """A run's metric as a loss (an accuracy is negated): inf for a diverged run. best: of its best checkpoint; split: "" or "test_"."""
+    """A run's metric as a loss (an accuracy is negated), inf if it diverged; best: of its best checkpoint; split: "" or "test_"."""
     metric = TASKS[config.kind].metric
     value = source.summary(config).get(f"{split}{'best_' if best else ''}{metric.name}")
     if value is None:
