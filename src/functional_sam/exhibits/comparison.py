@@ -111,7 +111,8 @@ def setting(plan: Plan, data: pd.DataFrame) -> str:
     n = "/".join(str(value) for value in sorted(set(data.n)))
     return (
         f"Scale {plan.spec.scale}, not the paper's models: {task.model_name(config)} of {sizes} on {task.data_name(config)}, "
-        f"{steps} steps in {config.training.precision}; 95 % intervals of differences paired by seed, n = {n}, Holm's correction within the exhibit."
+        f"{steps} steps in {config.training.precision}; 95 % intervals of differences paired by seed, n = {n}, Holm's correction "
+        "within the exhibit."
     )
 
 
