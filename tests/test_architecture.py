@@ -16,17 +16,19 @@ from functional_sam.exhibits import claims
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "functional_sam"
 SHARED = {"errors", "losses", "files"}
+FLOOR = {"vectors", "ascents", "head", "weights"}  # below the library's two halves, which do not know each other
 MAY_IMPORT = {
-    "sharpness": SHARED,
-    "curvature": SHARED,
+    **dict.fromkeys(FLOOR, FLOOR | {"errors", "losses"}),
+    "sharpness": SHARED | FLOOR,
+    "curvature": SHARED | FLOOR,
     "models": SHARED,
     "data": SHARED,
     "tasks": SHARED | {"models", "data", "config"},
     "records": SHARED | {"config"},
     # training measures the decomposition on its way, hence curvature
-    "training": SHARED | {"sharpness", "curvature", "tasks", "records", "config", "data"},
-    # planning reads the table of methods, and nothing else of sharpness
-    "planning": SHARED | {"config", "models", "sharpness", "tasks"},
+    "training": SHARED | FLOOR | {"sharpness", "curvature", "tasks", "records", "config", "data"},
+    # planning reads the table of methods and the chunks of the head, and nothing else of sharpness
+    "planning": SHARED | {"config", "models", "sharpness", "head", "tasks"},
     # exhibits draw what curvature returned: the smoothing of nodes and weights is its own
     "exhibits": SHARED | {"study", "records", "config", "curvature", "tasks"},
     "jobs": SHARED | {"training", "tasks", "exhibits", "records", "config"},
@@ -45,9 +47,51 @@ def imports(path):
 
 @pytest.mark.parametrize("package", MAY_IMPORT)
 def test_who_may_import_whom(package):
-    for path in (PACKAGE / package).rglob("*.py"):
+    files = [PACKAGE / f"{package}.py"] if package in FLOOR else list((PACKAGE / package).rglob("*.py"))
+    assert files
+    for path in files:
         forbidden = set(imports(path)) - MAY_IMPORT[package] - {package}
         assert not forbidden, f"{path.relative_to(ROOT)} imports {forbidden}"
+
+
+def modules_of(path):
+    """Modules of functional_sam that a file imports when it is loaded, or under TYPE_CHECKING; not inside functions."""
+    known = {module_name(p) for p in PACKAGE.rglob("*.py")}
+    pending, found = list(ast.parse(path.read_text()).body), set()
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        pending += list(ast.iter_child_nodes(node))
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: imports are absolute here"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= inner & known or {node.module}
+    return found & known
+
+
+def module_name(path):
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_no_circles():
+    """No file imports itself through others; a package's __init__ may import its files, which do not import it."""
+    graph = {module_name(path): modules_of(path) for path in sorted(PACKAGE.rglob("*.py"))}
+    assert graph["functional_sam.sharpness.backward"] >= {"functional_sam.sharpness.mix", "functional_sam.weights"}
+    done = set()
+
+    def visit(name, trail):
+        assert name not in trail, "circle: " + " -> ".join([*trail[trail.index(name) :], name])
+        if name not in done:
+            for other in sorted(graph[name]):
+                visit(other, [*trail, name])
+            done.add(name)
+
+    for name in graph:
+        visit(name, [])
 
 
 def test_planning_reads_the_table_of_methods_alone():

@@ -27,6 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from functional_sam import head
 from functional_sam.curvature import CurvatureProducts, functions, outer
 from functional_sam.losses import IGNORE
 
@@ -147,7 +148,7 @@ def whole_logits(model, inputs):
 def test_head_by_hand_is_the_generic_path(kind, chunk, budget, monkeypatch):
     """In chunks of one row, and in one; with the softmax kept and made again."""
     monkeypatch.setattr(outer, "CHUNK_BYTES", chunk)
-    monkeypatch.setattr(outer, "LEAST_ROWS", 1)
+    monkeypatch.setattr(head, "LEAST_ROWS", 1)
     model, batches = case(kind)
     by_hand = CurvatureProducts(model, batches, memory_budget=budget)
     generic = CurvatureProducts(model, batches, forward=whole_logits)

@@ -154,7 +154,7 @@ def test_adam_geometry():
     for words, arguments in {
         "one of the two": {},
         "shaped unlike": {"second_moments": v_hat[1:]},
-        "Adam or AdamW": {"optimizer": torch.optim.SGD(model.parameters(), lr=0.1)},
+        "which SGD does not keep": {"optimizer": torch.optim.SGD(model.parameters(), lr=0.1)},
     }.items():
         with pytest.raises(UserError, match=words):
             products.in_adam_geometry(**arguments)

@@ -12,8 +12,8 @@ from test_curvature import case, decoder, error, flat, moved, one_thread, seeded
 
 from functional_sam.curvature import CurvatureProducts, density, eigenvalues, hutch_plus_plus, hutchinson, quadratic, smooth
 from functional_sam.curvature.lanczos import Lanczos
-from functional_sam.vectors import Space
 from functional_sam.errors import UserError
+from functional_sam.vectors import Space
 
 SHAPES = [(3, 4), (8,), (2, 2, 5), (160,)]
 LIKE = [torch.zeros(shape, dtype=torch.float64) for shape in SHAPES]

@@ -180,7 +180,7 @@ def done(data, tmp_path_factory):
     micro = {"method.options.scope": "micro-batch", "training.micro_batch": 2}
     done.one["micro"] = in_one_process(Job(config(data, root / "one", "sam", **micro)))
     add("micro", "sam", "ddp", overrides=micro)
-    measured = {"measure.points": 2}
+    measured = {"measure.points": 2, "measure.adam_from": 1}
     done.one["measured"] = in_one_process(Job(config(data, root / "measured", "adamw", **measured)))
     for parallel in ("ddp", "fsdp"):
         add("measured", "adamw", parallel, overrides=measured)

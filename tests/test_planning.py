@@ -127,7 +127,7 @@ CASES = [
     ("sam", ("training.precision=float64",)),
     ("functional-sam", ("model.dropout=0.1", "training.precision=float32")),
     ("adamw", ("model.dropout=0.1",)),
-    ("functional-sam", ("training.batch=1",)),  # u is kept, and not h
+    ("functional-sam", ("training.batch=4", "data.vocab=500")),  # u is kept, and not h
     ("functional-sam", ("method.options.keep=u",)),
     ("functional-sam", ("training.batch=80", "model.checkpoint_blocks=true")),  # more than one chunk of logits
     ("adamw", ("model.length=576", "training.batch=2")),  # fused attention

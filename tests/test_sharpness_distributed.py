@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import TinyModel, TinyReadout, adamw, gradients, make_batch, make_model, warmed_up
+from test_sharpness_dose import Normalized
 from test_sharpness_oracle import combine, norm, oracle, state_of, theta_of
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -100,17 +101,18 @@ def equals_one_process(wrap, rank, kind, method, options, tolerance=1e-10, **mod
         for step in range(3):
             batch = global_batch(step)
             before = [local(p).clone() for p in model.parameters()]
-            loss = sharpness.backward(share(batch, rank) if parallel else [batch])
+            loss = sharpness.backward(share(batch, rank) if parallel else [batch], measure_dose=step == 1)
             for p, value in zip(model.parameters(), before, strict=True):
                 assert torch.equal(local(p), value), (method, options)
             grads = {clean(n): whole(p.grad).clone() for n, p in model.named_parameters()}
             optimizer.step()
             optimizer.zero_grad()
             weights = {clean(n): whole(p.detach()).clone() for n, p in model.named_parameters()}
-            record.append((loss, grads, weights))
+            record.append((loss, sharpness.dose, grads, weights))
         runs.append(record)
-    for (loss, grads, weights), (loss_, grads_, weights_) in zip(*runs, strict=True):
+    for (loss, dose, grads, weights), (loss_, dose_, grads_, weights_) in zip(*runs, strict=True):
         text = f"{method} {options} {kind.__name__}"
+        assert dose_ == (dose if dose is None else pytest.approx(dose, rel=100 * tolerance, abs=100 * tolerance)), text
         torch.testing.assert_close(loss_, loss, rtol=tolerance, atol=tolerance, msg=lambda t, text=text: f"{text}: {t}")
         for name in grads:
             for a, b, loose in [(grads_, grads, 1.0), (weights_, weights, 100.0)]:
@@ -133,6 +135,24 @@ def distributed(tensor, like):
     return torch.distributed.tensor.distribute_tensor(tensor, like.device_mesh, like.placements)
 
 
+def asking_for_the_dose_changes_nothing(wrap, rank, kind, methods=("sam", "functional-sam", "wsam", "looksam", "tram")):
+    """Local weights, buffers and random state are those of the run that never asked, bit for bit, from the first step on."""
+    for method in methods:
+        runs = []
+        for asks in (False, True):
+            model = wrap(make_model(kind, dtype=torch.float32, dropout=0.3))
+            optimizer = adamw(model)
+            sharpness = SharpnessAware(model, optimizer, method, rho=0.3)
+            torch.manual_seed(rank)
+            for step in range(3):
+                sharpness.backward(share(global_batch(step), rank), measure_dose=asks)
+                assert (sharpness.dose is not None) == asks
+                optimizer.step()
+                optimizer.zero_grad()
+            runs.append([*map(local, model.parameters()), *(b.clone() for b in model.buffers()), torch.get_rng_state()])
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True)), (method, kind)
+
+
 # ---------------------------------------------------------------------- DDP
 
 
@@ -152,6 +172,8 @@ def ddp_worker(rank):
             m_is_rank_or_microbatch(rank, kind, view)
         reductions(rank, kind)
         ranks_that_differ(rank, kind)
+        asking_for_the_dose_changes_nothing(ddp, rank, kind)
+    asking_for_the_dose_changes_nothing(ddp, rank, Normalized)
     wrapped_otherwise(rank)
     with pytest.raises(UserError, match="static_graph"):
         SharpnessAware(ddp(make_model(), static_graph=True), adamw(make_model()), "sam")
@@ -289,6 +311,7 @@ def fsdp_worker(rank):
         for method, options in COMBINATIONS:
             tolerance = 1e-8 if METHODS[method].path == "penalty" else 1e-10
             equals_one_process(fsdp, rank, kind, method, options, tolerance)
+        asking_for_the_dose_changes_nothing(fsdp, rank, kind)
         mixed_precision(rank, kind)
         resume(rank, kind)
         an_exception_in_pass_two(rank, kind)

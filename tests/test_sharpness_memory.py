@@ -6,8 +6,7 @@ from conftest import TinyModel, TinyReadout, adamw, gradients, make_batch, make_
 from test_sharpness_oracle import close, theta_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from functional_sam import METHODS, SharpnessAware
-from functional_sam import head
+from functional_sam import METHODS, SharpnessAware, head
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

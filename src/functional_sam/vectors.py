@@ -10,7 +10,6 @@ from torch import Generator, Tensor
 
 from functional_sam.errors import UserError
 
-
 NARROW = (torch.bfloat16, torch.float16)
 
 

@@ -46,11 +46,10 @@ def local_bytes(tensors: Iterable[Tensor]) -> int:
 
 def reshard(model: torch.nn.Module) -> None:
     """Drop the whole parameters that FSDP2 has gathered: they are of weights that change now."""
-    if is_sharded(model):
-        for module in model.modules():
-            drop: Any = getattr(module, "reshard", None)
-            if drop is not None:
-                drop()
+    for module in model.modules():  # is_sharded() cannot tell: a model that is one unit has no shards while it is gathered
+        drop: Any = getattr(module, "reshard", None)
+        if drop is not None:
+            drop()
 
 
 @contextlib.contextmanager

@@ -25,14 +25,15 @@ def direction(
     """d for one ascent.
 
         "gradient"         g (SAM)
-        "adam"             P g = g / (sqrt(v_hat) + e), v_hat the second moment of the optimizer (Adam's family, RMSprop, Adagrad) and
-                           e its own; a parameter without one stays; while none has one, d = g
+        "adam"             P g = g / (sqrt(v_hat) + e), v_hat the second moment of the optimizer (Adam's family, RMSprop,
+                           Adagrad), e its own; a parameter without one stays; while none has one, d = g
         "adaptive"         T^2 g, T = |theta| + eta for tensors of two or more dimensions, 1 for others (ASAM); eta 0.01
         "fisher"           g / (1 + eta g^2), by the damped diagonal of the batch's empirical Fisher (Fisher-SAM); eta 1
         "momentum"         the first moment of the optimizer; a parameter without one stays
         a list of tensors  itself
 
-    Raises UserError for an unknown ascent, and for "adam" or "momentum" without an optimizer that holds all parameters and the state.
+    Raises UserError for an unknown ascent, and for "adam" or "momentum" without an optimizer that holds all parameters
+    and keeps that state.
     """
     if not isinstance(ascent, str):
         return ascent

@@ -16,8 +16,8 @@ from functional_sam.curvature.groups import labels
 from functional_sam.curvature.linearization import Forward
 from functional_sam.curvature.outer import LossFn
 from functional_sam.curvature.products import MEMORY_BUDGET, CurvatureProducts
-from functional_sam.vectors import dot, norm, ratio, unit
 from functional_sam.losses import cross_entropy
+from functional_sam.vectors import dot, norm, ratio, unit
 
 
 @dataclass(frozen=True)

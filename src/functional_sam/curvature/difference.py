@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from functional_sam.curvature.batches import Batch
 from functional_sam.curvature.context import drawing_nothing, moved_along, second_order
 from functional_sam.curvature.outer import LossFn
-from functional_sam.vectors import length, norm
 from functional_sam.errors import UserError
+from functional_sam.vectors import length, norm
 
 Forward = Callable[..., Any]
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Generator, Tensor
 
-from functional_sam.vectors import Space
 from functional_sam.errors import UserError
+from functional_sam.vectors import Space
 
 Product = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 

@@ -42,8 +42,8 @@ class CurvatureProducts:
     batches: a list of (inputs, targets), or something that gives the same ones at every pass. loss_fn(logits, targets) -> (sum over
     valid targets, their number). forward: `model(inputs)` unless given. parameters: those to differentiate by, the trainable ones
     unless given: a kind ("embedding", "attention", "mlp", "norm", "head"), a pattern of names ("blocks.0.*"), parameters, or a list
-    of any of these; the products are then of that block of the matrix. v is a list of tensors shaped like them, or a dictionary by their names, and the result is as v is.
-    hessian(v) is hessian @ v. The weights, their .grad and v are left alone.
+    of any of these; the products are then of that block of the matrix. v is a list of tensors shaped like them or a dictionary
+    by their names, and the result is what v is; hessian(v) is hessian @ v. The weights, their .grad and v are left alone.
 
     retain: the graph of a batch serves many products. "auto" keeps the graphs of as many batches as fit memory_budget (bytes,
     2 GiB unless given), True those of all, False none, and the batch at hand has one in any case. Amortized over many products and
@@ -200,8 +200,9 @@ class CurvatureProducts:
     ) -> AdamGeometry:
         """The same products of P^1/2 A P^1/2, P = 1 / (sqrt(v_hat) + eps): the curvature in the geometry of Adam.
 
-        v_hat and eps from the state of an optimizer (Adam's family, RMSprop, Adagrad), or v_hat given as second_moments, bias-corrected, shaped like the parameters.
-        See AdamGeometry. Raises UserError for both or neither, and for an optimizer without second moments or that lacks a parameter.
+        v_hat and eps from the state of an optimizer (Adam's family, RMSprop, Adagrad), or v_hat given as second_moments,
+        bias-corrected, shaped like the parameters. See AdamGeometry. Raises UserError for both or neither, and for an optimizer
+        without second moments or that lacks a parameter.
         """
         return AdamGeometry(self, self._names, adam_scales(self.parameters, optimizer, second_moments, eps))
 

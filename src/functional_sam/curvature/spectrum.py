@@ -11,8 +11,8 @@ import torch
 from torch import Generator, Tensor
 
 from functional_sam.curvature.lanczos import MAX_BASIS_BYTES, Lanczos, Product, orthogonalize, rows_within
-from functional_sam.vectors import Space
 from functional_sam.errors import UserError
+from functional_sam.vectors import Space
 
 WIDTH = math.sqrt(1e-5)  # of a Gaussian, in units of the range
 

@@ -8,8 +8,8 @@ import torch
 from torch import Generator, Tensor
 
 from functional_sam.curvature.lanczos import MAX_BASIS_BYTES, Product, orthogonalize, rows_within
-from functional_sam.vectors import Space, dot, unit
 from functional_sam.errors import UserError
+from functional_sam.vectors import Space, dot, unit
 
 
 @dataclass(frozen=True)

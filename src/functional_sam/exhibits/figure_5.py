@@ -43,7 +43,11 @@ def draw(plan: Plan) -> Exhibit:
             axis.set_axis_off()
     for axis in axes[:, 0]:
         axis.set_ylabel("test loss minus AdamW's\n(nats per token)")
-    style.legend_above(figure, axes[0, 0], columns=3)
+    if len(radii) < columns:
+        figure.tight_layout()
+        axes[0, len(radii)].legend(*axes[0, 0].get_legend_handles_labels(), loc="center left")
+    else:
+        style.legend_above(figure, axes[0, 0], columns=3)
     finding = _finding(data, batch)
     caption = (
         f"{finding} Above nothing is chosen (AdamW's learning rate at each batch); below every method is tuned with as many trials; linear "
@@ -58,12 +62,14 @@ def lines(axis: Axes, part: pd.DataFrame, x: str) -> None:
         return
     axis.axhline(0.0, color=style.METHOD_COLOR["adamw"], linewidth=0.8)
     ticks = sorted(set(part[x]))
-    for name, own in part[part.entry != "adamw"].groupby("entry", sort=False):
+    groups = list(part[part.entry != "adamw"].groupby("entry", sort=False))
+    for number, (name, own) in enumerate(groups):
         color = style.METHOD_COLOR.get(str(name), "#999999")
         own = own.sort_values(x)
         finite = own[own.minus_baseline.abs() < math.inf]
         halves = [difference(row).half_width for row in finite.itertuples()]
-        axis.errorbar(finite[x], finite.minus_baseline, halves, color=color, marker="o", label=label(str(name)), elinewidth=0.8)
+        beside = 1.0 + 0.04 * (number - (len(groups) - 1) / 2)  # so that marks do not cover each other
+        axis.errorbar(finite[x] * beside, finite.minus_baseline, halves, color=color, marker="o", label=label(str(name)), elinewidth=0.8)
         for value in own[own.minus_baseline.abs() == math.inf][x]:
             axis.plot([value], [0.98], "x", color=color, transform=axis.get_xaxis_transform(), clip_on=False)
     axis.set_xscale("log")

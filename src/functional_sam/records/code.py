@@ -11,10 +11,10 @@ from typing import Any
 PACKAGE = Path(__file__).resolve().parents[1]
 ROOT = PACKAGE.parents[1]
 # config.py is not among them: it acts on a result through the resolved config alone, and that has its own hash.
-GROUND = ("ascents.py", "head.py", "losses.py", "vectors.py", "weights.py")
-SOURCES = (*GROUND, "models", "sharpness", "curvature", "tasks", "data", "training")
+FLOOR = ("losses.py", "vectors.py", "ascents.py", "head.py", "weights.py")
+SOURCES = (*FLOOR, "models", "sharpness", "curvature", "tasks", "data", "training")
 # What only starts, stops and watches runs.
-CANNOT_CHANGE = ("training/pool.py", "training/signals.py", "training/speed.py")
+CANNOT_CHANGE = ("training/attempt.py", "training/pool.py", "training/precision.py", "training/signals.py", "training/speed.py")
 
 
 @functools.cache

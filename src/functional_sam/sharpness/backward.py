@@ -29,7 +29,7 @@ class SharpnessAware:
 
     model: maps inputs to logits. DistributedDataParallel and FSDP2 models are understood: the same gradient as one process.
     optimizer: the one that will step; adam and momentum ascents read its state, a group's "rho" entry overrides rho.
-    rho: radius, in the units of the parameters, or a function of the number of steps done; None takes the method's published default.
+    rho: radius, in the units of the parameters, or a function of the number of steps done; None: the method's published default.
     loss_fn(logits, targets) -> (sum over valid targets, number of valid targets); default: cross-entropy, targets of -100 ignored.
     forward(model, inputs) -> logits; default model(inputs). Autocast belongs in here.
     **options: of the method (sharpness/options.py lists them), and ascent= / path= to leave the named combination.
@@ -72,9 +72,9 @@ class SharpnessAware:
     def backward(self, batches: Sequence[Batch], *, measure_dose: bool = False) -> Tensor:
         """Replace .grad by the method's gradient on the micro-batches of ONE step; return the mean loss at the unperturbed weights.
 
-        batches: [(inputs, targets), ...], inputs whatever `forward` takes. Loss and gradient are means over all valid targets of the
-        step, over all micro-batches and ranks, however they are cut. The loss is a detached scalar (momentum-sam, which never visits
-        the unperturbed weights, returns the loss at the perturbed ones).
+        batches: [(inputs, targets), ...], inputs whatever `forward` takes. Loss and gradient are means over all valid targets of
+        the step, over all micro-batches and ranks, however they are cut. The loss is a detached scalar (momentum-sam, which never
+        visits the unperturbed weights, returns the loss at the perturbed ones).
         measure_dose: take the plain gradient g besides, with the same random numbers, and leave |gradient - g| / |g| in `dose`; it
         costs a gradient and a copy of one, on all ranks alike, and changes nothing of the step.
         Raises FloatingPointError naming step and pass when a loss or gradient is not finite, UserError for no micro-batch.

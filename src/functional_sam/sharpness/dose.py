@@ -14,7 +14,7 @@ from functional_sam.weights import buffers_kept
 
 
 def plain_gradient(passes: Passes, batches: Sequence[Batch]) -> dict[Tensor, Tensor]:
-    """g at the weights as they are, with the random numbers that the step itself will draw; it leaves nothing behind but .grad empty.
+    """g at the weights as they are, with the random numbers that the step itself will draw; it leaves nothing but an empty .grad.
 
     Replicas are averaged here and not by DDP, whose own passes then go as they would have gone.
     """
@@ -25,7 +25,7 @@ def plain_gradient(passes: Passes, batches: Sequence[Batch]) -> dict[Tensor, Ten
         with _random_state_kept(passes), _replicas_untouched(passes), buffers_kept(passes.model):
             passes.begin(batches)
             _, correction = passes.finish(passes.gradient(batches, sync=False))
-        g = {p: p.grad.mul_(correction) for p in parameters if p.grad is not None}
+        g: dict[Tensor, Tensor] = {p: p.grad.mul_(correction) for p in parameters if p.grad is not None}
     finally:
         for p in parameters:
             p.grad = None

@@ -158,8 +158,8 @@ class SurrogateGap(Mix):
 
 
 class LookSAM(Mix):
-    """LookSAM: every so many steps g' and g_v = g' - (g . g' / |g|^2) g, the part of g' orthogonal to g; g + alpha (|g| / |g_v|) g_v
-    in the steps between.
+    """LookSAM: every so many steps g' and g_v = g' - (g . g' / |g|^2) g, the part of g' orthogonal to g; in the steps between
+    g + alpha (|g| / |g_v|) g_v.
 
     Keeps g_v. With the functional or logit path g' is that path's. Source: Liu et al. 2022, Algorithm 1 (every 10, alpha 0.7).
     """

@@ -78,7 +78,7 @@ GENERAL_OPTIONS: dict[str, Any] = {
     "keep_dtype": None,
 }
 CHOICES: dict[str, tuple[Any, ...]] = {
-    key: get_args(kind) for key, kind in Options.__annotations__.items() if get_origin(kind) is Literal
+    key: get_args(kind) for key, kind in Options.__annotations__.items() if str(get_origin(kind)) == "typing.Literal"
 }
 
 # The names that these options had before, with the new one and what became of the values.

@@ -184,7 +184,7 @@ def make(
     entry = study.entries[name]
     given = {override.partition("=")[0] for override in study.overrides}
     steps = config.training.steps if "training.steps" in given else round(entry.steps * steps_of(study, cell))
-    rows = steps_of(study, cell) * config.training.batch * TASKS[config.kind].units_of_row(config)
+    rows = steps_of(study, cell) * config.training.batch * TASKS[config.kind].units(config)
     values: dict[str, Any] = {
         "method.name": entry.method or name,
         **entry.settings,
@@ -198,6 +198,8 @@ def make(
         "measure.curvature": curvature,
         **dict(trial.values),
     }
+    if entry.settings.get("method.options.rho_schedule") == "warmup":
+        values["method.options.warmup_steps"] = round(study.warmup * steps)
     if cell.best:
         values["training.eval_every"] = max(1, steps // study.evaluations)
     for key, value in values.items():
@@ -240,7 +242,7 @@ def steps_of(study: Study, cell: Cell) -> int:
     config = _base(study.name, study.scale, study.overrides, _key(study.settings), _key(cell.settings), cell.task)
     assert cell.tokens_per_parameter is not None
     units = cell.tokens_per_parameter * TASKS[config.kind].size(config)
-    return math.ceil(units / (config.training.batch * TASKS[config.kind].units_of_row(config)))
+    return math.ceil(units / (config.training.batch * TASKS[config.kind].units(config)))
 
 
 def rounded(value: float) -> float:

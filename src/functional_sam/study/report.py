@@ -95,7 +95,7 @@ def _row(one: Planned, name: str, trial: Trial, configs: list[Config], base: tup
     config, cell, entry = configs[0], one.cell, one.study.entries[name]
     task = TASKS[config.kind]
     sign = 1.0 if task.metric.lower_is_better else -1.0
-    units = config.training.steps * config.training.batch * task.units_of_row(config)
+    units = config.training.steps * config.training.batch * task.units(config)
     losses = tested(configs, source, cell.best)
     found = estimate([sign * loss for loss in losses])
     edges = one.searches[name].edges if name in one.searches else {}

@@ -15,8 +15,8 @@ from functional_sam.sharpness import cost
 from functional_sam.tasks import TASKS
 
 
-def gradients(config: Config) -> float:
-    """Gradient evaluations of a step."""
+def passes(config: Config) -> float:
+    """Gradient evaluations of a step, as the table of methods has them."""
     return cost(config.method.name, config.method.options).gradients
 
 
@@ -28,7 +28,7 @@ def seen(config: Config, steps: int | None = None) -> tuple[int, str]:
 
 def work_of(config: Config) -> float:
     """What a run costs beside others: gradient evaluations of all steps, times what they go through, times the parameters."""
-    return gradients(config) * seen(config)[0] * TASKS[config.kind].shape(config).parameters
+    return passes(config) * seen(config)[0] * TASKS[config.kind].shape(config).parameters
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def measured(root: Path, tasks: Iterable[str] = ("*",)) -> list[Measured]:
 def estimate(config: Config, speeds: Sequence[Measured]) -> Measured | None:
     """Seconds a step of a config, None when nothing of its shape was measured.
 
-    From runs that differ in seeds, rho and number of steps alone; else from other methods of the same shape, by their gradients.
+    From runs that differ in seeds, rho and number of steps alone; else from other methods of the same shape, by their passes.
     """
     own = Measured(config, 0.0, 0)
     same = [speed for speed in speeds if speed.same == own.same]
@@ -79,8 +79,8 @@ def estimate(config: Config, speeds: Sequence[Measured]) -> Measured | None:
     alike = [speed for speed in speeds if speed.alike == own.alike]
     if not alike:
         return None
-    each = statistics.median(speed.seconds / gradients(speed.config) for speed in alike)
-    return Measured(config, each * gradients(config), _threads(alike))
+    a_pass = statistics.median(speed.seconds / passes(speed.config) for speed in alike)
+    return Measured(config, a_pass * passes(config), _threads(alike))
 
 
 def _threads(speeds: Iterable[Measured]) -> int:

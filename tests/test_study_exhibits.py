@@ -1,0 +1,118 @@
+"""The exhibits of the language study, drawn from made-up records: every cell appears, words follow the verdicts, nothing is planned twice."""
+
+import math
+
+import pandas as pd
+import pytest
+from made_up import MadeUp, bowl
+
+from functional_sam.exhibits import module_of, planned
+from functional_sam.exhibits.figure_3 import path_alone
+from functional_sam.exhibits.output import write
+from functional_sam.study.compare import Verdict
+from functional_sam.study.design import load_study
+from functional_sam.study.tune import plan_cell
+
+EXHIBITS = ("figure-3", "figure-5", "figure-7", "table-1", "table-2", "table-3", "table-8")
+
+
+@pytest.fixture(scope="module")
+def complete():
+    """All runs of the quick study, done: the functional methods are a little better than SAM, SAM worse than AdamW at large radii."""
+
+    def loss(config):
+        value = bowl()(config)
+        if config.method.rho is not None and "functional" not in config.method.name:
+            value += 0.5 * config.method.rho
+        return None if config.method.rho == 0.5 and config.method.name == "precond-sam" and not config.data.unique_tokens else value
+
+    source, study = MadeUp(loss), load_study("language", "quick")
+    for cell in study.cells.values():
+        while source.do(plan_cell(study, cell, source).configs):
+            pass
+    return source
+
+
+def drawn(name, source):
+    plan = planned(name, "quick", source=source)
+    return module_of(name).draw(plan)
+
+
+@pytest.mark.parametrize("name", EXHIBITS)
+def test_every_cell_is_drawn(name, complete, tmp_path):
+    exhibit = drawn(name, complete)
+    plan = exhibit.plan
+    assert plan.drawable
+    assert not plan.missing
+    study = load_study("language", "quick")
+    wanted = {cell.name for cell in study.part(*plan.spec.parts)}
+    assert {one.cell.name for one in plan.content} == wanted
+    assert "Not shown" not in exhibit.caption
+    files = write(exhibit, tmp_path)
+    assert all(file.stat().st_size > 0 for file in files)
+    assert {file.suffix for file in files} >= ({".pdf", ".png"} if name.startswith("figure") else {".md"}) | {".csv", ".json"}
+    numbers = pd.read_csv(next(file for file in files if file.suffix == ".csv"))
+    assert set(numbers.cell) <= wanted if "cell" in numbers else len(numbers)
+
+
+@pytest.mark.parametrize("name", EXHIBITS)
+def test_what_is_not_complete_is_named_and_the_rest_drawn(name, complete):
+    study = load_study("language", "quick")
+    cells = study.part(*planned(name, "quick", source=complete).spec.parts)
+    source = MadeUp(complete.loss)
+    source.records = {
+        key: value for key, value in complete.records.items() if key not in {c.name for c in plan_cell(study, cells[-1], complete).configs}
+    }
+    for cell in cells[:-1]:
+        source.do(plan_cell(study, cell, complete).configs)
+    plan = planned(name, "quick", source=source)
+    last = {c.name for c in plan_cell(study, cells[-1], complete).configs}
+    others = {c.name for cell in cells[:-1] for c in plan_cell(study, cell, complete).configs}
+    if last <= others or len(cells) == 1:  # all its runs are another cell's too
+        assert len(cells) > 1 or not plan.drawable
+        return
+    assert cells[-1].name not in {one.cell.name for one in plan.content}
+    assert cells[-1].name in module_of(name).draw(plan).caption
+
+
+def test_divergence_is_marked_and_counted(complete):
+    exhibit = drawn("figure-3", complete)
+    seeds = exhibit.frames["seeds"]
+    lost = seeds[(seeds.entry == "precond-sam") & (seeds.rho == 0.5)]
+    assert lost.diverged.all()
+    assert (lost.minus_baseline == math.inf).all()
+    data = exhibit.frame
+    assert set(data[(data.entry == "precond-sam") & (data.rho == 0.5)].verdict_baseline) == {str(Verdict.LOST)}
+
+
+def test_the_path_alone_at_equal_rho_and_at_equal_dose():
+    """SAM's loss is 2 log(dose) and its dose 4 rho; the functional path's is 2 log(dose) + 1 at dose rho: at equal dose it is 1 worse."""
+    rows = []
+    for entry, slope, more in (("sam", 4.0, 0.0), ("functional-sam", 1.0, 1.0)):
+        for rho in (0.01, 0.1, 1.0):
+            for seed in range(4):
+                dose = slope * rho
+                test = 2 * math.log(dose) + more + 0.001 * math.sin(seed + 3 * rho)
+                rows.append({"cell": "c", "entry": entry, "rho": rho, "seed": seed, "dose": dose, "test": test})
+    found = pd.DataFrame(path_alone(pd.DataFrame(rows), 0.005))
+    equal_rho = found[found.at_equal == "rho"]
+    assert list(equal_rho.rho) == [0.01, 0.1, 1.0]
+    assert list(equal_rho.difference) == pytest.approx([1 - 2 * math.log(4)] * 3, abs=0.01)
+    equal_dose = found[found.at_equal == "dose"]
+    assert list(equal_dose.rho) == [0.1, 1.0]  # at 0.01 SAM has no dose so small
+    assert list(equal_dose.difference) == pytest.approx([1.0, 1.0], abs=0.01)
+    assert set(equal_dose.verdict) == {str(Verdict.WORSE)}
+
+
+def test_equal_compute_pairs_with_the_baseline_that_takes_as_long(complete):
+    data = drawn("table-8", complete).frames["compute"].set_index("entry")
+    assert data.matched["looksam"] == "adamw-looksam"
+    assert data.matched["sam"] == "adamw-double"
+    assert data.times["momentum-functional-sam"] == 1.29
+    assert set(data.index) >= {"sam", "functional-sam", "looksam"}
+
+
+def test_table_1_has_a_row_a_cell(complete):
+    page = drawn("table-1", complete).page
+    rows = [line for line in page.splitlines() if line.startswith("| fixed") or line.startswith("| chinchilla")]
+    assert len(rows) == 4
