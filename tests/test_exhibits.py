@@ -1,4 +1,4 @@
-"""Plans and drawings from a source that is passed, the one writer, the YAML of an exhibit, the comparison with what was released."""
+"""Plans and drawings from a source that is passed, the one writer, an exhibit's YAML, the comparison with what was released."""
 
 import argparse
 import json
@@ -171,6 +171,11 @@ def test_the_last_line_of_a_drawing(home, capsys):
     assert results.check_command(options()) == 1  # the strict one
     do(configs, of=lambda config, step: share(config, step) + 0.03)
     assert "No known reason" in line_of()
+    pack = home / "results" / "runs" / "figure-1-quick.jsonl.gz"
+    whole = pack.read_bytes()
+    released.save_pack("figure-1", "quick", [Run(config) for config in configs[:1]])
+    assert line_of().endswith("Known reason: the released runs had other settings, or are of an earlier version")
+    pack.write_bytes(whole)
     assert "settings of the command line" in line_of(overridden=True)
     for config in configs:
         (Run(config).directory / "done.json").unlink()

@@ -63,18 +63,19 @@ def against_released(plan: Plan, frame: pd.DataFrame, overridden: bool) -> str:
 
 
 def known_reason(plan: Plan) -> str:
-    """Why a result may differ from the released one: the kind of processor, or other code, torch or data."""
-    runs = plan.shown
-    here = {str(plan.source.read(config, "provenance.json").get("machine")).split(",")[0] for config in runs}
+    """Why a result may differ from the released one: other settings, another kind of processor, other code."""
     pack = load_pack(pack_name(plan.spec.name, plan.spec.scale), plan.spec.scale)
-    records = [line["files"]["provenance.json"] for line in pack.runs.values()] if pack else []
-    there = {str(record.get("machine")).split(",")[0] for record in records}
-    if there and here.isdisjoint(there):
+    if pack is None:
+        return "The records of the released runs are not here, so that no reason is known"
+    if not all(pack.done(config) for config in plan.shown):
+        return "Known reason: the released runs had other settings, or are of an earlier version"
+    ours, theirs = ([source.read(config, "provenance.json") for config in plan.shown] for source in (plan.source, pack))
+    here, there = ({str(record.get("machine")).split(",")[0] for record in records} for records in (ours, theirs))
+    if here.isdisjoint(there):
         machines = f"released on {' and '.join(sorted(there))}, yours on {' and '.join(sorted(here))}"
         return f"Known reason: kernels of another processor round differently, and training amplifies it ({machines})"
-    if records and {record.get("code", {}).get("sha256") for record in records}.isdisjoint(
-        plan.source.read(config, "provenance.json").get("code", {}).get("sha256") for config in runs
-    ):
+    here, there = ({record.get("code", {}).get("sha256", "") for record in records} for records in (ours, theirs))
+    if here.isdisjoint(there):
         return "Known reason: other code than the released runs were made by"
     return f"No known reason: `functional-sam plan {plan.spec.name}` says whether code or data differ"
 

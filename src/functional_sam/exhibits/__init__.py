@@ -111,7 +111,10 @@ def draw(name: str, scale: str = "quick", overrides: tuple[str, ...] = ()) -> Ex
 
 def draw_plan(plan: Plan) -> Exhibit:
     """Draw in memory what a plan holds."""
+    import matplotlib.pyplot as plt  # slow to import, and most commands draw nothing
+
     exhibit: Exhibit = module_of(plan.spec.name).draw(plan)
+    plt.close(exhibit.figure)  # it stays whole, but pyplot keeps it no longer, and a notebook does not show it a second time
     return exhibit
 
 

@@ -86,7 +86,7 @@ def write(exhibit: Exhibit, directory: Path | None = None) -> list[Path]:
         paths.append(_written(path, csv_text(frame)))
     root = place.parents[1].parent
     content = {**record(exhibit), "files": [str(path.relative_to(root)) for path in paths]}
-    paths.append(_written(place.with_suffix(".json"), json.dumps(content, indent=1) + "\n"))
+    paths.append(_written(place.with_suffix(".json"), json.dumps(content, indent=1, ensure_ascii=False) + "\n"))
     return paths
 
 

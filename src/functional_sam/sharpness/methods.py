@@ -90,9 +90,7 @@ class Method:
             theta=1,
             g=int(self.mix is not None or self.path == "penalty"),
             carried=int(self.mix in ("looksam", "tram")),
-            h=2
-            if self.mix == "tram"
-            else int(self.path in ("functional", "logit") or (not exact and needs_cotangent(self, options))),
+            h=2 if self.mix == "tram" else int(self.path in ("functional", "logit") or (not exact and needs_cotangent(self, options))),
             head=int(self.path == "logit"),
             second_order=exact,
         )
