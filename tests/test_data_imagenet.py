@@ -122,5 +122,5 @@ def test_refusals(digits, tmp_path):
     path.write_bytes(whole[:-9])
     with pytest.raises(UserError, match=r"cannot read .*train-00000-of-00001.parquet"):
         imagenet.prepare_imagenet(tmp_path / "cache", str(tmp_path), processes=1)
-    with pytest.raises(UserError, match=r"data.files is for data.images=imagenet-1k"):
+    with pytest.raises(UserError, match=r"data.files and data.hub are for data.images=imagenet-1k"):
         prepare(compose("vision", overrides=["data.files=2"]))

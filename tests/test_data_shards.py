@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from functional_sam.cli import main
-from functional_sam.config import Config, compose
+from functional_sam.config import compose
 from functional_sam.data import c4, hub
 from functional_sam.data.shards import Joined
 from functional_sam.data.sources import read_sources
@@ -230,11 +230,11 @@ def test_a_given_tokenizer(one_pass, source, tmp_path):
         c4.prepare_c4(c4.C4(700, str(source), 1, str(model)), tmp_path, processes=1)
 
 
-def test_the_hash_of_other_runs_stays():
-    """The new fields are left out of it at their default, and count when set."""
-    assert compose("language").hash == compose("language", overrides=["runtime.data=/somewhere/else"]).hash
-    assert compose("language").hash != compose("language", overrides=["data.files=3"]).hash
-    assert "files" in vars(Config().data)
+def test_the_corpus_is_in_the_hash_and_where_it_lies_is_not():
+    plain = ["data.sources=[c4]"]
+    assert compose("language", overrides=[*plain, "runtime.data=/elsewhere"]).hash == compose("language", overrides=plain).hash
+    for override in ("data.files=3", "data.hub=allenai/c4@v1"):
+        assert compose("language", overrides=[*plain, override]).hash != compose("language", overrides=plain).hash
 
 
 def test_refusals(source, tmp_path, monkeypatch):

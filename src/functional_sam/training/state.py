@@ -1,7 +1,7 @@
 """What a checkpoint holds, the same for every number of processes: whole tensors on the first process's side.
 
 One file, written by the first process. torch.distributed.checkpoint would write shards in parallel, but reads its metadata by
-pickle, and a checkpoint must not be able to run code. Its state_dict functions gather and place too, and as exactly, but fail for an
+pickle, and a checkpoint must not be able to run code. Its state_dict functions gather and place as exactly, but fail for an
 optimizer that keeps no state (SGD without momentum, torch 2.13) and know no tensors of a method's own.
 """
 
