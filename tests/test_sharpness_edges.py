@@ -126,7 +126,7 @@ def test_complex_parameters_equal_their_pairs_or_are_refused(method):
             sharpness = SharpnessAware(model, optimizer, method, rho=0.2, **options)
         except UserError as error:
             assert not pairs
-            assert "complex parameters" in str(error)
+            assert "complex parameters" in str(error)  # noqa: PT017
             assert method in ("precond-sam", "precond-functional-sam", "asam", "fisher-sam", "gsam", "looksam", "tram") or (
                 METHODS[method].path == "penalty"
             )
@@ -159,7 +159,7 @@ def test_a_trainable_loss_is_refused(how):
         "partial": functools.partial(lambda a, z, t: a(z, t), loss),
     }[how]
     model = make_model()
-    with pytest.raises(UserError, match="loss_fn .* move (it|them) into the model"):
+    with pytest.raises(UserError, match=r"loss_fn .* move (it|them) into the model"):
         SharpnessAware(model, adamw(model), "sam", loss_fn=loss_fn).backward([make_batch()])
 
 
@@ -291,7 +291,7 @@ def test_a_grad_scaler_is_refused():
         loss = sharpness.backward([make_batch()])
         scaler.scale(loss)
         if enabled:
-            with pytest.raises(UserError, match="GradScaler.*bfloat16"):
+            with pytest.raises(UserError, match=r"GradScaler.*bfloat16"):
                 scaler.step(optimizer)
         else:
             scaler.step(optimizer)

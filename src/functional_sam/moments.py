@@ -78,7 +78,7 @@ def owners(optimizer: Any) -> dict[Tensor, dict[str, Any]]:
 
 def first_moment(optimizer: Any, p: Tensor) -> Tensor | None:
     """m, up to a common factor; None before the first step."""
-    state = optimizer.state.get(p) or {}
+    state = _state(optimizer, p)
     return next((state[name] for name in FIRST if isinstance(state.get(name), Tensor)), None)
 
 
@@ -88,7 +88,7 @@ def second_moment(optimizer: Any, group: dict[str, Any], p: Tensor) -> tuple[Ten
     Adam's family keeps exp_avg_sq (AMSGrad's running maximum takes its place) and a step count, of the parameter or the group, and
     c = 1 - beta2^t; RMSprop square_avg, Adagrad sum (both uncorrected).
     """
-    state = optimizer.state.get(p) or {}
+    state = _state(optimizer, p)
     name = next((name for name in SECOND if isinstance(state.get(name), Tensor)), None)
     if name is None:
         return None
@@ -106,6 +106,11 @@ def denominator(optimizer: Any, group: dict[str, Any], p: Tensor) -> Tensor | No
     v, correction = moment
     eps = group.get("eps", 1e-8)
     return v.sqrt().div_(math.sqrt(correction)).add_(eps if isinstance(eps, int | float) else 1e-8)
+
+
+def _state(optimizer: Any, p: Tensor) -> dict[str, Any]:
+    state = optimizer.state.get(p)
+    return state if isinstance(state, dict) else {}
 
 
 def _steps(state: dict[str, Any], group: dict[str, Any]) -> float | None:
@@ -145,17 +150,17 @@ def _require(optimizer: torch.optim.Optimizer, which: str, params: Container[Ten
     if which == "second":
         never = isinstance(optimizer, WITHOUT_SECOND)
     else:
-        never = not any("betas" in g or "beta" in g or g.get("momentum", 0) for g in optimizer.param_groups)
+        never = not any("betas" in g or g.get("momentum", "beta" in g) for g in optimizer.param_groups)
     seen = concerned = False
     for p, group in owners(optimizer).items():
         if params is not None and p not in params:
             continue
         concerned = True
-        state = optimizer.state.get(p) or {}
+        state = _state(optimizer, p)
         if not state or (never and which == "first"):
             continue
         found = first_moment(optimizer, p) if which == "first" else next((state[n] for n in SECOND if n in state), None)
-        if found is None and which == "first" and "momentum_buffer" in state:
+        if found is None and which == "first" and state.get("momentum_buffer", p) is None:
             continue  # SGD before its first step
         if any(key in state for key in ROTATED) or (isinstance(found, Tensor) and found.shape != p.shape):
             raise UserError(f"{kind} keeps its moments in a basis or shape of its own, which no ascent can read: {way_out}")

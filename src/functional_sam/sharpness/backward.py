@@ -82,7 +82,7 @@ class SharpnessAware:
         visits the unperturbed weights, returns the loss at the perturbed ones).
         measure_dose: take the plain gradient g besides, with the same random numbers, and leave |gradient - g| / |g| in `dose`; it
         costs a gradient and a copy of one, on all ranks alike, and changes nothing of the step.
-        Raises FloatingPointError naming step, pass and parameter when a loss or gradient is not finite, UserError for no micro-batch
+        Raises FloatingPointError naming step, pass and parameter when a loss or gradient is not finite, UserError for no batch
         and for a second call with the first one's gradients still there.
         Whatever is raised, by us or by the caller's model: weights and buffers are restored first, and .grad is left empty.
         """

@@ -107,9 +107,10 @@ def require_the_models_own(model: torch.nn.Module, optimizer: Any) -> None:
         )
     left = [name for name, p in model.named_parameters() if p.requires_grad and p not in held]
     if left:
+        some = ", ".join(left[:3]) + (", ..." if left[3:] else "")
         warnings.warn(
-            f"{len(left)} trainable parameters of {kind} are not the optimizer's ({', '.join(left[:3])}{', ...' if left[3:] else ''}): "
-            "they are not perturbed and do not move; requires_grad_(False) says that this is meant",
+            f"{len(left)} trainable parameters of {kind} are not the optimizer's ({some}): they stay as they are; "
+            "requires_grad_(False) says that this is meant",
             stacklevel=4,
         )
 
