@@ -38,8 +38,8 @@ def trial(sharpness: Any, batches: Sequence[Batch]) -> None:
         off = _distance(model, again, g, {})
         if off > TOLERANCE:
             raise UserError(
-                f"two plain gradients at the same weights differ by {off:.1%}: forward or loss_fn is not a function of its inputs and "
-                "of the global random generators (torch, numpy.random, random). A generator of its own, or a state that it changes, "
+                f"two plain gradients at the same weights differ by {off:.1%}: forward or loss_fn is no function of its inputs and "
+                "of the global generators (torch, numpy.random, random). A generator of its own, or a state that it changes, "
                 "makes pass 2 another function than pass 1"
             )
         perturbation.steps, perturbation.fixed = 0, TINY
@@ -48,8 +48,8 @@ def trial(sharpness: Any, batches: Sequence[Batch]) -> None:
         off = _distance(model, {p: p.grad for p in model.parameters() if p.grad is not None}, g, beside)
         if off > TOLERANCE:
             raise UserError(
-                f"with rho -> 0 the method's gradient is {off:.1%} off the plain one: pass 2 sees another function than pass 1 at the "
-                "same weights, for a buffer that forward both reads and changes (spectral norm, a counter), or inputs that it changes"
+                f"with rho -> 0 the method's gradient is {off:.1%} off the plain one: pass 2 sees another function than pass 1 "
+                "at equal weights, for a buffer that forward both reads and changes (a counter, spectral norm)"
             )
         undo()
         perturbation.steps, perturbation.fixed = 0, None
