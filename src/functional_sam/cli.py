@@ -166,7 +166,7 @@ def _train(options: argparse.Namespace) -> int:
 def _methods(options: argparse.Namespace) -> int:
     from functional_sam.sharpness.methods import table
 
-    shown = Table("name", "ascent", "path", "mix", "passes", "memory beyond AdamW", "rho", "source")
+    shown = Table("name", "ascent", "path", "mix", "gradients", "memory beyond AdamW", "rho", "source")
     for *row, rho, source in table():
         shown.add_row(*map(str, row), f"{rho:g}", source)
     wide().print(shown)

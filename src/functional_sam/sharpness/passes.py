@@ -62,7 +62,7 @@ class Passes:
             )
         self.fused = possible and keep != "cotangent"
         self.keep_u = None if keep == "auto" else keep == "u"  # None: decided at the first step that keeps anything
-        self.own_bytes = local_bytes(model.parameters())  # now: inside of a forward FSDP2 has some of them gathered
+        self.parameter_bytes = local_bytes(model.parameters())  # now: inside of a forward FSDP2 has some of them gathered
         self.group = process_group(model)
         self.world = dist.get_world_size(self.group) if self.group is not None else 1
         self.sharded = is_sharded(model)
@@ -281,7 +281,7 @@ class Passes:
         """keep="auto" keeps u where that takes no more memory than one copy of the parameters, once and for all steps."""
         if self.keep_u is None:
             itemsize = (self.keep_dtype or compute_dtype(h)).itemsize
-            self.keep_u = self.num_targets * len(weight) * itemsize <= self.own_bytes
+            self.keep_u = self.num_targets * len(weight) * itemsize <= self.parameter_bytes
         return self.keep_u
 
     def _keeping_readout(self, memory: Kept, earlier: list[Kept], copy: bool, h: Tensor, weight: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def norm(vector: Theta) -> Tensor:
 
 
 def ascend(theta: Theta, g: Theta, rho: float, preconditioner: Theta | None = None) -> Theta:
-    """theta' = theta + rho d / |d|, d = g (SAM) or P g (preconditioned, form a)."""
+    """theta' = theta + rho d / |d|, d = g (SAM) or P g (preconditioned)."""
     d = g if preconditioner is None else {name: preconditioner[name] * g[name] for name in g}
     size = norm(d)
     return {name: theta[name] + rho * d[name] / size for name in theta}
