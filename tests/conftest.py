@@ -1,9 +1,12 @@
 """Shared by all tests: two threads, and the small models and batches that most of them use."""
 
+import multiprocessing
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 import torch
+from processes import PRELOAD
 
 torch.set_num_threads(2)
 
@@ -92,7 +95,17 @@ def _deterministic():
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
     """Prepared data: the checkout's own where it is there, otherwise made once for the session."""
-    return Path(".cache") if Path(".cache").is_dir() else tmp_path_factory.mktemp("cache")
+    there = Path(__file__).resolve().parents[1] / ".cache"
+    return there if there.is_dir() else tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def server():
+    """The server of processes.py, started before anything else starts one; what it has in its environment all processes have."""
+    multiprocessing.set_forkserver_preload(PRELOAD)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        forkserver.ensure_running()
 
 
 @pytest.fixture(scope="module")
