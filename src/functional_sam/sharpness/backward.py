@@ -52,9 +52,7 @@ class SharpnessAware:
         self.method, self.options = resolve(method, options)
         rho = self.method.rho if rho is None else rho
         check(self.method, self.options, model, optimizer)
-        self._perturbation = Perturbation(
-            model, optimizer, self.method, rho if callable(rho) else radius(rho), self.options
-        )
+        self._perturbation = Perturbation(model, optimizer, self.method, rho if callable(rho) else radius(rho), self.options)
         self._passes = Passes(model, loss_fn, forward, self.options["keep"], self.options["keep_dtype"])
         self._mix: Mix | None = MIXES[self.method.mix](model, optimizer, self.options) if self.method.mix else None
         self.dose: float | None = None

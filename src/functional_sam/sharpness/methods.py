@@ -19,7 +19,7 @@ class Cost:
     """Of one step, the mean over `every` steps, and of memory beyond the optimizer's own.
 
     heads: products with the head's matrix, of which a gradient takes 3; a model with a readout does not evaluate its head in a
-    forward whose cotangents are only kept. theta, g, carried: copies of the parameters: while they are perturbed, of g for a mix, and
+    forward whose cotangents are only kept. theta, g, carried: copies of the parameters: while they are perturbed, of g for a mix,
     between steps (in a checkpoint too). h, head: of the last hidden states of a step and of the head's matrix.
     """
 
@@ -90,7 +90,9 @@ class Method:
             theta=1,
             g=int(self.mix is not None or self.path == "penalty"),
             carried=int(self.mix in ("looksam", "tram")),
-            h=2 if self.mix == "tram" else int(self.path in ("functional", "logit") or (not exact and needs_cotangent(self, options))),
+            h=2
+            if self.mix == "tram"
+            else int(self.path in ("functional", "logit") or (not exact and needs_cotangent(self, options))),
             head=int(self.path == "logit"),
             second_order=exact,
         )

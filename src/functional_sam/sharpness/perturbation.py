@@ -93,9 +93,7 @@ class Perturbation:
             self.start_gradients(step.earlier)
             yield theta
 
-    def moved(
-        self, params: Iterable[Tensor], move: Callable[[], None]
-    ) -> contextlib.AbstractContextManager[dict[Tensor, Tensor]]:
+    def moved(self, params: Iterable[Tensor], move: Callable[[], None]) -> contextlib.AbstractContextManager[dict[Tensor, Tensor]]:
         """The weights where `move` puts them inside the block, in the memory that is kept for it."""
         return moved(self.model, params, move, self._theta)
 
