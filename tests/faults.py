@@ -122,9 +122,9 @@ def before_each_step(function):
     backward = loop.SharpnessAware.backward
     done = itertools.count()
 
-    def with_function(self, batches):
+    def with_function(self, batches, **options):
         function(next(done))
-        return backward(self, batches)
+        return backward(self, batches, **options)
 
     loop.SharpnessAware.backward = with_function
 
