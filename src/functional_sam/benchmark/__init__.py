@@ -32,9 +32,8 @@ def benchmark(directory: Path, console: Console, rounds: int | None = None, only
         peaks = {"float32": methods.matmul_peak(), "bf16": methods.matmul_peak(torch.bfloat16)}
         if peaks["bf16"] < peaks["float32"]:
             times = peaks["float32"] / peaks["bf16"]
-            console.print(
-                f"bf16 is left out: a product takes {times:.0f} times as long as in float32 here", style="dim", highlight=False
-            )
+            text = f"bf16 is left out: a product takes {times:.0f} times as long as in float32 here"
+            console.print(text, style="dim", highlight=False)
         cases = methods.measured_cases(peaks)
         keep("time", lambda: pd.concat([methods.measure_time(name, console, rounds) for name in cases]))
         keep("speed", lambda: methods.speed_of(result["time"], peaks))

@@ -124,7 +124,7 @@ METHODS: dict[str, Method] = {
 
 
 def coefficients(phi: float) -> tuple[float, float]:
-    """(c cos(phi), c sin(phi)), c = sqrt(2): the penalty path's weights of delta_func and delta_logit; exact where they are 0 or 1."""
+    """(c cos(phi), c sin(phi)), c = sqrt(2): weights of delta_func and delta_logit in the penalty; exact where 0 or 1."""
     angle = math.radians(phi)
     return round(math.sqrt(2.0) * math.cos(angle), 14), round(math.sqrt(2.0) * math.sin(angle), 14)
 
@@ -140,8 +140,8 @@ def needs_cotangent(method: Method, options: Mapping[str, Any]) -> bool:
 def resolve(name: str, given: Mapping[str, Any] | None = None) -> tuple[Method, dict[str, Any]]:
     """The method of a name (with ascent and path as given) and its complete options; no model is needed.
 
-    lr_max stays None: it is the optimizer's. Raises UserError for a name, an option or a value that does not exist, with the nearest
-    one that does, and for numbers out of range.
+    lr_max stays None: it is the optimizer's. Raises UserError for a name, an option or a value that does not exist, with the
+    nearest one that does, and for numbers out of range.
     """
     if name not in METHODS:
         raise unknown("method", name, METHODS)
@@ -191,7 +191,7 @@ def cost(name: str, options: Mapping[str, Any] | None = None) -> Cost:
 
 
 def table() -> list[tuple[str, str, str, str, str, str, float, str]]:
-    """One row a method: name, ascent, path, mix, gradient evaluations of a step, extra memory, default rho, source; "-" for none."""
+    """One row a method: name, ascent, path, mix, gradients of a step, extra memory, default rho, source; "-" for none."""
     rows = []
     for name, method in METHODS.items():
         if name == "adamw":
