@@ -211,7 +211,7 @@ def test_bad_cells_are_refused(study, change, words):
     cell = study.cells["fixed-0.014M"]
     for key, value in change.items():
         setattr(cell, key, value)
-    with pytest.raises(UserError, match="fixed-0.014M") as error:
+    with pytest.raises(UserError, match=r"fixed-0\.014M") as error:
         design._check(study, cell, "configs/studies/language.yaml, cell fixed-0.014M")
     assert words in str(error.value)
 
@@ -228,6 +228,7 @@ def test_unknown_settings_are_refused(study):
 
 def test_a_row_holds_what_the_records_say(study):
     cell, source = study.cells["fixed-0.014M"], MadeUp(bowl())
+    cell.curvature = 1
     finish(study, cell, source)
     one = plan_cell(study, cell, source)
     data = frame([one], source)

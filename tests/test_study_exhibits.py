@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from made_up import MadeUp, bowl
 
-from functional_sam.exhibits import module_of, planned
+from functional_sam.exhibits import draw_plan, module_of, planned
 from functional_sam.exhibits.figure_3 import path_alone
 from functional_sam.exhibits.output import write
 from functional_sam.study.compare import Verdict
@@ -35,7 +35,7 @@ def complete():
 
 def drawn(name, source):
     plan = planned(name, "quick", source=source)
-    return module_of(name).draw(plan)
+    return draw_plan(plan)
 
 
 @pytest.mark.parametrize("name", EXHIBITS)

@@ -92,6 +92,22 @@ def counted(data: pd.DataFrame, other: str = "baseline") -> str:
     return "; ".join(found) or "nothing to compare"
 
 
+def headline(data: pd.DataFrame) -> str:
+    """How many comparisons came out how, in a few words."""
+    words = [word for word in data.verdict_baseline if isinstance(word, str) and word]
+    counts = {word: words.count(str(word)) for word in Verdict if str(word) in words}
+    return f"of {len(words)} comparisons with AdamW {', '.join(f'{count} {word}' for word, count in counts.items())}"
+
+
+def at_radius(data: pd.DataFrame, rho: float = 0.05) -> str:
+    """Differences to AdamW of the four methods at one radius and AdamW's learning rate, in the cell of the most rows."""
+    own = data[data.rho.sub(rho).abs().lt(1e-9) & data.lr_over_centre.sub(1).abs().lt(0.01)]
+    own = own[own.batch == own.batch.max()]
+    found = [f"{label(row.entry)} {differs(row, 'baseline')}" for row in own.itertuples() if row.entry != "logit-sam"]
+    rows = f"{own.batch.iloc[0]} rows, " if len(own) else ""
+    return f"minus AdamW at {rows}rho {rho:g}: {', '.join(found)}"
+
+
 def seen(data: pd.DataFrame, other: str = "baseline") -> str:
     """The effect that inconclusive comparisons could have seen."""
     open_ = data[data[f"verdict_{other}"] == str(Verdict.OPEN)]

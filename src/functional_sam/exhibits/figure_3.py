@@ -9,13 +9,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from functional_sam.exhibits import markdown, style
-from functional_sam.exhibits.comparison import label, left_out, place, plan, setting
+from functional_sam.exhibits.comparison import at_radius, label, left_out, place, plan, setting
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.study.compare import Estimate, Verdict, estimate, judged, paired_difference
 from functional_sam.study.report import by_seed, frame, judge
 
-__all__ = ["draw", "plan"]
+__all__ = ["draw", "headline", "plan"]
 
 PAIRS = (("functional-sam", "sam"), ("precond-functional-sam", "precond-sam"))  # the path alone differs
 LINEAR = 0.01  # nats: within it the axis is linear
@@ -45,6 +45,11 @@ def draw(plan: Plan) -> Exhibit:
         f"interval (AdamW whose initial weights were changed by 1e-6). {setting(plan, data)}{left_out(plan)}"
     )
     return Exhibit(plan, {"": data, "seeds": seeds, "path": paths}, caption, finding, figure)
+
+
+def headline(data: pd.DataFrame) -> str:
+    """What the curves say at one radius, in a few words."""
+    return at_radius(data)
 
 
 def _panel(axis: Axes, part: pd.DataFrame, x: str) -> None:

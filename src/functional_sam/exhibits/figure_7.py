@@ -15,7 +15,7 @@ from functional_sam.records.released import results_directory
 from functional_sam.study.compare import Estimate
 from functional_sam.study.report import difference, frame, judge
 
-__all__ = ["draw", "plan"]
+__all__ = ["draw", "headline", "plan"]
 
 CASE = "decoder-quick"  # of results/benchmark/time.csv
 TIMED_AS = {
@@ -53,17 +53,22 @@ def draw(plan: Plan) -> Exhibit:
     cost.set(xlabel="time of a step /\nAdamW's")
     cost.axvline(1.0, color="#bbbbbb", linewidth=0.6, zorder=0)
     figure.tight_layout()
-    better = [row.name for row in data.itertuples() if row.verdict.startswith("better")]
-    finding = (
-        f"At equal steps better than AdamW: {', '.join(better) or 'none'}; at equal compute: "
-        f"{', '.join(row.name for row in data.itertuples() if row.verdict_compute.startswith('better')) or 'none'}."
-    )
+    finding = f"{headline(data)[0].upper()}{headline(data)[1:]}."
     cells = frame(of_part(plan.content, "fixed", "compute", "variants"), plan.source)
     caption = (
         f"{finding} Filled: equal steps; hollow: AdamW given the time that the method takes; linear within {LINEAR:g} nats, "
         f"logarithmic beyond; times are those of results/benchmark/time.csv ({CASE}). {setting(plan, cells)}{left_out(plan)}"
     )
     return Exhibit(plan, {"": data}, caption, finding, figure)
+
+
+def headline(data: pd.DataFrame) -> str:
+    """Which methods are better than AdamW, in a few words."""
+    found = {}
+    for key in ("verdict", "verdict_compute"):
+        found[key] = [row.name for row in data.itertuples() if str(getattr(row, key)).startswith("better")]
+    steps, compute = (", ".join(found[key]) or "none" for key in ("verdict", "verdict_compute"))
+    return f"better than AdamW at equal steps: {steps}; at equal compute: {compute}"
 
 
 def forest(plan: Plan, margin: float) -> pd.DataFrame:

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from functional_sam.exhibits import markdown
-from functional_sam.exhibits.comparison import counted, label, left_out, of_part, plan, rows_of, seen, setting
+from functional_sam.exhibits.comparison import counted, headline, label, left_out, of_part, plan, rows_of, seen, setting
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.records import Source
@@ -15,7 +15,7 @@ from functional_sam.study.compare import Estimate, judged, paired_difference
 from functional_sam.study.report import frame, judge, tested
 from functional_sam.study.tune import Planned
 
-__all__ = ["draw", "equal_compute", "plan"]
+__all__ = ["draw", "equal_compute", "headline", "plan"]
 
 
 def draw(plan: Plan) -> Exhibit:
