@@ -181,7 +181,7 @@ def test_readme_numbers_are_those_of_the_records():
     for (name, scale), content in records.items():
         assert claims.shown(content) in expected, f"no YAML of {name}"
         if not any((name, larger) in records for larger in claims.SCALES[claims.SCALES.index(scale) + 1 :]):
-            assert content["verdict"].replace("|", "\\|") in expected
+            assert content["headline"].replace("|", "\\|") in expected
 
 
 @pytest.mark.parametrize("page", ["README.md", "src/functional_sam/sharpness/README.md"])
