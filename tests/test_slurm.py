@@ -33,7 +33,15 @@ PATIENCE = 300  # seconds for everything
 SMALL = ["training.batch=4", "training.eval_rows=8", "model.width=16", "model.depth=1", "measure.points=2", "measure.rows=4"]
 SMALL += ["measure.micro_batch=4", "data.images=mnist-5k", "runtime.log_every=1", "runtime.checkpoint_every=1000"]
 LONG = [*SMALL, "training.steps=150", "training.precision=float64"]
-ONE_RUN = "title: one run\ntime: seconds\nclaim: none\npublished: none\ntasks: [vision]\nmethods: [adamw]\nscales: {quick: {seeds: [0]}}\n"
+ONE_RUN = """
+title: one run
+time: seconds
+claim: none
+published: none
+tasks: [vision]
+methods: [adamw]
+scales: {quick: {seeds: [0]}}
+"""
 # One size, nothing to choose between: a run for the learning rate, one for the radius, two reported. training.steps on the command
 # line is the length of both regimes, so that the second has the runs of the first.
 STUDY = """
