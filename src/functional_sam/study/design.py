@@ -194,7 +194,7 @@ def make(
         "training.data_seed": seed,
         "training.test": reported,
         "training.test_best": reported and cell.best,
-        "data.unique_tokens": None if cell.epochs is None else rows // cell.epochs,
+        f"data.unique_{TASKS[config.kind].unit}": None if cell.epochs is None else rows // cell.epochs,
         "measure.curvature": curvature,
         **dict(trial.values),
     }

@@ -107,7 +107,7 @@ def _row(one: Planned, name: str, trial: Trial, configs: list[Config], base: tup
         "batch": config.training.batch,
         "steps": config.training.steps,
         "units": units,
-        "unique_units": config.data.unique_tokens or units,
+        "unique_units": getattr(config.data, f"unique_{task.unit}") or units,
         "entry": name,
         "method": config.method.name,
         "lr": trial.get(LR),

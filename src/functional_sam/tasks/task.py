@@ -14,8 +14,8 @@ from torch import Tensor
 from functional_sam.config import Config
 from functional_sam.data.cache import Progress
 from functional_sam.data.shards import Watch
-from functional_sam.losses import cross_entropy
-from functional_sam.models.shape import Shape
+from functional_sam.losses import smoothed
+from functional_sam.models.shape import ConvShape, Shape
 from functional_sam.tasks.batches import Batch, Batches, split
 
 
@@ -44,7 +44,7 @@ class Task:
     """What the rest of the house asks of a task. The class methods need no data, so that plans and tables can ask them."""
 
     metric: ClassVar[Metric]
-    unit: ClassVar[str]  # of work: tokens, images
+    unit: ClassVar[str]  # of work: tokens, images; data.unique_UNIT limits how many of them a run trains on
     data: Any
 
     def __init__(self, config: Config, progress: Progress | None = None):
@@ -84,7 +84,7 @@ class Task:
         return 1
 
     @classmethod
-    def shape(cls, config: Config) -> Shape:
+    def shape(cls, config: Config) -> Shape | ConvShape:
         """The sizes of the model, from which its cost is planned."""
         raise NotImplementedError
 
@@ -101,8 +101,8 @@ class Task:
 
     @property
     def loss_fn(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """(logits, targets) -> (sum over valid targets, number of them)."""
-        return cross_entropy
+        """Of training: (logits, targets) -> (sum over valid targets, number of them)."""
+        return smoothed(self.config.training.label_smoothing)
 
     def forward(self, model: torch.nn.Module, inputs: Any, readout: Callable[..., Any] | None = None) -> Any:
         """Logits, or what readout(h, W) makes of the last hidden state (functional_sam.models)."""
