@@ -1,6 +1,7 @@
 """Shared by all tests: two threads, and the small models and batches that most of them use."""
 
 import multiprocessing
+import os
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -94,9 +95,12 @@ def _deterministic():
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-    """Prepared data: the checkout's own where it is there, otherwise made once for the session."""
+    """Prepared data: the checkout's own where it is there, otherwise made once for the session (by whichever worker is first)."""
     there = Path(__file__).resolve().parents[1] / ".cache"
-    return there if there.is_dir() else tmp_path_factory.mktemp("cache")
+    if there.is_dir():
+        return there
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -80,9 +79,7 @@ def gloo(world, function, *arguments):
     """Call function(rank, *arguments) in `world` processes that are a gloo group; an assertion in one fails the test."""
     with tempfile.TemporaryDirectory() as directory:
         path = str(Path(directory) / "rendezvous")
-        torch.multiprocessing.start_processes(
-            _rank, (world, path, function, arguments), nprocs=world, start_method="forkserver"
-        )
+        torch.multiprocessing.start_processes(_rank, (world, path, function, arguments), nprocs=world, start_method="forkserver")
 
 
 def _rank(rank, world, path, function, arguments):

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-import torch.distributed as dist
+from processes import gloo
 from test_training import Killed, content, tiny
 
 from functional_sam.config import Config, to_yaml
@@ -83,29 +83,16 @@ def perform(job, rank):
         loop.SharpnessAware.backward, checkpoint.save = backward, save
 
 
-def process(rank, world, path, jobs):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+def process(rank, jobs):
     for job in jobs:
         try:
             perform(job, rank)
         except BaseException as error:
             error.add_note(f"{job.config.method.name} {job.config.runtime.parallel} {job.config.runtime.runs}")
             raise
-    distributed.leave()
 
 
-def spawn(world, directory, jobs):
-    torch.multiprocessing.spawn(process, (world, str(directory / f"rendezvous-{world}"), jobs), nprocs=world)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Where the prepared text is."""
-    return Path(".cache") if Path(".cache").is_dir() else tmp_path_factory.mktemp("cache")
-
-
-def config(data, runs, method, parallel="none", task="language", **overrides):
+def config(cache, runs, method, parallel="none", task="language", **overrides):
     size = {"training.steps": STEPS, "training.precision": "float64", "training.batch": 8, "training.eval_batch": 3}
     size |= {
         "measure.points": 0,
@@ -115,7 +102,7 @@ def config(data, runs, method, parallel="none", task="language", **overrides):
         "runtime.threads": 1,
         "runtime.parallel": parallel,
     }
-    return tiny(data, runs, method, task, **(size | METHODS.get(method, {}) | overrides))
+    return tiny(cache, runs, method, task, **(size | METHODS.get(method, {}) | overrides))
 
 
 def assert_close(run, reference, rel=1e-10):
@@ -143,7 +130,6 @@ class Done:
     one: dict[str, Run] = field(default_factory=dict)
     two: dict[tuple[str, str, str], Run] = field(default_factory=dict)  # (method, parallel, what became of it)
     directory: Path = Path()
-    config_in: dict = field(default_factory=dict)
 
 
 def in_one_process(job):
@@ -157,7 +143,7 @@ def copied(run, directory):
 
 
 @pytest.fixture(scope="module")
-def done(data, tmp_path_factory):
+def done(server, cache, tmp_path_factory):
     root = tmp_path_factory.mktemp("distributed")
     done, jobs = Done(directory=root), []
     threads = torch.get_num_threads()
@@ -166,38 +152,38 @@ def done(data, tmp_path_factory):
     def add(name, method, parallel, start=None, **how):
         more, task = how.pop("overrides", {}), how.pop("task", "language")
         there = root / f"{parallel}-{name}"
-        job = Job(config(data, there, method, parallel, task, **more), **how)
+        job = Job(config(cache, there, method, parallel, task, **more), **how)
         if start is not None:
             copied(start, there)
         jobs.append(job)
         done.two[method, parallel, name] = Run(job.config)
 
     for method in METHODS:
-        done.one[method] = in_one_process(Job(config(data, root / "one", method)))
+        done.one[method] = in_one_process(Job(config(cache, root / "one", method)))
         for parallel in ("ddp", "fsdp"):
             add("whole", method, parallel)
     # scope=micro-batch goes through whole micro-batches, and has no meaning for shards.
     micro = {"method.options.scope": "micro-batch", "training.micro_batch": 2}
-    done.one["micro"] = in_one_process(Job(config(data, root / "one", "sam", **micro)))
+    done.one["micro"] = in_one_process(Job(config(cache, root / "one", "sam", **micro)))
     add("micro", "sam", "ddp", overrides=micro)
     measured = {"measure.points": 2, "measure.adam_from": 1}
-    done.one["measured"] = in_one_process(Job(config(data, root / "measured", "adamw", **measured)))
+    done.one["measured"] = in_one_process(Job(config(cache, root / "measured", "adamw", **measured)))
     for parallel in ("ddp", "fsdp"):
         add("measured", "adamw", parallel, overrides=measured)
         for method in RESUMED:
             # One process, then two. The copy is of a checkpoint of step 3.
-            stopped = in_one_process(Job(config(data, root / f"one-dies-{parallel}", method), dies=DIES))
+            stopped = in_one_process(Job(config(cache, root / f"one-dies-{parallel}", method), dies=DIES))
             add("one-then-two", method, parallel, stopped)
             # Two, then one, and two, then two.
             add("dies", method, parallel, dies=DIES)
             add("again", method, parallel, dies=DIES)
-            jobs.append(Job(config(data, root / f"{parallel}-again", method, parallel)))
+            jobs.append(Job(config(cache, root / f"{parallel}-again", method, parallel)))
         # Dropout and crops, whole and stopped after a checkpoint.
         add("draws", "functional-sam", parallel, task="vision", overrides=DRAWS)
         add("draws-again", "functional-sam", parallel, task="vision", overrides=DRAWS, dies=DIES)
-        jobs.append(Job(config(data, root / f"{parallel}-draws-again", "functional-sam", parallel, "vision", **DRAWS)))
+        jobs.append(Job(config(cache, root / f"{parallel}-draws-again", "functional-sam", parallel, "vision", **DRAWS)))
     # The newest checkpoint damaged: all processes take the one before.
-    stopped = in_one_process(Job(config(data, root / "damaged", "functional-sam"), dies=7))
+    stopped = in_one_process(Job(config(cache, root / "damaged", "functional-sam"), dies=7))
     newest = max((stopped.directory / "checkpoint").glob("*.pt"))
     newest.write_bytes(newest.read_bytes()[:-100])
     add("damaged", "functional-sam", "ddp", stopped)
@@ -210,11 +196,10 @@ def done(data, tmp_path_factory):
     locked = Run(done.two["adamw", "ddp", "locked"].config)
     locked.open()
     try:
-        spawn(2, root, jobs)
+        gloo(2, process, jobs)
     finally:
         locked.close()
         torch.set_num_threads(threads)
-    done.config_in = {"data": data}
     return done
 
 
@@ -245,7 +230,7 @@ def test_shares_are_those_of_one_process(done):
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("method", RESUMED)
-def test_checkpoints_go_from_one_process_to_two_and_back(done, method, parallel):
+def test_checkpoints_go_from_one_process_to_two_and_back(done, cache, method, parallel):
     went_on = done.two[method, parallel, "one-then-two"]
     assert went_on.done
     assert_close(went_on, done.one[method])
@@ -256,7 +241,7 @@ def test_checkpoints_go_from_one_process_to_two_and_back(done, method, parallel)
     assert max(line["step"] for line in stopped.metrics("train")) == DIES
     there = done.directory / f"{parallel}-then-one"
     copied(stopped, there)
-    back = in_one_process(Job(config(done.config_in["data"], there, method)))
+    back = in_one_process(Job(config(cache, there, method)))
     assert_close(back, done.one[method])
 
 
@@ -311,14 +296,14 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(done):
     assert checkpoint.load_newest(run.directory / "checkpoint")["step"] == DIES + 1
 
 
-def test_four_processes(done, data, tmp_path):
+def test_four_processes(done, cache, tmp_path):
     """The curve of one; from two to four; and resumed bit for bit, though a sum of four depends on its order."""
     jobs = []
     for parallel in ("ddp", "fsdp"):
         copied(done.two["functional-sam", parallel, "dies"], tmp_path / f"{parallel}-went-on")
-        jobs += [Job(config(data, tmp_path / f"{parallel}-{name}", "functional-sam", parallel)) for name in ("went-on", "whole")]
-    again = config(data, tmp_path / "ddp-again", "functional-sam", "ddp")
-    spawn(4, tmp_path, [*jobs, Job(again, dies=DIES), Job(again)])
+        jobs += [Job(config(cache, tmp_path / f"{parallel}-{name}", "functional-sam", parallel)) for name in ("went-on", "whole")]
+    again = config(cache, tmp_path / "ddp-again", "functional-sam", "ddp")
+    gloo(4, process, [*jobs, Job(again, dies=DIES), Job(again)])
     for job in jobs:
         assert_close(Run(job.config), done.one["functional-sam"])
     assert content(Run(again)) == content(Run(jobs[1].config))
@@ -339,9 +324,9 @@ def torchrun(path):
     )
 
 
-def test_a_killed_process_ends_the_job_and_the_same_command_resumes(done, data, tmp_path):
+def test_a_killed_process_ends_the_job_and_the_same_command_resumes(done, cache, tmp_path):
     """kill -9 of a process that does not lead, under torchrun: no process is left, and the metrics are those of a whole run."""
-    there = config(data, tmp_path, "functional-sam", "ddp", **LONG)
+    there = config(cache, tmp_path, "functional-sam", "ddp", **LONG)
     run = Run(there)
     write_text(run.directory / "config.yaml", to_yaml(there))
     job = torchrun(run.directory)
@@ -381,7 +366,7 @@ def test_a_killed_process_ends_the_job_and_the_same_command_resumes(done, data, 
         ({"WORLD_SIZE": "2"}, {"runtime.parallel": "fsdp", "measure.curvature": True}, "whole parameters"),
     ],
 )
-def test_bad_input_is_refused_before_anyone_waits(data, tmp_path, monkeypatch, environment, overrides, words):
+def test_bad_input_is_refused_before_anyone_waits(cache, tmp_path, monkeypatch, environment, overrides, words):
     for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     complete = {"RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"} if "RANK" not in environment and environment else {}
@@ -389,19 +374,19 @@ def test_bad_input_is_refused_before_anyone_waits(data, tmp_path, monkeypatch, e
         if value:
             monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=words):
-        distributed.join(config(data, tmp_path, "sam", **{"runtime.parallel": "auto", **overrides}))
+        distributed.join(config(cache, tmp_path, "sam", **{"runtime.parallel": "auto", **overrides}))
 
 
-def test_alone_nothing_changes(data, tmp_path):
+def test_alone_nothing_changes(cache, tmp_path):
     """runtime.parallel=none is one process, whatever the environment says."""
-    ranks = distributed.join(config(data, tmp_path, "sam"))
+    ranks = distributed.join(config(cache, tmp_path, "sam"))
     batches = [(torch.arange(4), torch.arange(4))]
     assert ranks.part(batches) is batches
     assert ranks.any("SIGTERM") == "SIGTERM"
     assert ranks.lead(lambda: 3) == 3
 
 
-def test_parts_are_the_batch(data, tmp_path):
+def test_parts_are_the_batch():
     """In order, each as large as the others, no forward larger than a micro-batch."""
     for batch, size, world in [(12, 6, 4), (12, 12, 3), (16, 4, 2), (24, 4, 4)]:
         rows = torch.arange(batch)
