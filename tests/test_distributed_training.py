@@ -6,20 +6,24 @@ All cases of two processes share one spawn, in float64. A case is a config, its 
 import contextlib
 import math
 import os
+import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from processes import gloo
+from processes import Process, gloo
 from test_training import Killed, content, tiny
 
+from functional_sam import commands
 from functional_sam.config import Config, to_yaml
 from functional_sam.errors import Interrupted, UserError
 from functional_sam.files import write_text
@@ -41,7 +45,7 @@ DRAWS = {"model.dropout": 0.1, "data.augment": "crop-flip", "data.images": "mnis
 STEPS, DIES = 8, 5  # checkpoints are of steps 3, 6 and 8
 
 
-LONG = {"training.steps": 100, "training.eval_every": "null", "runtime.checkpoint_every": 20}
+LONG = {"training.steps": 40, "training.eval_every": "null", "runtime.checkpoint_every": 5}  # time to be killed in
 
 
 @dataclass
@@ -53,6 +57,7 @@ class Job:
     signal_rank: int | None = None  # who gets SIGUSR2 in the step after `dies`
     expect: tuple[type[BaseException], str] | None = None
     full_disk: bool = False
+    copy_to: Path | None = None  # where what it leaves is kept, before others go on with it
 
 
 def perform(job, rank):
@@ -87,6 +92,8 @@ def process(rank, jobs):
     for job in jobs:
         try:
             perform(job, rank)
+            if job.copy_to is not None and rank == 0:
+                copied(Run(job.config), job.copy_to)
         except BaseException as error:
             error.add_note(f"{job.config.method.name} {job.config.runtime.parallel} {job.config.runtime.runs}")
             raise
@@ -174,9 +181,9 @@ def done(server, cache, tmp_path_factory):
             # One process, then two. The copy is of a checkpoint of step 3.
             stopped = in_one_process(Job(config(cache, root / f"one-dies-{parallel}", method), dies=DIES))
             add("one-then-two", method, parallel, stopped)
-            # Two, then one, and two, then two.
-            add("dies", method, parallel, dies=DIES)
-            add("again", method, parallel, dies=DIES)
+            # Two, then two, and (from the copy) two, then one or four.
+            add("again", method, parallel, dies=DIES, copy_to=root / f"{parallel}-dies")
+            done.two[method, parallel, "dies"] = Run(config(cache, root / f"{parallel}-dies", method, parallel))
             jobs.append(Job(config(cache, root / f"{parallel}-again", method, parallel)))
         # Dropout and crops, whole and stopped after a checkpoint.
         add("draws", "functional-sam", parallel, task="vision", overrides=DRAWS)
@@ -312,16 +319,18 @@ def test_four_processes(done, cache, tmp_path):
 # ---------------------------------------------------------------------- processes of torchrun
 
 
+@contextlib.contextmanager
 def torchrun(path):
     """The command of a user, in the background."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "functional_sam"]
-    return subprocess.Popen(
-        [*command, "train", str(path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen(
+        [*command, "train", str(path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )
+    try:
+        yield job
+    finally:
+        job.kill()
 
 
 def test_a_killed_process_ends_the_job_and_the_same_command_resumes(done, cache, tmp_path):
@@ -329,8 +338,7 @@ def test_a_killed_process_ends_the_job_and_the_same_command_resumes(done, cache,
     there = config(cache, tmp_path, "functional-sam", "ddp", **LONG)
     run = Run(there)
     write_text(run.directory / "config.yaml", to_yaml(there))
-    job = torchrun(run.directory)
-    try:
+    with torchrun(run.directory) as job:
         deadline = time.monotonic() + 120
         while not list((run.directory / "checkpoint").glob("*.sha256")):
             assert job.poll() is None, job.communicate()[0]
@@ -340,16 +348,34 @@ def test_a_killed_process_ends_the_job_and_the_same_command_resumes(done, cache,
         second = next(w for w in workers if w.environ().get("RANK") == "1")
         second.kill()
         output, _ = job.communicate(timeout=60)
-        assert job.returncode != 0
-        assert not run.done, output
-        assert not [w for w in workers if w.is_running() and w.status() != psutil.STATUS_ZOMBIE]
-    finally:
-        job.kill()
-    again = torchrun(run.directory)
-    output, _ = again.communicate(timeout=120)
-    assert again.returncode == 0, output
-    assert output.count("wrote ") == 1  # the first process speaks
+    assert job.returncode != 0
+    assert not run.done, output
+    assert not [w for w in workers if w.is_running() and w.status() != psutil.STATUS_ZOMBIE]
+    assert 0 < checkpoint.load_newest(run.directory / "checkpoint")["step"] < LONG["training.steps"]
+    port = free_port()  # again as torchrun does it: the command in two processes, each with its place in the environment
+    again = [Process(tmp_path / f"again-{rank}", "train", run.directory, before=partial(place, rank, port)) for rank in (0, 1)]
+    assert [process.wait() for process in again] == [0, 0], again[0].said + again[1].said
     assert content(run) == content(done.two["functional-sam", "ddp", "long"])
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def place(rank, port):
+    names = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
+    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()})
+
+
+@pytest.mark.parametrize(("rank", "quiet"), [(None, False), ("0", False), ("1", True)])
+def test_the_first_process_speaks(monkeypatch, rank, quiet):
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    assert runpy.run_path(commands.__file__)["console"].quiet == quiet
 
 
 # ---------------------------------------------------------------------- bad input
