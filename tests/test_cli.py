@@ -176,7 +176,7 @@ def test_run_name_what_fails_redo_and_skip(cache, tmp_path, capsys):
     name = here(capsys, "plan", "figure-1", *small)[1].split("vision-adamw-")[1].split()[0]
     (tmp_path / "runs" / f"vision-adamw-{name}").mkdir(parents=True)
     (tmp_path / "runs" / f"vision-adamw-{name}" / "checkpoint").write_text("a file where a directory belongs")
-    code, out, err = here(capsys, "run", "figure-1", "--jobs", "2", *small)
+    code, out, err = here(capsys, "run", "figure-1", "--jobs", "1", *small)
     assert code == 1, out + err
     assert "1 of 6 runs are not complete" in err
     assert name in err
