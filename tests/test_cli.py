@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -16,8 +17,17 @@ from functional_sam.cli import main
 from functional_sam.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = ["training.steps=6", "training.batch=4", "training.eval_rows=8", "model.width=16", "model.depth=1", "measure.points=2"]
-SMALL += ["measure.rows=4", "measure.micro_batch=4", "data.images=mnist-5k", "runtime.log_every=1", "runtime.checkpoint_every=2"]
+SMALL = [
+    "training.steps=6",
+    "training.batch=4",
+    "training.eval_rows=8",
+    "model.width=16",
+    "model.depth=1",
+    "measure.points=2",
+    "measure.doses=2",
+]
+SMALL += ["measure.rows=4", "measure.micro_batch=4", "data.images=mnist-5k", "runtime.log_every=1"]
+SMALL += ["runtime.checkpoint_every=2"]
 
 
 def command(*arguments, **options):
@@ -89,29 +99,33 @@ def test_a_directory_that_cannot_be_written(tmp_path, capsys):
 
 @pytest.fixture
 def started(server, cache, tmp_path):
-    """figure-1 in miniature, two processes at a time, stopped (SIGSTOP) when each has a checkpoint and is not done; its workers."""
+    """figure-1 in miniature, two workers at a time, each stopped (SIGSTOP) when its run has a checkpoint and is not done."""
     small = [*SMALL, "measure.points=0", "runtime.checkpoint_every=5", f"runtime.cache={cache}", f"runtime.runs={tmp_path}/runs"]
-    processes = []
+    processes, workers = [], {}
 
     def started(steps):
         process = Process(tmp_path / "log.txt", "run", "figure-1", "--jobs", "2", *small, f"training.steps={steps}")
         processes.append(process)
-        workers = []
+        process.wait_until(two_are_stopped)
+        assert sorted(workers) == sorted(worker.pid for worker in psutil.Process(process.pid).children())
+        return process, list(workers.values())
 
-        def stopped():
-            """Both in the middle of a run."""
-            if len(unfinished(tmp_path, "checkpoint/step-*.sha256")) < 2:
-                return False
-            workers[:] = psutil.Process(process.pid).children()
-            each(workers, signal.SIGSTOP)
-            if len(unfinished(tmp_path, "checkpoint/step-*.sha256")) == 2:
-                return True
-            each(workers, signal.SIGCONT)
-            return False
-
-        process.wait_until(stopped)
-        assert len(workers) == 2
-        return process, workers
+    def two_are_stopped():
+        for run in unfinished(tmp_path, "checkpoint/step-*.sha256"):
+            try:
+                pid = json.loads((run / ".holder").read_text())["pid"]
+            except FileNotFoundError:  # it has just been done
+                continue
+            if pid not in workers:
+                worker = psutil.Process(pid)
+                worker.suspend()
+                while worker.status() != psutil.STATUS_STOPPED:
+                    time.sleep(0.001)
+                if (run / "done.json").exists():
+                    worker.resume()
+                else:
+                    workers[pid] = worker
+        return len(workers) == 2
 
     yield started
     for process in processes:

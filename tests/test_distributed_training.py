@@ -103,6 +103,7 @@ def config(cache, runs, method, parallel="none", task="language", **overrides):
     size = {"training.steps": STEPS, "training.precision": "float64", "training.batch": 8, "training.eval_batch": 3}
     size |= {
         "measure.points": 0,
+        "measure.doses": 2,
         "training.micro_batch": 4,
         "runtime.checkpoint_every": 3,
         "training.eval_every": 4,

@@ -37,8 +37,17 @@ from functional_sam.files import sha256, write_text
 from functional_sam.records import Run
 from functional_sam.training import checkpoint
 
-SMALL = ["model.width=16", "model.depth=1", "training.batch=2", "training.eval_rows=8", "training.eval_batch=8", "measure.points=0"]
-SMALL += ["data.images=mnist-5k", "runtime.threads=1", "runtime.log_every=1", "optimizer.warmup_steps=2", "training.eval_every=7"]
+SMALL = [
+    "model.width=16",
+    "model.depth=1",
+    "training.batch=2",
+    "training.eval_rows=8",
+    "training.eval_batch=8",
+    "measure.points=0",
+    "measure.doses=3",
+]
+SMALL += ["data.images=mnist-5k", "runtime.threads=1", "runtime.log_every=1", "optimizer.warmup_steps=2"]
+SMALL += ["training.eval_every=7"]
 
 
 @pytest.fixture
