@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_batch, make_model
 from processes import gloo
-from test_curvature import both, case, decoder, directions, error, generic_cross_entropy, one_thread, seeded, sentences  # noqa: F401
+from test_curvature import both, case, decoder, directions, error, generic_cross_entropy, seeded, sentences
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 

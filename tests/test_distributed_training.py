@@ -154,8 +154,6 @@ def copied(run, directory):
 def done(server, cache, tmp_path_factory):
     root = tmp_path_factory.mktemp("distributed")
     done, jobs = Done(directory=root), []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
 
     def add(name, method, parallel, start=None, **how):
         more, task = how.pop("overrides", {}), how.pop("task", "language")
@@ -207,7 +205,6 @@ def done(server, cache, tmp_path_factory):
         gloo(2, process, jobs)
     finally:
         locked.close()
-        torch.set_num_threads(threads)
     return done
 
 
