@@ -25,9 +25,12 @@ SMALL = [
     "model.depth=1",
     "measure.points=2",
     "measure.doses=2",
+    "measure.rows=4",
+    "measure.micro_batch=4",
+    "data.images=mnist-5k",
+    "runtime.log_every=1",
+    "runtime.checkpoint_every=2",
 ]
-SMALL += ["measure.rows=4", "measure.micro_batch=4", "data.images=mnist-5k", "runtime.log_every=1"]
-SMALL += ["runtime.checkpoint_every=2"]
 
 
 def command(*arguments, **options):

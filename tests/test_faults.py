@@ -45,9 +45,12 @@ SMALL = [
     "training.eval_batch=8",
     "measure.points=0",
     "measure.doses=3",
+    "data.images=mnist-5k",
+    "runtime.threads=1",
+    "runtime.log_every=1",
+    "optimizer.warmup_steps=2",
+    "training.eval_every=7",
 ]
-SMALL += ["data.images=mnist-5k", "runtime.threads=1", "runtime.log_every=1", "optimizer.warmup_steps=2"]
-SMALL += ["training.eval_every=7"]
 
 
 @pytest.fixture
