@@ -18,7 +18,7 @@ PACKAGE = ROOT / "src" / "functional_sam"
 SHARED = {"errors", "losses", "files"}
 FLOOR = {"vectors", "moments", "ascents", "head", "weights"}  # below the library's two halves, which do not know each other
 MAY_IMPORT = {
-    **dict.fromkeys(FLOOR, FLOOR | {"errors", "losses"}),
+    **dict.fromkeys(sorted(FLOOR), FLOOR | {"errors", "losses"}),
     "sharpness": SHARED | FLOOR,
     "curvature": SHARED | FLOOR,
     "models": SHARED,
