@@ -5,6 +5,7 @@ The server is multiprocessing's: one for a session, of one thread, in which noth
 
 import multiprocessing
 import os
+import runpy
 import sys
 import tempfile
 import time
@@ -21,8 +22,8 @@ PRELOAD += ["functional_sam.commands.runs", "functional_sam.training.attempt"]
 PATIENCE = 60  # seconds that a process may take
 
 
-def command(arguments, log, before=None):
-    """The life of a process of the command line: perhaps something that goes wrong in it, then the command."""
+def command(arguments, log, before):
+    """The life of a process: perhaps something that goes wrong in it, then the command line, or a script."""
     os.environ["COLUMNS"] = "1000"
     os.setsid()  # as a terminal gives its foreground job a process group of its own
     with log.open("ab", buffering=0) as file:
@@ -30,13 +31,17 @@ def command(arguments, log, before=None):
         os.dup2(file.fileno(), 2)
     if before is not None:
         before()
-    code = main([str(argument) for argument in arguments])
+    if str(arguments[0]).endswith(".py"):
+        runpy.run_path(str(arguments[0]), run_name="__main__")
+        code = 0
+    else:
+        code = main([str(argument) for argument in arguments])
     sys.stdout.flush()
     os._exit(code)
 
 
 class Process:
-    """A process of the command line, and what it said. (Needs the fixture `server`, as gloo() does.)"""
+    """A process of the command line, or of a script, and what it said. (Needs the fixture `server`, as gloo() does.)"""
 
     def __init__(self, log, *arguments, before=None):
         self.log = log

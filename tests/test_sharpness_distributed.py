@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import itertools
 
 import pytest
 import torch
@@ -214,28 +215,29 @@ class Inside(torch.nn.Module):
 
 def wrapped_otherwise(rank):
     """DDP outside and inside of torch.compile, in a module of the caller's, and looking for unused parameters."""
-    every = ["functional-sam", "logit-sam", "gnp", "momentum-functional-sam"]
-    for wrap, methods in (
+    methods = ["functional-sam", "logit-sam", "gnp", "momentum-functional-sam"]
+    every = list(itertools.product(methods, (TinyModel, TinyReadout)))
+    for wrap, cases in (
         (lambda m: ddp(m, find_unused_parameters=True), every),
         (lambda m: Inside(ddp(m)), every),
-        (lambda m: ddp(torch.compile(m, backend="aot_eager")), ["functional-sam", "gnp"]),  # to compile takes longer than all else
-        (lambda m: torch.compile(ddp(m), backend="aot_eager"), ["logit-sam", "momentum-functional-sam"]),
+        # To compile takes longer than all else.
+        (lambda m: ddp(torch.compile(m, backend="aot_eager")), [("functional-sam", TinyReadout), ("gnp", TinyModel)]),
+        (lambda m: torch.compile(ddp(m), backend="aot_eager"), [("logit-sam", TinyReadout), ("functional-sam", TinyModel)]),
     ):
-        for method in methods:
-            for kind in (TinyModel, TinyReadout):
-                results = []
-                for parallel in (False, True):
-                    model = make_model(kind)
-                    given = wrap(model) if parallel else model
-                    optimizer = adamw(model)
-                    sharpness = SharpnessAware(given, optimizer, method, rho=0.3)
-                    for step in range(3):
-                        sharpness.backward(share(global_batch(step), rank) if parallel else [global_batch(step)])
-                        optimizer.step()
-                        optimizer.zero_grad()
-                    results.append(theta_of(model))
-                for name in results[0]:
-                    torch.testing.assert_close(results[1][name], results[0][name], rtol=1e-9, atol=1e-9)
+        for method, kind in cases:
+            results = []
+            for parallel in (False, True):
+                model = make_model(kind)
+                given = wrap(model) if parallel else model
+                optimizer = adamw(model)
+                sharpness = SharpnessAware(given, optimizer, method, rho=0.3)
+                for step in range(3):
+                    sharpness.backward(share(global_batch(step), rank) if parallel else [global_batch(step)])
+                    optimizer.step()
+                    optimizer.zero_grad()
+                results.append(theta_of(model))
+            for name in results[0]:
+                torch.testing.assert_close(results[1][name], results[0][name], rtol=1e-9, atol=1e-9)
 
 
 def reductions(rank, kind):

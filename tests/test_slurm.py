@@ -17,13 +17,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from functional_sam.cli import main
 from functional_sam.config import load
 from functional_sam.errors import UserError
 from functional_sam.jobs.launch import submit
 from functional_sam.jobs.queue import log_of, states
 from functional_sam.jobs.submission import Submission
 from functional_sam.records import Run
-from functional_sam.training.loop import TIMES
+from functional_sam.training.loop import TIMES, train
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -185,7 +186,6 @@ def cluster(slurm, cache, tmp_path_factory):
     limit = "time: 1\nsignal_delay: 20\n"
     long = "time: 10\n"
     texts = {
-        "whole": long + first,
         "two-nodes": long + "nodes: 2\n",
         "limit": limit + first + slow,
         "requeued": long + first + slow,
@@ -246,8 +246,13 @@ def cluster(slurm, cache, tmp_path_factory):
         drawn = all(record.read_bytes() != old for record, old in zip(records, before, strict=True))
         return (drawn or submitted.returncode) and all(case.ended() for case in cases.values())
 
+    # What they should come to: the same run in this process, while theirs are at work.
+    whole = Case(base / "runs-whole", "")
+    config = load(next(cases["requeued"].runs.glob("*/config.yaml")))
+    config.runtime.threads, config.runtime.cache = 1, str(cache)
+    train(config, whole.runs)
     wait(over, PATIENCE)
-    return {"base": base, "one": one, "figure": figure, "submitted": submitted, **cases}
+    return {"base": base, "one": one, "figure": figure, "submitted": submitted, "whole": whole, **cases}
 
 
 def metrics(case):
@@ -330,11 +335,11 @@ def test_a_cancelled_run_stays_cancelled_and_nothing_is_drawn(cluster):
     assert case.following not in ask("squeue", "--noheader", "--format=%i").split()
 
 
-def test_a_failed_run_is_in_the_status_with_its_log(cluster):
+def test_a_failed_run_is_in_the_status_with_its_log(cluster, capsys):
     case = cluster["broken"]
     wait(lambda: states(case.runs).get(case.run.config.name) == "FAILED", 20)
-    command = [sys.executable, "-m", "functional_sam", "status", str(case.runs)]
-    shown = subprocess.run(command, cwd=cluster["one"], capture_output=True, text=True, check=True).stdout
+    assert main(["status", str(case.runs)]) == 0
+    shown = capsys.readouterr().out
     assert "FAILED" in shown
     log = log_of(case.run.config.name, case.runs)
     assert f"failed: OSError: broken for the test; log: {log}" in shown
@@ -342,13 +347,13 @@ def test_a_failed_run_is_in_the_status_with_its_log(cluster):
     assert case.following not in ask("squeue", "--noheader", "--format=%i").split()
 
 
-def test_a_wrong_partition_is_named_before_anything_is_submitted(cluster):
+def test_a_wrong_partition_is_named_before_anything_is_submitted(cluster, monkeypatch, capsys):
     base, before = cluster["base"], ask("squeue", "--noheader")
     (base / "wrong.yaml").write_text("time: 60\npartition: debgu\n")
+    monkeypatch.chdir(cluster["one"])
     arguments = ["submit", "figure-1", "--cluster", str(base / "wrong.yaml"), *SMALL, f"runtime.runs={base}/wrong"]
-    done = subprocess.run([sys.executable, "-m", "functional_sam", *arguments], cwd=cluster["one"], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "'debgu'; did you mean 'debug'" in done.stderr
+    assert main(arguments) == 2
+    assert "'debgu'; did you mean 'debug'" in capsys.readouterr().err
     assert not (base / "wrong").exists()
     assert ask("squeue", "--noheader") == before
 
