@@ -19,7 +19,7 @@ from functional_sam.cli import main
 # What a run, alone or on several ranks, imports sooner or later; torch imports the first by itself when an optimizer is made.
 PRELOAD = ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "pytest"]
 PRELOAD += ["functional_sam.commands.runs", "functional_sam.training.attempt"]
-PATIENCE = 60  # seconds that a process may take
+PATIENCE = 200  # seconds that a process may take
 
 
 def command(arguments, log, before):
@@ -65,7 +65,7 @@ class Process:
         deadline = time.monotonic() + PATIENCE
         while not condition():
             assert self.code is None, f"ended with {self.code}: {self.said}"
-            assert time.monotonic() < deadline, f"waited for a minute: {self.said}"
+            assert time.monotonic() < deadline, f"waited for {PATIENCE} s: {self.said}"
             time.sleep(0.004)
 
     def send(self, number):
