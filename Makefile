@@ -30,8 +30,8 @@ $(READY): requirements.lock requirements-data.txt pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-tables: $(READY)  ## every table (quick: 20 min); larger scales are redrawn from results/, FRESH=1 trains them
-figures: $(READY)  ## every figure, in the same way (quick: 15 min after make tables)
+tables: $(READY)  ## every table (quick: 15 min); a larger scale is redrawn from results/ once it is released, FRESH=1 trains it
+figures: $(READY)  ## every figure, in the same way (quick: 20 min after make tables)
 
 $(EXHIBITS): $(READY)
 	@$(BIN)/functional-sam run $@ --scale $(SCALE) --jobs $(JOBS) $(if $(FRESH),--fresh)

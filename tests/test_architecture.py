@@ -30,6 +30,8 @@ MAY_IMPORT = {
     "training": SHARED | FLOOR | {"sharpness", "curvature", "tasks", "records", "config", "data"},
     # planning reads the table of methods and the chunks of the head, and nothing else of sharpness
     "planning": SHARED | {"config", "models", "sharpness", "head", "tasks"},
+    # a study reads the table of methods: which have a radius, and what they cost
+    "study": SHARED | {"config", "records", "tasks", "sharpness"},
     # exhibits draw what curvature returned: the smoothing of nodes and weights is its own
     "exhibits": SHARED | {"study", "records", "config", "curvature", "tasks"},
     "jobs": SHARED | {"training", "tasks", "exhibits", "records", "config"},

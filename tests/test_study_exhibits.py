@@ -7,7 +7,7 @@ import pytest
 from made_up import MadeUp, bowl
 
 from functional_sam.exhibits import draw_plan, module_of, planned
-from functional_sam.exhibits.figure_3 import path_alone
+from functional_sam.exhibits.figure_3 import judged_paths, path_alone
 from functional_sam.exhibits.output import write
 from functional_sam.exhibits.spec import load_spec
 from functional_sam.study.compare import Verdict
@@ -94,7 +94,7 @@ def test_the_path_alone_at_equal_rho_and_at_equal_dose():
                 dose = slope * rho
                 test = 2 * math.log(dose) + more + 0.001 * math.sin(seed + 3 * rho)
                 rows.append({"cell": "c", "entry": entry, "rho": rho, "seed": seed, "dose": dose, "test": test})
-    found = pd.DataFrame(path_alone(pd.DataFrame(rows), 0.005))
+    found = judged_paths(path_alone(pd.DataFrame(rows)), 0.005)
     equal_rho = found[found.at_equal == "rho"]
     assert list(equal_rho.rho) == [0.01, 0.1, 1.0]
     assert list(equal_rho.difference) == pytest.approx([1 - 2 * math.log(4)] * 3, abs=0.01)
@@ -105,7 +105,8 @@ def test_the_path_alone_at_equal_rho_and_at_equal_dose():
 
 
 def test_equal_compute_pairs_with_the_baseline_that_takes_as_long(complete):
-    data = drawn("table-8", complete).frames["compute"].set_index("entry")
+    data = drawn("table-8", complete).frame
+    data = data[data.part == "equal compute"].set_index("entry")
     assert data.matched["looksam"] == "adamw-looksam"
     assert data.matched["sam"] == "adamw-double"
     assert data.times["momentum-functional-sam"] == 1.29
