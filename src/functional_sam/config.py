@@ -3,6 +3,7 @@
 compose() = defaults <- tasks/TASK.yaml <- scales/SCALE.yaml (its section for the task) <- method <- exhibit <- overrides.
 """
 
+import copy
 import dataclasses
 import difflib
 import functools
@@ -26,13 +27,19 @@ SCHEMA = 2  # raised when the same settings come to mean another result: every r
 class ModelConfig:
     """The model of a run; the defaults are Nanodo's decoder, pre-LN and without biases."""
 
-    kind: str = "decoder"  # a model of the task's: decoder (language), vit (vision)
+    kind: str = "decoder"  # a model of the task's: decoder (language), vit or convnet (vision)
     width: int = 512  # D, residual stream
     depth: int = 6  # N, blocks
     heads: int = 8  # H, must divide width
     mlp: int | None = None  # F, hidden units of the MLP; none: 4 * width
     length: int = 512  # L, tokens of a row
-    patch: int = 4  # pixels, side of a patch
+    patch: int = 4  # pixels, side of a patch; of a convnet, pixels from one output of its stem to the next: 1, 2 or 4
+    activation: str = "gelu"  # of vision models: gelu or relu
+    norm: str = "group"  # of a convnet: group or batch
+    stages: list[int] = field(
+        default_factory=lambda: [1, 1]
+    )  # of a convnet: blocks at each resolution; the width doubles in between
+    bottleneck: bool = False  # of a convnet: blocks 1x1, 3x3, 1x1 that leave four times the width, as in ResNet-50
     dropout: float = 0.0  # fraction of a block's outputs set to zero while training
     head_dtype: str = "float32"  # of the logits' matrix product under bf16; float32 to the letter of Nanodo
     checkpoint_blocks: bool = False  # recompute activations in backward: less memory, one more forward
@@ -47,6 +54,8 @@ class DataConfig:
     held_out: str = "documents"  # rows of validation and test: documents cut to L (Nanodo), or windows: all of each document
     images: str = "fashion-mnist"  # or mnist-5k, or imagenet-1k; never swapped silently
     augment: str | None = None  # of training images: crop-flip
+    noise: float = 0.0  # fraction of the training images whose label is drawn anew from all classes, once a data_seed
+    unique_images: int | None = None  # train on the first so many images only, over and over; none: all
     hub: str | None = None  # OWNER/NAME[@REVISION] of c4 or imagenet-1k on the hub; none: the one they are published as
     unique_tokens: int | None = None  # train on so many tokens only, over and over; none: all
     files: int | None = None  # the first so many train files of c4 or imagenet-1k; none: all
@@ -97,6 +106,7 @@ class TrainingConfig:
     eval_batch: int = 64  # rows of an evaluation forward
     test: bool = False  # evaluate the test split once, after the last step
     test_best: bool = False  # and at each evaluation that is the best so far on the validation split: the last of them counts
+    label_smoothing: float = 0.0  # part of a target that all classes share alike; in training alone, no evaluation has it
     jitter: float = 0.0  # relative size of a random change of the initial weights: a placebo, to see what chance alone does
 
 
@@ -197,10 +207,16 @@ def read_yaml(folder: str, name: str) -> dict[str, Any]:
     path = configs_directory() / folder / f"{name}.yaml"
     if not path.is_file():
         raise nearest(folder.rstrip("s"), name, (file.stem for file in path.parent.glob("*.yaml")))
-    content: Any = OmegaConf.to_container(OmegaConf.load(path)) or {}
+    content: Any = copy.deepcopy(_parsed(path, path.stat().st_mtime_ns, path.stat().st_size)) or {}
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a mapping, found a {type(content).__name__}")
     return dict(content)
+
+
+@functools.lru_cache(maxsize=64)
+def _parsed(path: Path, changed: int, size: int) -> Any:
+    """What a YAML file holds, read once: to parse one takes milliseconds, and a study composes hundreds of configs."""
+    return OmegaConf.to_container(OmegaConf.load(path))
 
 
 def compose(
@@ -325,13 +341,19 @@ def validated(config: Config) -> Config:
             raise nearest(f"value of {section}.{key}:", str(value), [choice for choice in choices if choice])
 
     counts("model", 1, "width", "depth", "heads", "mlp", "length", "patch")
+    require(
+        bool(model.stages) and min(model.stages) > 0, f"model.stages={model.stages}: a number of blocks, at least 1, for each stage"
+    )
     require(model.width % model.heads == 0, f"model.heads={model.heads} does not divide model.width={model.width}")
     require(0 <= model.dropout < 1, f"model.dropout={model.dropout}: a fraction, at least 0 and below 1")
     one_of("model", "head_dtype", "float32", "bfloat16")
+    one_of("model", "activation", "gelu", "relu")
+    one_of("model", "norm", "group", "batch")
     require(data.vocab >= 16, f"data.vocab={data.vocab}: at least 16 pieces")
     one_of("data", "held_out", "documents", "windows")
     one_of("data", "augment", None, "crop-flip")
-    counts("data", 1, "files", "unique_tokens")
+    counts("data", 1, "files", "unique_tokens", "unique_images")
+    require(0 <= data.noise <= 1, f"data.noise={data.noise}: a fraction of the labels, from 0 to 1")
     require(method.rho is None or 0 <= method.rho < float("inf"), f"method.rho={method.rho}: finite and >= 0")
     one_of("optimizer", "name", "adamw", "sgd", "adafactor")
     one_of("optimizer", "schedule", "cosine", "linear", "constant")
@@ -347,7 +369,9 @@ def validated(config: Config) -> Config:
         training.batch % config.micro_batch == 0,
         f"training.micro_batch={training.micro_batch} does not divide training.batch={training.batch}",
     )
-    require(0 <= training.jitter < 1, f"training.jitter={training.jitter}: a fraction, at least 0 and below 1")
+    for key in ("jitter", "label_smoothing"):
+        value = getattr(training, key)
+        require(0 <= value < 1, f"training.{key}={value}: a fraction, at least 0 and below 1")
     one_of("training", "precision", "float32", "float64", "bf16")
     counts("measure", 0, "doses", "points", "density_probes")
     counts("measure", 1, "rows", "micro_batch", "adam_from")

@@ -29,8 +29,14 @@ def benchmark(directory: Path, console: Console, rounds: int | None = None, only
     machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
     keep("machine", lambda: pd.DataFrame([machine]))
     if only != "curvature":
-        keep("time", lambda: pd.concat([methods.measure_time(name, console, rounds) for name in methods.CASES]))
-        keep("speed", lambda: methods.speed_of(result["time"], methods.matmul_peak()))
+        peaks = {"float32": methods.matmul_peak(), "bf16": methods.matmul_peak(torch.bfloat16)}
+        if peaks["bf16"] < peaks["float32"]:
+            times = peaks["float32"] / peaks["bf16"]
+            text = f"bf16 is left out: a product takes {times:.0f} times as long as in float32 here"
+            console.print(text, style="dim", highlight=False)
+        cases = methods.measured_cases(peaks)
+        keep("time", lambda: pd.concat([methods.measure_time(name, console, rounds) for name in cases]))
+        keep("speed", lambda: methods.speed_of(result["time"], peaks))
         if HIGH_WATER.exists():
             keep("memory", lambda: methods.measure_memory(console))
     if only != "methods":

@@ -1,10 +1,13 @@
-"""Time and memory of every method, as ratios to AdamW measured in the same run.
+"""Time and memory of every method, as ratios to AdamW measured in the same run; float32, and bf16 where it is native.
+
+Two baselines stand in every table, each as 1.00 of its own column: our AdamW, and the loop that a tutorial writes (plain AdamW).
 
 Time: all contenders live in one process, each with its own model, and take turns step by step; medians and quartiles over many
 rounds. Memory: one fresh process a contender, the peak of its resident set over what was there before the model was built.
 Beside ours, in the same rounds: a public library's SAM, GSAM, WSAM and LookSAM, and a plain PyTorch GPT.
 """
 
+import contextlib
 import json
 import os
 import statistics
@@ -12,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -21,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from functional_sam.benchmark.memory import in_a_process, peak_bytes
+from functional_sam.files import write_text
 from functional_sam.models import Decoder, ViT
 from functional_sam.sharpness import SharpnessAware
 
@@ -36,7 +41,7 @@ class Case:
     rows: int
     length: int = 0
     vocab: int = 10
-    head_dtype: str = "float32"
+    precision: str = "float32"  # or bf16: autocast, the head's products too
     methods: tuple[str, ...] = ()
 
     def model(self) -> nn.Module:
@@ -45,7 +50,12 @@ class Case:
             return ViT(28, 4, self.vocab, self.width, self.depth, self.heads, channels=1, generator=generator)
         if self.kind == "plain":
             return PlainGPT(self)
-        return Decoder(self.vocab, self.width, self.depth, self.heads, self.length, head_dtype=self.head_dtype, generator=generator)
+        head = "bfloat16" if self.precision == "bf16" else "float32"
+        return Decoder(self.vocab, self.width, self.depth, self.heads, self.length, head_dtype=head, generator=generator)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Of its precision."""
+        return torch.autocast("cpu", torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext()
 
     def batch(self) -> tuple[Tensor, Tensor]:
         if self.kind == "vit":
@@ -54,6 +64,7 @@ class Case:
         return tokens[:, :-1], tokens[:, 1:]
 
 
+PAGE = Path(__file__).resolve().parents[1] / "sharpness" / "README.md"
 TWO_PASS = ("sam", "functional-sam", "precond-sam", "precond-functional-sam")
 OTHERS = (
     "logit-sam",
@@ -69,11 +80,15 @@ OTHERS = (
     "tram",
 )
 PUBLIC = ("public SAM", "public GSAM", "public WSAM", "public LookSAM k=5")
-EVERY = ("adamw", "plain AdamW", *TWO_PASS, "functional-sam keep u", "functional-sam naive", *OTHERS, *PUBLIC)
+BASES = ("adamw", "plain AdamW")
+EVERY = (*BASES, *TWO_PASS, "functional-sam keep u", "functional-sam naive", *OTHERS, *PUBLIC)
 CASES = {
-    "decoder-32k": Case("decoder", 256, 4, 4, 8, 128, 32000, "bfloat16", (*EVERY, "plain GPT")),
-    "decoder-quick": Case("decoder", 64, 4, 1, 16, 128, 1024, "float32", (*EVERY, "penalty-sam", "angle-sam", "plain GPT")),
+    "decoder-32k": Case("decoder", 256, 4, 4, 8, 128, 32000, methods=(*EVERY, "plain GPT")),
+    "decoder-quick": Case("decoder", 64, 4, 1, 16, 128, 1024, methods=(*EVERY, "penalty-sam", "angle-sam", "plain GPT")),
     "vit-quick": Case("vit", 64, 4, 1, 64, methods=(*EVERY, "penalty-sam", "angle-sam")),
+}
+NATIVE_ONLY = {  # measured where a bf16 product is no slower than a float32 one
+    "decoder-32k-bf16": Case("decoder", 256, 4, 4, 8, 128, 32000, "bf16", (*BASES, *TWO_PASS, "functional-sam keep u")),
 }
 MEMORY_CASE = Case(
     "decoder",
@@ -83,10 +98,10 @@ MEMORY_CASE = Case(
     8,
     512,
     32000,
-    "bfloat16",
+    "float32",
     ("adamw", "plain AdamW", "sam", "functional-sam", "functional-sam keep u", "functional-sam naive"),
 )
-ROUNDS = {"decoder-32k": 7, "decoder-quick": 20, "vit-quick": 20}
+ROUNDS = {"decoder-32k": 7, "decoder-quick": 20, "vit-quick": 20, "decoder-32k-bf16": 7}
 
 
 class PlainGPT(nn.Module):
@@ -108,13 +123,8 @@ class PlainGPT(nn.Module):
         return logits
 
 
-def _autocast(model: nn.Module, inputs: Tensor, readout: Callable[..., Any] | None = None) -> Any:
-    with torch.autocast("cpu", torch.bfloat16):
-        return model(inputs, readout=readout)
-
-
-def _loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
+def _loss(case: Case, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    with case.autocast():
         logits = model(inputs)
     return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
 
@@ -149,19 +159,24 @@ def contender(case: Case, name: str, batch: tuple[Tensor, Tensor]) -> Contender:
         optimizer = adamw(model.parameters())
 
         def plain() -> None:
-            torch.autograd.backward(_loss(model, inputs, targets))
+            torch.autograd.backward(_loss(case, model, inputs, targets))
             optimizer.step()
             optimizer.zero_grad()
 
         return Contender(name, plain)
     if name.startswith("public "):
-        return _public(name, model, inputs, targets)
+        return _public(name, case, model, inputs, targets)
 
     method, _, option = name.partition(" ")
     settings: dict[str, dict[str, Any]] = {"keep u": {"keep": "u"}, "naive": {"keep": "cotangent"}, "k=5": {"every": 5}}
     options = settings.get(option, {})
     optimizer = adamw(model.parameters())
-    sharpness = SharpnessAware(model, optimizer, method, 0.01, forward=_autocast, **options)
+
+    def forward(model: nn.Module, inputs: Tensor, readout: Callable[..., Any] | None = None) -> Any:
+        with case.autocast():
+            return model(inputs, readout=readout)
+
+    sharpness = SharpnessAware(model, optimizer, method, 0.01, forward=forward, **options)
 
     def ours() -> None:
         sharpness.backward([(inputs, targets)])
@@ -171,7 +186,7 @@ def contender(case: Case, name: str, batch: tuple[Tensor, Tensor]) -> Contender:
     return Contender(name, ours, options.get("every", 1))
 
 
-def _public(name: str, model: nn.Module, inputs: Tensor, targets: Tensor) -> Contender:
+def _public(name: str, case: Case, model: nn.Module, inputs: Tensor, targets: Tensor) -> Contender:
     """The same method in the package pytorch-optimizer, used as its documentation shows."""
     import pytorch_optimizer as public
 
@@ -186,7 +201,7 @@ def _public(name: str, model: nn.Module, inputs: Tensor, targets: Tensor) -> Con
             def loss_fn(logits: Tensor, targets: Tensor) -> Tensor:
                 return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
 
-            with torch.autocast("cpu", torch.bfloat16):
+            with case.autocast():
                 optimizer.set_closure(loss_fn, inputs, targets)
                 optimizer.step()
             optimizer.zero_grad()
@@ -201,7 +216,7 @@ def _public(name: str, model: nn.Module, inputs: Tensor, targets: Tensor) -> Con
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = _loss(model, inputs, targets)
+        loss = _loss(case, model, inputs, targets)
         torch.autograd.backward(loss)
         return loss
 
@@ -218,9 +233,13 @@ def _public(name: str, model: nn.Module, inputs: Tensor, targets: Tensor) -> Con
 
 
 def measure_time(name: str, console: Console, rounds: int | None = None) -> pd.DataFrame:
-    """Seconds per step of every contender of a case, taking turns; one row each."""
-    case, torch_batch = CASES[name], CASES[name].batch()
-    contenders = [contender(case, method, torch_batch) for method in case.methods]
+    """Seconds per step of every contender of a case, taking turns; one row each.
+
+    ratio (with quartiles): over our AdamW's in the same round; plain_ratio: over the plain loop's.
+    """
+    case = {**CASES, **NATIVE_ONLY}[name]
+    batch = case.batch()
+    contenders = [contender(case, method, batch) for method in case.methods]
     for one in contenders:  # moments, buffers, caches
         one.turn()
         one.seconds.clear()
@@ -230,10 +249,10 @@ def measure_time(name: str, console: Console, rounds: int | None = None) -> pd.D
             one.turn()
         if done in (0, rounds // 2):
             console.print(f"{name}: round {done + 1} of {rounds}", style="dim", highlight=False)
-    base = next(one for one in contenders if one.name == "adamw")
+    ours, plain = (next(one for one in contenders if one.name == base) for base in ("adamw", "plain AdamW"))
     rows = []
     for one in contenders:
-        ratios = [seconds / own for seconds, own in zip(one.seconds, base.seconds, strict=True)]
+        ratios = [seconds / own for seconds, own in zip(one.seconds, ours.seconds, strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
         rows.append(
             {
@@ -243,21 +262,28 @@ def measure_time(name: str, console: Console, rounds: int | None = None) -> pd.D
                 "ratio": middle,
                 "ratio_q1": low,
                 "ratio_q3": high,
+                "plain_ratio": statistics.median(a / b for a, b in zip(one.seconds, plain.seconds, strict=True)),
                 "rounds": rounds,
             }
         )
     return pd.DataFrame(rows)
 
 
-def matmul_peak(seconds: float = 1.0) -> float:
-    """FLOP/s of a 2048^3 bfloat16 product, the median over `seconds`."""
-    a, b = torch.randn(2048, 2048, dtype=torch.bfloat16), torch.randn(2048, 2048, dtype=torch.bfloat16)
-    times, end = [], time.perf_counter() + seconds
-    while time.perf_counter() < end:
+def matmul_peak(dtype: torch.dtype = torch.float32, seconds: float = 1.0) -> float:
+    """FLOP/s of a 2048^3 product, the median over `seconds` (one at least)."""
+    a, b = torch.randn(2048, 2048, dtype=dtype), torch.randn(2048, 2048, dtype=dtype)
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while not times or time.perf_counter() < end:
         began = time.perf_counter()
         a @ b
         times.append(time.perf_counter() - began)
     return 2 * 2048**3 / statistics.median(times)
+
+
+def measured_cases(peaks: dict[str, float]) -> list[str]:
+    """The cases for this machine, by its peak in float32 and bf16."""
+    return [*CASES, *(NATIVE_ONLY if peaks["bf16"] >= peaks["float32"] else ())]
 
 
 def step_flops(case: Case) -> float:
@@ -293,13 +319,15 @@ def measure_memory(console: Console) -> pd.DataFrame:
 # ---------------------------------------------------------------------- speed
 
 
-def speed_of(time_frame: pd.DataFrame, peak: float) -> pd.DataFrame:
-    """Tokens per second of AdamW on the decoders, ours and plain ones, and the share of the bf16 peak that is."""
+def speed_of(time_frame: pd.DataFrame, peaks: dict[str, float]) -> pd.DataFrame:
+    """Tokens per second of AdamW on the decoders, ours and plain ones, and the share of the machine's peak in that precision."""
     rows = []
-    for name, case in CASES.items():
+    for name, case in {**CASES, **NATIVE_ONLY}.items():
         for method in ("adamw", "plain AdamW", "plain GPT") if case.kind == "decoder" else ():
             found = time_frame[(time_frame.case == name) & (time_frame.method == method)]
-            seconds = float(found.ms_per_step.iloc[0]) / 1e3
+            if found.empty:
+                continue
+            seconds, peak = float(found.ms_per_step.iloc[0]) / 1e3, peaks[case.precision]
             rows.append(
                 {
                     "case": name,
@@ -310,6 +338,43 @@ def speed_of(time_frame: pd.DataFrame, peak: float) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
+
+
+# ---------------------------------------------------------------------- the page of the package
+
+
+def table(times: pd.DataFrame, memory: pd.DataFrame, speed: pd.DataFrame) -> str:
+    """The costs as the page shows them: "ratio (q1-q3), ratio to the plain loop" for each case, peak memory, speed."""
+    cases = list(dict.fromkeys(times.case))
+    lines = [f"| method | {' | '.join(cases)} |", "|---" * (len(cases) + 1) + "|"]
+    for name, rows in times.groupby("method", sort=False):
+        by_case = {row.case: row for row in rows.itertuples()}
+        cells = [
+            f"{row.ratio:.2f} ({row.ratio_q1:.2f}-{row.ratio_q3:.2f}), {row.plain_ratio:.2f}" if (row := by_case.get(case)) else ""
+            for case in cases
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", "Peak memory of a step (D=576, N=6, V=32,000, B=8, T=512: 42.4M parameters), each in a process of its own:", ""]
+    lines += ["| method | peak MiB | over our AdamW, MiB | in copies of the parameters |", "|---|---|---|---|"]
+    lines += [
+        f"| {row.method} | {row.peak_mib:.0f} | {row.extra_mib:+.0f} | {row.extra_in_parameters:+.2f} |"
+        for row in memory.itertuples()
+    ]
+    lines += ["", "Speed of AdamW training, ours and plain, as a share of what a product reaches in that precision:", ""]
+    lines += ["| case | loop | tokens/s | share of peak |", "|---|---|---|---|"]
+    lines += [
+        f"| {row.case} | {row.method} | {row.tokens_per_second:,.0f} | {row.share_of_peak:.0%} of {row.peak_gflops:.0f} GFLOP/s |"
+        for row in speed.itertuples()
+    ]
+    return "\n".join(lines)
+
+
+def fill(directory: Path, page: Path = PAGE) -> None:
+    """Put the table of time.csv and memory.csv between the marks of the page."""
+    before, rest = page.read_text(encoding="utf-8").split("<!-- costs -->")
+    _, after = rest.split("<!-- end of costs -->")
+    text = table(*(pd.read_csv(directory / f"{name}.csv") for name in ("time", "memory", "speed")))
+    write_text(page, f"{before}<!-- costs -->\n{text}\n<!-- end of costs -->{after}")
 
 
 if __name__ == "__main__":

@@ -54,9 +54,9 @@ def against_released(plan: Plan, frame: pd.DataFrame, overridden: bool) -> str:
         words += known_reason(plan)
     else:
         words = f"all {found.cells} cells " + ("the same to the last digit" if found.same else "within the tolerance")
-    headline = getattr(module_of(spec.name), "headline", None)
+    headline = module_of(spec.name).headline
     try:
-        both = f"yours {headline(frame)}; released {headline(released)}; " if headline else "yours and the released: "
+        both = f"yours {headline(frame)}; released {headline(released)}; "
     except (KeyError, AttributeError, IndexError):  # released by an earlier version, with other columns
         both = "yours and the released: "
     return f"{spec.name}: {both}{words}"

@@ -29,7 +29,9 @@ def estimate(samples: Sequence[float], num_products: int | None = None) -> Trace
     return TraceEstimate(float(values.mean()), stderr, len(values), len(values) if num_products is None else num_products)
 
 
-def hutchinson(product: Product, parameters: Sequence[Tensor], probes: int = 30, *, generator: Generator | None = None) -> TraceEstimate:
+def hutchinson(
+    product: Product, parameters: Sequence[Tensor], probes: int = 30, *, generator: Generator | None = None
+) -> TraceEstimate:
     """tr A = E[x^T A x], x of independent signs; the variance of a sample is 2 (|A|_F^2 - sum of A_ii^2).
 
     parameters: tensors shaped like a vector. Costs `probes` products.

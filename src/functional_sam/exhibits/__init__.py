@@ -3,13 +3,14 @@
 Nothing here trains. A missing run stops the drawing and names the command that makes it.
 """
 
+import dataclasses
 import importlib
 from pathlib import Path
 from types import ModuleType
 
 from functional_sam.config import Config, configs_directory, nearest
 from functional_sam.errors import UserError
-from functional_sam.exhibits.output import Exhibit, write
+from functional_sam.exhibits.output import Exhibit, as_written, write
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import load_spec, scales
 from functional_sam.records import Run, RunDirectories, Source
@@ -113,7 +114,9 @@ def draw_plan(plan: Plan) -> Exhibit:
     """Draw in memory what a plan holds."""
     import matplotlib.pyplot as plt  # slow to import, and most commands draw nothing
 
-    exhibit: Exhibit = module_of(plan.spec.name).draw(plan)
+    module = module_of(plan.spec.name)
+    drawn: Exhibit = module.draw(plan)
+    exhibit = dataclasses.replace(drawn, headline=module.headline(as_written(drawn.frame)))
     plt.close(exhibit.figure)  # it stays whole, but pyplot keeps it no longer, and a notebook does not show it a second time
     return exhibit
 

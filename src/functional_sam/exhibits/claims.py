@@ -13,11 +13,11 @@ from functional_sam.files import write_text
 
 BEGIN, END = "<!-- claims -->", "<!-- end of claims -->"
 SCALES = ("quick", "laptop", "paper")
-COLUMNS = ("exhibit", "claim", "command, time", "published", "ours")
+COLUMNS = ("exhibit", "what the paper says", "here", "make it, time")
 
 
 def table(claims: Mapping[str, Mapping[str, Any]], records: Mapping[tuple[str, str], Any]) -> str:
-    """The rows between the marks: exhibit, what the paper says, command and time, published value, what we measured.
+    """The rows between the marks: exhibit, what the paper says, what we measured, command and time.
 
     Of the largest scale that was drawn, with links to the others. claims: exhibit -> content of its YAML; records: (exhibit,
     scale) -> content of its .json. An exhibit that was not drawn has no row.
@@ -30,8 +30,8 @@ def table(claims: Mapping[str, Mapping[str, Any]], records: Mapping[tuple[str, s
         links = {scale: f"[{scale}]({shown(record)})" for scale, record in drawn.items()}
         scale, record = list(drawn.items())[-1]
         others = ", ".join(link for other, link in links.items() if other != scale)
-        ours = f"{links[scale]}: {record['verdict']}" + (f" Also at {others}." if others else "")
-        rows.append((name, claim["claim"], f"`make {name}`, {claim['time']}", claim["published"], ours))
+        ours = f"{record['headline']} ({links[scale]}{f'; {others}' if others else ''})"
+        rows.append((name, claim["claim"], ours, f"`make {name}`, {claim['time']}"))
     return markdown.table(COLUMNS, rows, text=COLUMNS).strip()
 
 

@@ -25,9 +25,9 @@ def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
     return Plan(spec, todo(planned), shown, source, bool(shown), unique(config for one in shown for config in one.configs))
 
 
-def label(name: str, own: str = "") -> str:
-    """An entry as readers know it."""
-    return own or style.METHOD_LABEL.get(name, name)
+def label(name: str, own: object = "") -> str:
+    """An entry as readers know it; own: its label in the study, if any (nan where a CSV was read)."""
+    return own if isinstance(own, str) and own else style.METHOD_LABEL.get(name, name)
 
 
 def place(row: Any) -> str:
@@ -92,6 +92,22 @@ def counted(data: pd.DataFrame, other: str = "baseline") -> str:
     return "; ".join(found) or "nothing to compare"
 
 
+def headline(data: pd.DataFrame) -> str:
+    """How many comparisons came out how, in a few words."""
+    words = [word for word in data.verdict_baseline if isinstance(word, str) and word]
+    counts = {word: words.count(str(word)) for word in Verdict if str(word) in words}
+    return f"of {len(words)} comparisons with AdamW {', '.join(f'{count} {word}' for word, count in counts.items())}"
+
+
+def at_radius(data: pd.DataFrame, rho: float = 0.05) -> str:
+    """Differences to AdamW of the four methods at one radius and AdamW's learning rate, in the cell of the most rows."""
+    own = data[data.rho.sub(rho).abs().lt(1e-9) & data.lr_over_centre.sub(1).abs().lt(0.01)]
+    own = own[own.batch == own.batch.max()]
+    found = [f"{label(row.entry)} {differs(row, 'baseline')}" for row in own.itertuples() if row.entry != "logit-sam"]
+    rows = f"{own.batch.iloc[0]} rows, " if len(own) else ""
+    return f"minus AdamW at {rows}rho {rho:g}: {', '.join(found)}"
+
+
 def seen(data: pd.DataFrame, other: str = "baseline") -> str:
     """The effect that inconclusive comparisons could have seen."""
     open_ = data[data[f"verdict_{other}"] == str(Verdict.OPEN)]
@@ -99,7 +115,7 @@ def seen(data: pd.DataFrame, other: str = "baseline") -> str:
         return ""
     low, high = open_[f"detectable_{other}"].min(), open_[f"detectable_{other}"].max()
     sizes = " to ".join(dict.fromkeys(markdown.significant(size, 2) for size in (low, high)))
-    return f" Where inconclusive, an effect of {sizes} would have been seen in 4 of 5 cases."
+    return f" Where inconclusive, an effect of {sizes} would have been seen in 4 of 5 cases by a single test."
 
 
 def setting(plan: Plan, data: pd.DataFrame) -> str:

@@ -8,8 +8,8 @@ import pandas as pd
 from functional_sam.exhibits import style
 from functional_sam.exhibits.output import paper_directory, save_figure
 
-MARKERS = ("o", "s", "^")
-COLORS = ("#0072B2", "#E69F00", "#009E73")
+MARKERS = ("o", "s", "^", "D")
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 
 
 def draw_cost(csv: Path, directory: Path | None = None) -> list[Path]:
@@ -20,7 +20,7 @@ def draw_cost(csv: Path, directory: Path | None = None) -> list[Path]:
     methods = list(dict.fromkeys(data.method))
     figure, axes = plt.subplots(figsize=(style.COLUMN, 0.17 * len(methods) + 0.8))
     for index, (case, part) in enumerate(data.groupby("case", sort=False)):
-        rows = [methods.index(method) + 0.22 * (index - 1) for method in part.method]
+        rows = [methods.index(method) + 0.18 * (index - 1.5) for method in part.method]
         spread = [(part.ratio - part.ratio_q1).clip(lower=0), (part.ratio_q3 - part.ratio).clip(lower=0)]
         axes.errorbar(part.ratio, rows, xerr=spread, fmt=MARKERS[index], color=COLORS[index], label=case, elinewidth=0.8)
     for line in (1, 2):

@@ -9,12 +9,12 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
 from functional_sam.exhibits import style
-from functional_sam.exhibits.comparison import counted, label, left_out, plan, seen, setting
+from functional_sam.exhibits.comparison import at_radius, counted, label, left_out, plan, seen, setting
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.study.report import difference, frame, judge
 
-__all__ = ["draw", "plan"]
+__all__ = ["draw", "headline", "plan"]
 
 LINEAR = 0.01  # nats: within it the axes are linear
 PARTS = {"fixed": "Fixed length", "chinchilla": "20 tokens per parameter", "repeated": "Repeated data, best checkpoint"}
@@ -54,6 +54,11 @@ def draw(plan: Plan) -> Exhibit:
         f"linear within {LINEAR:g} nats, logarithmic beyond. {setting(plan, data)}{left_out(plan)}"
     )
     return Exhibit(plan, {"": data}, caption, finding, figure)
+
+
+def headline(data: pd.DataFrame) -> str:
+    """What the batch panel says at one radius, in a few words."""
+    return at_radius(data[data.part == "batch"])
 
 
 def lines(axis: Axes, part: pd.DataFrame, x: str) -> None:

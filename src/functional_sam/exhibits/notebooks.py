@@ -12,7 +12,7 @@ from functional_sam.exhibits import Plan, notebook
 from functional_sam.exhibits.output import paper_directory, stem
 from functional_sam.files import atomic_file
 
-QUIET = ["--IPKernelApp.log_level=40"]  # errors only
+QUIET = ["--IPKernelApp.log_level=50"]  # not even the error that a kernel calls its own shutdown
 
 
 def execute_notebook(plan: Plan) -> tuple[list[Path], str]:

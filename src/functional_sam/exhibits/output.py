@@ -28,7 +28,8 @@ class Exhibit:
     caption: str  # three sentences at most: finding, setting, n
     verdict: str  # one line; in the record, not in the caption
     figure: Figure | None = None
-    markdown: str = ""  # the tables alone; title, caption and verdict come from here
+    markdown: str = ""  # the tables alone; title and caption come from here
+    headline: str = ""  # of the frame, in a few words: a cell of README's table
 
     @property
     def title(self) -> str:
@@ -43,7 +44,7 @@ class Exhibit:
     @property
     def page(self) -> str:
         """The Markdown file of a table."""
-        below = [self.caption, self.verdict, f"Published: {self.plan.spec.published}."]
+        below = [self.caption, f"Published: {self.plan.spec.published}."]
         return "\n\n".join([f"# {self.plan.spec.name}: {self.title}", self.markdown.strip(), *below]) + "\n"
 
 
@@ -113,6 +114,7 @@ def record(exhibit: Exhibit) -> dict[str, Any]:
         "exhibit": plan.spec.name,
         "scale": plan.spec.scale,
         "title": exhibit.title,
+        "headline": exhibit.headline,
         "verdict": exhibit.verdict,
         "caption": exhibit.caption,
         "runs": [_entry(plan.source, config) for config in plan.shown],

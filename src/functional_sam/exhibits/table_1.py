@@ -5,13 +5,13 @@ from typing import Any
 import pandas as pd
 
 from functional_sam.exhibits import markdown
-from functional_sam.exhibits.comparison import counted, label, left_out, place, plan, seen, setting, with_verdict
+from functional_sam.exhibits.comparison import counted, headline, label, left_out, place, plan, seen, setting, with_verdict
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.study.compare import Estimate
 from functional_sam.study.report import frame, judge
 
-__all__ = ["draw", "plan"]
+__all__ = ["draw", "headline", "plan"]
 
 SHOWN = ("sam", "functional-sam")
 

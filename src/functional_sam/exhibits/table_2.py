@@ -1,11 +1,11 @@
 """table-2: the five methods at every size, the same number of steps at each; table-3 is the same of another part of the study."""
 
-from functional_sam.exhibits.comparison import counted, left_out, plan, rows_of, seen, setting
+from functional_sam.exhibits.comparison import counted, headline, left_out, plan, rows_of, seen, setting
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.study.report import frame, judge
 
-__all__ = ["draw", "plan"]
+__all__ = ["draw", "headline", "plan"]
 
 
 def draw(plan: Plan) -> Exhibit:

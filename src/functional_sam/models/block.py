@@ -4,6 +4,7 @@ B batch, L sequence, D width, H heads, K width of one head (D / H), F width of t
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, cast
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from functional_sam.errors import UserError
 
 HEAD_DTYPES = ("float32", "bfloat16")
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": functools.partial(F.gelu, approximate="tanh"), "relu": F.relu}
 Readout = Callable[[Tensor, Tensor], Any]
 
 
@@ -64,19 +66,28 @@ class Linear(nn.Linear):
 
 
 class Block(nn.Module):
-    """x + attention(LN x), then x + mlp(LN x); no bias; tanh GELU.
+    """x + attention(LN x), then x + mlp(LN x); no bias; tanh GELU unless told otherwise.
 
     dropout: fraction of a branch's outputs set to zero in training mode; at 0.0 nothing is drawn.
     Raises UserError when the heads do not divide the width.
     """
 
     def __init__(
-        self, width: int, heads: int, mlp: int, causal: bool, dropout: float = 0.0, dtype: torch.dtype | None = None
+        self,
+        width: int,
+        heads: int,
+        mlp: int,
+        causal: bool,
+        dropout: float = 0.0,
+        dtype: torch.dtype | None = None,
+        activation: str = "gelu",
     ) -> None:
         super().__init__()
+        if activation not in ACTIVATIONS:
+            raise UserError(f"activation={activation!r}: choose one of {', '.join(ACTIVATIONS)}")
         if width % heads:
             raise UserError(f"heads={heads} does not divide width={width}: choose heads so that width / heads is whole")
-        self.heads, self.causal, self.dropout = heads, causal, dropout
+        self.heads, self.causal, self.dropout, self.activation = heads, causal, dropout, ACTIVATIONS[activation]
         self.norm_attention = LayerNorm(width, dtype=dtype)
         # q, k, v as one matrix [3D, D]: one product and one cast of its input where three would run.
         self.qkv = Linear(width, 3 * width, dtype=dtype)
@@ -108,7 +119,7 @@ class Block(nn.Module):
     def forward(self, x_BLD: Tensor) -> Tensor:
         # Under autocast the branches are bfloat16 and the sum, promoted, stays float32.
         x_BLD = x_BLD + self.dropped(self.attention(self.norm_attention(x_BLD)))
-        mlp_BLD: Tensor = self.down(F.gelu(self.up(self.norm_mlp(x_BLD)), approximate="tanh"))
+        mlp_BLD: Tensor = self.down(self.activation(self.up(self.norm_mlp(x_BLD))))
         return x_BLD + self.dropped(mlp_BLD)
 
     def dropped(self, branch_BLD: Tensor) -> Tensor:
@@ -135,12 +146,12 @@ class Backbone(nn.Module):
         checkpoint_blocks: bool,
         dropout: float,
         dtype: torch.dtype | None,
+        activation: str = "gelu",
     ) -> None:
         super().__init__()
-        if head_dtype not in HEAD_DTYPES:
-            raise UserError(f"head_dtype={head_dtype!r}: choose one of {', '.join(HEAD_DTYPES)}")
+        check_head_dtype(head_dtype)
         self.head_dtype, self.checkpoint_blocks, self.dropout = head_dtype, checkpoint_blocks, dropout
-        self.blocks = nn.ModuleList(Block(width, heads, mlp or 4 * width, causal, dropout, dtype) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, mlp or 4 * width, causal, dropout, dtype, activation) for _ in range(depth))
         self.norm = LayerNorm(width, dtype=dtype)
 
     def init_weights(self, generator: Generator | None = None) -> None:
@@ -166,10 +177,21 @@ class Backbone(nn.Module):
         return x_BLD
 
     def read_out(self, h: Tensor, weight_VD: Tensor, readout: Readout | None) -> Any:
-        """Logits h @ W.T in float32 at least, or readout(h, W); see functional_sam.models for the protocol."""
-        h, device = at_least_float32(h), h.device.type
-        outside = self.head_dtype == "float32" and torch.amp.is_autocast_available(device)
-        with torch.autocast(device, enabled=False) if outside else contextlib.nullcontext():
-            if readout is not None:
-                return readout(h, weight_VD)
-            return at_least_float32(F.linear(h, weight_VD.to(h.dtype)))
+        """What the model returns of its last hidden state."""
+        return read_out(h, weight_VD, readout, self.head_dtype)
+
+
+def check_head_dtype(head_dtype: str) -> None:
+    """Raise UserError for one that is not in HEAD_DTYPES."""
+    if head_dtype not in HEAD_DTYPES:
+        raise UserError(f"head_dtype={head_dtype!r}: choose one of {', '.join(HEAD_DTYPES)}")
+
+
+def read_out(h: Tensor, weight_VD: Tensor, readout: Readout | None, head_dtype: str) -> Any:
+    """Logits h @ W.T in float32 at least, or readout(h, W); see functional_sam.models for the protocol."""
+    h, device = at_least_float32(h), h.device.type
+    outside = head_dtype == "float32" and torch.amp.is_autocast_available(device)
+    with torch.autocast(device, enabled=False) if outside else contextlib.nullcontext():
+        if readout is not None:
+            return readout(h, weight_VD)
+        return at_least_float32(F.linear(h, weight_VD.to(h.dtype)))

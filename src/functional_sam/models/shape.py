@@ -1,14 +1,16 @@
-"""The sizes of a model of Blocks, without building it.
+"""The sizes of a model, without building it.
 
 L tokens of a row (patches of an image), D width, N blocks, F width of the MLP, H heads, V outputs.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a model."""
+    """The sizes of a model of Blocks."""
 
     D: int
     N: int
@@ -37,3 +39,87 @@ class Shape:
     @property
     def non_embedding(self) -> int:
         return self.N * self.block + self.D
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """One convolution without bias: channels in and out, side of its kernel and of its output."""
+
+    inputs: int
+    outputs: int
+    kernel: int
+    side: int
+
+    @property
+    def weights(self) -> int:
+        return self.inputs * self.outputs * self.kernel**2
+
+    @property
+    def parameters(self) -> int:
+        return self.weights + 2 * self.outputs
+
+    @property
+    def flops(self) -> int:
+        """Of a forward of one image."""
+        return 2 * self.weights * self.side**2
+
+    @property
+    def values(self) -> int:
+        """Numbers in its output."""
+        return self.outputs * self.side**2
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """The sizes of a ConvNet: D width of the first stage, blocks of each stage, S side of the image."""
+
+    D: int
+    stages: tuple[int, ...]
+    bottleneck: bool
+    stem: int  # pixels from one output of it to the next
+    channels: int
+    S: int
+    V: int
+    targets: int = 1  # of a row
+
+    @property
+    def first(self) -> Convolution:
+        """The stem."""
+        return Convolution(self.channels, self.D, 7 if self.stem == 4 else 3, math.ceil(self.S / min(self.stem, 2)))
+
+    def blocks(self) -> Iterator[list[Convolution]]:
+        """The convolutions of each block."""
+        inputs, side = self.D, math.ceil(self.first.side / 2) if self.stem == 4 else self.first.side
+        for stage, count in enumerate(self.stages):
+            width = self.D * 2**stage
+            outputs = 4 * width if self.bottleneck else width
+            for i in range(count):
+                stride = 2 if stage and not i else 1
+                after = math.ceil(side / stride)
+                if self.bottleneck:
+                    found = [Convolution(inputs, width, 1, side), Convolution(width, width, 3, after)]
+                    found.append(Convolution(width, outputs, 1, after))
+                else:
+                    found = [Convolution(inputs, width, 3, after), Convolution(width, width, 3, after)]
+                if stride > 1 or inputs != outputs:
+                    found.append(Convolution(inputs, outputs, 1, after))
+                yield found
+                inputs, side = outputs, after
+
+    @property
+    def last(self) -> int:
+        """Channels that the head reads."""
+        return int(self.D * 2 ** (len(self.stages) - 1) * (4 if self.bottleneck else 1))
+
+    @property
+    def L(self) -> int:
+        """Places of the stem's output."""
+        return self.first.side**2
+
+    @property
+    def non_embedding(self) -> int:
+        return sum(one.parameters for block in self.blocks() for one in block)
+
+    @property
+    def parameters(self) -> int:
+        return self.non_embedding + self.first.parameters + self.V * self.last

@@ -17,9 +17,10 @@ class ViT(Backbone):
 
     images [B, C, S, S] -> logits [B, V], float32 (float64 in a float64 model).
 
-    image: S in pixels. patch: side of a patch in pixels. mlp, head_dtype, checkpoint_blocks, dropout, generator, device: see
-    Decoder.
-    Raises UserError for heads that do not divide the width, a patch that does not divide the image, an image of another shape.
+    image: S in pixels. patch: side of a patch in pixels. activation: gelu or relu. mlp, head_dtype, checkpoint_blocks, dropout,
+    generator, device: see Decoder.
+    Raises UserError for heads that do not divide the width, a patch that does not divide the image, an unknown activation, an image
+    of another shape.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class ViT(Backbone):
         head_dtype: str = "float32",
         checkpoint_blocks: bool = False,
         dropout: float = 0.0,
+        activation: str = "gelu",
         *,
         generator: Generator | None = None,
         device: torch.device | str | None = None,
@@ -43,7 +45,7 @@ class ViT(Backbone):
         if image % patch:
             raise UserError(f"patch={patch} does not divide image={image}: choose patch so that image / patch is whole")
         with torch.device(device or torch.get_default_device()):
-            super().__init__(width, depth, heads, mlp, False, head_dtype, checkpoint_blocks, dropout, dtype)
+            super().__init__(width, depth, heads, mlp, False, head_dtype, checkpoint_blocks, dropout, dtype, activation)
             self.shape, self.patch = (channels, image, image), patch
             self.patches = Linear(channels * patch**2, width, dtype=dtype)
             self.positions = nn.Parameter(torch.empty((image // patch) ** 2, width, dtype=dtype))

@@ -19,7 +19,7 @@ class Cost:
     """Of one step, the mean over `every` steps, and of memory beyond the optimizer's own.
 
     heads: products with the head's matrix, of which a gradient takes 3; a model with a readout does not evaluate its head in a
-    forward whose cotangents are only kept. theta, g, carried: copies of the parameters: while they are perturbed, of g for a mix, and
+    forward whose cotangents are only kept. theta, g, carried: copies of the parameters: while they are perturbed, of g for a mix,
     between steps (in a checkpoint too). h, head: of the last hidden states of a step and of the head's matrix.
     """
 
@@ -90,7 +90,9 @@ class Method:
             theta=1,
             g=int(self.mix is not None or self.path == "penalty"),
             carried=int(self.mix in ("looksam", "tram")),
-            h=2 if self.mix == "tram" else int(self.path in ("functional", "logit") or (not exact and needs_cotangent(self, options))),
+            h=2
+            if self.mix == "tram"
+            else int(self.path in ("functional", "logit") or (not exact and needs_cotangent(self, options))),
             head=int(self.path == "logit"),
             second_order=exact,
         )
@@ -122,7 +124,7 @@ METHODS: dict[str, Method] = {
 
 
 def coefficients(phi: float) -> tuple[float, float]:
-    """(c cos(phi), c sin(phi)), c = sqrt(2): the penalty path's weights of delta_func and delta_logit; exact where they are 0 or 1."""
+    """(c cos(phi), c sin(phi)), c = sqrt(2): weights of delta_func and delta_logit in the penalty; exact where 0 or 1."""
     angle = math.radians(phi)
     return round(math.sqrt(2.0) * math.cos(angle), 14), round(math.sqrt(2.0) * math.sin(angle), 14)
 
@@ -138,8 +140,8 @@ def needs_cotangent(method: Method, options: Mapping[str, Any]) -> bool:
 def resolve(name: str, given: Mapping[str, Any] | None = None) -> tuple[Method, dict[str, Any]]:
     """The method of a name (with ascent and path as given) and its complete options; no model is needed.
 
-    lr_max stays None: it is the optimizer's. Raises UserError for a name, an option or a value that does not exist, with the nearest
-    one that does, and for numbers out of range.
+    lr_max stays None: it is the optimizer's. Raises UserError for a name, an option or a value that does not exist, with the
+    nearest one that does, and for numbers out of range.
     """
     if name not in METHODS:
         raise unknown("method", name, METHODS)
@@ -189,7 +191,7 @@ def cost(name: str, options: Mapping[str, Any] | None = None) -> Cost:
 
 
 def table() -> list[tuple[str, str, str, str, str, str, float, str]]:
-    """One row a method: name, ascent, path, mix, gradient evaluations of a step, extra memory, default rho, source; "-" for none."""
+    """One row a method: name, ascent, path, mix, gradients of a step, extra memory, default rho, source; "-" for none."""
     rows = []
     for name, method in METHODS.items():
         if name == "adamw":

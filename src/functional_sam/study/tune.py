@@ -8,20 +8,12 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 from functional_sam.config import Config
+from functional_sam.records import Source
 from functional_sam.study.compare import paired_difference
 from functional_sam.study.design import LR, Cell, Study, Trial, make, rounded, trials, tuned, tuning_seeds
 from functional_sam.tasks import TASKS
-
-
-class Source(Protocol):
-    """Records of runs, as functional_sam.records has them."""
-
-    def done(self, config: Config) -> bool: ...
-
-    def summary(self, config: Config) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -76,9 +68,15 @@ def unique(configs: Iterable[Config]) -> list[Config]:
 def score(config: Config, source: Source, best: bool = False, split: str = "") -> float:
     """A run's metric as a loss (an accuracy is negated), inf if it diverged; best: of its best checkpoint; split: "" or "test_"."""
     metric = TASKS[config.kind].metric
-    value = source.summary(config).get(f"{split}{'best_' if best else ''}{metric.name}")
-    if value is None:
+    summary = source.summary(config)
+    if summary.get("diverged"):
         return math.inf
+    key = f"{split}{'best_' if best else ''}{metric.name}"
+    if best and not split and key not in summary:  # of a run that tests nothing, such as every trial: by its evaluations
+        values = [float(line[metric.name]) for line in source.metrics(config, "validation")]
+        value = min(values) if metric.lower_is_better else max(values)
+    else:
+        value = summary[key]
     return float(value) if metric.lower_is_better else -float(value)
 
 

@@ -15,6 +15,7 @@ from functional_sam.data.shards import Watch
 from functional_sam.data.sources import check_sources
 from functional_sam.data.text import TextData, prepare_text, text_directory
 from functional_sam.errors import UserError
+from functional_sam.losses import cross_entropy
 from functional_sam.models import Decoder
 from functional_sam.models.shape import Shape
 from functional_sam.tasks.batches import Batch
@@ -36,6 +37,8 @@ class Language(Task):
             raise UserError(f"model.kind={config.model.kind!r}: a task of kind language has a decoder")
         if data.augment:
             raise UserError(f"data.augment={data.augment} is for images, not for text")
+        if data.noise or data.unique_images or config.model.activation != "gelu":
+            raise UserError("data.noise, data.unique_images and model.activation are for images, not for text")
         if "c4" in data.sources:
             if data.sources != ["c4"]:
                 raise UserError(f"data.sources={data.sources}: c4 stands alone")
@@ -100,7 +103,7 @@ class Language(Task):
         """Mean nats per token, and bits per byte of the text that the rows cover."""
 
         def sums(tokens: Tensor, targets: Tensor, covered: Tensor) -> tuple[float, ...]:
-            loss, count = self.loss_fn(self.forward(model, tokens), targets)
+            loss, count = cross_entropy(self.forward(model, tokens), targets)
             return float(loss), int(count), int(covered.sum())
 
         nats, tokens, num_bytes = totals(model, self.evaluated(split), sums)

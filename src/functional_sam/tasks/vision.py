@@ -1,4 +1,4 @@
-"""Image classification with a ViT of the decoder's own block."""
+"""Image classification with a ViT of the decoder's own block, or a residual convolutional network; labels may be noisy."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,12 +14,15 @@ from functional_sam.data.images import CLASSES, ImageData, crop_flip, images_dir
 from functional_sam.data.order import seed_of
 from functional_sam.data.shards import Watch
 from functional_sam.errors import UserError
-from functional_sam.models import ViT
-from functional_sam.models.shape import Shape
+from functional_sam.losses import cross_entropy
+from functional_sam.models import ConvNet, ViT
+from functional_sam.models.convnet import STEMS
+from functional_sam.models.shape import ConvShape, Shape
 from functional_sam.tasks.batches import Batch
 from functional_sam.tasks.ranks import totals
 from functional_sam.tasks.task import Metric, Task
 
+MODELS = {"vit": "ViT", "convnet": "ConvNet"}
 IMAGES = {name: (ImageData.channels, ImageData.side, len(classes)) for name, classes in CLASSES.items()}
 IMAGES["imagenet-1k"] = (imagenet.CHANNELS, imagenet.SIDE, imagenet.CLASSES)  # channels, side, classes
 
@@ -33,9 +36,16 @@ class Vision(Task):
 
     @classmethod
     def check(cls, config: Config) -> None:
-        data = config.data
-        if config.model.kind != "vit":
-            raise UserError(f"model.kind={config.model.kind!r}: a task of kind vision has a vit")
+        data, model = config.data, config.model
+        if model.kind not in MODELS:
+            raise nearest("model.kind of a vision task:", model.kind, MODELS)
+        if model.kind == "convnet":
+            if model.patch not in STEMS:
+                raise UserError(
+                    f"model.patch={model.patch}: the stem of a convnet has {', '.join(map(str, STEMS))} pixels to an output"
+                )
+            if model.dropout or model.checkpoint_blocks:
+                raise UserError("model.dropout and model.checkpoint_blocks are for a vit, a convnet has neither")
         if data.images not in IMAGES:
             raise nearest("image set", data.images, IMAGES)
         if (data.files or data.hub) and data.images != "imagenet-1k":
@@ -47,8 +57,11 @@ class Vision(Task):
     def prepare(cls, config: Config, progress: Progress | None = None, processes: int = 0, watch: Watch | None = None) -> ImageData:
         cache, data = Path(config.runtime.cache), config.data
         if data.images == "imagenet-1k":
-            return imagenet.prepare_imagenet(cache, _location(config), data.files, progress, processes, watch)
-        return prepare_images(data.images, cache, progress)
+            prepared: ImageData = imagenet.prepare_imagenet(cache, _location(config), data.files, progress, processes, watch)
+        else:
+            prepared = prepare_images(data.images, cache, progress)
+        prepared.train_images(data.unique_images)
+        return prepared
 
     @classmethod
     def data_directory(cls, config: Config) -> Path:
@@ -63,16 +76,33 @@ class Vision(Task):
 
     @classmethod
     def model_name(cls, config: Config) -> str:
-        return "ViT"
+        return MODELS[config.model.kind]
 
     @classmethod
-    def shape(cls, config: Config) -> Shape:
+    def shape(cls, config: Config) -> Shape | ConvShape:
         m, (channels, side, classes) = config.model, IMAGES[config.data.images]
+        if m.kind == "convnet":
+            return ConvShape(m.width, tuple(m.stages), m.bottleneck, m.patch, channels, side, classes)
         patches = (side // m.patch) ** 2
         return Shape(m.width, m.depth, m.mlp or 4 * m.width, m.heads, patches, classes, channels * m.patch**2, 1)
 
     def model(self) -> torch.nn.Module:
         shape = self.config.model
+        generator = torch.Generator().manual_seed(self.config.training.init_seed)
+        if shape.kind == "convnet":
+            return ConvNet(
+                image=self.data.side,
+                stem=shape.patch,
+                classes=len(self.data.classes),
+                width=shape.width,
+                stages=shape.stages,
+                bottleneck=shape.bottleneck,
+                activation=shape.activation,
+                norm=shape.norm,
+                channels=self.data.channels,
+                head_dtype=shape.head_dtype,
+                generator=generator,
+            )
         return ViT(
             image=self.data.side,
             patch=shape.patch,
@@ -85,13 +115,14 @@ class Vision(Task):
             head_dtype=shape.head_dtype,
             checkpoint_blocks=shape.checkpoint_blocks,
             dropout=shape.dropout,
-            generator=torch.Generator().manual_seed(self.config.training.init_seed),
+            activation=shape.activation,
+            generator=generator,
         )
 
     def rows(self, step: int) -> Batch:
-        training = self.config.training
-        images, labels = self.data.train_batch(step, training.batch, training.data_seed)
-        if self.config.data.augment == "crop-flip":
+        training, data = self.config.training, self.config.data
+        images, labels = self.data.train_batch(step, training.batch, training.data_seed, data.unique_images, data.noise)
+        if data.augment == "crop-flip":
             generator = torch.Generator().manual_seed(seed_of("augment", training.data_seed, step))
             images = crop_flip(images, self.data.black, generator)
         return images, labels
@@ -100,11 +131,11 @@ class Vision(Task):
         return self.data.eval_batches(split, size, rows)
 
     def evaluate(self, model: torch.nn.Module, split: str) -> dict[str, float]:
-        """Mean nats per image and accuracy."""
+        """Mean nats per image (of the labels as published, not smoothed) and accuracy."""
 
         def sums(images: Tensor, labels: Tensor) -> tuple[float, ...]:
             logits = self.forward(model, images)
-            return float(self.loss_fn(logits, labels)[0]), int((logits.argmax(-1) == labels).sum()), len(labels)
+            return float(cross_entropy(logits, labels)[0]), int((logits.argmax(-1) == labels).sum()), len(labels)
 
         nats, right, images = totals(model, self.evaluated(split), sums)
         return {"loss": nats / images, "accuracy": right / images, "images": int(images)}

@@ -27,8 +27,9 @@ def seen(config: Config, steps: int | None = None) -> tuple[int, str]:
 
 
 def work_of(config: Config) -> float:
-    """What a run costs beside others: gradient evaluations of all steps, times what they go through, times the parameters."""
-    return passes(config) * seen(config)[0] * TASKS[config.kind].shape(config).parameters
+    """What a run costs beside others: gradient evaluations of all steps, times tokens or patches, times parameters."""
+    shape = TASKS[config.kind].shape(config)
+    return passes(config) * config.training.steps * config.training.batch * shape.L * shape.parameters
 
 
 @dataclass(frozen=True)
