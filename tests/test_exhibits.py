@@ -6,6 +6,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
 import pytest
@@ -14,13 +15,14 @@ from functional_sam import exhibits
 from functional_sam.commands import results, runs
 from functional_sam.config import to_yaml
 from functional_sam.errors import UserError
-from functional_sam.exhibits import claims, figure_1, notebooks
+from functional_sam.exhibits import claims, figure_1, notebooks, style, words
 from functional_sam.exhibits.check import check
-from functional_sam.exhibits.markdown import interval, number, significant, table
+from functional_sam.exhibits.markdown import MARKS, interval, marked, number, significant, table
 from functional_sam.exhibits.output import as_written, csv_text
 from functional_sam.exhibits.spec import load_spec, scales
 from functional_sam.files import write_text
 from functional_sam.records import Run, RunDirectories, released
+from functional_sam.study.compare import Estimate, Verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = ("norm_gradient", "norm_logit", "norm_func", "cosine", "cosine_logit_gradient", "cosine_func_gradient")
@@ -266,7 +268,15 @@ def test_a_table():
         (number(0.04, 1), "< .1"),
         (number(float("nan")), ""),
         (number(float("inf")), "infinite"),
-        (significant(-12345.0), "\N{MINUS SIGN}1.23e+04"),
+        (significant(-12345.0), "\N{MINUS SIGN}12,300"),
+        (significant(0.000012345), "1.23e\N{MINUS SIGN}05"),
+        (significant(1234.5), "1230"),
+        (significant(4560.0, 2), "4600"),
+        (interval(4.86934, 0.04041), "4.8693 \N{PLUS-MINUS SIGN} 0.0404"),
+        (interval(-0.07326, 0.38812, sign=True), "\N{MINUS SIGN}0.073 \N{PLUS-MINUS SIGN} 0.388"),
+        (interval(0.000012, 0.0000012), "< .0001 \N{PLUS-MINUS SIGN} < .0001"),
+        (interval(123.456, 12.3), "123.46 \N{PLUS-MINUS SIGN} 12.30"),
+        (interval(0.0123456, float("inf")), "0.0123"),
         (interval(0.5, 0.25, 2), "0.50 \N{PLUS-MINUS SIGN} 0.25"),
         (interval(0.5, float("inf"), 2), "0.50"),
         (interval(float("inf"), float("nan"), 2), "infinite"),
@@ -274,6 +284,85 @@ def test_a_table():
 )
 def test_numbers(text, expected):
     assert text == expected
+
+
+@pytest.mark.parametrize(
+    ("cell", "mark"),
+    [
+        ("better", "better"),
+        ("worse, +0.2", "worse"),
+        ("+0.2, worse (diverged)", "worse"),
+        ("worse (diverged)", "worse"),
+        ("no difference", "no difference"),
+        ("inconclusive, +0.2", None),
+        ("better than AdamW", None),
+        ("0.5", None),
+    ],
+)
+def test_a_verdict_in_a_cell_is_marked(cell, mark):
+    assert marked(cell) == (f"{MARKS[mark]} {cell}" if mark else cell)
+    assert marked(cell) in table(["a"], [[cell]])
+
+
+# ---------------------------------------------------------------------- words of verdicts
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "expected"),
+    [
+        (["worse", "worse (diverged)"], "holds"),
+        (["worse", "inconclusive", "no difference", ""], "holds in 1 of 3"),
+        (["better", "inconclusive"], "opposite"),
+        (["better", "worse"], "mixed"),
+        (["no difference", "no difference"], "not seen"),
+        (["no difference", "inconclusive"], "inconclusive"),
+        ([float("nan"), ""], "inconclusive"),
+    ],
+)
+def test_what_comparisons_say_to_a_claim_of_worse(verdicts, expected):
+    assert words.answer(verdicts, Verdict.WORSE) == expected
+
+
+def test_a_tally_names_every_verdict_once():
+    assert words.tally(["worse", "inconclusive", "worse", "", float("nan")]) == "2 worse, 1 inconclusive"
+    assert words.tally([]) == "nothing to compare"
+
+
+# ---------------------------------------------------------------------- how figures look
+
+
+def test_ticks_are_where_the_data_are_with_true_minus_signs():
+    figure, (left, right) = plt.subplots(1, 2)
+    left.plot([0.005, 0.05, 0.5], [-0.3, 0.002, 0.04])
+    style.log_ticks(left, "x", [0.005, 0.05, 0.5, 0.5])
+    assert [tick.get_text() for tick in left.get_xticklabels()] == ["0.005", "0.05", "0.5"]
+    style.signed_log(left, 0.01)
+    ticks = [tick.get_text() for tick in left.get_yticklabels()]
+    assert {"0", "0.01", "0.03", "\N{MINUS SIGN}0.1", "\N{MINUS SIGN}0.3"} <= set(ticks)
+    right.plot(range(1, 200), range(1, 200))
+    style.log_ticks(right, "x", range(1, 200))
+    assert [tick.get_text() for tick in right.get_xticklabels()] == ["1", "3", "10", "30", "100"]
+    plt.close(figure)
+
+
+def test_marks_show_the_interval_that_decides_and_one_seed_lighter():
+    figure, axis = plt.subplots()
+    style.marks(axis, [0, 1, 2], [Estimate(1.0, 0.5, 3), Estimate(2.0, float("nan"), 1), Estimate(float("inf"), 0, 3)], "sam")
+    (bar,) = [segment for bars in axis.collections for segment in bars.get_segments() if len(segment)]
+    assert list(bar[:, 1]) == pytest.approx([1.0 - 4.303 * 0.5, 1.0 + 4.303 * 0.5], abs=1e-3)  # t quantile of 2 degrees of freedom
+    shown = [line for line in axis.lines if line.get_linestyle() == "None"]
+    assert [(line.get_alpha(), list(line.get_xdata())) for line in shown] == [(1.0, [0]), (style.SINGLE, [1])]
+    plt.close(figure)
+
+
+@pytest.mark.parametrize(("value", "text"), [(6224, "6.2k"), (13944, "14k"), (789504, "0.79M"), (1.208e9, "1.2B"), (7, "7")])
+def test_sizes_in_words(value, text):
+    assert style.count(value) == text
+
+
+def test_offsets_do_not_meet():
+    assert style.offsets(3, 0.2) == pytest.approx([-0.2, 0.0, 0.2])
+    assert style.offsets(1, 0.2) == [0.0]
 
 
 # ---------------------------------------------------------------------- notebooks, old runs

@@ -117,7 +117,8 @@ def draw_plan(plan: Plan) -> Exhibit:
     module = module_of(plan.spec.name)
     drawn: Exhibit = module.draw(plan)
     exhibit = dataclasses.replace(drawn, headline=module.headline(as_written(drawn.frame)))
-    plt.close(exhibit.figure)  # it stays whole, but pyplot keeps it no longer, and a notebook does not show it a second time
+    for figure in (exhibit.figure, *exhibit.more.values()):
+        plt.close(figure)  # it stays whole, but pyplot keeps it no longer, and a notebook does not show it a second time
     return exhibit
 
 

@@ -9,6 +9,7 @@ import pandas as pd
 from functional_sam.exhibits import markdown, style
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import Spec
+from functional_sam.exhibits.words import data_name, model_name, tally
 from functional_sam.records import Source
 from functional_sam.study.compare import Estimate, Verdict
 from functional_sam.study.design import load_study
@@ -38,24 +39,21 @@ def place(row: Any) -> str:
 
 
 def rows_of(data: pd.DataFrame, other: str = "sam") -> str:
-    """A row an entry and cell: nine columns, the verdict beside the difference that it is of."""
+    """A row an entry and cell: nine columns, what came out before what was set."""
     unit = next(task.metric.label for task in TASKS.values() if task.metric.name == data.metric.iloc[0])
-    columns = ["setting", "method", "lr", "rho", "dose", "n", unit, "minus AdamW", "verdict"]
     second = f"minus_{other}" in data and f"verdict_{other}" in data
-    if second:
-        columns[-2:] = ["minus AdamW, verdict", f"minus {label(other)}, verdict"]
+    columns = ["setting", "method", "against AdamW", "minus AdamW", f"against {label(other)}", unit, "lr, rho", "dose", "n"]
     lines = []
     for row in data.itertuples():
         n = f"{row.n}" + (f" ({row.diverged} diverged)" if row.diverged else "")
-        cells = [place(row), label(row.entry, row.label), f"{row.lr:g}{_edge(row, 'lr')}"]
-        cells += ["" if math.isnan(row.rho) else f"{row.rho:g}{_edge(row, 'rho')}", _dose(row.dose), n]
+        chosen = f"{row.lr:g}{edge(row, 'lr')}" + ("" if math.isnan(row.rho) else f", {row.rho:g}{edge(row, 'rho')}")
+        cells = [place(row), label(row.entry, row.label), row.verdict_baseline, differs(row, "baseline")]
+        cells += [with_verdict(row, other)] if second else []
         cells.append(markdown.interval(row.test, Estimate(row.test, row.test_stderr, row.n).half_width))
-        if second:
-            cells += [with_verdict(row, "baseline"), with_verdict(row, other)]
-        else:
-            cells += [differs(row, "baseline"), row.verdict_baseline]
-        lines.append(cells)
-    return markdown.table(columns, lines, text=["method", *columns[-2:]])
+        lines.append([*cells, chosen, _dose(row.dose), n])
+    if not second:
+        columns.remove(f"against {label(other)}")
+    return markdown.table(columns, lines, text=[column for column in columns if column not in ("dose", "n")])
 
 
 def differs(row: Any, other: str) -> str:
@@ -67,12 +65,13 @@ def differs(row: Any, other: str) -> str:
 
 
 def with_verdict(row: Any, other: str) -> str:
-    """The same with its verdict."""
+    """The same after its verdict."""
     word = getattr(row, f"verdict_{other}")
-    return f"{differs(row, other)}, {word}" if word else ""
+    found = differs(row, other)
+    return f"{word}, {found}" if word and found and found != "diverged" else word or ""
 
 
-def _edge(row: Any, key: str) -> str:
+def edge(row: Any, key: str) -> str:
     """A mark where the chosen value lies at an end of what was tried."""
     edges = dict(part.split(":") for part in str(row.edges).split()) if isinstance(row.edges, str) else {}
     return {"low": " (lowest tried)", "high": " (highest tried)"}.get(edges.get(key, ""), "")
@@ -95,21 +94,22 @@ def counted(data: pd.DataFrame, other: str = "baseline") -> str:
 def headline(data: pd.DataFrame) -> str:
     """How many comparisons came out how, in a few words."""
     words = [word for word in data.verdict_baseline if isinstance(word, str) and word]
-    counts = {word: words.count(str(word)) for word in Verdict if str(word) in words}
-    return f"of {len(words)} comparisons with AdamW {', '.join(f'{count} {word}' for word, count in counts.items())}"
+    return f"of {len(words)} comparisons with AdamW {tally(words)}"
 
 
-def at_radius(data: pd.DataFrame, rho: float = 0.05) -> str:
-    """Differences to AdamW of the four methods at one radius and AdamW's learning rate, in the cell of the most rows."""
-    own = data[data.rho.sub(rho).abs().lt(1e-9) & data.lr_over_centre.sub(1).abs().lt(0.01)]
+def pair_at_radius(data: pd.DataFrame, entry: str, other: str, rho: float = 0.05) -> str:
+    """One method minus another at one radius and AdamW's learning rate, in the cell of the most rows, in a few words."""
+    own = data[data.rho.sub(rho).abs().lt(1e-9) & data.lr_over_centre.sub(1).abs().lt(0.01) & data.entry.eq(entry)]
     own = own[own.batch == own.batch.max()]
-    found = [f"{label(row.entry)} {differs(row, 'baseline')}" for row in own.itertuples() if row.entry != "logit-sam"]
-    rows = f"{own.batch.iloc[0]} rows, " if len(own) else ""
-    return f"minus AdamW at {rows}rho {rho:g}: {', '.join(found)}"
+    against = "AdamW" if other == "baseline" else label(other)
+    found = [
+        f"{label(entry)} minus {against} {differs(row, other)} nats ({row.batch} rows, rho {rho:g})" for row in own.itertuples()
+    ]
+    return found[0] if found else f"nothing at rho {rho:g}"
 
 
 def seen(data: pd.DataFrame, other: str = "baseline") -> str:
-    """The effect that inconclusive comparisons could have seen."""
+    """The effect that inconclusive comparisons could have seen, as a sentence."""
     open_ = data[data[f"verdict_{other}"] == str(Verdict.OPEN)]
     if open_.empty:
         return ""
@@ -121,12 +121,11 @@ def seen(data: pd.DataFrame, other: str = "baseline") -> str:
 def setting(plan: Plan, data: pd.DataFrame) -> str:
     """What was trained on what, in one sentence."""
     config = plan.content[0].configs[0]
-    task = TASKS[config.kind]
     sizes = ", ".join(dict.fromkeys(str(name).split("-", 1)[-1] for name in data.task))
     steps = ", ".join(dict.fromkeys(f"{int(steps)}" for steps in data.steps))
     n = "/".join(str(value) for value in sorted(set(data.n)))
     return (
-        f"Scale {plan.spec.scale}, not the paper's models: {task.model_name(config)} of {sizes} on {task.data_name(config)}, "
+        f"Scale {plan.spec.scale}, not the paper's models: {model_name(config)} of {sizes} on {data_name(config)}, "
         f"{steps} steps in {config.training.precision}; 95 % intervals of differences paired by seed, n = {n}, Holm's correction "
         "within the exhibit."
     )

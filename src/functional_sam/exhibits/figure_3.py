@@ -9,9 +9,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from functional_sam.exhibits import markdown, style
-from functional_sam.exhibits.comparison import at_radius, label, left_out, place, plan, setting
+from functional_sam.exhibits.comparison import label, left_out, pair_at_radius, place, plan, setting
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
+from functional_sam.exhibits.words import answer, sentence
 from functional_sam.study.compare import Estimate, Verdict, estimate, judged, paired_difference
 from functional_sam.study.report import by_seed, frame, judge
 
@@ -22,60 +23,61 @@ LINEAR = 0.01  # nats: within it the axis is linear
 
 
 def draw(plan: Plan) -> Exhibit:
-    """A row a cell; left against rho, right against the measured dose; bands are 95 % intervals, the grey one is the placebo's."""
+    """A row a cell; left against rho, right against the measured dose; bars are 95 % intervals, the grey band is the placebo's."""
     seeds = by_seed(plan.content, plan.source)
     margin = plan.content[0].study.margin
     data = judge(frame(plan.content, plan.source), margin)
     paths = judged_paths([row for _, part in seeds.groupby("cell", sort=False) for row in path_alone(part)], margin)
     style.use()
     cells = list(dict.fromkeys(seeds.cell))
-    figure, axes = plt.subplots(len(cells), 2, figsize=(style.PAGE, 2.2 * len(cells) + 0.4), squeeze=False, sharey="row")
+    figure, axes = plt.subplots(len(cells), 2, figsize=(style.PAGE, 2.4 * len(cells) + 0.4), squeeze=False, sharey="row")
     for (left, right), cell in zip(axes, cells, strict=True):
         part = seeds[seeds.cell == cell]
         _panel(left, part, "rho")
         _panel(right, part, "dose")
-        left.set(title=place(next(data[data.cell == cell].itertuples())), ylabel="test loss minus AdamW's\n(nats per token)")
+        name = f"{place(next(data[data.cell == cell].itertuples()))}, n = {part.seed.nunique()}"
+        left.set(title=f"{name}: by radius", ylabel="test loss minus AdamW's\n(nats per token)")
+        right.set(title="by dose")
         left.set_xlabel(r"radius $\rho$")
         right.set_xlabel(r"dose $|g_{method} - g|\,/\,|g|$, mean over the run")
         style.signed_log(left, LINEAR)
-    style.legend_above(figure, axes[0, 0], columns=3)
-    finding = _finding(paths)
+    style.legend_above(figure, axes[0, 0], columns=4)
     caption = (
-        f"{finding} Linear within {LINEAR:g} nats, logarithmic beyond; crosses at the top edge diverged; grey, the placebo's "
-        f"interval (AdamW whose initial weights were changed by 1e-6). {setting(plan, data)}{left_out(plan)}"
+        f"{sentence(headline(data))} Bars are 95 % intervals of paired differences, marks moved aside so that none covers "
+        f"another; linear within {LINEAR:g} nats, logarithmic beyond; crosses at the top edge diverged; the grey band is that "
+        f"of the placebo (AdamW whose initial weights were changed by 1e-6). {setting(plan, data)}{left_out(plan)}"
     )
-    return Exhibit(plan, {"": data, "seeds": seeds, "path": paths}, caption, finding, figure)
+    wanted = paths[(paths.at_equal == "rho") & (paths.rho > 0.01) & (paths.rho < 0.2)] if len(paths) else paths
+    found = answer(wanted.verdict if len(wanted) else (), Verdict.BETTER)
+    return Exhibit(plan, {"": data, "seeds": seeds, "path": paths}, caption, _finding(paths), figure, answer=found)
 
 
 def headline(data: pd.DataFrame) -> str:
-    """What the curves say at one radius, in a few words."""
-    return at_radius(data)
+    """The path alone at one radius, in a few words."""
+    return pair_at_radius(data, "functional-sam", "sam")
 
 
 def _panel(axis: Axes, part: pd.DataFrame, x: str) -> None:
-    axis.axhline(0.0, color=style.METHOD_COLOR["adamw"], linewidth=0.8)
+    axis.axhline(0.0, color=style.METHOD_COLOR["adamw"], linewidth=0.8, label="AdamW")
     placebo = part[part.entry == "placebo"]
     if len(placebo) > 1:
-        half = estimate(list(placebo.minus_baseline)).half_width
-        axis.axhspan(
-            placebo.minus_baseline.mean() - half, placebo.minus_baseline.mean() + half, color="#bbbbbb", alpha=0.5, linewidth=0
-        )
-    for name, own in part[part.rho.notna()].groupby("entry", sort=False):
-        color = style.METHOD_COLOR[str(name)]
-        xs, means, halves = [], [], []
-        for rho, at in own.groupby("rho"):
-            found = estimate(list(at.minus_baseline))
-            if math.isfinite(found.mean):
-                xs.append(float(at[x].mean()))
-                means.append(found.mean)
-                halves.append(found.half_width if math.isfinite(found.half_width) else 0.0)
+        own = estimate(list(placebo.minus_baseline))
+        band = (own.mean - own.half_width, own.mean + own.half_width)
+        axis.axhspan(*band, color=style.PLACEBO_COLOR, alpha=0.5, linewidth=0, label="placebo")
+    groups = list(part[part.rho.notna()].groupby("entry", sort=False))
+    for (name, rows), offset in zip(groups, style.offsets(len(groups), 0.12), strict=True):
+        aside = 1.0 + offset if x == "rho" else 1.0  # doses differ by themselves
+        places, found = [], []
+        for rho, at in rows.groupby("rho"):
+            place = float(rho if x == "rho" else at.dose.mean()) * aside
+            one = estimate(list(at.minus_baseline))
+            if math.isfinite(one.mean):
+                places.append(place)
+                found.append(one)
             else:
-                axis.plot(
-                    [float(rho if x == "rho" else at.dose.mean())], [0.98], "x", color=color, transform=axis.get_xaxis_transform()
-                )
-        axis.plot(xs, means, color=color, marker="o", label=label(str(name)))
-        axis.fill_between(xs, np.subtract(means, halves), np.add(means, halves), color=color, alpha=0.15, linewidth=0)
-    axis.set_xscale("log")
+                style.diverged(axis, place, str(name))
+        style.marks(axis, places, found, str(name), label=label(str(name)))
+    style.log_ticks(axis, "x", part[x] if x == "rho" else part[part.rho.notna()].dose)
 
 
 def path_alone(part: pd.DataFrame) -> list[dict[str, Any]]:

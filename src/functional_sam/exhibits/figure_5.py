@@ -1,17 +1,17 @@
 """figure-5: the methods' loss minus AdamW's against the batch, the size of the model, and the repetition of the data."""
 
 import math
-from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullLocator
 
 from functional_sam.exhibits import style
-from functional_sam.exhibits.comparison import at_radius, counted, label, left_out, plan, seen, setting
+from functional_sam.exhibits.comparison import counted, differs, label, left_out, plan, seen, setting
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
+from functional_sam.exhibits.words import answer, sentence
+from functional_sam.study.compare import Verdict
 from functional_sam.study.report import difference, frame, judge
 
 __all__ = ["draw", "headline", "plan"]
@@ -29,7 +29,7 @@ def draw(plan: Plan) -> Exhibit:
     radii = sorted(batch.rho.dropna().unique()) or [math.nan]
     style.use()
     columns = max(3, len(radii))
-    figure, axes = plt.subplots(2, columns, figsize=(style.PAGE, 4.2), squeeze=False)
+    figure, axes = plt.subplots(2, columns, figsize=(style.PAGE, 4.4), squeeze=False)
     for axis, rho in zip(axes[0], radii, strict=False):
         lines(axis, batch[batch.rho.eq(rho) | batch.entry.eq("placebo")], "batch")
         axis.set(title=rf"Batch, $\rho$ = {rho:g}", xlabel="rows of a step")
@@ -47,52 +47,49 @@ def draw(plan: Plan) -> Exhibit:
         figure.tight_layout()
         axes[0, len(radii)].legend(*axes[0, 0].get_legend_handles_labels(), loc="center left")
     else:
-        style.legend_above(figure, axes[0, 0], columns=3)
-    finding = _finding(data, batch)
+        style.legend_above(figure, axes[0, 0], columns=4)
     caption = (
-        f"{finding} Above nothing is chosen (AdamW's learning rate at each batch); below every method has as many trials; "
-        f"linear within {LINEAR:g} nats, logarithmic beyond. {setting(plan, data)}{left_out(plan)}"
+        f"{sentence(headline(data))} Above nothing is chosen (AdamW's learning rate at each batch), below every method has "
+        f"as many trials; bars are 95 % intervals of paired differences; linear within {LINEAR:g} nats, logarithmic beyond. "
+        f"{setting(plan, data)}{left_out(plan)}"
     )
-    return Exhibit(plan, {"": data}, caption, finding, figure)
+    tuned = data[data.part.isin(["fixed", "chinchilla"]) & data.entry.eq("precond-functional-sam")]
+    found = answer(tuned.verdict_baseline, Verdict.BETTER)
+    return Exhibit(plan, {"": data}, caption, _finding(data, batch), figure, answer=found)
 
 
 def headline(data: pd.DataFrame) -> str:
-    """What the batch panel says at one radius, in a few words."""
-    return at_radius(data[data.part == "batch"])
+    """The paper's best method at the largest size of fixed length, in a few words."""
+    own = data[data.part.eq("fixed") & data.entry.eq("precond-functional-sam")]
+    own = own[own.parameters == own.parameters.max()]
+    found = [
+        f"Precond Functional-SAM minus AdamW {differs(row, 'baseline')} nats at {style.count(row.parameters)} parameters"
+        for row in own.itertuples()
+    ]
+    return found[0] if found else "no size is complete"
 
 
 def lines(axis: Axes, part: pd.DataFrame, x: str) -> None:
-    """One method a colour, a point with its interval; crosses at the top edge where runs diverged."""
+    """One method a colour and marker, a point with its interval at each value of x, evenly spaced; crosses where runs diverged."""
     if part.empty:
         return
-    axis.axhline(0.0, color=style.METHOD_COLOR["adamw"], linewidth=0.8)
-    ticks = sorted(set(part[x]))
+    axis.axhline(0.0, color=style.METHOD_COLOR["adamw"], linewidth=0.8, label="AdamW")
+    values = sorted(set(part[x]))
     groups = list(part[part.entry != "adamw"].groupby("entry", sort=False))
-    for number, (name, own) in enumerate(groups):
-        color = style.METHOD_COLOR.get(str(name), "#999999")
-        own = own.sort_values(x)
-        finite = own[own.minus_baseline.abs() < math.inf]
-        halves = [difference(row).half_width for row in finite.itertuples()]
-        beside = 1.0 + 0.04 * (number - (len(groups) - 1) / 2)  # so that marks do not cover each other
-        axis.errorbar(
-            finite[x] * beside, finite.minus_baseline, halves, color=color, marker="o", label=label(str(name)), elinewidth=0.8
-        )
-        for value in own[own.minus_baseline.abs() == math.inf][x]:
-            axis.plot([value], [0.98], "x", color=color, transform=axis.get_xaxis_transform(), clip_on=False)
-    axis.set_xscale("log")
-    axis.set_xticks(ticks, [_tick(tick) for tick in ticks])
-    axis.xaxis.set_minor_locator(NullLocator())
+    for (name, own), offset in zip(groups, style.offsets(len(groups), 0.6 / max(len(groups), 1)), strict=True):
+        rows = list(own.sort_values(x).itertuples())
+        places = [values.index(getattr(row, x)) + offset for row in rows]
+        style.marks(axis, places, [difference(row) for row in rows], str(name), label=label(str(name)))
+        for place, row in zip(places, rows, strict=True):
+            if math.isinf(row.minus_baseline):
+                style.diverged(axis, place, str(name))
+    axis.set_xticks(range(len(values)), [f"{value:.0f}" if x != "parameters" else style.count(value) for value in values])
+    axis.set_xlim(-0.5, len(values) - 0.5)
     style.signed_log(axis, LINEAR)
 
 
-def _tick(value: float) -> str:
-    return f"{value / 1e6:.2g}M" if value >= 1000 else f"{value:.0f}"
-
-
 def _finding(data: pd.DataFrame, batch: pd.DataFrame) -> str:
-    sentences: Sequence[str] = [
-        f"{rows} rows: {counted(part[part.entry != 'placebo'])}" for rows, part in batch.groupby("batch") if len(part)
-    ]
+    sentences = [f"{rows} rows: {counted(part[part.entry != 'placebo'])}" for rows, part in batch.groupby("batch") if len(part)]
     others = data[data.part != "batch"]
     tuned = [f"{name}: {counted(part)}" for name, part in others.groupby("cell", sort=False)]
     return f"Against AdamW, over all radii: {'. '.join(sentences)}. Tuned: {'. '.join(tuned) or 'not complete'}.{seen(data)}"

@@ -8,11 +8,13 @@ import pandas as pd
 
 from functional_sam.exhibits import style
 from functional_sam.exhibits.comparison import label, left_out, of_part, plan, setting
+from functional_sam.exhibits.cost import cost_figure
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.table_8 import equal_compute, same_setting
+from functional_sam.exhibits.words import answer, sentence, tally
 from functional_sam.records.released import results_directory
-from functional_sam.study.compare import Estimate
+from functional_sam.study.compare import Estimate, Verdict
 from functional_sam.study.report import difference, frame, judge
 
 __all__ = ["draw", "headline", "plan"]
@@ -30,45 +32,52 @@ LINEAR = 0.01  # nats
 
 
 def draw(plan: Plan) -> Exhibit:
-    """A row a method, best at equal steps first: filled at equal steps, hollow at equal compute; right its time over AdamW's."""
+    """Two marks a method, best first: filled at equal steps, hollow at equal compute; right its time over AdamW's."""
     margin = plan.content[0].study.margin
     data = forest(plan, margin)
     style.use()
     figure, (axis, cost) = plt.subplots(
-        1, 2, figsize=(style.PAGE, 0.2 * len(data) + 0.9), sharey=True, gridspec_kw={"width_ratios": [3, 1]}
+        1, 2, figsize=(style.PAGE, 0.3 * len(data) + 1.1), sharey=True, gridspec_kw={"width_ratios": [4, 1]}
     )
+    sides = (("equal_steps", True, -0.16), ("equal_compute", False, 0.16))
     for place, row in enumerate(data.itertuples()):
-        color = style.METHOD_COLOR.get(row.entry, "#666666")
-        for key, fill in (("equal_steps", color), ("equal_compute", "none")):
+        for key, filled, aside in sides:
             found = Estimate(getattr(row, key), getattr(row, f"{key}_stderr"), row.n)
-            if math.isfinite(found.mean):
-                axis.errorbar(
-                    found.mean, place, xerr=found.half_width, color=color, marker="o", markerfacecolor=fill, elinewidth=0.8
-                )
-        cost.plot([row.cost], [place], "o", color=color)
+            style.marks(axis, [place + aside], [found], row.entry, horizontal=True, filled=filled)
+        cost.plot([row.cost], [place], style.marker(row.entry), color=style.color(row.entry))
+    for filled, words in ((True, "at equal steps"), (False, "AdamW given the method's time")):
+        face = style.OTHER_COLOR if filled else "white"
+        axis.plot([], [], "o", color=style.OTHER_COLOR, markerfacecolor=face, label=words)
     axis.axvline(0.0, color=style.METHOD_COLOR["adamw"], linewidth=0.8)
-    axis.set_xscale("symlog", linthresh=LINEAR)
     axis.set(yticks=range(len(data)), yticklabels=data.name, xlabel="test loss minus AdamW's (nats per token)")
     axis.invert_yaxis()
-    cost.set(xlabel="time of a step /\nAdamW's")
+    axis.tick_params(axis="y", length=0)
+    style.signed_log(axis, LINEAR, "x")
+    cost.set(xlabel="time of a step /\nAdamW's", xlim=(0.9, None))
     cost.axvline(1.0, color="#bbbbbb", linewidth=0.6, zorder=0)
+    cost.tick_params(axis="y", length=0)
     figure.tight_layout()
-    finding = f"{headline(data)[0].upper()}{headline(data)[1:]}."
+    figure.legend(*axis.get_legend_handles_labels(), loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=2)
     cells = frame(of_part(plan.content, "fixed", "compute", "variants"), plan.source)
     caption = (
-        f"{finding} Filled: equal steps; hollow: AdamW given the time that the method takes; linear within {LINEAR:g} nats, "
-        f"logarithmic beyond; times are those of results/benchmark/time.csv ({CASE}). {setting(plan, cells)}{left_out(plan)}"
+        f"{sentence(headline(data))} Bars are 95 % intervals of paired differences, linear within {LINEAR:g} nats, logarithmic "
+        f"beyond; times are those of results/benchmark/time.csv ({CASE}), which figure-7-cost shows. "
+        f"{setting(plan, cells)}{left_out(plan)}"
     )
-    return Exhibit(plan, {"": data}, caption, finding, figure)
+    finding = f"Against AdamW at equal steps: {tally(data.verdict)}; at equal compute: {tally(data.verdict_compute)}."
+    said = answer(data.verdict_compute, Verdict.WORSE)
+    more = {"cost": cost_figure(pd.read_csv(results_directory() / "benchmark" / "time.csv"))}
+    return Exhibit(plan, {"": data}, caption, finding, figure, answer=said, more=more)
 
 
 def headline(data: pd.DataFrame) -> str:
-    """Which methods are better than AdamW, in a few words."""
-    found = {}
-    for key in ("verdict", "verdict_compute"):
-        found[key] = [row.name for row in data.itertuples() if str(getattr(row, key)).startswith("better")]
-    steps, compute = (", ".join(found[key]) or "none" for key in ("verdict", "verdict_compute"))
-    return f"better than AdamW at equal steps: {steps}; at equal compute: {compute}"
+    """How many methods are better than AdamW, in a few words."""
+    found = []
+    for key, words in (("verdict", "steps"), ("verdict_compute", "compute")):
+        verdicts = [word for word in data[key] if isinstance(word, str) and word]
+        better = sum(word.startswith("better") for word in verdicts)
+        found.append(f"{better} of {len(verdicts)} at equal {words}")
+    return f"better than AdamW: {' and '.join(found)}"
 
 
 def forest(plan: Plan, margin: float) -> pd.DataFrame:

@@ -3,7 +3,7 @@
 import io
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from functional_sam.config import Config, configs_directory
+from functional_sam.exhibits.markdown import LEGEND, MARKS
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import Spec
 from functional_sam.files import atomic_file, write_text
@@ -29,7 +30,9 @@ class Exhibit:
     verdict: str  # one line; in the record, not in the caption
     figure: Figure | None = None
     markdown: str = ""  # the tables alone; title and caption come from here
-    headline: str = ""  # of the frame, in a few words: a cell of README's table
+    headline: str = ""  # of the frame, in at most 15 words and with a number: a cell of README's table
+    answer: str = ""  # to the claim of the YAML: holds, not seen, opposite, inconclusive (words.answer)
+    more: dict[str, Figure] = field(default_factory=dict)  # part -> a further figure of the exhibit: NAME-PART.pdf and .png
 
     @property
     def title(self) -> str:
@@ -43,9 +46,13 @@ class Exhibit:
 
     @property
     def page(self) -> str:
-        """The Markdown file of a table."""
-        below = [self.caption, f"Published: {self.plan.spec.published}."]
-        return "\n\n".join([f"# {self.plan.spec.name}: {self.title}", self.markdown.strip(), *below]) + "\n"
+        """The Markdown file of a table: what came out, the table, its caption, what was published."""
+        found = f"{self.headline[:1].upper()}{self.headline[1:]}."
+        answer = f" The claim, {self.plan.spec.claim}: **{self.answer}**." if self.answer else ""
+        above = [f"# {self.plan.spec.name}: {self.title}", *([found + answer] if self.headline else [])]
+        legend = [LEGEND] if any(mark in self.markdown for mark in MARKS.values()) else []
+        below = [*legend, self.caption, f"Published: {self.plan.spec.published}."]
+        return "\n\n".join([*above, self.markdown.strip(), *below]) + "\n"
 
 
 def paper_directory() -> Path:
@@ -80,6 +87,8 @@ def write(exhibit: Exhibit, directory: Path | None = None) -> list[Path]:
     paths = []
     if exhibit.figure is not None:
         paths += save_figure(exhibit.figure, place)
+    for part, figure in exhibit.more.items():
+        paths += save_figure(figure, place.with_name(f"{place.name}-{part}"))
     if exhibit.markdown:
         paths.append(_written(place.with_suffix(".md"), exhibit.page))
     for part, frame in exhibit.frames.items():
@@ -115,6 +124,9 @@ def record(exhibit: Exhibit) -> dict[str, Any]:
         "scale": plan.spec.scale,
         "title": exhibit.title,
         "headline": exhibit.headline,
+        "claim": plan.spec.claim,
+        "answer": exhibit.answer,
+        "published": plan.spec.published,
         "verdict": exhibit.verdict,
         "caption": exhibit.caption,
         "runs": [_entry(plan.source, config) for config in plan.shown],

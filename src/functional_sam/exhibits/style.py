@@ -1,14 +1,18 @@
-"""How every figure looks: ICML column widths, one colour and marker per method, everywhere."""
+"""How every figure looks: ICML column widths, one colour, marker and name per method, 95 % intervals, axes with readable ticks."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from functional_sam.study.compare import estimate
+from functional_sam.exhibits.markdown import MINUS
+from functional_sam.study.compare import Estimate, estimate
 
 COLUMN = 3.25  # inches, one column of the ICML style
 PAGE = 6.75  # inches, both
@@ -22,6 +26,7 @@ METHOD_COLOR = {
     "precond-functional-sam": "#009E73",
     "angle-sam": "#CC79A7",
     "logit-sam": "#56B4E9",
+    "placebo": "#999999",
 }
 METHOD_LABEL = {
     "adamw": "AdamW",
@@ -45,6 +50,20 @@ METHOD_LABEL = {
     "adaptive-functional-sam": "Adaptive Functional-SAM",
     "fisher-functional-sam": "Fisher Functional-SAM",
 }
+METHOD_MARKER = {
+    "adamw": "o",
+    "sam": "s",
+    "functional-sam": "o",
+    "precond-sam": "D",
+    "precond-functional-sam": "^",
+    "angle-sam": "P",
+    "logit-sam": "v",
+}
+OTHER_COLOR, OTHER_MARKER = "#666666", "o"  # of a method without its own
+PLACEBO_COLOR = "#bbbbbb"
+SINGLE = 0.35  # opacity of a mark of one seed, which decides nothing
+MODEL_LABEL = {"vit": "ViT", "convnet": "ConvNet"}
+DATA_LABEL = {"fashion-mnist": "Fashion-MNIST", "mnist-5k": "MNIST-5k", "imagenet-1k": "ImageNet-1K", "c4": "C4"}
 PART_COLOR = {"functional": "#0072B2", "logit": "#D55E00"}
 MATRIX_COLOR = {"hessian": "#000000", "gauss_newton": "#D55E00", "functional": "#0072B2"}  # the halves as in PART_COLOR
 MATRIX_LABEL = {"hessian": "$H$", "gauss_newton": "$H_G$", "functional": "$H_F$"}
@@ -67,11 +86,35 @@ def use() -> None:
             "axes.spines.right": False,
             "lines.linewidth": 1.2,
             "lines.markersize": 3.5,
+            "axes.unicode_minus": True,
             "pdf.fonttype": 42,
             "savefig.dpi": 300,
-            "figure.dpi": 150,
+            "figure.dpi": 110,  # of notebooks, which are kept small
         }
     )
+
+
+def color(method: str) -> str:
+    """A method's colour; grey for those without one."""
+    return METHOD_COLOR.get(method, OTHER_COLOR)
+
+
+def marker(method: str) -> str:
+    """A method's marker."""
+    return METHOD_MARKER.get(method, OTHER_MARKER)
+
+
+def named(name: str) -> str:
+    """A method, model or data set as readers know it."""
+    return METHOD_LABEL.get(name) or MODEL_LABEL.get(name) or DATA_LABEL.get(name) or name
+
+
+def count(value: float) -> str:
+    """A number of parameters or tokens, short: 6.2k, 0.79M, 1.2B."""
+    for least, size, unit in ((1e9, 1e9, "B"), (1e5, 1e6, "M"), (1e3, 1e3, "k")):
+        if value >= least:
+            return f"{value / size:.2g}{unit}"
+    return f"{value:g}"
 
 
 def legend_above(figure: Figure, axis: Axes, columns: int = 5) -> None:
@@ -81,19 +124,97 @@ def legend_above(figure: Figure, axis: Axes, columns: int = 5) -> None:
     figure.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=columns)
 
 
-def signed_log(axis: Axes, threshold: float) -> None:
-    """y linear within +-threshold and logarithmic beyond, with numbers a reader can read. Call it when all is drawn."""
-    axis.set_yscale("symlog", linthresh=threshold)
-    axis.autoscale(axis="y")
-    steps = [threshold / 2, *(threshold * 10**power for power in range(6))]
-    low, high = axis.get_ylim()
+def offsets(number: int, step: float) -> list[float]:
+    """So many offsets around zero, for marks of several methods at one place: they do not cover each other."""
+    return [step * (index - (number - 1) / 2) for index in range(number)]
+
+
+def marks(
+    axis: Axes,
+    places: Sequence[float],
+    found: Sequence[Estimate],
+    method: str,
+    *,
+    label: str | None = None,
+    joined: bool = True,
+    horizontal: bool = False,
+    filled: bool = True,
+) -> None:
+    """Means and their 95 % t intervals in a method's colour and marker; n = 1 lighter, without a bar; none where diverged.
+
+    joined: a thin line through the means. horizontal: places are heights, means run along x. filled: else hollow.
+    """
+    own = color(method)
+    finite = [(place, one) for place, one in zip(places, found, strict=True) if math.isfinite(one.mean)]
+    style: dict[str, Any] = {"color": own, "marker": marker(method), "markerfacecolor": own if filled else "white"}
+    style |= {"linestyle": "none", "elinewidth": 0.9, "markeredgewidth": 0.8}
+    for single in (False, True):
+        part = [(place, one) for place, one in finite if (one.n < 2) == single]
+        if not part:
+            continue
+        at, means = [place for place, _ in part], [one.mean for _, one in part]
+        halves = None if single else [one.half_width if math.isfinite(one.half_width) else 0.0 for _, one in part]
+        style["alpha"] = SINGLE if single else 1.0
+        if horizontal:
+            axis.errorbar(means, at, xerr=halves, **style)
+        else:
+            axis.errorbar(at, means, yerr=halves, **style)
+    if joined and len(finite) > 1 and not horizontal:
+        axis.plot([place for place, _ in finite], [one.mean for _, one in finite], color=own, linewidth=0.7, alpha=0.6)
+    if label is not None:
+        axis.plot([], [], color=own, marker=marker(method), markerfacecolor=style["markerfacecolor"], label=label, linewidth=0.9)
+
+
+def plain(value: float) -> str:
+    """A tick's number: no power of ten that a reader would have to decode, a true minus sign."""
+    return (f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:g}").replace("-", MINUS)
+
+
+def log_ticks(axis: Axes, which: str, values: Iterable[float], most: int = 6) -> None:
+    """A logarithmic axis ("x" or "y") with numbers where the data are: at the values, or at 1-3-10 if they are too many."""
+    found = sorted({float(value) for value in values if math.isfinite(value) and value > 0})
+    getattr(axis, f"set_{which}scale")("log")
+    own = getattr(axis, f"{which}axis")
+    own.set_minor_locator(NullLocator())
+    if not found:
+        return
+    ticks = found if len(found) <= most else _steps(found[0], found[-1], most)
+    own.set_ticks(ticks, [plain(tick) for tick in ticks])
+
+
+def _steps(low: float, high: float, most: int) -> list[float]:
+    """Round numbers within [low, high]: 1-2-5 a decade, 1-3 or 1 alone, so that at most so many are there."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    found: list[float] = []
+    for digits in ((1, 2, 5), (1, 3), (1,)):
+        found = [float(f"{digit}e{power}") for power in range(first, last + 1) for digit in digits]
+        found = [value for value in found if low * 0.999 <= value <= high * 1.001]
+        if len(found) <= most:
+            break
+    return found or [low, high]
+
+
+def signed_log(axis: Axes, threshold: float, which: str = "y") -> None:
+    """An axis linear within +-threshold and logarithmic beyond, with numbers a reader can read. Call it when all is drawn."""
+    getattr(axis, f"set_{which}scale")("symlog", linthresh=threshold)
+    axis.autoscale(axis=which)  # type: ignore[arg-type]
+    low, high = getattr(axis, f"get_{which}lim")()
+    largest = max(abs(low), abs(high), threshold)
+    beyond = _steps(threshold, largest, 4) if largest > threshold else [threshold]
+    steps = [*([threshold / 2] if len(beyond) < 3 else []), *beyond]
     ticks = [tick for tick in [*(-step for step in reversed(steps)), 0.0, *steps] if low <= tick <= high]
-    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axis.yaxis.set_minor_locator(NullLocator())
+    own = getattr(axis, f"{which}axis")
+    own.set_ticks(ticks, [plain(tick) for tick in ticks])
+    own.set_minor_locator(NullLocator())
+
+
+def diverged(axis: Axes, place: float, method: str) -> None:
+    """A cross at the upper edge, in a method's colour: this one diverged."""
+    axis.plot([place], [0.98], "x", color=color(method), transform=axis.get_xaxis_transform(), clip_on=False)
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float]:
     """The band of seaborn's lines: the 95 % t interval, which decides the verdicts; of one seed no band."""
-    found = estimate(list(values))
+    found = estimate(list(np.asarray(values, dtype=float)))
     half = found.half_width if found.n > 1 else 0.0
     return found.mean - half, found.mean + half

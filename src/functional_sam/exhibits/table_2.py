@@ -1,11 +1,17 @@
 """table-2: the five methods at every size, the same number of steps at each; table-3 is the same of another part of the study."""
 
-from functional_sam.exhibits.comparison import counted, headline, left_out, plan, rows_of, seen, setting
+import pandas as pd
+
+from functional_sam.exhibits.comparison import counted, left_out, plan, rows_of, seen, setting
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
+from functional_sam.exhibits.words import answer, sentence, tally
+from functional_sam.study.compare import Verdict
 from functional_sam.study.report import frame, judge
 
 __all__ = ["draw", "headline", "plan"]
+
+PRECOND = ("precond-sam", "precond-functional-sam")
 
 
 def draw(plan: Plan) -> Exhibit:
@@ -13,8 +19,13 @@ def draw(plan: Plan) -> Exhibit:
     margin = plan.content[0].study.margin
     data = judge(judge(frame(plan.content, plan.source), margin), margin, "sam")
     words = "; ".join(f"{name}: {counted(part)}" for name, part in data.groupby("cell", sort=False))
-    finding = f"Against AdamW, tuned with as many trials: {words}.{seen(data)}"
-    against_sam = f"Against SAM: {counted(data, 'sam')}."
-    return Exhibit(
-        plan, {"": data}, f"{finding} {setting(plan, data)}{left_out(plan)}", f"{finding} {against_sam}", markdown=rows_of(data)
-    )
+    verdict = f"Against AdamW, tuned with as many trials: {words}.{seen(data)} Against SAM: {counted(data, 'sam')}."
+    caption = f"{sentence(headline(data))}{seen(data)} {setting(plan, data)}{left_out(plan)}"
+    found = answer(data[data.entry.isin(PRECOND)].verdict_sam, Verdict.BETTER)
+    return Exhibit(plan, {"": data}, caption, verdict, markdown=rows_of(data), answer=found)
+
+
+def headline(data: pd.DataFrame) -> str:
+    """How the preconditioned methods compare with SAM, and all with AdamW, in a few words."""
+    against = tally(data[data.entry.isin(PRECOND)].verdict_sam)
+    return f"preconditioned methods minus SAM: {against}; all methods minus AdamW: {tally(data.verdict_baseline)}"

@@ -6,11 +6,12 @@ import pandas as pd
 
 from functional_sam.exhibits import markdown
 from functional_sam.exhibits.comparison import counted, differs, label, left_out, of_part, plan, rows_of, seen, setting
-from functional_sam.exhibits.comparison import headline as tally
+from functional_sam.exhibits.comparison import headline as overall
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
+from functional_sam.exhibits.words import answer, sentence
 from functional_sam.records import Source
-from functional_sam.study.compare import paired_difference
+from functional_sam.study.compare import Verdict, paired_difference
 from functional_sam.study.report import frame, judge, tested
 from functional_sam.study.tune import Planned
 
@@ -38,15 +39,17 @@ def draw(plan: Plan) -> Exhibit:
         if len(own):
             tables += [f"\n**{title}**\n", rows_of(own.drop(columns=["minus_sam"]))]
             words += [f"{name}: {counted(of)}" for name, of in own.groupby("cell", sort=False)]
-    finding = f"Against AdamW: {'. '.join(words)}.{seen(data)}"
-    caption = f"{finding} {setting(plan, data)}{left_out(plan)}"
-    return Exhibit(plan, {"": data}, caption, finding, markdown="\n".join(tables))
+    verdict = f"Against AdamW: {'. '.join(words)}.{seen(data)}"
+    caption = f"{sentence(headline(data))}{seen(data)} {setting(plan, data)}{left_out(plan)}"
+    found = answer(compute[compute.entry == "sam"].verdict_baseline, Verdict.WORSE)
+    return Exhibit(plan, {"": data}, caption, verdict, markdown="\n".join(tables), answer=found)
 
 
 def headline(data: pd.DataFrame) -> str:
-    """How the comparisons came out, those at equal compute by name, in a few words."""
-    compute = data[data.part == EQUAL_COMPUTE]
-    return f"{tally(data)}" + (f"; at equal compute {counted(compute)}" if len(compute) else "")
+    """SAM against AdamW with twice the steps, and how all comparisons came out, in a few words."""
+    own = data[(data.part == EQUAL_COMPUTE) & (data.entry == "sam")]
+    found = [f"SAM minus AdamW at equal compute {differs(row, 'baseline')} nats" for row in own.itertuples()]
+    return "; ".join([*found, overall(data)])
 
 
 def equal_compute(planned: Sequence[Planned], source: Source) -> pd.DataFrame:
@@ -79,9 +82,9 @@ def same_setting(one: Planned, cell: Planned) -> bool:
 
 
 def _compute(data: pd.DataFrame) -> str:
-    columns = ["method", "rho", "AdamW's steps", "n", "minus AdamW, equal steps", "minus AdamW, equal compute", "verdict"]
+    columns = ["method", "at equal compute", "minus AdamW, equal compute", "minus AdamW, equal steps", "AdamW's steps", "rho", "n"]
     lines = []
     for row in data.itertuples():
-        own = [label(row.entry, row.label), f"{row.rho:g}", f"{row.times:g} times", f"{row.n}"]
-        lines.append([*own, differs(row, "equal_steps"), differs(row, "baseline"), row.verdict_baseline])
-    return markdown.table(columns, lines, text=["verdict"])
+        own = [label(row.entry, row.label), row.verdict_baseline, differs(row, "baseline"), differs(row, "equal_steps")]
+        lines.append([*own, f"{row.times:g} times", f"{row.rho:g}", f"{row.n}"])
+    return markdown.table(columns, lines, text=columns[1:4])

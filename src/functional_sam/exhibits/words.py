@@ -1,18 +1,20 @@
 """Words and numbers that several exhibits share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
 from functional_sam.config import Config
 from functional_sam.exhibits.plan import Plan
+from functional_sam.exhibits.style import named
+from functional_sam.study.compare import Verdict
 from functional_sam.tasks import TASKS
 
 
 def sizes(configs: Sequence[Config]) -> str:
     """What was trained on each task, one clause a task."""
     return "; ".join(
-        f"{task}: {model(c)}, {c.training.steps} steps of {c.training.batch} rows of {TASKS[c.kind].data_name(c)} "
+        f"{task}: {model(c)}, {c.training.steps} steps of {c.training.batch} {row_name(c)} of {data_name(c)} "
         f"in {c.training.precision}"
         for task, c in firsts(configs).items()
     )
@@ -20,7 +22,22 @@ def sizes(configs: Sequence[Config]) -> str:
 
 def model(config: Config) -> str:
     """The model of a run and its size."""
-    return f"{TASKS[config.kind].model_name(config)} of width {config.model.width}, depth {config.model.depth}"
+    return f"{model_name(config)} of width {config.model.width}, depth {config.model.depth}"
+
+
+def model_name(config: Config) -> str:
+    """The kind of a run's model as readers know it: ViT, decoder."""
+    return named(TASKS[config.kind].model_name(config))
+
+
+def data_name(config: Config) -> str:
+    """A run's data as readers know them: Fashion-MNIST, news + encyclopedia."""
+    return named(TASKS[config.kind].data_name(config))
+
+
+def row_name(config: Config) -> str:
+    """What a row of a batch is: an image, or a row of tokens."""
+    return "images" if TASKS[config.kind].unit == "images" else "rows"
 
 
 def rows(configs: Sequence[Config]) -> str:
@@ -56,3 +73,32 @@ def at_the_end(data: pd.DataFrame, task: str) -> pd.DataFrame:
     """The rows of a task's last step."""
     own = data[data.task == task]
     return own[own.step == own.step.max()]
+
+
+def answer(verdicts: Iterable[object], wanted: Verdict) -> str:
+    """What comparisons say to a claim of better (or worse): all of them are asked; empty and missing verdicts are none.
+
+    holds: so in every one. holds in k of n: in some, the opposite in none. opposite: the opposite in some, so in none.
+    mixed: both are there. not seen: no difference in every one. Else inconclusive.
+    """
+    words = [Verdict(word) for word in verdicts if isinstance(word, str) and word]
+    sign = wanted.sign
+    agree, against = (sum(word.sign == value for word in words) for value in (sign, -sign))
+    if agree and against:
+        return "mixed"
+    if agree:
+        return "holds" if agree == len(words) else f"holds in {agree} of {len(words)}"
+    if against:
+        return "opposite"
+    return "not seen" if words and all(word == Verdict.SAME for word in words) else "inconclusive"
+
+
+def tally(verdicts: Iterable[object]) -> str:
+    """How many comparisons came out how: "1 worse, 3 inconclusive"."""
+    words = [word for word in verdicts if isinstance(word, str) and word]
+    return ", ".join(f"{words.count(str(word))} {word}" for word in Verdict if str(word) in words) or "nothing to compare"
+
+
+def sentence(text: str) -> str:
+    """With a capital letter and a full stop."""
+    return f"{text[:1].upper()}{text[1:]}{'' if text.endswith('.') else '.'}"
