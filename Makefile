@@ -9,7 +9,7 @@ export PYTHONUTF8 := 1
 
 .DEFAULT_GOAL := help
 ALL := tables figures
-.PHONY: help setup slurm claims methods benchmark test lint format clean $(EXHIBITS) $(ALL) $(foreach verb,draw plan check submit,$(addprefix $(verb)-,$(EXHIBITS) $(ALL)))
+.PHONY: help setup slurm claims report methods benchmark test lint format clean $(EXHIBITS) $(ALL) $(foreach verb,draw plan check submit,$(addprefix $(verb)-,$(EXHIBITS) $(ALL)))
 
 help:  ## this list
 	@echo "make TARGET [SCALE=quick|laptop] [JOBS=processes] [FRESH=1]      times: 2 CPU cores, scale quick, after setup"
@@ -57,8 +57,11 @@ $(addprefix submit-,$(EXHIBITS) $(ALL)): submit-%: $(READY)
 slurm:  ## a SLURM on this machine, for its tests and to try submissions (Debian, root; 10 s)
 	@jobs/local-slurm/local-slurm install
 
-claims: $(READY)  ## README's table of claims, from the records of what was drawn
+claims: $(READY)  ## README's tables of claims and commands, from the records of what was drawn
 	@$(BIN)/functional-sam claims
+
+report: $(READY)  ## paper/report.pdf, and the galleries in paper/figures and paper/tables, from the same records (seconds)
+	@$(BIN)/functional-sam report
 
 methods: $(READY)  ## the table of methods: where each looks, which derivative it takes there, what it costs
 	@$(BIN)/functional-sam methods

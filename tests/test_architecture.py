@@ -171,7 +171,7 @@ def git(*arguments):
 
 
 def test_readme_numbers_are_those_of_the_records():
-    """README's table of claims is the one made of the committed records (a reader's own, drawn since, may differ)."""
+    """README's tables are the ones made of the committed records (a reader's own, drawn since, may differ)."""
     records = {}
     for name in git("ls-files", "paper").split():
         if name.endswith(".json"):
@@ -179,15 +179,39 @@ def test_readme_numbers_are_those_of_the_records():
             records[content["exhibit"], content["scale"]] = content
     assert records
     facts = {name: yaml.safe_load(git("show", f"HEAD:configs/exhibits/{name}.yaml")) for name in exhibits.known()}
-    expected = claims.table(facts, records)
-    assert f"{claims.BEGIN}\n{expected}\n{claims.END}" in git("show", "HEAD:README.md")
+    page = git("show", "HEAD:README.md")
+    for (begin, end), make in claims.TABLES.items():
+        assert f"{begin}\n{make(facts, records)}\n{end}" in page
     for (name, scale), content in records.items():
-        assert claims.shown(content) in expected, f"no YAML of {name}"
-        if not any((name, larger) in records for larger in claims.SCALES[claims.SCALES.index(scale) + 1 :]):
-            assert content["headline"].replace("|", "\\|") in expected
+        assert claims.shown(content) in page, f"no YAML of {name}"
+        if not any((name, larger) in records for larger in exhibits.SCALES[exhibits.SCALES.index(scale) + 1 :]):
+            assert content["headline"].replace("|", "\\|") in page
 
 
-@pytest.mark.parametrize("page", ["README.md", "src/functional_sam/sharpness/README.md"])
+def test_readme_advises_what_the_records_say():
+    """The sentences that are typed: costs, and when it does not pay."""
+    import csv
+
+    readme = (ROOT / "README.md").read_text().replace("\n  ", " ")
+    rows = {
+        name: list(csv.DictReader((ROOT / "results" / "benchmark" / f"{name}.csv").read_text().splitlines()))
+        for name in ("time", "memory")
+    }
+    (time,) = [float(r["ratio"]) for r in rows["time"] if (r["case"], r["method"]) == ("decoder-32k", "functional-sam")]
+    memory = {row["method"]: float(row["extra_in_parameters"]) for row in rows["memory"]}
+    ours, naive = memory["functional-sam"], memory["functional-sam naive"]
+    assert f"{time:.1f} times AdamW's time per step and {ours:.1f} more copies of the parameters" in readme
+    assert f"code that keeps whole logits takes {naive:.0f}" in readme
+    found = [content["headline"] for (name, _), content in claims.recorded().items() if name == "figure-7"]
+    assert "No method was better than AdamW at equal steps" in readme
+    assert all(re.fullmatch(r"better than AdamW: 0 of \d+ at equal steps and 0 of \d+ at equal compute", one) for one in found)
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/using.md", "src/functional_sam/sharpness/README.md"])
 def test_python_on_the_pages_runs(server, page, tmp_path, monkeypatch):
     """All python blocks of a page, one after the other, in one process of their own."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)

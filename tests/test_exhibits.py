@@ -233,15 +233,27 @@ def test_an_exhibit_without_its_facts_is_refused(tmp_path, monkeypatch):
         load_spec("table-1", "quick")
 
 
+FACTS = {"figure-10": {}, "figure-2": {"claim": "a | b", "title": "T", "time": "1 min"}, "table-1": {}}
+RECORD = {"files": ["paper/figures/figure-2.pdf", "paper/figures/figure-2.png"], "headline": "|g| is small"}
+
+
 def test_the_table_of_claims():
-    yaml = {"figure-1": {"claim": "a | b", "time": "1 min", "published": "-"}, "figure-2": {}}
-    record = {"files": ["paper/figures/figure-1.pdf", "paper/figures/figure-1.png"], "headline": "|g| is small"}
-    larger = {**record, "files": ["paper/figures/figure-1-laptop.png"]}
-    text = claims.table(yaml, {("figure-1", "quick"): record})
-    row = r"| figure-1 | a \| b | \|g\| is small ([quick](paper/figures/figure-1.png)) | `make figure-1`, 1 min |"
+    text = claims.table(FACTS, {("figure-2", "quick"): RECORD})
+    row = r"| a \| b | \|g\| is small | descriptive | figure-2 ([quick](paper/figures/figure-2.png)) |"
     assert text.splitlines()[2:] == [row]
-    text = claims.table(yaml, {("figure-1", "quick"): record, ("figure-1", "laptop"): larger})
-    assert r"\|g\| is small ([laptop](paper/figures/figure-1-laptop.png); [quick](paper/figures/figure-1.png)) |" in text
+    larger = {**RECORD, "files": ["paper/figures/figure-2-laptop.png"], "answer": "holds", "headline": "large"}
+    text = claims.table(FACTS, {("figure-2", "quick"): RECORD, ("figure-2", "laptop"): larger})
+    both = "figure-2 ([laptop](paper/figures/figure-2-laptop.png), [quick](paper/figures/figure-2.png))"
+    assert f"| large | **holds** | {both} |" in text
+    assert claims.table(FACTS, {("figure-2", "quick"): {**RECORD, "answer": "inconclusive"}}).count("| inconclusive |") == 1
+
+
+def test_the_table_of_commands():
+    assert claims.commands(FACTS, {("figure-2", "quick"): RECORD}).splitlines()[2:] == ["| `make figure-2` | T | 1 min |"]
+
+
+def test_exhibits_are_ordered_by_kind_and_number():
+    assert claims.in_order(["table-1", "figure-10", "figure-2", "table-1"]) == ["figure-2", "figure-10", "table-1"]
 
 
 # ---------------------------------------------------------------------- Markdown
@@ -370,25 +382,33 @@ def test_offsets_do_not_meet():
 
 def test_an_executed_notebook_keeps_no_trace_of_when_and_where(tmp_path):
     book = nbformat.v4.new_notebook(metadata={"papermill": {"duration": 1}})
-    declared = nbformat.v4.new_code_cell('scale = "quick"', metadata={"tags": ["parameters"]})
-    injected = nbformat.v4.new_code_cell('# Parameters\nscale = "laptop"\n', metadata={"tags": ["injected-parameters"]})
-    last = nbformat.v4.new_code_cell("1", metadata={"papermill": {}, "execution": {}, "tags": []})
-    book.cells = [declared, injected, last]
+    book.cells = [nbformat.v4.new_code_cell("1", metadata={"papermill": {}, "execution": {}, "tags": []})]
     nbformat.write(book, tmp_path / "n.ipynb")
-    notebooks._tidy(tmp_path / "n.ipynb")
+    notebooks.tidy(tmp_path / "n.ipynb")
     found = nbformat.read(tmp_path / "n.ipynb", as_version=4)
-    assert [cell.source for cell in found.cells] == ['scale = "laptop"', "1"]
-    assert found.cells[1].metadata == {}
+    assert found.cells[0].metadata == {}
     assert "papermill" not in found.metadata
 
 
 @pytest.mark.parametrize("name", exhibits.known())
-def test_a_notebook_draws_writes_and_shows_its_own_exhibit(name):
-    """Committed at scale quick, the one that the others are made of."""
-    source = "\n".join(cell.source for cell in nbformat.read(exhibits.notebook(name), as_version=4).cells)
-    assert f'exhibit = draw("{name}", scale)\nwrite(exhibit)\n' in source
-    assert 'scale = "quick"' in source
-    assert exhibits.notebook(name, "laptop").name == f"{name.replace('-', '_')}_laptop.ipynb"
+def test_the_notebook_of_an_exhibit_is_the_one_that_draws_it(name):
+    """Committed: made for the largest scale that is released, run from its first cell to its last without an error."""
+    found = nbformat.read(exhibits.notebook(name), as_version=4)
+    made = notebooks.notebook_of(load_spec(name, exhibits.largest_released(name)))
+    assert [cell.source for cell in found.cells] == [cell.source for cell in made.cells]
+    assert f'exhibit = draw("{name}", scale)\nwrite(exhibit)\n' in found.cells[2].source
+    code = [cell for cell in found.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert not any(output.output_type == "error" for cell in code for output in cell.outputs)
+
+
+def test_which_notebook_is_of_which_scale(home):
+    assert exhibits.notebook("figure-1").name == "figure_1.ipynb"
+    assert exhibits.notebook("figure-1", "quick").name == "figure_1.ipynb"
+    assert exhibits.notebook("figure-1", "laptop").name == "figure_1_laptop.ipynb"
+    write_text(home / "results" / "figure-1-laptop.csv", "seed\n")
+    assert exhibits.notebook("figure-1").name == exhibits.notebook("figure-1", "laptop").name == "figure_1.ipynb"
+    assert exhibits.notebook("figure-1", "quick").name == "figure_1_quick.ipynb"
 
 
 def test_status_says_which_directories_are_of_an_earlier_version(home, capsys):

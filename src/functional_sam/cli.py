@@ -74,7 +74,10 @@ def _parser() -> argparse.ArgumentParser:
     command("check", _each(_of("results", "check_command")), "compare an exhibit drawn from the present runs with the released one")
     command("release", _each(_of("results", "release_command")), "write results/ of an exhibit from the present runs")
 
-    command("claims", _of("results", "claims_command"), "README's table of claims, from what was drawn", exhibit=False)
+    command(
+        "claims", _of("results", "claims_command"), "README's tables of claims and commands, from what was drawn", exhibit=False
+    )
+    command("report", _of("results", "report_command"), "paper/report.pdf and the galleries, from what was drawn", exhibit=False)
 
     train = command("train", _train, "one run: --task and --method, or run directories to finish", exhibit=False)
     train.add_argument("--task", help="a file of configs/tasks")

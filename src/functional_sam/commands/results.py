@@ -145,8 +145,17 @@ def shown(path: Path) -> Path:
 
 
 def claims_command(options: argparse.Namespace) -> int:
-    """Write README's table of claims."""
+    """Write README's tables of claims and commands."""
     from functional_sam.exhibits.claims import update
 
     console.print(f"wrote {shown(update())}", highlight=False)
+    return 0
+
+
+def report_command(options: argparse.Namespace) -> int:
+    """Write paper/report.pdf and both galleries."""
+    from functional_sam.exhibits.report import make
+
+    for path in make():
+        console.print(f"wrote {shown(path)}", highlight=False, soft_wrap=True)
     return 0

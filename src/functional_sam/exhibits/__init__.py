@@ -10,6 +10,7 @@ from types import ModuleType
 
 from functional_sam.config import Config, configs_directory, nearest
 from functional_sam.errors import UserError
+from functional_sam.exhibits.check import released_path
 from functional_sam.exhibits.output import Exhibit, as_written, write
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import load_spec, scales
@@ -18,6 +19,7 @@ from functional_sam.records.released import load_pack
 
 __all__ = [
     "KINDS",
+    "SCALES",
     "Exhibit",
     "NotComplete",
     "Plan",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 KINDS = {"tables": "table-", "figures": "figure-"}
+SCALES = ("quick", "laptop", "paper")  # the smallest first
 
 
 class NotComplete(UserError):
@@ -141,7 +144,13 @@ def sharing(name: str, scale: str) -> list[str]:
     return [other for other in known() if scale in scales(other) and pack_name(other, scale) == own]
 
 
-def notebook(name: str, scale: str = "quick") -> Path:
-    """The executed notebook of the exhibit; that of scale quick is the one that the others are made of."""
-    stem = name.replace("-", "_") + ("" if scale == "quick" else f"_{scale}")
+def notebook(name: str, scale: str | None = None) -> Path:
+    """The executed notebook of the exhibit: NAME.ipynb of the largest scale that is released, NAME_SCALE.ipynb of another."""
+    main = largest_released(name)
+    stem = name.replace("-", "_") + ("" if scale in (None, main) else f"_{scale}")
     return configs_directory().parent / "analysis" / f"{stem}.ipynb"
+
+
+def largest_released(name: str) -> str:
+    """The largest scale whose numbers are under results/; quick where none are."""
+    return next((scale for scale in reversed(SCALES) if released_path(name, scale).is_file()), SCALES[0])

@@ -1,56 +1,100 @@
-"""README's table of claims, from the exhibits' YAML and the records of what was drawn; no number of it is typed by hand."""
+"""README's tables: what the paper claims and what is found here, and what makes it; no number of them is typed by hand."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from functional_sam.config import configs_directory, read_yaml
 from functional_sam.errors import UserError
-from functional_sam.exhibits import known, markdown
+from functional_sam.exhibits import SCALES, known, markdown
 from functional_sam.exhibits.output import paper_directory
+from functional_sam.exhibits.words import sentence
 from functional_sam.files import write_text
 
-BEGIN, END = "<!-- claims -->", "<!-- end of claims -->"
-SCALES = ("quick", "laptop", "paper")
-COLUMNS = ("exhibit", "what the paper says", "here", "make it, time")
+Records = Mapping[tuple[str, str], Mapping[str, Any]]  # (exhibit, scale) -> content of its .json
+Facts = Mapping[str, Mapping[str, Any]]  # exhibit -> content of its YAML
+
+CLAIMS = ("<!-- claims -->", "<!-- end of claims -->")
+COMMANDS = ("<!-- commands -->", "<!-- end of commands -->")
+PICTURE = ("<!-- picture -->", "<!-- end of picture -->")
+PICTURED = "figure-7"  # gain against cost: what a reader comes for
+COLUMNS = ("claim", "here", "verdict", "exhibit")
 
 
-def table(claims: Mapping[str, Mapping[str, Any]], records: Mapping[tuple[str, str], Any]) -> str:
-    """The rows between the marks: exhibit, what the paper says, what we measured, command and time.
-
-    Of the largest scale that was drawn, with links to the others. claims: exhibit -> content of its YAML; records: (exhibit,
-    scale) -> content of its .json. An exhibit that was not drawn has no row.
-    """
+def table(claims: Facts, records: Records) -> str:
+    """A row an exhibit that was drawn, of its largest scale: the claim, what is found here, whether the claim holds, links."""
     rows = []
-    for name, claim in claims.items():
-        drawn = {scale: records[name, scale] for scale in SCALES if (name, scale) in records}
-        if not drawn:
-            continue
-        links = {scale: f"[{scale}]({shown(record)})" for scale, record in drawn.items()}
-        scale, record = list(drawn.items())[-1]
-        others = ", ".join(link for other, link in links.items() if other != scale)
-        ours = f"{record['headline']} ({links[scale]}{f'; {others}' if others else ''})"
-        rows.append((name, claim["claim"], ours, f"`make {name}`, {claim['time']}"))
+    for name, scales in drawn(records).items():
+        record = list(scales.values())[-1]
+        links = ", ".join(f"[{scale}]({shown(one)})" for scale, one in reversed(scales.items()))
+        rows.append((claims[name]["claim"], record["headline"], verdict(record), f"{name} ({links})"))
     return markdown.table(COLUMNS, rows, text=COLUMNS).strip()
 
 
-def shown(record: dict[str, Any]) -> str:
+def commands(claims: Facts, records: Records) -> str:
+    """A row an exhibit that was drawn: what it shows, the command that makes it, and how long that takes."""
+    columns = ("command", "shows", "time")
+    rows = [(f"`make {name}`", claims[name]["title"], claims[name]["time"]) for name in drawn(records)]
+    return markdown.table(columns, rows, text=columns).strip()
+
+
+def picture(claims: Facts, records: Records) -> str:
+    """README's one picture, at its largest scale, and its finding."""
+    scales = drawn(records).get(PICTURED)
+    if not scales:
+        return ""
+    record = list(scales.values())[-1]
+    link = f"[![{PICTURED}]({shown(record)})]({shown(record)})"
+    what = f"{claims[PICTURED]['title']}, scale {record['scale']}"
+    marks = "each method minus AdamW, at equal steps (filled) and with AdamW given the method's time (hollow)"
+    return f"{link}\n\n*{sentence(record['headline'])} {what}: {marks}.*"
+
+
+def verdict(record: Mapping[str, Any]) -> str:
+    """What a record answers to its claim, in bold where it is settled; of an exhibit that tests none: descriptive."""
+    answer = record.get("answer") or "descriptive"
+    return answer if answer in ("inconclusive", "descriptive") else f"**{answer}**"
+
+
+def drawn(records: Records) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """exhibit -> scale -> record, exhibits by number and scales from the smallest."""
+    names = in_order(name for name, _ in records)
+    return {name: {scale: records[name, scale] for scale in SCALES if (name, scale) in records} for name in names}
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of exhibits, each once: figure-2 before figure-10, figures before tables."""
+    return sorted(set(names), key=lambda name: (name.partition("-")[0], int((re.findall(r"\d+", name) or ["0"])[0])))
+
+
+def shown(record: Mapping[str, Any]) -> str:
     """The file of an exhibit that a reader opens."""
     return str(next(file for file in record["files"] if file.endswith((".png", ".md"))))
 
 
+def recorded() -> dict[tuple[str, str], dict[str, Any]]:
+    """What was drawn: the .json of every exhibit under paper/."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(paper_directory().glob("*/*.json"))]
+    return {(record["exhibit"], record["scale"]): record for record in found}
+
+
+def facts() -> dict[str, dict[str, Any]]:
+    """The YAML of every exhibit."""
+    return {name: read_yaml("exhibits", name) for name in known()}
+
+
+TABLES = {CLAIMS: table, COMMANDS: commands, PICTURE: picture}
+
+
 def update() -> Path:
-    """Write the table into README.md; its path. Raises UserError where a mark is missing."""
+    """Write the tables and the picture into README.md; its path. Raises UserError where a mark is missing."""
     readme = configs_directory().parent / "README.md"
-    records = {}
-    for path in sorted(paper_directory().glob("*/*.json")):
-        record = json.loads(path.read_text())
-        records[record["exhibit"], record["scale"]] = record
     text = readme.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise UserError(f"{readme}: no {BEGIN} and {END} to write the table between")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    claims = {name: read_yaml("exhibits", name) for name in known()}
-    write_text(readme, f"{before}{BEGIN}\n{table(claims, records)}\n{END}{after}")
+    for (begin, end), make in TABLES.items():
+        if begin not in text or end not in text:
+            raise UserError(f"{readme}: no {begin} and {end} to write the table between")
+        text = f"{text.split(begin)[0]}{begin}\n{make(facts(), recorded())}\n{end}{text.split(end)[1]}"
+    write_text(readme, text)
     return readme

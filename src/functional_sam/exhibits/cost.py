@@ -12,7 +12,12 @@ from functional_sam.exhibits.output import paper_directory, save_figure
 
 MARKERS = ("o", "s", "^", "D")
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
-CASE_LABEL = {"decoder-32k": "decoder, 32,000 pieces", "decoder-quick": "decoder, 1,024 pieces", "vit-quick": "ViT"}
+CASE_LABEL = {
+    "decoder-32k": "decoder, 32,000 pieces",
+    "decoder-32k-bf16": "the same in bf16",
+    "decoder-quick": "decoder, 1,024 pieces",
+    "vit-quick": "ViT",
+}
 ROW_LABEL = {
     "plain AdamW": "AdamW, the loop of a tutorial",
     "plain GPT": "AdamW, a public GPT",

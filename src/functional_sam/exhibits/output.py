@@ -14,6 +14,7 @@ from functional_sam.config import Config, configs_directory
 from functional_sam.exhibits.markdown import LEGEND, MARKS
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import Spec
+from functional_sam.exhibits.words import sentence
 from functional_sam.files import atomic_file, write_text
 from functional_sam.records import Source
 
@@ -47,11 +48,11 @@ class Exhibit:
     @property
     def page(self) -> str:
         """The Markdown file of a table: what came out, the table, its caption, what was published."""
-        found = f"{self.headline[:1].upper()}{self.headline[1:]}."
+        found = sentence(self.headline)
         answer = f" The claim, {self.plan.spec.claim}: **{self.answer}**." if self.answer else ""
         above = [f"# {self.plan.spec.name}: {self.title}", *([found + answer] if self.headline else [])]
         legend = [LEGEND] if any(mark in self.markdown for mark in MARKS.values()) else []
-        below = [*legend, self.caption, f"Published: {self.plan.spec.published}."]
+        below = [*legend, self.caption.removeprefix(found).strip(), f"Published: {self.plan.spec.published}."]
         return "\n\n".join([*above, self.markdown.strip(), *below]) + "\n"
 
 
