@@ -11,7 +11,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from functional_sam import exhibits
+from functional_sam import METHODS, exhibits
 from functional_sam.commands import results, runs
 from functional_sam.config import to_yaml
 from functional_sam.errors import UserError
@@ -370,6 +370,11 @@ def test_marks_show_the_interval_that_decides_and_one_seed_lighter():
 @pytest.mark.parametrize(("value", "text"), [(6224, "6.2k"), (13944, "14k"), (789504, "0.79M"), (1.208e9, "1.2B"), (7, "7")])
 def test_sizes_in_words(value, text):
     assert style.count(value) == text
+
+
+def test_every_method_has_a_name_for_readers():
+    assert {name for name in METHODS if name != "plain"} <= set(style.METHOD_LABEL)
+    assert set(style.METHOD_MARKER) <= set(style.METHOD_COLOR)
 
 
 def test_offsets_do_not_meet():

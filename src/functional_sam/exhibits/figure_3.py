@@ -42,6 +42,7 @@ def draw(plan: Plan) -> Exhibit:
         right.set_xlabel(r"dose $|g_{method} - g|\,/\,|g|$, mean over the run")
         style.signed_log(left, LINEAR)
     style.legend_above(figure, axes[0, 0], columns=4)
+    style.finding_above(figure, sentence(headline(data)))
     caption = (
         f"{sentence(headline(data))} Bars are 95 % intervals of paired differences, marks moved aside so that none covers "
         f"another; linear within {LINEAR:g} nats, logarithmic beyond; crosses at the top edge diverged; the grey band is that "

@@ -48,6 +48,7 @@ def draw(plan: Plan) -> Exhibit:
         axes[0, len(radii)].legend(*axes[0, 0].get_legend_handles_labels(), loc="center left")
     else:
         style.legend_above(figure, axes[0, 0], columns=4)
+    style.finding_above(figure, sentence(headline(data)))
     caption = (
         f"{sentence(headline(data))} Above nothing is chosen (AdamW's learning rate at each batch), below every method has "
         f"as many trials; bars are 95 % intervals of paired differences; linear within {LINEAR:g} nats, logarithmic beyond. "

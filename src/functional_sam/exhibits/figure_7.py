@@ -58,6 +58,7 @@ def draw(plan: Plan) -> Exhibit:
     cost.tick_params(axis="y", length=0)
     figure.tight_layout()
     figure.legend(*axis.get_legend_handles_labels(), loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=2)
+    style.finding_above(figure, sentence(headline(data)))
     cells = frame(of_part(plan.content, "fixed", "compute", "variants"), plan.source)
     caption = (
         f"{sentence(headline(data))} Bars are 95 % intervals of paired differences, linear within {LINEAR:g} nats, logarithmic "

@@ -1,6 +1,7 @@
 """How every figure looks: ICML column widths, one colour, marker and name per method, 95 % intervals, axes with readable ticks."""
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -64,9 +65,11 @@ PLACEBO_COLOR = "#bbbbbb"
 SINGLE = 0.35  # opacity of a mark of one seed, which decides nothing
 MODEL_LABEL = {"vit": "ViT", "convnet": "ConvNet"}
 DATA_LABEL = {"fashion-mnist": "Fashion-MNIST", "mnist-5k": "MNIST-5k", "imagenet-1k": "ImageNet-1K", "c4": "C4"}
-PART_COLOR = {"functional": "#0072B2", "logit": "#D55E00"}
-MATRIX_COLOR = {"hessian": "#000000", "gauss_newton": "#D55E00", "functional": "#0072B2"}  # the halves as in PART_COLOR
+# Of Paul Tol's muted scheme (colour-blind safe too): what is no method has the colour of none.
+PART_COLOR = {"functional": "#117733", "logit": "#882255"}
+MATRIX_COLOR = {"hessian": "#777777", "gauss_newton": "#882255", "functional": "#117733"}  # the halves as in PART_COLOR
 MATRIX_LABEL = {"hessian": "$H$", "gauss_newton": "$H_G$", "functional": "$H_F$"}
+TASK_COLOR = {"language": "#332288", "vision": "#CC6677"}
 TASK_LABEL = {"language": "Language", "vision": "Vision"}
 
 
@@ -122,6 +125,14 @@ def legend_above(figure: Figure, axis: Axes, columns: int = 5) -> None:
     figure.tight_layout()
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=columns)
+
+
+def finding_above(figure: Figure, text: str, width: int = 115) -> None:
+    """What the figure shows, as a title line over it and over the legends above it. Call it when all is laid out."""
+    tops = [1.0]
+    for legend in figure.legends:
+        tops.append(legend.get_window_extent().transformed(figure.transFigure.inverted()).y1)
+    figure.text(0.5, max(tops) + 0.01, textwrap.fill(text, width), ha="center", va="bottom", fontsize=8, fontweight="bold")
 
 
 def offsets(number: int, step: float) -> list[float]:
