@@ -38,7 +38,7 @@ def cost_figure(data: pd.DataFrame) -> Figure:
     """One row a method, cheapest first, one marker a model, lines from the first to the third quartile."""
     style.use()
     methods = list(data.groupby("method").ratio.median().sort_values(kind="stable").index)
-    figure, axes = plt.subplots(figsize=(style.COLUMN + 0.6, 0.19 * len(methods) + 0.8))
+    figure, axes = plt.subplots(figsize=(0.85 * style.PAGE, 0.19 * len(methods) + 0.8))
     cases = list(data.groupby("case", sort=False))
     for index, ((case, part), offset) in enumerate(zip(cases, style.offsets(len(cases), 0.78 / len(cases)), strict=True)):
         rows = [methods.index(method) + offset for method in part.method]
