@@ -56,6 +56,7 @@ class Cell:
     around_of: dict[str, list[float]] = field(default_factory=dict)  # entry -> its multiples of the centre in this cell
     choose: bool = True  # report the best trial of each entry; else every trial, none chosen
     best: bool = False  # choose and report the best checkpoint of a run, by the validation split, not the last
+    report: dict[str, Any] = field(default_factory=dict)  # key -> value on the config of reported runs alone
     curvature: int = 0  # reported seeds, the first so many, whose final curvature is measured
 
 
@@ -197,6 +198,7 @@ def make(
         "training.test_best": reported and cell.best,
         f"data.unique_{TASKS[config.kind].unit}": None if cell.epochs is None else rows // cell.epochs,
         "measure.curvature": curvature,
+        **(cell.report if reported else {}),
         **dict(trial.values),
     }
     if entry.settings.get("method.options.rho_schedule") == "warmup":
