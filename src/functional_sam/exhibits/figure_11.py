@@ -20,6 +20,7 @@ from functional_sam.study.tune import Planned
 __all__ = ["draw", "headline", "plan"]
 
 KINDS = {"rounding": "bits", "noise": "noise / RMS of a tensor", "forgetting": "steps on other text"}
+PHRASES = {Verdict.BETTER: "smaller", Verdict.WORSE: "larger", Verdict.SAME: "no different", Verdict.OPEN: "inconclusive"}
 HARD = {"rounding": (4, 3), "noise": (0.1, 0.2), "forgetting": (200,)}  # where the protocol predicts a difference
 
 
@@ -29,7 +30,7 @@ def draw(plan: Plan) -> Exhibit:
     data = _judged(pd.DataFrame(rows), plan.content[0].study.margin)
     style.use()
     cells = list(dict.fromkeys(data.cell))
-    figure, axes = plt.subplots(len(cells), len(KINDS), figsize=(style.PAGE, 2.2 * len(cells) + 0.3), squeeze=False)
+    figure, axes = plt.subplots(len(cells), len(KINDS), figsize=(style.PAGE, 2.2 * len(cells) + 0.3), squeeze=False, sharey="row")
     for line, cell in zip(axes, cells, strict=True):
         for axis, kind in zip(line, KINDS, strict=True):
             _panel(axis, data[(data.cell == cell) & (data.kind == kind)])
@@ -68,14 +69,14 @@ def increases(one: Planned, source: Source) -> list[dict[str, Any]]:
 
 
 def headline(data: pd.DataFrame) -> str:
-    """SAM's and the functional methods' increases where the change is hard, in a few words."""
+    """How the increases compare with AdamW's where the change is hard, in a few words."""
     hard = data[[row.level in HARD[row.kind] and row.verdict != "" for row in data.itertuples()]]
     tally = []
-    for word, phrase in ((Verdict.BETTER, "smaller"), (Verdict.WORSE, "larger"), (Verdict.SAME, "no different")):
+    for word, phrase in PHRASES.items():
         own = hard[hard.verdict == str(word)]
         names = ", ".join(f"{label(str(name))} {len(part)}" for name, part in own.groupby("entry", sort=False))
-        tally.append(f"{phrase} than AdamW's in {len(own)}" + (f" ({names})" if names else ""))
-    return f"loss increases under rounding, noise and other text: of {len(hard)} {'; '.join(tally)}"
+        tally.append(f"{len(own)} {phrase}" + (f" ({names})" if names and word is not Verdict.OPEN else ""))
+    return f"loss increases of rounded, jittered or retrained weights against AdamW's: of {len(hard)} {', '.join(tally)}"
 
 
 def _finished(config: Any, source: Source) -> bool:
