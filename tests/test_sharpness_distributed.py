@@ -12,7 +12,7 @@ from conftest import TinyModel, TinyReadout, adamw, gradients, make_batch, make_
 from processes import gloo
 from test_sharpness_dose import Normalized
 from test_sharpness_oracle import combine, norm, oracle, state_of, theta_of
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from functional_sam import METHODS, SharpnessAware
@@ -170,6 +170,10 @@ def ddp_worker(rank):
         asking_for_the_dose_changes_nothing(ddp, rank, kind)
     asking_for_the_dose_changes_nothing(ddp, rank, Normalized)
     wrapped_otherwise(rank)
+    fsdp1 = FullyShardedDataParallel(make_model(dtype=torch.float32), device_id=torch.device("cpu"))
+    for given in (fsdp1, fsdp1.module, torch.nn.Sequential(fsdp1)):
+        with pytest.raises(UserError, match="fully_shard"):
+            SharpnessAware(given, adamw(given), "sam")
     for options, method, words in [({"static_graph": True}, "sam", "static_graph"), ({}, "penalty-sam", "difference")]:
         model = ddp(make_model(), **options)
         with pytest.raises(UserError, match=words):
