@@ -70,8 +70,8 @@ def increases(one: Planned, source: Source) -> list[dict[str, Any]]:
 
 def headline(data: pd.DataFrame) -> str:
     """How the increases compare with AdamW's where the change is hard, in a few words."""
-    judged_ones = [isinstance(row.verdict, str) and row.verdict != "" for row in data.itertuples()]  # nan where a CSV was read
-    hard = data[judged_ones & pd.Series([row.level in HARD[row.kind] for row in data.itertuples()], index=data.index)]
+    keep = [isinstance(row.verdict, str) and row.verdict != "" and row.level in HARD[row.kind] for row in data.itertuples()]
+    hard = data[keep]  # a verdict that is not there is nan where a CSV was read
     tally = []
     for word, phrase in PHRASES.items():
         own = hard[hard.verdict == str(word)]
