@@ -37,6 +37,9 @@ class MadeUp:
         if file == "provenance.json":
             data = {"data": "d", "sha256": f"of {config.data.sources}"}
             return {"commit": "c", "diff": "", "versions": {}, "data": data, "code": {"sha256": "s", "files": {}}}
+        if file == "robustness.json":
+            assert config.measure.robustness
+            return self.robustness(config)
         assert file == "curvature.json"
         assert config.measure.curvature
         record = {}
@@ -45,6 +48,15 @@ class MadeUp:
             for part in path[:-1]:
                 place = place.setdefault(part, {})
             place[path[-1]] = 0.5
+        return record
+
+    def robustness(self, config):
+        """The hurt of a change is its size times 3 for SAM, times 1 for the others, and 1 % of the seed's sine."""
+        loss, sharp = self.loss(config), 3.0 if config.method.name == "sam" else 1.0
+        hurt = lambda size: loss + sharp * size * (1 + 0.01 * math.sin(config.training.init_seed + len(config.method.name)))  # noqa: E731
+        record = {"loss": loss, "rounding": {f"{b}": hurt(2.0**-b) for b in (8, 6, 5, 4, 3)}}
+        record["noise"] = {f"{s:g}": hurt(s) for s in (0.02, 0.05, 0.1, 0.2)}
+        record["elsewhere"] = {f"{s}": {"here": hurt(s / 400), "there": 6 - s / 400} for s in (0, 25, 50, 100, 200)}
         return record
 
     def metrics(self, config, kind=None):

@@ -14,7 +14,7 @@ from functional_sam.study import design
 from functional_sam.study.compare import Estimate, Verdict, equivalent, estimate, holm, judged, paired_difference, verdict
 from functional_sam.study.design import LR, RHO, Trial, load_study, make, steps_of, trials, tuning_seeds
 from functional_sam.study.report import by_seed, check, difference, frame, judge
-from functional_sam.study.tune import plan_cell, plan_cells, smallest_of_the_best, todo
+from functional_sam.study.tune import foreseen, plan_cell, plan_cells, smallest_of_the_best, todo
 from functional_sam.tasks import TASKS
 
 # ---------------------------------------------------------------- comparing
@@ -214,6 +214,26 @@ def test_a_study_in_turn_stops_at_the_first_cell_that_is_not_complete(study):
     assert todo(plan_cells(study, cells, source)) == plan_cell(study, cells[0], source).configs
     finish(study, cells[0], source)
     assert {c.training.batch for c in todo(plan_cells(study, cells, source))} == {4, 32}
+
+
+def test_the_runs_of_all_stages_are_foreseen(study):
+    """As many as there are in the end, when the centre's grid did not grow."""
+    source, cells = MadeUp(bowl()), study.part("fixed", "compute")
+    while any(source.do(one.configs) for one in plan_cells(study, cells, source)):
+        pass
+    wanted = {config.name for one in plan_cells(study, cells, source) for config in one.configs}
+    found = foreseen(study, cells)
+    assert len(found) == len(wanted)
+    assert sum(config.training.steps for config in found) == sum(source.records[name][0].training.steps for name in wanted)
+
+
+def test_cells_can_be_named_on_the_command_line():
+    study = load_study("language", "paper", ("cells=fixed-23.9M,chinchilla-23.9M", "training.eval_batch=8"))
+    assert [cell.name for cell in study.part("fixed", "chinchilla")] == ["fixed-23.9M", "chinchilla-23.9M"]
+    assert {config.task for config in foreseen(study, study.part("fixed"))} == {"language-23.9M"}
+    assert {config.training.eval_batch for config in foreseen(study, study.part("fixed"))} == {8}
+    with pytest.raises(UserError, match=r"fixed-23\.8M.*fixed-23\.9M"):
+        load_study("language", "paper", ("cells=fixed-23.8M",))
 
 
 def test_smallest_rate_within_one_standard_error():

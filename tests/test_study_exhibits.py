@@ -14,7 +14,7 @@ from functional_sam.study.compare import Verdict
 from functional_sam.study.design import load_study
 from functional_sam.study.tune import plan_cell
 
-EXHIBITS = ("figure-3", "figure-5", "figure-7", "table-1", "table-2", "table-3", "table-8")
+EXHIBITS = ("figure-3", "figure-5", "figure-7", "figure-11", "table-1", "table-2", "table-3", "table-8")
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +117,17 @@ def test_table_1_has_a_row_a_cell(complete):
     page = drawn("table-1", complete).page
     rows = [line for line in page.splitlines() if line.startswith("| fixed") or line.startswith("| chinchilla")]
     assert len(rows) == 4
+
+
+def test_figure_11_says_whose_weights_bear_more(complete):
+    exhibit = drawn("figure-11", complete)
+    data = exhibit.frame
+    sam = data[data.entry == "sam"]
+    assert (sam.minus_baseline > 0).all()
+    assert set(data[data.entry == "adamw"].verdict) == {""}
+    hard = sam[(sam.kind == "forgetting") & (sam.level == 200)].iloc[0]
+    assert hard.increase == pytest.approx(1.5, rel=0.02)
+    assert hard.minus_baseline == pytest.approx(1.0, rel=0.03)
+    assert hard.verdict == str(Verdict.WORSE)
+    assert hard.there == pytest.approx(5.5)
+    assert "5 larger (SAM 5)" in exhibit.caption

@@ -58,7 +58,8 @@ def _parser() -> argparse.ArgumentParser:
         if exhibit:
             sub.add_argument("exhibit", help="for instance figure-1; or tables, or figures: all that have the scale")
             sub.add_argument("--scale", default="quick", help="quick (default), laptop, ...: a file of configs/scales")
-            sub.add_argument("overrides", nargs="*", help="key=value on every run's config, for instance training.steps=100")
+            text = "key=value on every run's config, for instance training.steps=100; of a study also cells=NAME,NAME: these alone"
+            sub.add_argument("overrides", nargs="*", help=text)
         return sub
 
     planned = command("plan", _of("runs", "plan_command"), "the runs an exhibit needs: how far each is, how long it takes")

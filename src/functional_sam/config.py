@@ -59,6 +59,7 @@ class DataConfig:
     hub: str | None = None  # OWNER/NAME[@REVISION] of c4 or imagenet-1k on the hub; none: the one they are published as
     unique_tokens: int | None = None  # train on so many tokens only, over and over; none: all
     files: int | None = None  # the first so many train files of c4 or imagenet-1k; none: all
+    elsewhere: list[str] = field(default_factory=list)  # text of another kind, for measure.robustness: cut by the run's tokenizer
     tokenizer: str | None = None  # a SentencePiece model for c4; none: trained on the start of its first file
 
 
@@ -121,6 +122,7 @@ class MeasureConfig:
     ascents: list[str] = field(default_factory=lambda: ["gradient", "adam"])
     adam_from: int = 10  # step from which the adam ascent is measured: before, P g is the sign of g, rounding noise included
     curvature: bool = False  # spectra and traces of H, H_G, H_F at the final weights, into curvature.json
+    robustness: bool = False  # loss after rounding, noise and training on data.elsewhere, of the final weights: robustness.json
     probes: int = 10  # random vectors of a trace
     lanczos: int = 100  # products of a run of Lanczos, at most
     density_probes: int = 0  # random vectors of a spectral density
@@ -159,7 +161,11 @@ class Config:
     def hash(self) -> str:
         """12 hexadecimal digits of the SHA-256 of all that can change a result: what differs from the defaults, and the packages
         that hold the data, each with its version. So a new setting leaves the names of old runs alone."""
-        content = {"schema": SCHEMA, "packages": pinned([*self.data.sources, self.data.images]), **_differing(self)}
+        content = {
+            "schema": SCHEMA,
+            "packages": pinned([*self.data.sources, *self.data.elsewhere, self.data.images]),
+            **_differing(self),
+        }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
     @property

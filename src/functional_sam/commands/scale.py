@@ -17,7 +17,7 @@ from functional_sam.commands import console, wide
 from functional_sam.config import Config, compose, configs_directory
 from functional_sam.data.shards import Status
 from functional_sam.errors import UserError
-from functional_sam.exhibits import KINDS, known, needed
+from functional_sam.exhibits import KINDS, foreseen, known
 from functional_sam.jobs.profile import load_profile
 from functional_sam.planning import GPUS, Hardware, gpu, rows, table
 from functional_sam.tasks import TASKS
@@ -66,7 +66,7 @@ def estimate_command(options: argparse.Namespace) -> int:
     configs: list[Config] = []
     for name in options.names:
         if name in known() or name in KINDS:
-            configs += needed(name, options.scale)
+            configs += foreseen(name, options.scale)
         elif (configs_directory() / "tasks" / f"{name}.yaml").is_file():
             configs += [compose(name, method, options.scale) for method in options.method or FIVE]
         else:

@@ -5,6 +5,7 @@ Letters: B rows of a batch, L tokens of a window, V pieces of the vocabulary.
 
 import hashlib
 import importlib.metadata
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from functional_sam.losses import IGNORE
 FORMAT = 1  # raise it when the same sources and vocab give other files
 SPLITS = ("train", "validation", "test")
 ENCODE_AT_ONCE = 1000
+MAX_ELSEWHERE = 1_000_000
 COUNTS = ("documents", "tokens", "bytes", "bytes_per_token", "text_sha256")  # what the manifest says of each split
 
 
@@ -69,13 +71,19 @@ def text_directory(
 
 
 def build_text(
-    documents: Iterable[Document], vocab: int, directory: Path, progress: Progress = silent, max_train_tokens: int | None = None
+    documents: Iterable[Document],
+    vocab: int,
+    directory: Path,
+    progress: Progress = silent,
+    max_train_tokens: int | None = None,
+    tokenizer_model: Path | None = None,
 ) -> dict[str, Any]:
     """Write tokenizer.model and, for each split, its stream into `directory`; return what the manifest says about them.
 
     <split>.ids: BOS, pieces, EOS of one document after the other, uint16 (uint32 when vocab > 65,535). Validation and test
     also have <split>.offsets, int64 [documents + 1], where each document starts, and <split>.ends, uint32 beside ids: the UTF-8
     bytes of the document up to and including each token. Bytes per token counts BOS and EOS as tokens.
+    tokenizer_model: take this one (of `vocab` pieces) instead of training one.
     """
     parts: dict[str, list[Document]] = {split: [] for split in SPLITS}
     for document in documents:
@@ -85,8 +93,11 @@ def build_text(
     if not parts["train"]:
         raise UserError("no document falls into the train split: more text is needed")
 
-    progress(f"training a tokenizer of {vocab} pieces ...")
-    train_tokenizer((document.text for document in parts["train"]), vocab, directory / "tokenizer.model")
+    if tokenizer_model:
+        shutil.copyfile(tokenizer_model, directory / "tokenizer.model")
+    else:
+        progress(f"training a tokenizer of {vocab} pieces ...")
+        train_tokenizer((document.text for document in parts["train"]), vocab, directory / "tokenizer.model")
     tokenizer = Tokenizer(directory / "tokenizer.model")
 
     counts: dict[str, Any] = {key: {} for key in COUNTS}
@@ -145,6 +156,25 @@ class TextData:
 
     def _open_train(self) -> Any:
         return np.memmap(self.directory / "train.ids", dtype=self.manifest["dtype"], mode="r")
+
+    def elsewhere(self, sources: Sequence[str], progress: Progress | None = None) -> "TextData":
+        """Other text, cut by this tokenizer; once, beside this directory. At most MAX_ELSEWHERE tokens of it train."""
+        check_sources(sources)
+        names, say = sorted(set(sources)), progress or silent
+        made_from = {
+            "format": FORMAT,
+            "sources": {name: {"package": HOLDS[name].name, "version": HOLDS[name].version} for name in names},
+            "tokenizer": self.manifest["files"]["tokenizer.model"]["sha256"],
+            "max_train_tokens": MAX_ELSEWHERE,
+        }
+        directory = self.directory.parent / f"text-{'-'.join(names)}-cut-by-another-{digest(made_from)[:12]}"
+
+        def build(directory: Path) -> dict[str, Any]:
+            say(f"reading {', '.join(names)} ...")
+            model = self.directory / "tokenizer.model"
+            return made_from | build_text(read_sources(names), self.vocab, directory, say, MAX_ELSEWHERE, model)
+
+        return TextData(directory, cached(directory, build, say))
 
     def train_windows(self, length: int, unique_tokens: int | None = None) -> int:
         """The number of whole windows of `length` tokens in the train stream, or in its first `unique_tokens` tokens.

@@ -16,6 +16,8 @@ from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import load_spec, scales
 from functional_sam.records import Run, RunDirectories, Source
 from functional_sam.records.released import load_pack
+from functional_sam.study import tune
+from functional_sam.study.design import load_study
 
 __all__ = [
     "KINDS",
@@ -25,6 +27,7 @@ __all__ = [
     "Plan",
     "draw",
     "draw_plan",
+    "foreseen",
     "fresh",
     "known",
     "members",
@@ -81,6 +84,20 @@ def needed(name: str, scale: str = "quick", overrides: tuple[str, ...] = ()) -> 
     found: dict[str, Config] = {}
     for one in members(name, scale):
         found |= {config.name: config for config in planned(one, scale, overrides).configs}
+    return list(found.values())
+
+
+def foreseen(name: str, scale: str = "quick") -> list[Config]:
+    """As many runs as `needed` will name in the end, those included that follow from what earlier ones find."""
+    found: dict[str, Config] = {}
+    for one in members(name, scale):
+        spec = load_spec(one, scale)
+        if spec.study:
+            study = load_study(spec.study, scale)
+            configs = tune.foreseen(study, study.part(*spec.parts))
+        else:
+            configs = planned(one, scale).configs
+        found |= {config.name: config for config in configs}
     return list(found.values())
 
 

@@ -17,6 +17,7 @@ from functional_sam.sharpness.methods import METHODS
 from functional_sam.tasks import TASKS
 
 LR, RHO = "optimizer.lr", "method.rho"
+CELLS = "cells="  # of the command line
 
 
 @dataclass
@@ -56,6 +57,7 @@ class Cell:
     around_of: dict[str, list[float]] = field(default_factory=dict)  # entry -> its multiples of the centre in this cell
     choose: bool = True  # report the best trial of each entry; else every trial, none chosen
     best: bool = False  # choose and report the best checkpoint of a run, by the validation split, not the last
+    report: dict[str, Any] = field(default_factory=dict)  # key -> value on the config of reported runs alone
     curvature: int = 0  # reported seeds, the first so many, whose final curvature is measured
 
 
@@ -74,7 +76,8 @@ class Study:
     entries: dict[str, Entry] = field(default_factory=dict)
     cells: dict[str, Cell] = field(default_factory=dict)  # in the order in which they are best done
     settings: dict[str, Any] = field(default_factory=dict)  # on the config of every run
-    overrides: tuple[str, ...] = ()  # of the command line
+    overrides: tuple[str, ...] = ()  # of the command line, on every run's config
+    only: tuple[str, ...] = ()  # of the command line: the cells it is about; none: all
 
     def part(self, *parts: str) -> list[Cell]:
         """The cells of some parts, in order. Raises UserError for a part that no cell belongs to."""
@@ -82,7 +85,7 @@ class Study:
         for part in parts:
             if part not in known:
                 raise nearest(f"part of the study {self.name} at scale {self.scale}", part, known)
-        return [cell for cell in self.cells.values() if cell.part in parts]
+        return [cell for cell in self.cells.values() if cell.part in parts and (not self.only or cell.name in self.only)]
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,10 @@ class Trial:
 
 
 def load_study(name: str, scale: str, overrides: tuple[str, ...] = ()) -> Study:
-    """A study at a scale. Raises UserError, with file, cell and value, for one that cannot be or that reports a tuning seed."""
+    """A study at a scale. Among the overrides cells=NAME,NAME keeps those cells alone.
+
+    Raises UserError, with file, cell and value, for a study that cannot be or that reports a tuning seed.
+    """
     content = read_yaml("studies", name)
     scales = content.pop("scales", {})
     if scale not in scales:
@@ -109,7 +115,13 @@ def load_study(name: str, scale: str, overrides: tuple[str, ...] = ()) -> Study:
     except OmegaConfBaseException as error:
         raise UserError(f"{where}: {error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(study, Study)
-    study.overrides = overrides
+    study.overrides = tuple(one for one in overrides if not one.startswith(CELLS))
+    study.only = tuple(
+        cell for one in overrides if one.startswith(CELLS) for cell in one.removeprefix(CELLS).strip("[]").split(",")
+    )
+    for cell_name in study.only:
+        if cell_name not in study.cells:
+            raise nearest(f"cell of {where}:", cell_name, study.cells)
     for cell_name, cell in study.cells.items():
         cell.name = cell_name
         _check(study, cell, f"{where}, cell {cell_name}")
@@ -197,6 +209,7 @@ def make(
         "training.test_best": reported and cell.best,
         f"data.unique_{TASKS[config.kind].unit}": None if cell.epochs is None else rows // cell.epochs,
         "measure.curvature": curvature,
+        **(cell.report if reported else {}),
         **dict(trial.values),
     }
     if entry.settings.get("method.options.rho_schedule") == "warmup":

@@ -5,9 +5,11 @@
 3. The report: the chosen trial of each entry on other seeds; or, where nothing is chosen, every trial on them.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from functional_sam.config import Config
 from functional_sam.records import Source
@@ -162,3 +164,30 @@ def smallest_of_the_best(scores: Sequence[Sequence[float]]) -> int:
         return lowest
     differences = [paired_difference(values, scores[lowest]) for values in scores[:lowest]]
     return next((index for index, one in enumerate(differences) if one.mean <= one.stderr), lowest)
+
+
+class _AllDone:
+    """Records in which every run is done, all with the same loss."""
+
+    name = "foreseen"
+
+    def done(self, config: Config) -> bool:
+        return True
+
+    def summary(self, config: Config) -> dict[str, Any]:
+        return {f"{split}{best}{TASKS[config.kind].metric.name}": 0.0 for split in ("", "test_") for best in ("", "best_")}
+
+    def read(self, config: Config, file: str) -> dict[str, Any]:
+        return {}
+
+    def metrics(self, config: Config, kind: str | None = None) -> list[dict[str, Any]]:
+        return []
+
+
+def foreseen(study: Study, cells: Sequence[Cell]) -> list[Config]:
+    """As many runs of as many steps as the cells will have in all three stages, had the centre's grid not to grow.
+
+    Before any is done: which trials will be chosen is not known, and the learning rates of these are not those of the study.
+    """
+    planned = plan_cells(dataclasses.replace(study, extensions=0), cells, _AllDone())
+    return unique(config for one in planned for config in one.configs)

@@ -1,5 +1,6 @@
 """Next-token prediction on real prose with the Nanodo decoder."""
 
+import copy
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -37,6 +38,10 @@ class Language(Task):
             raise UserError(f"model.kind={config.model.kind!r}: a task of kind language has a decoder")
         if data.augment:
             raise UserError(f"data.augment={data.augment} is for images, not for text")
+        if data.elsewhere:
+            check_sources(data.elsewhere)
+        if data.elsewhere and "c4" in data.sources:
+            raise UserError("data.elsewhere is for packaged text, not for c4")
         if data.noise or data.unique_images or config.model.activation != "gelu":
             raise UserError("data.noise, data.unique_images and model.activation are for images, not for text")
         if "c4" in data.sources:
@@ -52,7 +57,10 @@ class Language(Task):
         cache, wanted = Path(config.runtime.cache), wanted_c4(config)
         if wanted:
             return c4.prepare_c4(wanted, cache, progress, processes, watch)
-        return prepare_text(config.data.sources, config.data.vocab, cache, progress)
+        text = prepare_text(config.data.sources, config.data.vocab, cache, progress)
+        if config.data.elsewhere:  # now, not after the training that it is for
+            text.elsewhere(config.data.elsewhere, progress)
+        return text
 
     @classmethod
     def data_directory(cls, config: Config) -> Path:
@@ -98,6 +106,13 @@ class Language(Task):
     def held_out(self, split: str, size: int, rows: int | None) -> Iterable[tuple[Any, ...]]:
         windows = self.config.data.held_out == "windows"
         return self.data.eval_batches(split, size, self.config.model.length, rows, windows)
+
+    def elsewhere(self) -> Task | None:
+        if not self.config.data.elsewhere:
+            return None
+        other = copy.copy(self)
+        other.data = self.data.elsewhere(self.config.data.elsewhere)
+        return other
 
     def evaluate(self, model: torch.nn.Module, split: str) -> dict[str, float]:
         """Mean nats per token, and bits per byte of the text that the rows cover."""

@@ -130,6 +130,10 @@ class Task(abc.ABC):
     def held_out(self, split: str, size: int, rows: int | None) -> Iterable[tuple[Any, ...]]:
         """(inputs, targets, what else an evaluation needs) of `size` rows, over the first `rows` rows (none: all) of a split."""
 
+    def elsewhere(self) -> "Task | None":
+        """The same task on data.elsewhere, for measure.robustness; none: it has no data of another kind."""
+        return None
+
     def measured(self) -> Batches:
         """The fixed held-out rows on which curvature is measured."""
         measure = self.config.measure

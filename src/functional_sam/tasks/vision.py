@@ -50,8 +50,8 @@ class Vision(Task):
             raise nearest("image set", data.images, IMAGES)
         if (data.files or data.hub) and data.images != "imagenet-1k":
             raise UserError(f"data.files and data.hub are for data.images=imagenet-1k, not for {data.images}")
-        if data.unique_tokens or data.held_out != "documents":
-            raise UserError("data.unique_tokens and data.held_out are for text, not for images")
+        if data.unique_tokens or data.held_out != "documents" or data.elsewhere:
+            raise UserError("data.unique_tokens, data.held_out and data.elsewhere are for text, not for images")
 
     @classmethod
     def prepare(cls, config: Config, progress: Progress | None = None, processes: int = 0, watch: Watch | None = None) -> ImageData:

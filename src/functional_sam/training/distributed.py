@@ -190,6 +190,10 @@ def _require_divisible(config: Config, world: int, parallel: str) -> None:
             f"scope=rank: the result would depend on the number of processes; scope=micro-batch with training.micro_batch="
             f"{training.batch // world} is the same for {world} processes, and fixed by the config"
         )
+    if parallel == "fsdp" and config.measure.robustness:
+        raise UserError(
+            "measure.robustness needs whole parameters: train with runtime.parallel=ddp, or set measure.robustness=false"
+        )
     if parallel == "fsdp" and config.measure.curvature:
         raise UserError("measure.curvature needs whole parameters: train with runtime.parallel=ddp, or set measure.curvature=false")
     if parallel == "fsdp" and config.optimizer.name == "adafactor":

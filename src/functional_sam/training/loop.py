@@ -21,6 +21,7 @@ from functional_sam.training.distributed import join
 from functional_sam.training.measure import final_curvature, shares
 from functional_sam.training.optimizers import optimizer_of
 from functional_sam.training.precision import warn_of_slow_bf16
+from functional_sam.training.robustness import robustness
 from functional_sam.training.schedule import learning_rate
 from functional_sam.training.signals import Interrupted, Stop
 from functional_sam.training.state import restore, save
@@ -126,6 +127,8 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
         elapsed = seconds + time.perf_counter() - began
         if config.measure.curvature:
             run.write("curvature.json", final_curvature(inner, optimizer, task, placed(task.measured(), device, dtype)))
+        if config.measure.robustness:
+            run.write("robustness.json", robustness(inner, task, device, dtype))
         summary["seconds"] = round(elapsed, 3)
         ranks.lead(lambda: run.write("done.json", summary))
         return run

@@ -1,0 +1,141 @@
+"""figure-11: what flatness buys when the loss does not show it: rounded weights, jittered weights, training on other text."""
+
+import math
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from functional_sam.exhibits import style
+from functional_sam.exhibits.comparison import label, left_out, plan, setting
+from functional_sam.exhibits.output import Exhibit
+from functional_sam.exhibits.plan import Plan
+from functional_sam.records import Source
+from functional_sam.study.compare import Estimate, Verdict, estimate, judged, paired_difference
+from functional_sam.study.report import check, frame
+from functional_sam.study.tune import Planned
+
+__all__ = ["draw", "headline", "plan"]
+
+KINDS = {"rounding": "bits", "noise": "noise / RMS of a tensor", "forgetting": "steps on other text"}
+PHRASES = {Verdict.BETTER: "smaller", Verdict.WORSE: "larger", Verdict.SAME: "no different", Verdict.OPEN: "inconclusive"}
+HARD = {"rounding": (4, 3), "noise": (0.1, 0.2), "forgetting": (200,)}  # where the protocol predicts a difference
+
+
+def draw(plan: Plan) -> Exhibit:
+    """A row a cell, a panel a kind of change: the increase of the loss minus AdamW's increase, paired by seed."""
+    rows = [row for one in plan.content for row in increases(one, plan.source)]
+    data = _judged(pd.DataFrame(rows), plan.content[0].study.margin)
+    style.use()
+    cells = list(dict.fromkeys(data.cell))
+    figure, axes = plt.subplots(len(cells), len(KINDS), figsize=(style.PAGE, 2.2 * len(cells) + 0.3), squeeze=False, sharey="row")
+    for line, cell in zip(axes, cells, strict=True):
+        for axis, kind in zip(line, KINDS, strict=True):
+            _panel(axis, data[(data.cell == cell) & (data.kind == kind)])
+            axis.set(title=kind, xlabel=KINDS[kind])
+        line[0].set_ylabel("increase of the loss\nminus AdamW's (nats per token)")
+    style.legend_above(figure, axes[0, 0])
+    finding = f"{headline(data)[0].upper()}{headline(data)[1:]}."
+    base = data[data.entry == plan.content[0].cell.entries[0]]
+    scale = "; ".join(f"{kind} {_own(base, kind)}" for kind in KINDS)
+    caption = (
+        f"{finding} AdamW's own increase in nats: {scale}; other text is AWS documentation, cut by the same tokenizer. "
+        f"{setting(plan, frame(plan.content, plan.source))}{left_out(plan)}"
+    )
+    return Exhibit(plan, {"": data}, caption, finding, figure)
+
+
+def increases(one: Planned, source: Source) -> list[dict[str, Any]]:
+    """A row an entry, kind and level: the loss on the run's own text after the change minus that before, and both minus AdamW's."""
+    check([one], source)
+    (base, configs), *_ = one.reported.items()
+    records = {
+        key: [source.read(c, "robustness.json") if _finished(c, source) else None for c in of] for key, of in one.reported.items()
+    }
+    rows = []
+    for key, own in records.items():
+        for kind, level in _levels(records[base]):
+            after = [_increase(record, kind, level) for record in own]
+            theirs = [_increase(record, kind, level) for record in records[base]]
+            before = paired_difference(*([math.inf if r is None else r["loss"] for r in of] for of in (own, records[base])))
+            mean, minus = estimate(after), paired_difference(after, theirs)
+            row = {"cell": one.cell.name, "task": one.cell.task, "entry": key[0], "kind": kind, "level": level, "n": len(configs)}
+            row |= {"increase": mean.mean, "increase_stderr": mean.stderr, "before_minus_baseline": before.mean}
+            row |= {"there": estimate([_there(record, kind, level) for record in own]).mean}
+            rows.append(row | {"minus_baseline": minus.mean, "minus_baseline_stderr": minus.stderr})
+    return rows
+
+
+def headline(data: pd.DataFrame) -> str:
+    """How the increases compare with AdamW's where the change is hard, in a few words."""
+    keep = [isinstance(row.verdict, str) and row.verdict != "" and row.level in HARD[row.kind] for row in data.itertuples()]
+    hard = data[keep]  # a verdict that is not there is nan where a CSV was read
+    tally = []
+    for word, phrase in PHRASES.items():
+        own = hard[hard.verdict == str(word)]
+        names = ", ".join(f"{label(str(name))} {len(part)}" for name, part in own.groupby("entry", sort=False))
+        tally.append(f"{len(own)} {phrase}" + (f" ({names})" if names and word is not Verdict.OPEN else ""))
+    return f"loss increases of rounded, jittered or retrained weights against AdamW's: of {len(hard)} {', '.join(tally)}"
+
+
+def _finished(config: Any, source: Source) -> bool:
+    return not source.summary(config).get("diverged")
+
+
+def _levels(records: list[dict[str, Any] | None]) -> list[tuple[str, float]]:
+    record = next(record for record in records if record is not None)
+    found = [(kind, float(level)) for kind in ("rounding", "noise") for level in record[kind]]
+    return found + [("forgetting", float(level)) for level in record.get("elsewhere", {}) if level != "0"]
+
+
+def _increase(record: dict[str, Any] | None, kind: str, level: float) -> float:
+    """Of the loss; inf for a run that diverged or a loss that is not finite."""
+    if record is None:
+        return math.inf
+    value = record["elsewhere"][f"{level:g}"]["here"] if kind == "forgetting" else record[kind][f"{level:g}"]
+    return math.inf if value is None else float(value) - float(record["loss"])
+
+
+def _there(record: dict[str, Any] | None, kind: str, level: float) -> float:
+    """The loss on the other text; nan where none was trained on."""
+    if record is None or kind != "forgetting":
+        return math.nan
+    value = record["elsewhere"][f"{level:g}"]["there"]
+    return math.inf if value is None else float(value)
+
+
+def _judged(data: pd.DataFrame, margin: float) -> pd.DataFrame:
+    """With verdicts, Holm over the exhibit; a base is not compared to itself."""
+    own = [row.minus_baseline != 0.0 or row.minus_baseline_stderr != 0.0 for row in data.itertuples()]
+    words = iter(judged([Estimate(r.minus_baseline, r.minus_baseline_stderr, r.n) for r in data[own].itertuples()], margin=margin))
+    return data.assign(verdict=[str(next(words)) if compared else "" for compared in own])
+
+
+def _panel(axis: Axes, data: pd.DataFrame) -> None:
+    axis.axhline(0.0, color=style.METHOD_COLOR["adamw"], linewidth=0.8)
+    entries = [name for name in dict.fromkeys(data.entry) if name != "adamw"]
+    levels = sorted(set(data.level), reverse=data.kind.iloc[0] == "rounding")  # from gentle to hard
+    for shift, name in zip(np.linspace(-0.18, 0.18, len(entries)), entries, strict=True):
+        own = data[data.entry == name].set_index("level").loc[levels]
+        halves = [Estimate(r.minus_baseline, r.minus_baseline_stderr, r.n).half_width for r in own.itertuples()]
+        finite = np.isfinite(own.minus_baseline) & np.isfinite(halves)
+        x = np.arange(len(levels)) + shift
+        axis.errorbar(
+            x[finite],
+            own.minus_baseline[finite],
+            yerr=np.array(halves)[finite],
+            color=style.METHOD_COLOR.get(name, "#666666"),
+            marker="o",
+            linestyle="none",
+            elinewidth=0.8,
+            label=label(name),
+        )
+    axis.set_xticks(range(len(levels)), [f"{level:g}" for level in levels])
+    style.signed_log(axis, 0.01)
+
+
+def _own(base: pd.DataFrame, kind: str) -> str:
+    own = base[base.kind == kind]
+    return ", ".join(f"{row.increase:.3g} at {row.level:g}" for row in own.itertuples() if row.level in HARD[kind])
