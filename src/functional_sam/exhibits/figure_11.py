@@ -12,6 +12,7 @@ from functional_sam.exhibits import style
 from functional_sam.exhibits.comparison import label, left_out, plan, setting
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
+from functional_sam.exhibits.words import answer, sentence
 from functional_sam.records import Source
 from functional_sam.study.compare import Estimate, Verdict, estimate, judged, paired_difference
 from functional_sam.study.report import check, frame
@@ -37,14 +38,16 @@ def draw(plan: Plan) -> Exhibit:
             axis.set(title=kind, xlabel=KINDS[kind])
         line[0].set_ylabel("increase of the loss\nminus AdamW's (nats per token)")
     style.legend_above(figure, axes[0, 0])
-    finding = f"{headline(data)[0].upper()}{headline(data)[1:]}."
+    finding = sentence(headline(data))
+    style.finding_above(figure, finding)
     base = data[data.entry == plan.content[0].cell.entries[0]]
     scale = "; ".join(f"{kind} {_own(base, kind)}" for kind in KINDS)
     caption = (
         f"{finding} AdamW's own increase in nats: {scale}; other text is AWS documentation, cut by the same tokenizer. "
         f"{setting(plan, frame(plan.content, plan.source))}{left_out(plan)}"
     )
-    return Exhibit(plan, {"": data}, caption, finding, figure)
+    hard = [row.verdict for row in data.itertuples() if row.entry == "sam" and row.level in HARD[row.kind]]
+    return Exhibit(plan, {"": data}, caption, finding, figure, answer=answer(hard, Verdict.BETTER))
 
 
 def increases(one: Planned, source: Source) -> list[dict[str, Any]]:
