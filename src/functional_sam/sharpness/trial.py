@@ -1,6 +1,5 @@
 """One trial of a set-up: what a training run would never say is wrong, asked of one step and then undone."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +25,7 @@ def trial(sharpness: Any, batches: Sequence[Batch]) -> None:
     reshard(model)  # after a forward of the caller's own the parameters of FSDP2 are not the ones that it trains
     theta = [(name, p, _local(p).clone()) for name, p in model.named_parameters()]
     buffers = [(name, b, _local(b).clone()) for name, b in model.named_buffers()]
-    state, rng, stepped = copy.deepcopy(sharpness.state_dict()), passes.random_state(), seen.steps
+    state, rng, stepped = _copied(sharpness.state_dict()), passes.random_state(), seen.steps
     keep_u, dose = passes.keep_u, sharpness.dose
 
     def undo() -> None:
@@ -87,3 +86,10 @@ def _local(tensor: Tensor) -> Tensor:
     held: Any = tensor.detach()
     local: Tensor = held.to_local() if hasattr(held, "to_local") else held
     return local
+
+
+def _copied(state: Any) -> Any:
+    """copy.deepcopy, which fails on sharded tensors."""
+    if isinstance(state, dict):
+        return {key: _copied(value) for key, value in state.items()}
+    return state.clone() if isinstance(state, Tensor) else state
