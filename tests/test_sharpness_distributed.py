@@ -131,7 +131,7 @@ def distributed(tensor, like):
 
 
 def asking_for_the_dose_changes_nothing(wrap, rank, kind, methods=("sam", "functional-sam", "wsam", "looksam", "tram")):
-    """Nor does check(): weights, buffers, random state are those of the run that never asked, bit for bit, from the first step on."""
+    """Nor does check(): weights, buffers, random state are those of the run that never asked, bit for bit, from step 1 on."""
     for method in methods:
         runs = []
         for asks in (False, True):
