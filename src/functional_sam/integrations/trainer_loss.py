@@ -18,7 +18,7 @@ class TrainerLoss:
 
     def __init__(self, trainer: Any, output: type) -> None:
         self.trainer, self.output = trainer, output
-        self.words: tuple[str, ...] = ("num_items_in_batch", "shift_labels")
+        self.words: tuple[str, ...] | None = None  # that the model's loss takes; None until a first step has found out
 
     def begin(self, waiting: list[tuple[dict[str, Any], Any]]) -> list[tuple[dict[str, Any], Any]]:
         """Micro-batches of a step, of the Trainer's (inputs, num_items_in_batch): what the model is given, and a target a row."""
@@ -39,7 +39,7 @@ class TrainerLoss:
         model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of peft
 
         def forward(_: Any, labels: Tensor | None = None, **inputs: Any) -> Any:
-            words = {key: inputs[key] for key in self.words if key in inputs}
+            words = {key: inputs[key] for key in self.words or () if key in inputs}
             if model.config.is_encoder_decoder:
                 words["shift_labels"] = labels  # its inputs are shifted, and not its labels
             # Of these each kind of head takes its own, and leaves the others.
@@ -63,10 +63,10 @@ class TrainerLoss:
         """Raise UserError where the model's loss is not this one of its logits: another part would have no gradient."""
         model, device, found = sharpness.model, self.trainer.args.device, []
         before = random_state(device)
-        # Some models take num_items_in_batch and ignore it.
-        for words in (None, self.words, ("shift_labels",)):
+        # Some models are given num_items_in_batch and ignore it.
+        for words in (None, ("num_items_in_batch", "shift_labels"), ("shift_labels",)):
+            self.words = words
             with torch.no_grad(), buffers_kept(model):
-                self.words = words or self.words
                 loss = self.of(model, targets) if words is None else self(model(**inputs)["logits"], targets)[0]
             set_random_state(before, device)
             found.append(float(loss))

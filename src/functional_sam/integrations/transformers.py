@@ -39,8 +39,8 @@ class SharpnessAwareMixin(Base):  # type: ignore[misc]
             raise UserError("DataParallel and split sequences are not supported: one process per device (torchrun)")
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        self.sharpness, self.loss_is_known = None, False
-        self.loss, self.waiting = TrainerLoss(self, transformers.modeling_outputs.CausalLMOutput), list[Any]()
+        self.sharpness, self.loss = None, TrainerLoss(self, transformers.modeling_outputs.CausalLMOutput)
+        self.waiting: list[tuple[dict[str, Any], Any]] = []
         return super().train(*args, **kwargs)
 
     def _sharpness(self, model: Any) -> Any:
@@ -58,9 +58,8 @@ class SharpnessAwareMixin(Base):  # type: ignore[misc]
             return torch.zeros((), device=self.args.device)
         batches, self.waiting = self.loss.begin(self.waiting), []
         sharpness: SharpnessAware = self._sharpness(model)
-        if not self.loss_is_known:
+        if self.loss.words is None:
             self.loss.require_the_models_own(sharpness, *batches[0])
-            self.loss_is_known = True
         return sharpness.backward(batches)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
