@@ -1,11 +1,15 @@
 """The Trainer of transformers: with rho = 0 it is the stock one bit for bit, else a loop of SharpnessAware written by hand."""
 
 import copy
+import os
 import sys
+import tempfile
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
+from processes import gloo
 from test_sharpness_oracle import close, theta_of
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
@@ -17,9 +21,9 @@ VOCAB, LENGTH = 29, 7
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": VOCAB}
 
 
-def llama(**options):
+def llama(dropout=0.3):
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**SMALL, attention_dropout=0.3, max_position_embeddings=16, pad_token_id=0, **options)
+    config = transformers.LlamaConfig(**SMALL, attention_dropout=dropout, max_position_embeddings=16, pad_token_id=0)
     return transformers.LlamaForCausalLM(config)
 
 
@@ -177,6 +181,29 @@ def test_adapters_of_peft(tmp_path):
     close(found, theta_of(model), 1e-5)
     moved = {name for name in start if not torch.equal(start[name], found[name])}
     assert moved == {name for name in start if "lora_" in name}
+
+
+def two_processes(rank):
+    """Micro-batches of one row on two processes: the steps of the loop by hand over the rows of both."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 4, "data": rows(20)}
+    for words in METHODS[:4]:
+        with tempfile.TemporaryDirectory() as directory:
+            ours = trained(Recording, llama(0.0), directory, sharpness=words, **options)
+        assert ours.args.world_size == 2
+        everyone = [None, None]
+        dist.all_gather_object(everyone, ours.seen)
+        ours.seen = [a + b for a, b in zip(*everyone, strict=True)]
+        assert [len(step) for step in ours.seen] == [4, 4, 4, 4, 0]
+        model = llama(0.0)
+        losses = by_hand(model, ours, words)
+        close(theta_of(ours.model), theta_of(model), 1e-5)
+        assert [entry["loss"] for entry in ours.state.log_history[:-1]] == pytest.approx(losses, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes(server):
+    gloo(2, two_processes)
 
 
 def test_the_other_way_to_a_class(tmp_path):
