@@ -22,6 +22,7 @@ MAY_IMPORT = {
     **dict.fromkeys(sorted(FLOOR), FLOOR | {"errors", "losses"}),
     "sharpness": SHARED | FLOOR,
     "curvature": SHARED | FLOOR,
+    "integrations": SHARED | FLOOR | {"sharpness"},
     "models": SHARED,
     "data": SHARED,
     "tasks": SHARED | {"models", "data", "config"},

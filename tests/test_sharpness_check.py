@@ -9,8 +9,6 @@ from test_sharpness_oracle import close, theta_of
 
 from functional_sam import METHODS, SharpnessAware, UserError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("kind", [TinyModel, TinyReadout, Normalized])
 @pytest.mark.parametrize("method", METHODS)
@@ -24,8 +22,10 @@ def test_it_changes_nothing(method, kind):
         torch.manual_seed(4)
         for step in range(4):
             if asked:
-                assert sharpness.check(parts_of(make_batch(6, seed=20), [2])) is None
+                rows = 6 if step else 2
+                assert sharpness.check(parts_of(make_batch(rows, seed=20), [1])) is None
                 assert sharpness.steps == step
+                assert step or sharpness._passes.keep_u is None  # of fewer rows u would be kept: that is the run's to decide
                 assert not gradients(model)
             sharpness.backward(parts_of(make_batch(6, seed=step), [2]))
             optimizer.step()
@@ -58,6 +58,10 @@ def test_a_buffer_that_forward_reads_and_changes():
     model = make_model(Counts)
     with pytest.raises(UserError, match=r"with rho -> 0 .* a buffer that forward both reads and changes"):
         SharpnessAware(model, adamw(model), "sam").check([make_batch()])
+    assert model.calls == 0
+    with pytest.raises(UserError, match=r"two plain gradients .* a state that it changes"):  # in eval no pass keeps buffers
+        SharpnessAware(model.eval(), adamw(model), "sam").check([make_batch()])
+    assert model.calls == 0
 
 
 def test_weights_that_something_else_writes_to():
@@ -67,8 +71,34 @@ def test_weights_that_something_else_writes_to():
             return super().forward(tokens)
 
     model = make_model(Writes)
-    with pytest.raises(UserError, match=r"left down.weight changed|differ by|with rho"):
+    before = theta_of(model)
+    with pytest.raises(UserError, match=r"left down.weight changed"):
         SharpnessAware(model, adamw(model), "sam").check([make_batch()])
+    close(theta_of(model), before, 0)
+
+
+def test_an_optimizer_that_steps_inside_of_backward():
+    """Hooked up after a first step, which alone looks at every pass."""
+    model = make_model()
+    optimizer = adamw(model)
+    sharpness = SharpnessAware(model, optimizer, "sam")
+    sharpness.backward([make_batch()])
+    optimizer.step()
+    model.up.weight.register_post_accumulate_grad_hook(lambda _: optimizer.step())
+    before = theta_of(model)
+    with pytest.raises(UserError, match="the optimizer stepped inside of backward"):
+        sharpness.check([make_batch()])
+    close(theta_of(model), before, 0)
+
+
+def test_a_gradient_that_no_step_has_used_is_not_thrown_away():
+    model = make_model()
+    sharpness = SharpnessAware(model, adamw(model), "sam")
+    sharpness.backward([make_batch()])
+    found = gradients(model)
+    with pytest.raises(UserError, match="twice without a step"):
+        sharpness.check([make_batch(seed=3)])
+    close(gradients(model), found, 0)
 
 
 def test_after_an_error_the_set_up_is_as_it_was():

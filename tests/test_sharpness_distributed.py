@@ -131,7 +131,7 @@ def distributed(tensor, like):
 
 
 def asking_for_the_dose_changes_nothing(wrap, rank, kind, methods=("sam", "functional-sam", "wsam", "looksam", "tram")):
-    """Local weights, buffers and random state are those of the run that never asked, bit for bit, from the first step on."""
+    """Nor does check(): weights, buffers, random state are those of the run that never asked, bit for bit, from step 1 on."""
     for method in methods:
         runs = []
         for asks in (False, True):
@@ -140,6 +140,8 @@ def asking_for_the_dose_changes_nothing(wrap, rank, kind, methods=("sam", "funct
             sharpness = SharpnessAware(model, optimizer, method, rho=0.3)
             torch.manual_seed(rank)
             for step in range(3):
+                if asks and step != 1:
+                    sharpness.check(share(global_batch(7), rank))
                 sharpness.backward(share(global_batch(step), rank), measure_dose=asks)
                 assert (sharpness.dose is not None) == asks
                 optimizer.step()

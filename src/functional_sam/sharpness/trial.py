@@ -1,6 +1,5 @@
 """One trial of a set-up: what a training run would never say is wrong, asked of one step and then undone."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from functional_sam.errors import UserError
 from functional_sam.sharpness.dose import dose_of, plain_gradient
 from functional_sam.sharpness.passes import Batch
-from functional_sam.weights import buffers_saved
+from functional_sam.weights import reshard
 
 TOLERANCE = 1e-3  # of the gradient's norm: far above rounding (also of bf16, which repeats itself), far below another dropout mask
 TINY = 1e-300  # a radius that moves no weight
@@ -21,20 +20,33 @@ def trial(sharpness: Any, batches: Sequence[Batch]) -> None:
 
     sharpness: a SharpnessAware.
     """
-    passes, perturbation, model = sharpness._passes, sharpness._perturbation, sharpness.model
-    theta = {name: p.detach().clone() for name, p in model.named_parameters()}
-    state, rng, restore_buffers = copy.deepcopy(sharpness.state_dict()), passes.random_state(), buffers_saved(model)
-    stepped = sharpness._seen.steps
+    passes, perturbation, seen, model = sharpness._passes, sharpness._perturbation, sharpness._seen, sharpness.model
+    seen.require_a_step(model)
+    reshard(model)  # after a forward of the caller's own the parameters of FSDP2 are not the ones that it trains
+    theta = [(name, p, _local(p).clone()) for name, p in model.named_parameters()]
+    buffers = [(name, b, _local(b).clone()) for name, b in model.named_buffers()]
+    state, rng, stepped = _copied(sharpness.state_dict()), passes.random_state(), seen.steps
+    keep_u, dose = passes.keep_u, sharpness.dose
 
     def undo() -> None:
-        restore_buffers()
+        for _, tensor, value in theta + buffers:
+            if not torch.equal(_local(tensor), value):
+                _local(tensor).copy_(value)
         passes.set_random_state(rng)
         for p in model.parameters():
             p.grad = None
 
+    def require_untouched() -> None:
+        if seen.steps != stepped:
+            raise UserError("the optimizer stepped inside of backward: let it step once after each")
+        moved = [name for name, p, value in theta if not torch.equal(_local(p), value)]
+        if moved:
+            raise UserError(f"backward left {moved[0]} changed: something else writes to the weights during a step")
+
     try:
         undo()
         g, again = (plain_gradient(passes, batches) for _ in range(2))
+        require_untouched()
         off = _distance(model, again, g, {})
         if off > TOLERANCE:
             raise UserError(
@@ -44,6 +56,7 @@ def trial(sharpness: Any, batches: Sequence[Batch]) -> None:
             )
         perturbation.steps, perturbation.fixed = 0, TINY
         sharpness.backward(batches)
+        require_untouched()
         beside = sharpness._mix.beside() if sharpness._mix is not None else {}
         off = _distance(model, {p: p.grad for p in model.parameters() if p.grad is not None}, g, beside)
         if off > TOLERANCE:
@@ -54,13 +67,9 @@ def trial(sharpness: Any, batches: Sequence[Batch]) -> None:
         undo()
         perturbation.steps, perturbation.fixed = 0, None
         sharpness.backward(batches)
-        moved = [name for name, p in model.named_parameters() if not torch.equal(_local(p.detach()), _local(theta[name]))]
-        if moved:
-            raise UserError(f"backward left {moved[0]} changed: something else writes to the weights during a step")
-        if sharpness._seen.steps != stepped:
-            raise UserError("the optimizer stepped inside of backward: let it step once after each")
+        require_untouched()
     finally:
-        perturbation.fixed = None
+        perturbation.fixed, passes.keep_u, sharpness.dose = None, keep_u, dose
         undo()
         sharpness.load_state_dict(state)
 
@@ -72,6 +81,15 @@ def _distance(model: torch.nn.Module, there: dict[Tensor, Tensor], g: dict[Tenso
     return dose_of(model, {p: value.clone() for p, value in g.items()}, beside)
 
 
-def _local(tensor: Any) -> Tensor:
-    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+def _local(tensor: Tensor) -> Tensor:
+    """This process's part of it, in the same memory."""
+    held: Any = tensor.detach()
+    local: Tensor = held.to_local() if hasattr(held, "to_local") else held
     return local
+
+
+def _copied(state: Any) -> Any:
+    """copy.deepcopy, which fails on sharded tensors."""
+    if isinstance(state, dict):
+        return {key: _copied(value) for key, value in state.items()}
+    return state.clone() if isinstance(state, Tensor) else state

@@ -1,0 +1,71 @@
+"""Lightning (and pytorch_lightning): automatic optimization stays, the gradient is the method's."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functional_sam.integrations import carried
+from functional_sam.sharpness import SharpnessAware
+from functional_sam.weights import replicas
+
+Base: Any = object
+
+
+class SharpnessAwareModule(Base):  # type: ignore[misc]
+    """Before LightningModule: training_step collects micro-batches, and backward makes one step of them when it is due.
+
+        class Net(SharpnessAwareModule, LightningModule):
+            sharpness_options = {"method": "functional-sam", "rho": 0.05}  # keywords of SharpnessAware, loss_fn= included
+
+    What is left to define are forward(inputs) -> logits, configure_optimizers, and micro_batch where a batch is no pair. The mean
+    loss of a step is logged as "train_loss", once it is known; training_step itself, which runs before, returns 0.
+    """
+
+    sharpness_options: dict[str, Any]
+    sharpness: SharpnessAware | None = None
+    waiting: tuple[Any, ...] = ()
+    loaded: dict[str, Any] | None = None
+
+    def micro_batch(self, batch: Any) -> tuple[Any, Any]:
+        """(inputs, targets) of a batch."""
+        inputs, targets = batch
+        return inputs, targets
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.waiting = (*self.waiting, self.micro_batch(batch))
+        for replica in replicas(self.trainer.strategy.model):
+            replica.require_backward_grad_sync = False  # of the forward that this is called from: it has no backward
+        return torch.zeros((), device=self.device)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if self.trainer.fit_loop._should_accumulate():
+            return
+        for replica in replicas(self.trainer.strategy.model):
+            replica.require_backward_grad_sync = True
+        batches, self.waiting = self.waiting, ()
+        self.log("train_loss", self._sharpness().backward(batches))
+
+    def _sharpness(self) -> SharpnessAware:
+        trainer = self.trainer
+        if self.sharpness is None or self.sharpness.optimizer is not trainer.optimizers[0]:  # of an earlier fit
+
+            def forward(model: Any, inputs: Any) -> Any:
+                with trainer.precision_plugin.forward_context():
+                    return model(inputs)
+
+            self.sharpness = SharpnessAware(
+                trainer.strategy.model, trainer.optimizers[0], **{"forward": forward, **self.sharpness_options}
+            )
+            if self.loaded is not None:
+                self.sharpness.load_state_dict(self.loaded)
+                self.loaded = None
+        return self.sharpness
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["sharpness"] = self.loaded if self.sharpness is None else carried(self.sharpness)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.loaded = checkpoint.get("sharpness")

@@ -1,0 +1,171 @@
+"""Lightning's automatic optimization: the loop of SharpnessAware written by hand, and without a radius the stock loop."""
+
+import os
+
+import lightning
+import pytest
+import torch
+from processes import gloo
+from test_sharpness_oracle import close, theta_of
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from functional_sam import SharpnessAware
+from functional_sam.integrations.lightning import SharpnessAwareModule
+
+QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+
+
+class Stock(lightning.LightningModule):
+    """Dropout, BatchNorm, a schedule by step."""
+
+    def __init__(self, dropout=0.3):
+        super().__init__()
+        torch.manual_seed(0)
+        layers = [torch.nn.Linear(5, 8), torch.nn.BatchNorm1d(8), torch.nn.GELU(), torch.nn.Dropout(dropout), torch.nn.Linear(8, 3)]
+        self.net, self.losses = torch.nn.Sequential(*layers), []
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), lr=3e-2)
+        return [optimizer], [{"scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8), "interval": "step"}]
+
+
+class Ours(SharpnessAwareModule, Stock):
+    def __init__(self, dropout=0.3, **options):
+        super().__init__(dropout)
+        self.sharpness_options = options
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if "train_loss" in self.trainer.callback_metrics:
+            self.losses.append(float(self.trainer.callback_metrics["train_loss"]))
+
+
+def data(rank=0, world=1):
+    """Seven batches an epoch, the last of one row; of two ranks the rows of each."""
+    generator = torch.Generator().manual_seed(2)
+    x, y = torch.randn(25, 5, generator=generator), torch.randint(3, (25,), generator=generator)
+    x, y = (x[:24], y[:24]) if world > 1 else (x, y)
+    return DataLoader(TensorDataset(x[rank::world], y[rank::world]), batch_size=4 // world, drop_last=world == 1)
+
+
+def fitted(model, loader=None, resume=None, **options):
+    given = {"max_epochs": 2, "gradient_clip_val": 0.5, "enable_checkpointing": False, **QUIET, **options}
+    trainer = lightning.Trainer(**given)
+    torch.manual_seed(7)
+    trainer.fit(model, loader or data(), ckpt_path=resume)
+    return model, trainer
+
+
+def by_hand(accumulation, epochs=2, dropout=0.3, **options):
+    model = Stock(dropout).train()
+    ([optimizer], [schedule]) = model.configure_optimizers()
+    sharpness, loader, losses = SharpnessAware(model, optimizer, **options), data(), []
+    torch.manual_seed(7)
+    for _ in range(epochs):
+        batches = list(loader)
+        for i in range(0, len(batches), accumulation):
+            losses.append(float(sharpness.backward(batches[i : i + accumulation])))
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            schedule["scheduler"].step()
+            optimizer.zero_grad()
+    return model, losses
+
+
+METHODS = [
+    {"method": "functional-sam", "rho": 0.3},
+    {"method": "precond-sam", "rho": 0.3},
+    {"method": "looksam", "rho": 0.3, "every": 2},
+    {"method": "tram", "rho": 30.0},
+    {"method": "wsam", "rho": 0.3},
+]
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("words", METHODS, ids=lambda words: words["method"])
+def test_it_is_the_loop_by_hand(words, accumulation):
+    """Six batches an epoch: the second step of four has two. Weights, statistics and the loss that is logged."""
+    model, _ = fitted(Ours(**words), accumulate_grad_batches=accumulation)
+    expected, losses = by_hand(accumulation, **words)
+    close(theta_of(model), theta_of(expected), 1e-6)
+    close(dict(model.named_buffers()), dict(expected.named_buffers()), 1e-6)
+    assert list(dict.fromkeys(model.losses)) == pytest.approx(losses, rel=1e-5)
+    plain, _ = by_hand(accumulation, method="plain")
+    with pytest.raises(AssertionError):  # a radius makes a difference
+        close(theta_of(model), theta_of(plain), 1e-4)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("words", [{"method": "plain"}, {"method": "functional-sam", "rho": 0.0}])
+def test_without_a_radius_it_is_the_stock_loop(words, accumulation):
+    stock, _ = fitted(Stock(), accumulate_grad_batches=accumulation)
+    ours, _ = fitted(Ours(**words), accumulate_grad_batches=accumulation)
+    close(theta_of(ours), theta_of(stock), 1e-6)
+    close(dict(ours.named_buffers()), dict(stock.named_buffers()), 0)
+
+
+@pytest.mark.parametrize("words", [METHODS[2], METHODS[3], METHODS[0]], ids=lambda words: words["method"])
+def test_resume(words, tmp_path):
+    """Stopped between two epochs of three steps: bit for bit; without what looksam and tram carry not."""
+    options = {"accumulate_grad_batches": 2, "max_epochs": 1}
+    whole, _ = fitted(Ours(0.0, **words), **{**options, "max_epochs": 2})
+    _, trainer = fitted(Ours(0.0, **words), **options)
+    trainer.save_checkpoint(tmp_path / "with.ckpt")
+    resumed, trainer = fitted(Ours(0.0, **words), resume=tmp_path / "with.ckpt", **{**options, "max_epochs": 2})
+    close(theta_of(resumed), theta_of(whole), 0)
+    assert (resumed.sharpness.steps, trainer.global_step) == (6, 6)
+    content = torch.load(tmp_path / "with.ckpt", weights_only=True)
+    del content["sharpness"]
+    torch.save(content, tmp_path / "without.ckpt")
+    other, _ = fitted(Ours(0.0, **words), resume=tmp_path / "without.ckpt", **{**options, "max_epochs": 2})
+    same = all(torch.equal(a, b) for a, b in zip(other.parameters(), whole.parameters(), strict=True))
+    assert same == (words["method"] == "functional-sam")
+
+
+def test_a_second_fit_starts_anew():
+    model, _ = fitted(Ours(method="sam", rho=0.1), max_epochs=1)
+    first = model.sharpness
+    fitted(model, max_epochs=1)
+    assert model.sharpness is not first
+    assert model.sharpness.steps == 6
+
+
+def test_bf16_runs_forward_in_autocast():
+    """Near the float32 weights and not equal to them; the parameters stay float32."""
+    results = [theta_of(fitted(Ours(0.0, method="sam", rho=0.1), precision=p, max_epochs=1)[0]) for p in ("32-true", "bf16-mixed")]
+    assert all(value.dtype == torch.float32 for value in results[1].values())
+    close(*results, 0.2)
+    with pytest.raises(AssertionError):
+        close(*results, 1e-5)
+
+
+def two_processes(rank):
+    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    options = {"method": "functional-sam", "rho": 0.3}
+    model = Ours(0.0, **options)
+    model.net[1] = torch.nn.LayerNorm(8)  # of the rows of each process BatchNorm has its own statistics
+    words = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False, "accumulate_grad_batches": 2}
+    fitted(model, data(rank, 2), **words)
+    alone = Stock(0.0)
+    alone.net[1] = torch.nn.LayerNorm(8)
+    ([optimizer], [schedule]) = alone.configure_optimizers()
+    sharpness = SharpnessAware(alone, optimizer, **options)
+    for _ in range(2):
+        batches = list(data())
+        for i in range(0, 6, 2):
+            sharpness.backward(batches[i : i + 2])
+            torch.nn.utils.clip_grad_norm_(alone.parameters(), 0.5)
+            optimizer.step()
+            schedule["scheduler"].step()
+    close(theta_of(model), theta_of(alone), 1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(server):
+    gloo(2, two_processes)
