@@ -20,6 +20,7 @@ from functional_sam.errors import UserError
 
 pytestmark = pytest.mark.slow
 WORLD = 2
+WITHOUT_GRADIENT = [("momentum", "functional"), ("random", "sam")]
 PENALTY = {"derivative": "difference", "step": 1e-3}
 COMBINATIONS = [
     *[(name, PENALTY if METHODS[name].path == "penalty" else {}) for name in METHODS],
@@ -28,6 +29,7 @@ COMBINATIONS = [
     ("sam", {"ascent": "adam", "path": "logit", "normalize_by": "energy"}),
     ("momentum-functional-sam", {"preconditioned": True}),
     ("momentum-sam", {"path": "logit"}),
+    ("functional-sam", {"ascent": "random", "seed": 5}),
     ("looksam", {"every": 2, "path": "functional"}),
     ("wsam", {"decoupled": False, "ascent": "momentum"}),
     ("functional-sam", {"every": 2, "rho_schedule": "warmup", "warmup_steps": 2}),
@@ -192,13 +194,13 @@ def m_is_rank_or_microbatch(rank, kind, view):
     model.module.load_state_dict(plain.state_dict())
     optimizer.load_state_dict(plain_optimizer.state_dict())
     for mode in ("rank", "micro-batch"):
-        for ascent, path in [("gradient", "sam"), ("adam", "functional"), ("adaptive", "logit"), ("momentum", "functional")]:
+        for ascent, path in [("gradient", "sam"), ("adam", "functional"), ("adaptive", "logit"), *WITHOUT_GRADIENT]:
             expected = {n: torch.zeros_like(p) for n, p in theta_of(plain).items()}
             for r in range(WORLD):
                 parts = share(batch, r) if mode == "micro-batch" else [tuple(x[r::WORLD] for x in batch)]
-                for part in parts:
+                for number, part in enumerate(parts):
                     count = int((part[1] != -100).sum())
-                    _, its = oracle(plain, theta_of(plain), part, ascent, path, 0.2, m, P)
+                    _, its = oracle(plain, theta_of(plain), part, ascent, path, 0.2, m, P, number=number, rank=r)
                     expected = combine(1.0, expected, count / total, its)
             SharpnessAware(model, optimizer, "sam", rho=0.2, ascent=ascent, path=path, scope=mode).backward(share(batch, rank))
             result = {clean(n): g for n, g in gradients(model).items()}

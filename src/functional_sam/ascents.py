@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from functional_sam.moments import denominator, first_moment, owners
-from functional_sam.vectors import dot, norm
+from functional_sam.vectors import dot, gaussian_like, norm
 
 Ascent = Callable[..., tuple[list[Tensor], float]]
 
@@ -120,10 +120,22 @@ def momentum(
     return m, norm(m, fast=True)
 
 
+def random(
+    params: Sequence[Tensor], grads: list[Tensor], *, generator: torch.Generator | None = None, **_: Any
+) -> tuple[list[Tensor], float]:
+    """A control: d = z, z ~ N(0, I), size = |z|, so that eps is uniform on the sphere of radius rho. It needs no gradient.
+
+    generator: where z comes from; None: torch's own.
+    """
+    z = [gaussian_like(p, generator) for p in params]
+    return z, norm(z, fast=True)
+
+
 ASCENTS: dict[str, Ascent] = {
     "gradient": gradient,
     "adam": adam,
     "adaptive": adaptive,
     "fisher": fisher,
     "momentum": momentum,
+    "random": random,
 }

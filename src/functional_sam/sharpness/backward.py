@@ -79,8 +79,8 @@ class SharpnessAware:
         """Replace .grad by the method's gradient on the micro-batches of ONE step; return the mean loss at the unperturbed weights.
 
         batches: [(inputs, targets), ...], inputs whatever `forward` takes. Loss and gradient are means over all valid targets of
-        the step, over all micro-batches and ranks, however they are cut. The loss is a detached scalar (momentum-sam, which never
-        visits the unperturbed weights, returns the loss at the perturbed ones).
+        the step, over all micro-batches and ranks, however they are cut. The loss is a detached scalar (of momentum-sam and
+        random-sam, which never visit the unperturbed weights, the one at the perturbed weights).
         measure_dose: take the plain gradient g besides, with the same random numbers, and leave |gradient - g| / |g| in `dose`; it
         costs a gradient and a copy of one, on all ranks alike, and changes nothing of the step.
         Raises FloatingPointError naming step, pass and parameter when a loss or gradient is not finite, UserError for no batch
@@ -130,7 +130,7 @@ class SharpnessAware:
             kept: list[Kept] = []
             earlier: dict[Tensor, Tensor] = {}
             for i, batch in enumerate(batches):
-                kept += self._gradient(Step([batch], sync=i == len(batches) - 1, earlier=earlier))
+                kept += self._gradient(Step([batch], i, sync=i == len(batches) - 1, earlier=earlier))
                 earlier = {p: p.grad for p in self.model.parameters() if p.grad is not None}
         else:
             kept = self._gradient(Step(batches))

@@ -59,8 +59,8 @@ class Method:
 
     @property
     def has_first_pass(self) -> bool:
-        """Whether a perturbed step needs g: where eps comes from the optimizer's state, only a mix or the penalty does."""
-        return self.ascent != "momentum" or self.mix is not None or self.path == "penalty"
+        """Whether a perturbed step needs g: where eps comes without one, only a mix or the penalty does."""
+        return self.ascent not in ("momentum", "random") or self.mix is not None or self.path == "penalty"
 
     def cost(self, options: Mapping[str, Any]) -> Cost:
         """With complete options, as `resolve` gives them."""
@@ -120,6 +120,7 @@ METHODS: dict[str, Method] = {
     "momentum-sam": Method("momentum", "sam", options={"direction": "descent"}, source="Becker et al. 2024"),
     "momentum-functional-sam": Method("momentum", "functional", source="ours"),
     "tram": Method("gradient", "sam", "tram", rho=1.0, source="Sherborne et al. 2023"),
+    "random-sam": Method("random", "sam", source="ours, a control"),
 }
 
 
@@ -176,6 +177,8 @@ def resolve(name: str, given: Mapping[str, Any] | None = None) -> tuple[Method, 
         raise UserError(f"step={options['step']!r}: the displacement of the finite difference is > 0")
     if not 0.0 <= options.get("gamma", 0.0) < 1.0:
         raise UserError(f"gamma={options['gamma']!r}: the weight of the sharpness is in [0, 1)")
+    if isinstance(options.get("seed", 0), bool) or not isinstance(options.get("seed", 0), int):
+        raise UserError(f"seed={options['seed']!r}: of the random directions, a whole number")
     scope = options["scope"]
     if scope != "step" and (method.mix is not None or path == "penalty"):
         raise UserError(f"scope={scope!r} does not combine with {method.mix or 'penalty'}, which mixes both gradients")

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypedDict, get_args, get_origin
 import torch
 from torch import Tensor
 
-Ascent = Literal["gradient", "adam", "adaptive", "fisher", "momentum"]
+Ascent = Literal["gradient", "adam", "adaptive", "fisher", "momentum", "random"]
 Path = Literal["sam", "functional", "logit", "penalty"]
 
 
@@ -20,6 +20,7 @@ class Options(TypedDict, total=False):
     eta: float  # adaptive, fisher
     direction: Literal["ascent", "descent"]  # momentum: along the first moment or against it
     preconditioned: bool  # momentum
+    seed: int  # random
     # of a path
     phi: float  # penalty: degrees
     derivative: Literal["exact", "difference"]  # penalty
@@ -49,6 +50,7 @@ ASCENT_OPTIONS: dict[str | None, dict[str, Any]] = {
     "adaptive": {"eta": 0.01},
     "fisher": {"eta": 1.0},
     "momentum": {"direction": "ascent", "preconditioned": False},
+    "random": {"seed": 0},
 }
 PATH_OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
