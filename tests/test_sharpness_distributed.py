@@ -30,6 +30,10 @@ COMBINATIONS = [
     ("momentum-functional-sam", {"preconditioned": True}),
     ("momentum-sam", {"path": "logit"}),
     ("functional-sam", {"ascent": "random", "seed": 5}),
+    ("functional-sam", {"ascent_steps": 3}),
+    ("sam", {"ascent": "adaptive", "per": "layer", "ascent_steps": 2}),
+    ("sam", {"normalize_by": "none"}),
+    ("friendly-sam", {"ascent": "adam", "path": "functional", "sigma": 0.5}),
     ("looksam", {"every": 2, "path": "functional"}),
     ("wsam", {"decoupled": False, "ascent": "momentum"}),
     ("functional-sam", {"every": 2, "rho_schedule": "warmup", "warmup_steps": 2}),
@@ -150,6 +154,25 @@ def asking_for_the_dose_changes_nothing(wrap, rank, kind, methods=("sam", "funct
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True)), (method, kind)
 
 
+def a_part_of_the_step(wrap, rank, kind):
+    """eps by the first micro-batch of each rank, against one process whose first micro-batch holds those of both."""
+    for method, options in [("sam", {}), ("functional-sam", {"ascent_steps": 2}), ("logit-sam", {"ascent": "adaptive"})]:
+        results = []
+        for parallel in (False, True):
+            model = make_model(kind)
+            model = wrap(model) if parallel else model
+            optimizer = adamw(model)
+            sharpness = SharpnessAware(model, optimizer, method, rho=0.3, ascent_part=0.5, **options)
+            for step in range(2):
+                shares = [share(global_batch(step), r) for r in range(WORLD)]
+                whole_step = [tuple(map(torch.cat, zip(*parts, strict=True))) for parts in zip(*shares, strict=True)]
+                sharpness.backward(shares[rank] if parallel else whole_step)
+                optimizer.step()
+            results.append({clean(n): whole(p.detach()) for n, p in model.named_parameters()})
+        for name in results[0]:
+            torch.testing.assert_close(results[1][name], results[0][name], rtol=1e-8, atol=1e-8)
+
+
 # ---------------------------------------------------------------------- DDP
 
 
@@ -170,6 +193,7 @@ def ddp_worker(rank):
         reductions(rank, kind)
         ranks_that_differ(rank, kind)
         asking_for_the_dose_changes_nothing(ddp, rank, kind)
+        a_part_of_the_step(ddp, rank, kind)
     asking_for_the_dose_changes_nothing(ddp, rank, Normalized)
     wrapped_otherwise(rank)
     fsdp1 = FullyShardedDataParallel(make_model(dtype=torch.float32), device_id=torch.device("cpu"))
@@ -315,6 +339,7 @@ def fsdp_worker(rank):
             tolerance = 1e-8 if METHODS[method].path == "penalty" else 1e-10
             equals_one_process(fsdp, rank, kind, method, options, tolerance)
         asking_for_the_dose_changes_nothing(fsdp, rank, kind)
+        a_part_of_the_step(fsdp, rank, kind)
         mixed_precision(rank, kind)
         resume(rank, kind)
         an_exception_in_pass_two(rank, kind)
@@ -350,7 +375,7 @@ def mixed_precision(rank, kind):
 
 def resume(rank, kind):
     """Sharded state of the method, loaded into a new model."""
-    for method in ("wsam", "looksam", "tram"):
+    for method in ("wsam", "looksam", "tram", "friendly-sam", "vasso"):
         results = []
         for interrupted in (False, True):
             model = fsdp(make_model(kind))

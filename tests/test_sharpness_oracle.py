@@ -39,15 +39,17 @@ def drawn(theta, seed=0, step=1, number=0, rank=0):
     return {name: torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in theta.items()}
 
 
-def direction_of(ascent, theta, g, m, P, normalize_by="direction", eta=None, direction="ascent", preconditioned=False, **draw):
+def direction_of(
+    ascent, theta, g, m, P, normalize_by="direction", eta=None, per="element", direction="ascent", preconditioned=False, **draw
+):
     """(d, size)."""
-    if ascent == "gradient":
-        return g, norm(g)
-    if ascent == "adam":
-        d = {n: P[n] * g[n] for n in g}
-        return d, {"direction": norm(d), "gradient": norm(g), "energy": math.sqrt(dot(g, d))}[normalize_by]
+    if ascent in ("gradient", "adam"):
+        d = {n: P[n] * g[n] for n in g} if ascent == "adam" else g
+        return d, {"direction": norm(d), "gradient": norm(g), "energy": math.sqrt(dot(g, d)), "none": 1.0}[normalize_by]
     if ascent == "adaptive":
-        T = {n: theta[n].abs() + (eta or 0.01) if theta[n].ndim > 1 else torch.ones_like(theta[n]) for n in g}
+        eta = eta or 0.01
+        size = {n: theta[n].abs() + eta if per == "element" else (1 + eta) * theta[n].norm() for n in g}
+        T = {n: size[n] if theta[n].ndim > 1 else torch.ones_like(theta[n]) for n in g}
         return {n: T[n] ** 2 * g[n] for n in g}, norm({n: T[n] * g[n] for n in g})
     if ascent == "fisher":
         d = {n: g[n] / (1 + (eta or 1.0) * g[n] ** 2) for n in g}

@@ -22,7 +22,7 @@ from functional_sam.weights import moved, process_group, unwrapped
 
 AT_THETA, AT_PERTURBED = "pass 1 (at theta)", "pass 2 (at theta + eps)"
 Rho = float | Callable[[int], float]
-ASCENT_WORDS = ("normalize_by", "eta", "direction", "preconditioned")  # options that an ascent takes
+ASCENT_WORDS = ("normalize_by", "eta", "per", "direction", "preconditioned")  # options that an ascent takes
 
 
 @dataclass
