@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from functional_sam import SharpnessAware, UserError
 from functional_sam.sharpness import cost
-from functional_sam.training.loop import _seeded
 
 KINDS = pytest.mark.parametrize("kind", [TinyModel, TinyReadout])
 
@@ -69,6 +68,7 @@ def test_what_a_random_direction_depends_on():
 
 def test_a_run_draws_by_its_data_seed():
     from functional_sam.config import compose
+    from functional_sam.training.loop import _seeded
 
     assert _seeded(compose("language", "random-sam", overrides=["training.data_seed=7"]))["seed"] == 7
     assert _seeded(compose("language", "random-sam", overrides=["training.data_seed=7", "method.options.seed=3"]))["seed"] == 3
