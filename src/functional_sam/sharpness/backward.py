@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack  # which torch brings; typing has it from Python 3.11 on
 
 from functional_sam.errors import UserError
 from functional_sam.losses import cross_entropy
@@ -14,7 +15,7 @@ from functional_sam.sharpness.checks import check, radius, require_moments
 from functional_sam.sharpness.dose import dose_of, plain_gradient
 from functional_sam.sharpness.methods import needs_cotangent, resolve
 from functional_sam.sharpness.mix import MIXES, Mix
-from functional_sam.sharpness.options import Options
+from functional_sam.sharpness.options import MethodName, Options
 from functional_sam.sharpness.passes import Batch, Kept, LossFn, Passes
 from functional_sam.sharpness.path import PATHS
 from functional_sam.sharpness.perturbation import AT_THETA, Perturbation, Rho, Step
@@ -45,7 +46,7 @@ class SharpnessAware:
         self,
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
-        method: str = "functional-sam",
+        method: MethodName = "functional-sam",
         rho: Rho | None = None,
         *,
         loss_fn: LossFn = cross_entropy,

@@ -1,4 +1,4 @@
-"""The words of the options: their types, their defaults by axis, and what older names are called now."""
+"""The words of methods and options: their types, their defaults by axis, and what older names are called now."""
 
 from collections.abc import Callable
 from typing import Any, Literal, TypedDict, get_args, get_origin
@@ -6,6 +6,30 @@ from typing import Any, Literal, TypedDict, get_args, get_origin
 import torch
 from torch import Tensor
 
+MethodName = Literal[
+    "plain",
+    "adamw",
+    "sam",
+    "functional-sam",
+    "logit-sam",
+    "precond-sam",
+    "precond-functional-sam",
+    "penalty-sam",
+    "angle-sam",
+    "asam",
+    "sam-on",
+    "fisher-sam",
+    "gsam",
+    "wsam",
+    "gnp",
+    "looksam",
+    "momentum-sam",
+    "momentum-functional-sam",
+    "tram",
+    "random-sam",
+    "friendly-sam",
+    "vasso",
+]
 Ascent = Literal["gradient", "adam", "adaptive", "fisher", "momentum", "random"]
 Path = Literal["sam", "functional", "logit", "penalty"]
 

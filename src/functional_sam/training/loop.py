@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -14,7 +14,7 @@ from functional_sam.data.cache import Progress
 from functional_sam.data.order import seed_of
 from functional_sam.records import Run
 from functional_sam.records.provenance import provenance, resumed
-from functional_sam.sharpness import SharpnessAware, resolve
+from functional_sam.sharpness import MethodName, SharpnessAware, resolve
 from functional_sam.tasks import Metric, Task, prepare
 from functional_sam.tasks.batches import placed
 from functional_sam.training.distributed import join
@@ -58,7 +58,7 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
         sharpness = SharpnessAware(
             model,
             optimizer,
-            config.method.name,
+            cast(MethodName, config.method.name),
             config.method.rho,
             loss_fn=task.loss_fn,
             forward=forward,
