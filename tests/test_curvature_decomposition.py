@@ -97,6 +97,10 @@ def test_decompose_along_the_other_ascents():
         optimizer.step()
     buffers = [0.9 * g_i.abs() + 2 * g_i for g_i in g]
     check(decompose(model, batches, "momentum", optimizer), products, buffers)
+    torch.manual_seed(5)
+    z = [torch.randn(p.shape, dtype=p.dtype) for p in products.parameters]
+    torch.manual_seed(5)
+    check(decompose(model, batches, "random"), products, z)
 
 
 @both

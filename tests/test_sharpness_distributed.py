@@ -20,6 +20,7 @@ from functional_sam.errors import UserError
 
 pytestmark = pytest.mark.slow
 WORLD = 2
+WITHOUT_GRADIENT = [("momentum", "functional"), ("random", "sam")]
 PENALTY = {"derivative": "difference", "step": 1e-3}
 COMBINATIONS = [
     *[(name, PENALTY if METHODS[name].path == "penalty" else {}) for name in METHODS],
@@ -28,6 +29,11 @@ COMBINATIONS = [
     ("sam", {"ascent": "adam", "path": "logit", "normalize_by": "energy"}),
     ("momentum-functional-sam", {"preconditioned": True}),
     ("momentum-sam", {"path": "logit"}),
+    ("functional-sam", {"ascent": "random", "seed": 5}),
+    ("functional-sam", {"ascent_steps": 3}),
+    ("sam", {"ascent": "adaptive", "per": "layer", "ascent_steps": 2}),
+    ("sam", {"normalize_by": "none"}),
+    ("friendly-sam", {"ascent": "adam", "path": "functional", "sigma": 0.5}),
     ("looksam", {"every": 2, "path": "functional"}),
     ("wsam", {"decoupled": False, "ascent": "momentum"}),
     ("functional-sam", {"every": 2, "rho_schedule": "warmup", "warmup_steps": 2}),
@@ -150,6 +156,25 @@ def asking_for_the_dose_changes_nothing(wrap, rank, kind, methods=("sam", "funct
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True)), (method, kind)
 
 
+def a_part_of_the_step(wrap, rank, kind):
+    """eps by the first micro-batch of each rank, against one process whose first micro-batch holds those of both."""
+    for method, options in [("sam", {}), ("functional-sam", {"ascent_steps": 2}), ("logit-sam", {"ascent": "adaptive"})]:
+        results = []
+        for parallel in (False, True):
+            model = make_model(kind)
+            model = wrap(model) if parallel else model
+            optimizer = adamw(model)
+            sharpness = SharpnessAware(model, optimizer, method, rho=0.3, ascent_part=0.5, **options)
+            for step in range(2):
+                shares = [share(global_batch(step), r) for r in range(WORLD)]
+                whole_step = [tuple(map(torch.cat, zip(*parts, strict=True))) for parts in zip(*shares, strict=True)]
+                sharpness.backward(shares[rank] if parallel else whole_step)
+                optimizer.step()
+            results.append({clean(n): whole(p.detach()) for n, p in model.named_parameters()})
+        for name in results[0]:
+            torch.testing.assert_close(results[1][name], results[0][name], rtol=1e-8, atol=1e-8)
+
+
 # ---------------------------------------------------------------------- DDP
 
 
@@ -170,6 +195,7 @@ def ddp_worker(rank):
         reductions(rank, kind)
         ranks_that_differ(rank, kind)
         asking_for_the_dose_changes_nothing(ddp, rank, kind)
+        a_part_of_the_step(ddp, rank, kind)
     asking_for_the_dose_changes_nothing(ddp, rank, Normalized)
     wrapped_otherwise(rank)
     fsdp1 = FullyShardedDataParallel(make_model(dtype=torch.float32), device_id=torch.device("cpu"))
@@ -194,13 +220,13 @@ def m_is_rank_or_microbatch(rank, kind, view):
     model.module.load_state_dict(plain.state_dict())
     optimizer.load_state_dict(plain_optimizer.state_dict())
     for mode in ("rank", "micro-batch"):
-        for ascent, path in [("gradient", "sam"), ("adam", "functional"), ("adaptive", "logit"), ("momentum", "functional")]:
+        for ascent, path in [("gradient", "sam"), ("adam", "functional"), ("adaptive", "logit"), *WITHOUT_GRADIENT]:
             expected = {n: torch.zeros_like(p) for n, p in theta_of(plain).items()}
             for r in range(WORLD):
                 parts = share(batch, r) if mode == "micro-batch" else [tuple(x[r::WORLD] for x in batch)]
-                for part in parts:
+                for number, part in enumerate(parts):
                     count = int((part[1] != -100).sum())
-                    _, its = oracle(plain, theta_of(plain), part, ascent, path, 0.2, m, P)
+                    _, its = oracle(plain, theta_of(plain), part, ascent, path, 0.2, m, P, number=number, rank=r)
                     expected = combine(1.0, expected, count / total, its)
             SharpnessAware(model, optimizer, "sam", rho=0.2, ascent=ascent, path=path, scope=mode).backward(share(batch, rank))
             result = {clean(n): g for n, g in gradients(model).items()}
@@ -315,6 +341,7 @@ def fsdp_worker(rank):
             tolerance = 1e-8 if METHODS[method].path == "penalty" else 1e-10
             equals_one_process(fsdp, rank, kind, method, options, tolerance)
         asking_for_the_dose_changes_nothing(fsdp, rank, kind)
+        a_part_of_the_step(fsdp, rank, kind)
         mixed_precision(rank, kind)
         resume(rank, kind)
         an_exception_in_pass_two(rank, kind)
@@ -350,7 +377,7 @@ def mixed_precision(rank, kind):
 
 def resume(rank, kind):
     """Sharded state of the method, loaded into a new model."""
-    for method in ("wsam", "looksam", "tram"):
+    for method in ("wsam", "looksam", "tram", "friendly-sam", "vasso"):
         results = []
         for interrupted in (False, True):
             model = fsdp(make_model(kind))

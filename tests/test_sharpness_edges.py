@@ -125,9 +125,8 @@ def test_complex_parameters_equal_their_pairs_or_are_refused(method):
         except UserError as error:
             assert not pairs
             assert "complex parameters" in str(error)  # noqa: PT017
-            assert method in ("precond-sam", "precond-functional-sam", "asam", "fisher-sam", "gsam", "looksam", "tram") or (
-                METHODS[method].path == "penalty"
-            )
+            norms_alone = METHODS[method].ascent in ("gradient", "momentum") and METHODS[method].path != "penalty"
+            assert not norms_alone or METHODS[method].mix in ("gsam", "looksam", "tram")
             return
         for batch in batches:
             sharpness.backward([batch])

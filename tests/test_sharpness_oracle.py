@@ -1,5 +1,6 @@
 """The oracle: every gradient of the grid by its formula, with torch.func, nothing in place; and a check of itself."""
 
+import hashlib
 import math
 
 import pytest
@@ -31,19 +32,31 @@ def state_of(model, optimizer, beta1=0.9, beta2=0.98, e=1e-9):
     return m, precision
 
 
-def direction_of(ascent, theta, g, m, P, normalize_by="direction", eta=None, direction="ascent", preconditioned=False):
+def drawn(theta, seed=0, step=1, number=0, rank=0):
+    """z ~ N(0, I) of step `step` (from 1), micro-batch `number` and `rank`: one stream through the parameters in their order."""
+    digest = hashlib.sha256(repr((seed, step, number, rank)).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return {name: torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in theta.items()}
+
+
+def direction_of(
+    ascent, theta, g, m, P, normalize_by="direction", eta=None, per="element", direction="ascent", preconditioned=False, **draw
+):
     """(d, size)."""
-    if ascent == "gradient":
-        return g, norm(g)
-    if ascent == "adam":
-        d = {n: P[n] * g[n] for n in g}
-        return d, {"direction": norm(d), "gradient": norm(g), "energy": math.sqrt(dot(g, d))}[normalize_by]
+    if ascent in ("gradient", "adam"):
+        d = {n: P[n] * g[n] for n in g} if ascent == "adam" else g
+        return d, {"direction": norm(d), "gradient": norm(g), "energy": math.sqrt(dot(g, d)), "none": 1.0}[normalize_by]
     if ascent == "adaptive":
-        T = {n: theta[n].abs() + (eta or 0.01) if theta[n].ndim > 1 else torch.ones_like(theta[n]) for n in g}
+        eta = eta or 0.01
+        size = {n: theta[n].abs() + eta if per == "element" else (1 + eta) * theta[n].norm() for n in g}
+        T = {n: size[n] if theta[n].ndim > 1 else torch.ones_like(theta[n]) for n in g}
         return {n: T[n] ** 2 * g[n] for n in g}, norm({n: T[n] * g[n] for n in g})
     if ascent == "fisher":
         d = {n: g[n] / (1 + (eta or 1.0) * g[n] ** 2) for n in g}
         return d, math.sqrt(dot(g, d))
+    if ascent == "random":
+        z = drawn(theta, **draw)
+        return z, norm(z)
     sign = 1.0 if direction == "ascent" else -1.0
     d = {n: sign * m[n] * (P[n] if preconditioned else 1.0) for n in g}
     return d, norm(d)

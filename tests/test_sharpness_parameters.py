@@ -78,7 +78,7 @@ def test_frozen_tied_unused_and_unknown_parameters(method, keep):
 
 
 @KINDS
-@pytest.mark.parametrize("method", PERTURBED)
+@pytest.mark.parametrize("method", [name for name in PERTURBED if METHODS[name].ascent != "random"])
 def test_a_zero_gradient_is_left_alone(method, kind):
     """|g| = 0: no perturbation, no NaN. Zero embeddings and norm make every logit 0 and every gradient but the bias's 0."""
     model = make_model(kind)

@@ -86,10 +86,10 @@ def test_what_is_not_finite_is_named(method, keep):
         faults = {call: lambda h: h * float("nan")}
         if method == "tram":  # its first forward is at the old weights
             faults = {call + 1: faults[call]}
-        if call == 2 and method in ("adamw", "plain", "momentum-sam"):
+        if call == 2 and method in ("adamw", "plain", "momentum-sam", "random-sam"):
             continue
-        if call == 1 and method == "momentum-sam":
-            where = "pass 2"  # its only pass is at theta + eps
+        if call == 1 and method in ("momentum-sam", "random-sam"):
+            where = "pass 2"  # their only pass is at theta + eps
         model.calls, model.faults = 0, faults
         with pytest.raises(FloatingPointError, match=f"step {step}, {where}.*not finite.*rho"):
             sharpness.backward([make_batch()])
@@ -273,6 +273,7 @@ def test_state_is_named_by_parameter_and_checked():
         ({"method": "sam", "subset": "bias"}, "subset='bias'"),
         ({"method": "fisher-sam", "scope": "micro-batch"}, "fisher"),
         ({"method": "sam", "keep": "all"}, "unknown value of keep 'all'"),
+        ({"method": "random-sam", "seed": 0.5}, "seed=0.5"),
         ({"method": "sam", "phi": 3.0}, "unknown option of sam 'phi'"),
     ],
 )

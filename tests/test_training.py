@@ -49,6 +49,8 @@ RESUMED = {
         "language",
         {"model.dropout": 0.1, "model.checkpoint_blocks": True, "optimizer.decay": "matrices"},
     ),
+    "random directions": ("random-sam", "language", {"training.data_seed": 3}),
+    "an average of gradients": ("friendly-sam", "language", {"method.options.decay": 0.8}),
     "sgd": ("momentum-sam", "language", {"optimizer.name": "sgd", "measure.ascents": "[gradient]", "optimizer.clip": 0.5}),
     "adafactor": (
         "sam",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from functional_sam.moments import denominator, first_moment, owners
-from functional_sam.vectors import dot, norm
+from functional_sam.vectors import dot, gaussian_like, norm
 
 Ascent = Callable[..., tuple[list[Tensor], float]]
 
@@ -34,9 +34,19 @@ def _preconditioned(optimizer: Any, params: Sequence[Tensor], vectors: Sequence[
     return result if found else None
 
 
-def gradient(params: Sequence[Tensor], grads: list[Tensor], **_: Any) -> tuple[list[Tensor], float]:
-    """SAM: d = g, size = |g|. Source: Foret et al. 2020, eq. 2."""
-    return grads, norm(grads, fast=True)
+def gradient(
+    params: Sequence[Tensor], grads: list[Tensor], *, normalize_by: str = "direction", **_: Any
+) -> tuple[list[Tensor], float]:
+    """SAM: d = g, size = |g|; normalize_by="none": size = 1, eps = rho g.
+
+    Source: Foret et al. 2020, eq. 2; without the normalization Andriushchenko & Flammarion 2022 (sam_no_grad_norm in their code).
+    """
+    return grads, _unless_none(normalize_by, norm(grads, fast=True))
+
+
+def _unless_none(normalize_by: str, size: float) -> float:
+    """The size, or 1 where none is asked for; 0 and what is not finite stay, for a step to see."""
+    return 1.0 if normalize_by == "none" and size > 0.0 and math.isfinite(size) else size
 
 
 def adam(
@@ -50,33 +60,39 @@ def adam(
 ) -> tuple[list[Tensor], float]:
     """Preconditioned SAM: d = P g in the optimizer's own geometry, P = 1 / (sqrt(v_hat) + e).
 
-    size, by normalize_by: "direction" |P g|, "gradient" |g|, "energy" sqrt(g^T P g). rho is not comparable between the three. The
-    paper's is not known to us; the first is our default. In the first step, with no second moment yet, d = g (size |g|).
-    Source: Singh et al. 2025 (Functional-SAM), the idea; sizes: the candidates in the preconditioned-SAM literature.
+    size, by normalize_by: "direction" |P g|, "gradient" |g|, "energy" sqrt(g^T P g), "none" 1. rho is not comparable between them.
+    The paper's is not known to us; the first is our default. In the first step, with no second moment yet, d = g (size |g| or 1).
+    Source: Singh et al. 2025 (Functional-SAM), the idea; sizes: the candidates in the preconditioned-SAM literature, "none" the
+    ascent of bSAM (Moellenhoff & Khan 2023), whose noise and second moment are its own optimizer's.
     """
     size = norm(grads, fast=True) if normalize_by == "gradient" else 0.0
     preconditioned = _preconditioned(optimizer, params, grads, consume and normalize_by != "energy")
     if preconditioned is None:
-        return gradient(params, grads)
-    if normalize_by == "direction":
-        size = norm(preconditioned, fast=True)
+        return gradient(params, grads, normalize_by=normalize_by)
+    if normalize_by in ("direction", "none"):
+        size = _unless_none(normalize_by, norm(preconditioned, fast=True))
     elif normalize_by == "energy":
         size = math.sqrt(max(dot(grads, preconditioned, fast=True), 0.0))
     return preconditioned, size
 
 
 def adaptive(
-    params: Sequence[Tensor], grads: list[Tensor], *, eta: float = 0.01, consume: bool, **_: Any
+    params: Sequence[Tensor], grads: list[Tensor], *, eta: float = 0.01, per: str = "element", consume: bool, **_: Any
 ) -> tuple[list[Tensor], float]:
     """ASAM: d = T^2 g, size = |T g|, T = |w| + eta for weights (two or more dimensions), 1 otherwise.
 
-    Source: Kwon et al. 2021, eq. 7 and section 5 (eta 0.01).
+    per="layer": T = (1 + eta) |w|_2, one number a tensor, for weights.
+    Source: Kwon et al. 2021, eq. 7 and section 5 (eta 0.01); by layer Mueller et al. 2023, as in their code.
     """
     scaled, result = [], []
     for p, g in zip(params, grads, strict=True):
         if p.ndim < 2:
             scaled.append(g)
             result.append(g)
+        elif per == "layer":
+            length = (1.0 + eta) * norm([p.detach()], fast=True)
+            scaled.append(g.mul_(length) if consume else g * length)
+            result.append(scaled[-1] * length)
         else:
             scale = p.detach().abs().add_(eta)
             scaled.append(g.mul_(scale) if consume else g * scale)
@@ -120,10 +136,22 @@ def momentum(
     return m, norm(m, fast=True)
 
 
+def random(
+    params: Sequence[Tensor], grads: list[Tensor], *, generator: torch.Generator | None = None, **_: Any
+) -> tuple[list[Tensor], float]:
+    """A control: d = z, z ~ N(0, I), size = |z|, so that eps is uniform on the sphere of radius rho. It needs no gradient.
+
+    generator: where z comes from; None: torch's own.
+    """
+    z = [gaussian_like(p, generator) for p in params]
+    return z, norm(z, fast=True)
+
+
 ASCENTS: dict[str, Ascent] = {
     "gradient": gradient,
     "adam": adam,
     "adaptive": adaptive,
     "fisher": fisher,
     "momentum": momentum,
+    "random": random,
 }

@@ -197,7 +197,7 @@ def configs_directory() -> Path:
     for root in (Path.cwd(), Path(__file__).resolve().parents[2]):
         if (root / "configs" / "tasks").is_dir():
             return root / "configs"
-    raise UserError(f"no configs/ in {Path.cwd()}: run this from the repository's root")
+    raise UserError(f"no configs/ in {Path.cwd()}: run this from the root of a clone (or of the unpacked sdist), which has them")
 
 
 def nearest(kind: str, value: str, known: Iterable[str]) -> UserError:

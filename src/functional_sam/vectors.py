@@ -129,15 +129,23 @@ class Space:
         return self._drawn(lambda shape: torch.randint(2, shape, device=where, generator=generator).to(self.dtype) * 2 - 1)
 
     def _drawn(self, draw: Any) -> Tensor:
-        drawn = []
-        for t in self.template:
-            whole = draw(tuple(t.shape)).to(self.device)
-            if self.meshes:
-                from torch.distributed.tensor import distribute_tensor
+        return self.flat([_placed(draw(tuple(t.shape)), t) for t in self.template])
 
-                whole = distribute_tensor(whole, t.device_mesh, t.placements, src_data_rank=None)  # type: ignore[attr-defined]
-            drawn.append(whole)
-        return self.flat(drawn)
+
+def gaussian_like(tensor: Tensor, generator: Generator | None) -> Tensor:
+    """Independent standard normal numbers, shaped and sharded as the tensor is: the same whatever the number of ranks."""
+    where = tensor.device if generator is None else generator.device
+    return _placed(torch.randn(tuple(tensor.shape), dtype=tensor.dtype, device=where, generator=generator), tensor)
+
+
+def _placed(whole: Tensor, like: Any) -> Tensor:
+    """The whole tensor, which every rank has, where `like` lives: of a sharded one this rank's part."""
+    whole = whole.to(like.device)
+    if not hasattr(like, "device_mesh"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from functional_sam.benchmark.memory import in_a_process, peak_bytes
 from functional_sam.files import write_text
 from functional_sam.models import Decoder, ViT
-from functional_sam.sharpness import SharpnessAware
+from functional_sam.sharpness import MethodName, SharpnessAware
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def contender(case: Case, name: str, batch: tuple[Tensor, Tensor]) -> Contender:
         with case.autocast():
             return model(inputs, readout=readout)
 
-    sharpness = SharpnessAware(model, optimizer, method, 0.01, forward=forward, **options)
+    sharpness = SharpnessAware(model, optimizer, cast(MethodName, method), 0.01, forward=forward, **options)
 
     def ours() -> None:
         sharpness.backward([(inputs, targets)])

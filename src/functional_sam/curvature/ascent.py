@@ -31,6 +31,7 @@ def direction(
         "adaptive"         T^2 g, T = |theta| + eta for tensors of two or more dimensions, 1 for others (ASAM); eta 0.01
         "fisher"           g / (1 + eta g^2), by the damped diagonal of the batch's empirical Fisher (Fisher-SAM); eta 1
         "momentum"         the first moment of the optimizer; a parameter without one stays
+        "random"           standard normal numbers of torch's own generator, the same on all ranks if that is
         a list of tensors  itself
 
     Raises UserError for an unknown ascent, and for "adam" or "momentum" without an optimizer that holds all parameters

@@ -41,7 +41,10 @@ _by_inputs = True
 
 
 def _checkpointed() -> bool:
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is None:  # before torch 2.8 nothing tells, and PyTorch's own functions are right in any block
+        return True
+    hooks = top(True)
     return hooks is not None and "checkpoint" in getattr(hooks[0], "__module__", "")
 
 

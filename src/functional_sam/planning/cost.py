@@ -47,7 +47,7 @@ def of_method(config: Config) -> Cost:
 def keeps_cotangent(config: Config, gpus: int = 1, sharded: bool = False) -> bool:
     """Whether pass 1 keeps u instead of the last hidden state: as asked, or where it takes no more memory than the parameters."""
     method, options = resolve(config.method.name, config.method.options)
-    if not (needs_cotangent(method, options) and method.has_first_pass) or options["keep"] not in ("auto", "u"):
+    if not (needs_cotangent(method, options) and method.has_first_pass(options)) or options["keep"] not in ("auto", "u"):
         return False
     s = shape(config)
     own = parameter_bytes(config) * s.parameters / (gpus if sharded else 1)

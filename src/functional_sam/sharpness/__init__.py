@@ -2,6 +2,6 @@
 
 from functional_sam.sharpness.backward import SharpnessAware
 from functional_sam.sharpness.methods import METHODS, Cost, Method, cost, resolve
-from functional_sam.sharpness.options import Options
+from functional_sam.sharpness.options import MethodName, Options
 
-__all__ = ["METHODS", "Cost", "Method", "Options", "SharpnessAware", "cost", "resolve"]
+__all__ = ["METHODS", "Cost", "Method", "MethodName", "Options", "SharpnessAware", "cost", "resolve"]

@@ -1,10 +1,12 @@
 """SharpnessAware: `backward` in the place of `loss.backward()`, for every method of the table."""
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack  # which torch brings; typing has it from Python 3.11 on
 
 from functional_sam.errors import UserError
 from functional_sam.losses import cross_entropy
@@ -13,14 +15,14 @@ from functional_sam.sharpness.checks import check, radius, require_moments
 from functional_sam.sharpness.dose import dose_of, plain_gradient
 from functional_sam.sharpness.methods import needs_cotangent, resolve
 from functional_sam.sharpness.mix import MIXES, Mix
-from functional_sam.sharpness.options import Options
+from functional_sam.sharpness.options import MethodName, Options
 from functional_sam.sharpness.passes import Batch, Kept, LossFn, Passes
 from functional_sam.sharpness.path import PATHS
 from functional_sam.sharpness.perturbation import AT_THETA, Perturbation, Rho, Step
 from functional_sam.sharpness.steps import StepsSeen
 from functional_sam.sharpness.trial import trial
 from functional_sam.vectors import norm
-from functional_sam.weights import buffers_saved, reshard
+from functional_sam.weights import buffers_kept, buffers_saved, reshard
 
 
 class SharpnessAware:
@@ -44,7 +46,7 @@ class SharpnessAware:
         self,
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
-        method: str = "functional-sam",
+        method: MethodName = "functional-sam",
         rho: Rho | None = None,
         *,
         loss_fn: LossFn = cross_entropy,
@@ -66,6 +68,10 @@ class SharpnessAware:
         self.dose: float | None = None
 
     @property
+    def _has_first_pass(self) -> bool:
+        return self.method.has_first_pass(self.options)
+
+    @property
     def steps(self) -> int:
         """Steps done."""
         return self._perturbation.steps
@@ -79,8 +85,8 @@ class SharpnessAware:
         """Replace .grad by the method's gradient on the micro-batches of ONE step; return the mean loss at the unperturbed weights.
 
         batches: [(inputs, targets), ...], inputs whatever `forward` takes. Loss and gradient are means over all valid targets of
-        the step, over all micro-batches and ranks, however they are cut. The loss is a detached scalar (momentum-sam, which never
-        visits the unperturbed weights, returns the loss at the perturbed ones).
+        the step, over all micro-batches and ranks, however they are cut. The loss is a detached scalar (of momentum-sam,
+        random-sam and with ascent_part=, which do not visit the unperturbed weights with all of it, at the perturbed ones).
         measure_dose: take the plain gradient g besides, with the same random numbers, and leave |gradient - g| / |g| in `dose`; it
         costs a gradient and a copy of one, on all ranks alike, and changes nothing of the step.
         Raises FloatingPointError naming step, pass and parameter when a loss or gradient is not finite, UserError for no batch
@@ -130,7 +136,7 @@ class SharpnessAware:
             kept: list[Kept] = []
             earlier: dict[Tensor, Tensor] = {}
             for i, batch in enumerate(batches):
-                kept += self._gradient(Step([batch], sync=i == len(batches) - 1, earlier=earlier))
+                kept += self._gradient(Step([batch], i, sync=i == len(batches) - 1, earlier=earlier))
                 earlier = {p: p.grad for p in self.model.parameters() if p.grad is not None}
         else:
             kept = self._gradient(Step(batches))
@@ -138,7 +144,7 @@ class SharpnessAware:
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         if correction != 1.0:
             torch._foreach_mul_(grads, correction)
-        unvisited = self.method.path in ("sam", "logit") and not self.method.has_first_pass
+        unvisited = self.method.path in ("sam", "logit") and not self._has_first_pass
         perturbation.require_finite(float(loss), "loss", perturbation.where if unvisited else AT_THETA)
         perturbation.require_finite(norm(grads, fast=True), "gradient")
         if self._mix is not None:
@@ -154,13 +160,12 @@ class SharpnessAware:
         if mix is not None:
             due = mix.prepare(passes, perturbation, step, due)
 
-        if due and not self.method.has_first_pass:
-            step.params = [p for p in step.radii if p.requires_grad]
-            self._ascend(step, [], [])
+        if due and not self._has_first_pass:
+            self._ascend_ahead(step)
             if step.size > 0.0:
                 perturbation.start_gradients(step.earlier)
                 return PATHS[path](passes, perturbation, step, None)
-            due = False  # no momentum yet
+            due = False  # no momentum yet, or a gradient of zero
 
         perturbation.start_gradients({} if due else step.earlier)
         kept = passes.gradient(
@@ -186,7 +191,8 @@ class SharpnessAware:
             step.base = {p: p.grad for p in self.model.parameters() if p.grad is not None}
             if any(replica.gradient_as_bucket_view for replica in passes.replicas):  # the next pass writes to the same memory
                 step.base = {p: g.clone() for p, g in step.base.items()}
-        self._ascend(step, [g for g in (step.base.get(p, p.grad) for p in step.params) if g is not None], kept)
+        grads = [g for g in (step.base.get(p, p.grad) for p in step.params) if g is not None]
+        self._ascend(step, grads if mix is None else mix.towards(step.params, grads), kept)
         if step.size == 0.0 or not any(step.radii.values()):  # eps = 0: the plain gradient
             if whole_step:
                 return kept  # which pass 1 left
@@ -203,6 +209,42 @@ class SharpnessAware:
             if kept:  # a loss that is not finite comes before the gradient that follows from it
                 self._perturbation.require_finite(float(self._passes.finish(kept)[0]), "loss")
             raise
+        if self.options["ascent_steps"] > 1:
+            self._climb(step, step.batches, kept)
+
+    def _ascend_ahead(self, step: Step) -> None:
+        """Direction and size where there is no pass 1: along none, or along the gradient of a part, which leaves no trace."""
+        step.params = [p for p in step.radii if p.requires_grad]
+        part = self.options["ascent_part"]
+        if part == 1.0:
+            self._ascend(step, [], [])
+            return
+        batches, passes = first_part(step.batches, part), self._passes
+        g = plain_gradient(passes, batches)
+        step.params = [p for p in step.params if p in g]
+        self._perturbation.ascend(step, [g[p] for p in step.params], together=True)
+        if self.options["ascent_steps"] > 1:
+            self._climb(step, batches, None)
+        passes.begin(step.batches)
+
+    def _climb(self, step: Step, batches: Sequence[Batch], kept: list[Kept] | None) -> None:
+        """The steps of the ascent after its first: eps = rho / k times the sum of d / size, each at the point reached before it."""
+        perturbation, k = self._perturbation, self.options["ascent_steps"]
+        if step.size == 0.0 or not any(step.radii.values()):
+            return
+        total = torch._foreach_div(step.directions, step.size)
+        for _ in range(k - 1):
+            there = Step(batches, params=step.params, directions=list(total), size=float(k), radii=step.radii)
+            with perturbation.applied(there), buffers_kept(self.model):
+                if kept is None:
+                    g = plain_gradient(self._passes, batches)
+                else:
+                    self._passes.gradient(batches, repeated=kept)
+                    g = {p: p.grad for p in step.params if p.grad is not None}
+                perturbation.ascend(there, [g[p] if p in g else torch.zeros_like(p) for p in step.params], together=True)
+            if there.size > 0.0:
+                torch._foreach_add_(total, torch._foreach_div(there.directions, there.size))
+        step.directions, step.size = list(total), float(k)
 
     # ------------------------------------------------------------------ state
 
@@ -228,6 +270,17 @@ class SharpnessAware:
         self._perturbation.steps, self.options["lr_max"] = int(state["steps"]), state["lr_max"]
         if self._mix is not None:
             self._mix.load_state_dict(state["mix"])
+
+
+def first_part(batches: Sequence[Batch], part: float) -> Sequence[Batch]:
+    """The first micro-batches, `part` of their number. Raises UserError where that is no whole number of them."""
+    number = part * len(batches)
+    if abs(number - round(number)) > 1e-6 * len(batches) or round(number) < 1:
+        raise UserError(
+            f"ascent_part={part:g} of {len(batches)} micro-batches is {number:g}: it takes whole ones, the first of each process; "
+            f"cut the step into {math.ceil(1 / part - 1e-9)} or a multiple of it"
+        )
+    return batches[: round(number)]
 
 
 def _require_micro_batches(batches: object) -> None:

@@ -57,19 +57,23 @@ class Method:
     rho: float = 0.05  # published default radius where there is one
     source: str = ""
 
-    @property
-    def has_first_pass(self) -> bool:
-        """Whether a perturbed step needs g: where eps comes from the optimizer's state, only a mix or the penalty does."""
-        return self.ascent != "momentum" or self.mix is not None or self.path == "penalty"
+    def has_first_pass(self, options: Mapping[str, Any]) -> bool:
+        """Whether a perturbed step needs g of all of it: where eps comes without, only a mix or the penalty does."""
+        looks = self.ascent in WITH_GRADIENT and options["ascent_part"] == 1.0
+        return looks or self.mix is not None or self.path == "penalty"
 
     def cost(self, options: Mapping[str, Any]) -> Cost:
         """With complete options, as `resolve` gives them."""
         if self.path == "plain":
             return Cost()
-        passes = [(1, 1, 3)] if self.has_first_pass else []
+        first = self.has_first_pass(options)
+        passes: list[tuple[float, float, float]] = [(1, 1, 3)] if first else []
+        if self.ascent in WITH_GRADIENT:  # beyond pass 1
+            looks = options["ascent_part"] * options["ascent_steps"] - first
+            passes.append((looks, looks, 3 * looks))
         if self.mix == "tram":
             passes.append((1, 0, 2))  # a forward at the earlier weights, and logits twice for the divergence
-        if self.path == "functional" and not self.has_first_pass:
+        if self.path == "functional" and not first:
             passes.append((1, 0, 0))  # u at theta
         if self.path == "logit":
             passes.append((1, 0, 0))  # u at theta'
@@ -88,8 +92,8 @@ class Method:
             backwards,
             heads + 2 * (every - 1) / every,
             theta=1,
-            g=int(self.mix is not None or self.path == "penalty"),
-            carried=int(self.mix in ("looksam", "tram")),
+            g=int(self.mix is not None or self.path == "penalty") + int(options["ascent_steps"] > 1),
+            carried=int(self.mix in ("looksam", "tram", "friendly", "vasso")),
             h=2
             if self.mix == "tram"
             else int(self.path in ("functional", "logit") or (not exact and needs_cotangent(self, options))),
@@ -98,6 +102,8 @@ class Method:
         )
 
 
+WITH_GRADIENT = ("gradient", "adam", "adaptive", "fisher")  # ascents that point along one
+AVERAGED = ("friendly", "vasso")  # mixes that give the ascent another vector than g
 SINGH = "Singh et al. 2025 (Functional-SAM)"
 PLAIN = Method(None, "plain", source="Loshchilov & Hutter 2019")
 METHODS: dict[str, Method] = {
@@ -120,6 +126,9 @@ METHODS: dict[str, Method] = {
     "momentum-sam": Method("momentum", "sam", options={"direction": "descent"}, source="Becker et al. 2024"),
     "momentum-functional-sam": Method("momentum", "functional", source="ours"),
     "tram": Method("gradient", "sam", "tram", rho=1.0, source="Sherborne et al. 2023"),
+    "random-sam": Method("random", "sam", source="ours, a control"),
+    "friendly-sam": Method("gradient", "sam", "friendly", source="Li et al. 2024"),
+    "vasso": Method("gradient", "sam", "vasso", source="Li & Giannakis 2023"),
 }
 
 
@@ -178,10 +187,39 @@ def resolve(name: str, given: Mapping[str, Any] | None = None) -> tuple[Method, 
         raise UserError(f"gamma={options['gamma']!r}: the weight of the sharpness is in [0, 1)")
     scope = options["scope"]
     if scope != "step" and (method.mix is not None or path == "penalty"):
-        raise UserError(f"scope={scope!r} does not combine with {method.mix or 'penalty'}, which mixes both gradients")
-    if scope == "micro-batch" and ascent == "fisher":
-        raise UserError('scope="micro-batch" does not combine with ascent "fisher", whose F is the step\'s gradient squared')
+        does = "averages g" if method.mix in AVERAGED else "mixes both gradients"
+        raise UserError(f"scope={scope!r} does not combine with {method.mix or 'penalty'}, which {does}")
+    if scope == "micro-batch" and (ascent == "fisher" or options.get("normalize_by") == "none"):
+        what = f"ascent {ascent!r}" if ascent == "fisher" else 'normalize_by="none"'
+        raise UserError(f'scope="micro-batch" does not combine with {what}: eps would depend on the size of the step\'s gradient')
+    _require_ascent(method, options)
     return method, options
+
+
+def _require_ascent(method: Method, options: Mapping[str, Any]) -> None:
+    """Raise UserError for numbers out of range, and for what an ascent in several steps or on a part cannot be combined with."""
+    steps, part, seed, decay = (options.get(key, 0) for key in ("ascent_steps", "ascent_part", "seed", "decay"))
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise UserError(f"seed={seed!r}: of the random directions, a whole number")
+    if not 0.0 <= decay < 1.0:
+        raise UserError(f"decay={decay!r}: the weight of the past in the average of g is in [0, 1)")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise UserError(f"ascent_steps={steps!r}: a whole number >= 1 of steps of rho / ascent_steps each")
+    if not 0.0 < part <= 1.0:
+        raise UserError(f"ascent_part={part!r}: the part of the micro-batches whose gradient makes eps is in (0, 1]")
+    for name, given in (("ascent_steps", steps), ("ascent_part", part)):
+        if given == 1:
+            continue
+        clash = (
+            (method.path == "plain" and "method plain, which has no ascent")
+            or (method.ascent not in WITH_GRADIENT and f"ascent {method.ascent!r}, which takes no gradient")
+            or (method.path == "penalty" and "the penalty path, which is of g along one direction")
+            or (options["scope"] != "step" and f"scope={options['scope']!r}: it is of the whole step")
+            or (name == "ascent_steps" and method.mix in AVERAGED and f"mix {method.mix!r}, whose average has one g a step")
+            or (name == "ascent_part" and method.mix is not None and f"mix {method.mix!r}, which needs g of the whole step")
+        )
+        if clash:
+            raise UserError(f"{name}={given!r} does not combine with {clash}")
 
 
 def cost(name: str, options: Mapping[str, Any] | None = None) -> Cost:

@@ -36,6 +36,10 @@ class Mix:
     def measure(self, passes: Passes, step: Step, kept: Sequence[Kept]) -> None:
         """Called after pass 1 of a step with a perturbed pass, which it may give other radii."""
 
+    def towards(self, params: Sequence[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        """Called with g of the parameters to perturb, before the ascent; what the ascent is given in its place."""
+        return grads
+
     def combine(self, base: Gradients) -> None:
         """Called with g after the perturbed pass; the result goes to .grad. It may use up g."""
 
@@ -267,10 +271,74 @@ class TrustRegion(Mix):
         self.old = unnamed(self.model, state["old"])
 
 
+class Averaged(Mix):
+    """m, the average of g over perturbed steps: m <- decay m + (1 - decay) g, at first g. Keeps m, and leaves g' as it is."""
+
+    def __init__(self, model: torch.nn.Module, optimizer: Any, options: dict[str, Any]) -> None:
+        super().__init__(model, optimizer, options)
+        self.average: Gradients = {}
+        self._perturbed: Sequence[Tensor] = ()
+        self._next: Gradients = {}
+
+    def prepare(self, passes: Passes, perturbation: Perturbation, step: Step, due: bool) -> bool:
+        self._next = {}
+        return due
+
+    def towards(self, params: Sequence[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        self._perturbed = params
+        return grads
+
+    def combine(self, base: Gradients) -> None:
+        self._next = {p: base[p] for p in self._perturbed}
+        self._average_into(self._next)
+
+    def _average_into(self, g: Gradients) -> None:
+        known = [p for p in g if p in self.average]
+        if known:
+            torch._foreach_mul_([g[p] for p in known], 1.0 - self.options["decay"])
+            torch._foreach_add_([g[p] for p in known], [self.average[p] for p in known], alpha=self.options["decay"])
+
+    def done(self, perturbation: Perturbation) -> None:
+        if self._next:  # taken over only now, when the step is known to be sound
+            self.average, self._next = {**self.average, **self._next}, {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"average": named(self.model, self.average)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.average = unnamed(self.model, state["average"])
+
+
+class Friendly(Averaged):
+    """Friendly-SAM: the ascent is given g - sigma m with the m of the steps before (at first g), what is noise in this step's g.
+
+    Source: Li et al. 2024, as in their code (sigma 1, lambda = decay 0.9). An m with this step's g in it, as others write it, gives
+    the same direction at sigma = 1.
+    """
+
+    def towards(self, params: Sequence[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        g, m, sigma = super().towards(params, grads), self.average, self.options["sigma"]
+        return [torch.sub(x, m[p], alpha=sigma) if p in m else x for p, x in zip(params, g, strict=True)]
+
+
+class VarianceSuppressed(Averaged):
+    """VaSSO: the ascent is given m, this step's g in it.
+
+    Source: Li & Giannakis 2023, as in their code (theta = 1 - decay = 0.9).
+    """
+
+    def towards(self, params: Sequence[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        m = {p: g.clone() for p, g in zip(params, super().towards(params, grads), strict=True)}
+        self._average_into(m)
+        return list(m.values())
+
+
 MIXES: dict[str, type[Mix]] = {
     "gnp": GradientNormPenalty,
     "wsam": WeightedSharpness,
     "gsam": SurrogateGap,
     "looksam": LookSAM,
     "tram": TrustRegion,
+    "friendly": Friendly,
+    "vasso": VarianceSuppressed,
 }

@@ -1,4 +1,4 @@
-"""The words of the options: their types, their defaults by axis, and what older names are called now."""
+"""The words of methods and options: their types, their defaults by axis, and what older names are called now."""
 
 from collections.abc import Callable
 from typing import Any, Literal, TypedDict, get_args, get_origin
@@ -6,7 +6,31 @@ from typing import Any, Literal, TypedDict, get_args, get_origin
 import torch
 from torch import Tensor
 
-Ascent = Literal["gradient", "adam", "adaptive", "fisher", "momentum"]
+MethodName = Literal[
+    "plain",
+    "adamw",
+    "sam",
+    "functional-sam",
+    "logit-sam",
+    "precond-sam",
+    "precond-functional-sam",
+    "penalty-sam",
+    "angle-sam",
+    "asam",
+    "sam-on",
+    "fisher-sam",
+    "gsam",
+    "wsam",
+    "gnp",
+    "looksam",
+    "momentum-sam",
+    "momentum-functional-sam",
+    "tram",
+    "random-sam",
+    "friendly-sam",
+    "vasso",
+]
+Ascent = Literal["gradient", "adam", "adaptive", "fisher", "momentum", "random"]
 Path = Literal["sam", "functional", "logit", "penalty"]
 
 
@@ -16,22 +40,28 @@ class Options(TypedDict, total=False):
     ascent: Ascent  # to leave the named combination
     path: Path
     # of an ascent
-    normalize_by: Literal["direction", "gradient", "energy"]  # adam: size |P g|, |g| or sqrt(g^T P g)
+    normalize_by: Literal["direction", "gradient", "energy", "none"]  # gradient, adam: size |d|, |g|, sqrt(g^T d) or 1
     eta: float  # adaptive, fisher
+    per: Literal["element", "layer"]  # adaptive: what |theta| is taken of
     direction: Literal["ascent", "descent"]  # momentum: along the first moment or against it
     preconditioned: bool  # momentum
+    seed: int  # random
     # of a path
     phi: float  # penalty: degrees
     derivative: Literal["exact", "difference"]  # penalty
     step: float  # penalty by difference: the displacement
     # of a mix
     alpha: float  # gnp, gsam, looksam
+    sigma: float  # friendly
+    decay: float  # friendly, vasso: of the average of g
     gamma: float  # wsam
     decoupled: bool  # wsam
     divergence: Literal["previous", "initial"]  # tram
     # of all
     scope: Literal["step", "rank", "micro-batch"]  # whose gradient makes eps
     every: int  # steps from one perturbed pass to the next
+    ascent_steps: int  # of length rho / ascent_steps each, every one along its own gradient
+    ascent_part: float  # of the step's micro-batches, whose gradient makes eps
     subset: Literal["norm"] | Callable[[str, Tensor], bool] | None  # what is perturbed
     rho_schedule: Literal["constant", "warmup", "lr"]
     warmup_steps: int
@@ -44,11 +74,12 @@ class Options(TypedDict, total=False):
 
 ASCENT_OPTIONS: dict[str | None, dict[str, Any]] = {
     None: {},
-    "gradient": {},
+    "gradient": {"normalize_by": "direction"},
     "adam": {"normalize_by": "direction"},
-    "adaptive": {"eta": 0.01},
+    "adaptive": {"eta": 0.01, "per": "element"},
     "fisher": {"eta": 1.0},
     "momentum": {"direction": "ascent", "preconditioned": False},
+    "random": {"seed": 0},
 }
 PATH_OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -64,10 +95,14 @@ MIX_OPTIONS: dict[str | None, dict[str, Any]] = {
     "gsam": {"alpha": 1.0},
     "looksam": {"every": 10, "alpha": 0.7},
     "tram": {"divergence": "previous"},
+    "friendly": {"sigma": 1.0, "decay": 0.9},
+    "vasso": {"decay": 0.1},
 }
 GENERAL_OPTIONS: dict[str, Any] = {
     "scope": "step",
     "every": 1,
+    "ascent_steps": 1,
+    "ascent_part": 1.0,
     "subset": None,
     "rho_schedule": "constant",
     "warmup_steps": 0,

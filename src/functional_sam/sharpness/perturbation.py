@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from functional_sam.ascents import ASCENTS
@@ -15,12 +16,13 @@ from functional_sam.moments import owners
 from functional_sam.sharpness.checks import chosen, radius
 from functional_sam.sharpness.methods import Method
 from functional_sam.sharpness.passes import Batch, Kept
+from functional_sam.sharpness.randomness import generator_of
 from functional_sam.vectors import norm
-from functional_sam.weights import moved, unwrapped
+from functional_sam.weights import moved, process_group, unwrapped
 
 AT_THETA, AT_PERTURBED = "pass 1 (at theta)", "pass 2 (at theta + eps)"
 Rho = float | Callable[[int], float]
-ASCENT_WORDS = ("normalize_by", "eta", "direction", "preconditioned")  # options that an ascent takes
+ASCENT_WORDS = ("normalize_by", "eta", "per", "direction", "preconditioned")  # options that an ascent takes
 
 
 @dataclass
@@ -28,6 +30,7 @@ class Step:
     """One perturbation: the micro-batches it is for, and where to."""
 
     batches: Sequence[Batch]
+    number: int = 0  # of the micro-batch that it is for (scope="micro-batch")
     sync: bool = True  # the pass that leaves the gradient averages over ranks
     earlier: dict[Tensor, Tensor] = field(default_factory=dict)  # gradients of micro-batches before (scope="micro-batch")
     repeated: Sequence[Kept] | None = None  # a pass before pass 1 whose randomness pass 1 repeats (tram)
@@ -75,6 +78,8 @@ class Perturbation:
     def ascend(self, step: Step, grads: list[Tensor], together: bool) -> None:
         """Fill in direction and size of `step`. together: all ranks know the same size, and may raise at once."""
         words = {key: self.options[key] for key in ASCENT_WORDS if key in self.options}
+        if "seed" in self.options:
+            words["generator"] = self._generator(step)
         assert self.method.ascent is not None
         with torch.no_grad():
             step.directions, step.size = ASCENTS[self.method.ascent](
@@ -83,6 +88,13 @@ class Perturbation:
         if not together and not math.isfinite(step.size):
             step.size = 0.0  # raising here would leave the other ranks waiting: pass 2 at theta finds it again, for all of them
         self.require_finite(step.size, "gradient")
+
+    def _generator(self, step: Step) -> torch.Generator:
+        """A function of seed, step and micro-batch alone, the same on all ranks; for eps of a rank's own of the rank too."""
+        group = process_group(self.model) if self.options["scope"] != "step" else None
+        rank = dist.get_rank(group) if group is not None else 0
+        device = next(self.model.parameters()).device
+        return generator_of(device, self.options["seed"], self.steps, step.number, rank)
 
     @contextlib.contextmanager
     def applied(self, step: Step, scale: float = 1.0) -> Iterator[dict[Tensor, Tensor]]:

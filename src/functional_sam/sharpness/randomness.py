@@ -1,5 +1,6 @@
 """The global random generators that a forward may draw from: saved before one, set again before it is repeated."""
 
+import hashlib
 import random
 import sys
 from typing import Any
@@ -29,3 +30,9 @@ def set_random_state(state: Randomness, device: torch.device) -> None:
     random.setstate(python)
     if numbers is not None:
         sys.modules["numpy"].random.set_state(numbers)
+
+
+def generator_of(device: torch.device, *numbers: int) -> torch.Generator:
+    """A generator on `device` whose numbers are a function of these."""
+    digest = hashlib.sha256(repr(numbers).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -14,7 +14,7 @@ from functional_sam.data.cache import Progress
 from functional_sam.data.order import seed_of
 from functional_sam.records import Run
 from functional_sam.records.provenance import provenance, resumed
-from functional_sam.sharpness import SharpnessAware
+from functional_sam.sharpness import MethodName, SharpnessAware, resolve
 from functional_sam.tasks import Metric, Task, prepare
 from functional_sam.tasks.batches import placed
 from functional_sam.training.distributed import join
@@ -59,11 +59,11 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
         sharpness = SharpnessAware(
             model,
             optimizer,
-            config.method.name,
+            cast(MethodName, config.method.name),
             config.method.rho,
             loss_fn=task.loss_fn,
             forward=forward,
-            **config.method.options,
+            **_seeded(config),
         )
 
         start, seconds = restore(run.directory / "checkpoint", ranks, sharpness)
@@ -139,6 +139,12 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
     finally:
         stop.restore()
         run.close()
+
+
+def _seeded(config: Config) -> dict[str, Any]:
+    """The method's options; what it draws is, as all else that a step draws, of data_seed, unless the config says otherwise."""
+    _, complete = resolve(config.method.name, config.method.options)
+    return {**({"seed": config.training.data_seed} if "seed" in complete else {}), **config.method.options}
 
 
 def measure_steps(points: int, steps: int) -> set[int]:
