@@ -44,6 +44,7 @@ class Spec:
     tasks: list[str] = field(default_factory=list)
     methods: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)  # of the reported runs: initialization and data order
+    seeds_by_task: dict[str, Any] = field(default_factory=dict)  # of the tasks that have other ones
     rho: list[float] = field(default_factory=list)  # the radii that are run, none of them chosen
     rho_scale: dict[str, float] = field(default_factory=dict)  # a method's radius in units of the grid's, where it is another one
     phi: list[float] = field(default_factory=list)  # angles of Angle-SAM, degrees

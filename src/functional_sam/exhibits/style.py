@@ -45,9 +45,11 @@ METHOD_LABEL = {
     "adaptive-functional-sam": "Adaptive Functional-SAM",
     "fisher-functional-sam": "Fisher Functional-SAM",
 }
-PART_COLOR = {"functional": "#0072B2", "logit": "#D55E00"}
-MATRIX_COLOR = {"hessian": "#000000", "gauss_newton": "#D55E00", "functional": "#0072B2"}  # the halves as in PART_COLOR
+# Of Paul Tol's muted scheme (colour-blind safe too): what is no method has the colour of none.
+PART_COLOR = {"functional": "#117733", "logit": "#882255"}
+MATRIX_COLOR = {"hessian": "#777777", "gauss_newton": "#882255", "functional": "#117733"}  # the halves as in PART_COLOR
 MATRIX_LABEL = {"hessian": "$H$", "gauss_newton": "$H_G$", "functional": "$H_F$"}
+TASK_COLOR = {"language": "#332288", "vision": "#CC6677"}
 TASK_LABEL = {"language": "Language", "vision": "Vision"}
 
 

@@ -37,8 +37,8 @@ class Language(Task):
             raise UserError(f"model.kind={config.model.kind!r}: a task of kind language has a decoder")
         if data.augment:
             raise UserError(f"data.augment={data.augment} is for images, not for text")
-        if data.noise or data.unique_images or config.model.activation != "gelu":
-            raise UserError("data.noise, data.unique_images and model.activation are for images, not for text")
+        if data.noise or data.relabel or data.unique_images or config.model.activation != "gelu":
+            raise UserError("data.noise, data.relabel, data.unique_images and model.activation are for images, not for text")
         if "c4" in data.sources:
             if data.sources != ["c4"]:
                 raise UserError(f"data.sources={data.sources}: c4 stands alone")
@@ -88,6 +88,7 @@ class Language(Task):
             shape.head_dtype,
             shape.checkpoint_blocks,
             shape.dropout,
+            shape.embedding_scale,
             generator=torch.Generator().manual_seed(self.config.training.init_seed),
         )
 
