@@ -387,7 +387,8 @@ def validated(config: Config) -> Config:
         for number in getattr(measure, key):
             require(number >= 2 and number % 2 == 0, f"measure.{key}: {number} is no even number of targets, to be halved")
     require(
-        not measure.more_targets or bool(measure.targets), "measure.more_targets are measured beside measure.targets: give those too"
+        not measure.more_targets or bool(measure.targets),
+        "measure.more_targets are measured beside measure.targets: give those too",
     )
     for temperature in measure.temperatures:
         require(0 < temperature < float("inf"), f"measure.temperatures: {temperature} is not above 0 and finite")

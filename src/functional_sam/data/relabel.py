@@ -21,7 +21,9 @@ TOLD_APART = (1, 4, 16, 64)  # ways by which a class is divided: none, by turn, 
 MOVE = 4  # pixels, towards each corner
 
 
-def relabelled(images: Tensor, labels: Tensor, split: str, chosen: np.ndarray, told_apart: int, black: Tensor) -> tuple[Tensor, Tensor]:
+def relabelled(
+    images: Tensor, labels: Tensor, split: str, chosen: np.ndarray, told_apart: int, black: Tensor
+) -> tuple[Tensor, Tensor]:
     """Images [B, C, S, S] and labels [B] changed by the ways of the examples `chosen` of a split.
 
     The label is told_apart * label + way % told_apart. black [C]: the value of a black pixel; what moves in is black before inversion,

@@ -105,7 +105,15 @@ def headline(data: pd.DataFrame) -> str:
 
 
 def _line(
-    axis: Axes, part: pd.DataFrame, x: str, y: str, color: str, dash: str = "-", marker: str = "o", alpha: float = 1.0, band: bool = True
+    axis: Axes,
+    part: pd.DataFrame,
+    x: str,
+    y: str,
+    color: str,
+    dash: str = "-",
+    marker: str = "o",
+    alpha: float = 1.0,
+    band: bool = True,
 ) -> None:
     """Means over seeds with their 95 % t intervals."""
     groups = [(at, estimate(list(values))) for at, values in part.dropna(subset=[y]).groupby(x)[y]]
@@ -120,7 +128,9 @@ def _line(
 def _named(axis: Axes, part: pd.DataFrame, x: str, y: str, text: str, color: str) -> None:
     """The text at the right end of a line."""
     last = part[part[x] == part[x].max()]
-    axis.annotate(text, (last[x].iloc[0], last[y].mean()), (3, 0), textcoords="offset points", fontsize=5.5, color=color, va="center")
+    axis.annotate(
+        text, (last[x].iloc[0], last[y].mean()), (3, 0), textcoords="offset points", fontsize=5.5, color=color, va="center"
+    )
 
 
 def _legends(figure: Figure, steps: Axes, origins: Axes, norms: Axes, tasks: list[str]) -> None:
@@ -133,7 +143,8 @@ def _legends(figure: Figure, steps: Axes, origins: Axes, norms: Axes, tasks: lis
     names = [grey("-", r"$\epsilon$ of the same batch"), grey("--", r"$\epsilon$ of an independent batch")]
     origins.legend(handles=[*names, grey(":", "the latter without sampling noise", "D")], loc="lower right")
     norms.legend(
-        handles=[grey("--", r"$|\delta_{func}|$, $\epsilon$ of an independent batch"), grey(":", "without sampling noise", "D")], loc="best"
+        handles=[grey("--", r"$|\delta_{func}|$, $\epsilon$ of an independent batch"), grey(":", "without sampling noise", "D")],
+        loc="best",
     )
 
 
@@ -172,7 +183,10 @@ def _verdict(plan: Plan, data: pd.DataFrame, tests: pd.DataFrame) -> str:
     noise = []
     for task in firsts(plan.configs):
         end = data[(data.task == task) & at_last(data) & (data.ascent == "gradient") & (data.origin == "independent")]
-        by = [end[end.targets == targets].set_index("seed").share_logit_without_noise for targets in (end.targets.min(), end.targets.max())]
+        by = [
+            end[end.targets == targets].set_index("seed").share_logit_without_noise
+            for targets in (end.targets.min(), end.targets.max())
+        ]
         change = estimate(list((by[1] - by[0]).dropna()))
         noise.append(f"{task} {interval(change.mean, change.half_width, 2, sign=True)}")
     return (

@@ -72,7 +72,9 @@ def by_targets(plan: Plan) -> pd.DataFrame:
     data["share_logit"] = 1.0 - data.pop("share")
     for part in ("logit", "func"):
         data[f"norm_{part}_without_noise"] = np.sqrt(data.pop(f"square_{part}").clip(lower=0.0))
-    data["share_logit_without_noise"] = data.norm_logit_without_noise / (data.norm_logit_without_noise + data.norm_func_without_noise)
+    data["share_logit_without_noise"] = data.norm_logit_without_noise / (
+        data.norm_logit_without_noise + data.norm_func_without_noise
+    )
     return data
 
 

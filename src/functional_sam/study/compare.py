@@ -87,7 +87,9 @@ def unpaired_difference(values: Sequence[float], others: Sequence[float]) -> Est
         return Estimate(a.mean - b.mean, math.nan, min(a.n, b.n))
     squares = a.stderr**2, b.stderr**2
     parts = squares[0] ** 2 / (a.n - 1) + squares[1] ** 2 / (b.n - 1)
-    return Estimate(a.mean - b.mean, math.sqrt(sum(squares)), min(a.n, b.n), sum(squares) ** 2 / parts if parts else a.n + b.n - 2.0)
+    return Estimate(
+        a.mean - b.mean, math.sqrt(sum(squares)), min(a.n, b.n), sum(squares) ** 2 / parts if parts else a.n + b.n - 2.0
+    )
 
 
 def equivalent(difference: Estimate, margin: float) -> bool:

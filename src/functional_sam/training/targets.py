@@ -53,7 +53,11 @@ def shares_by_targets(
         for n in numbers:
             halves_and_other = [place(batches) for batches in fresh_batches(task, [n // 2, n - n // 2, n])]
             for temperature in task.config.measure.temperatures:
-                yield {"targets": n, "temperature": temperature, **_measured(model, optimizer, task, halves_and_other, step, temperature)}
+                yield {
+                    "targets": n,
+                    "temperature": temperature,
+                    **_measured(model, optimizer, task, halves_and_other, step, temperature),
+                }
     finally:
         model.train()
 
