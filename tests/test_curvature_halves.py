@@ -1,4 +1,4 @@
-"""The two parts of H eps on a batch of two halves, float64: against the whole batch, and against an expectation known in closed form."""
+"""The two parts of H eps on a batch of two halves, float64: against the whole batch, and an expectation in closed form."""
 
 import itertools
 
@@ -56,7 +56,7 @@ def test_on_the_whole_batch_it_is_the_decomposition(kind):
 
 
 def test_the_inner_product_of_the_halves_has_no_noise_in_it():
-    """Over all pairs of halves of two examples, each drawn with replacement, the mean is |E d|^2 exactly; that of |d|^2 is above it."""
+    """Over all pairs of halves of two examples, drawn with replacement, the mean is |E d|^2 exactly; that of |d|^2 is more."""
     shaped = [torch.tensor([value], dtype=torch.float64) for value in EPS]
     halves = [products(pair) for pair in itertools.product(POPULATION, repeat=2)]
     found = [split_in_halves(first, second, shaped) for first, second in itertools.product(halves, repeat=2)]

@@ -1,12 +1,12 @@
 """delta_func and delta_logit with their sampling noise told apart: one direction, two independent halves of a batch.
 
-Let A_1, A_2 be H_F (or H_G) on two batches of as many targets, drawn independently, and eps a direction fixed before. Their products
-d_i = A_i eps have the same mean m = E[A] eps and independent noise, so that
+Let A_1, A_2 be H_F (or H_G) on two batches of as many targets, drawn independently, and eps a direction fixed before. Their
+products d_i = A_i eps have the same mean m = E[A] eps and independent noise, so that
 
     E |d_i|^2 = |m|^2 + E |d_i - m|^2      the plain norm counts the noise
     E <d_1, d_2> = <E d_1, E d_2> = |m|^2  the inner product of the halves does not
 
-and that of the whole batch, d = (d_1 + d_2) / 2, has a quarter of the halves' noise each: |d|^2 = (|d_1|^2 + |d_2|^2 + 2 <d_1, d_2>) / 4.
+and of the whole batch, d = (d_1 + d_2) / 2, |d|^2 = (|d_1|^2 + |d_2|^2 + 2 <d_1, d_2>) / 4 counts half the noise of one of them.
 <d_1, d_2> may come out negative where the noise is larger than m.
 """
 

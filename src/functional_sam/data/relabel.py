@@ -26,8 +26,8 @@ def relabelled(
 ) -> tuple[Tensor, Tensor]:
     """Images [B, C, S, S] and labels [B] changed by the ways of the examples `chosen` of a split.
 
-    The label is told_apart * label + way % told_apart. black [C]: the value of a black pixel; what moves in is black before inversion,
-    which puts the brightest pixel of an image where its darkest was.
+    The label is told_apart * label + way % told_apart. black [C]: the value of a black pixel, which moves in; then inversion puts
+    the brightest value of an image where its darkest was.
     """
     ways = torch.from_numpy(ways_of(split, int(chosen.max()) + 1)[chosen])
     return changed(images, ways, black), labels * told_apart + ways % told_apart
@@ -36,7 +36,7 @@ def relabelled(
 def changed(images: Tensor, ways: Tensor, black: Tensor) -> Tensor:
     """Each image [C, S, S] in its way."""
     result = torch.empty_like(images)
-    for way in ways.unique().tolist():
+    for way in sorted(set(ways.tolist())):
         own = ways == way
         turns, move, mirrored, inverted = way % 4, way // 4 % 4, way // 16 % 2, way // 32
         x = torch.rot90(images[own], turns, dims=(2, 3))

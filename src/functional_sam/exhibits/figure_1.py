@@ -21,7 +21,8 @@ from functional_sam.study.compare import Estimate, Verdict, estimate, holm, unpa
 
 MARGIN = 0.05  # of a share: what is called no difference (paper/PROTOCOL.md)
 PAIR = ("language", "vision")
-ASCENTS: dict[str, Any] = {"gradient": "-", "adam": "--"}
+Dash = Any  # matplotlib's type of line
+ASCENTS: dict[str, Dash] = {"gradient": "-", "adam": "--"}
 
 
 def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
@@ -134,7 +135,7 @@ def _named(axis: Axes, part: pd.DataFrame, x: str, y: str, text: str, color: str
 
 
 def _legends(figure: Figure, steps: Axes, origins: Axes, norms: Axes, tasks: list[str]) -> None:
-    def grey(dash: str, label: str, marker: str = "o") -> Line2D:
+    def grey(dash: Dash, label: str, marker: str = "o") -> Line2D:
         return Line2D([], [], color="#555555", linestyle=dash, marker=marker, label=label)
 
     colors = [Line2D([], [], color=style.TASK_COLOR.get(t, "#777777"), label=style.TASK_LABEL.get(t, t)) for t in tasks]

@@ -67,9 +67,9 @@ def _measured(
 ) -> dict[str, Any]:
     """Of a batch of two halves, with eps of the batch itself ("same") and of another of as many targets ("independent").
 
-    By ascent and by where eps is from: share, norm_logit, norm_func and cosine on the whole batch; of "independent" also the squares
-    that leave sampling noise out (functional_sam.curvature.halves). "entropy", "norm": of the softmax and the logits, as in `logits_of`.
-    The adam ascent from measure.adam_from on. temperature divides the logits, of the loss too.
+    By ascent and by where eps is from: share, norm_logit, norm_func, cosine on the whole batch; of "independent" the squares that
+    leave sampling noise out too (functional_sam.curvature.halves). "entropy", "norm": those of `logits_of`. The adam ascent
+    from measure.adam_from on. temperature divides the logits, of the loss too.
     """
     sharded, measure = is_sharded(model), task.config.measure
     method = "difference" if sharded else "exact"
