@@ -1,5 +1,6 @@
 """figure-1: the logit share of the sharpness gradient against the number of targets and against time, language beside vision."""
 
+import itertools
 import math
 from typing import Any
 
@@ -39,7 +40,8 @@ def compared(data: pd.DataFrame) -> pd.DataFrame:
     """Language minus vision at the end of training, by ascent and matched number of targets, eps of the same batch; one family."""
     rows, found = [], []
     own = data[(data.origin == "same") & at_last(data)]
-    for (ascent, targets), part in own.groupby(["ascent", "targets"], sort=False):
+    for ascent, targets in itertools.product(ASCENTS, sorted(set(own.targets))):
+        part = own[(own.ascent == ascent) & (own.targets == targets)]
         sides = [list(part[part.task == task].share_logit) for task in PAIR]
         if all(sides):
             rows.append({"ascent": ascent, "targets": targets, **dict(zip(PAIR, map(_mean, sides), strict=True))})
@@ -95,8 +97,8 @@ def draw(plan: Plan) -> Exhibit:
     norms.set_title(r"At the end: $|\delta_{func}|$ and what of it is noise")
     _legends(figure, steps, origins, norms, list(firsts(plan.configs)))
     finding = _finding(tests)
-    figure.suptitle(finding, fontsize=9, y=1.05)
     figure.tight_layout()
+    style.finding_above(figure, finding)
     return Exhibit(plan, {"": data, "tests": tests}, _caption(plan, finding), _verdict(plan, data, tests), figure)
 
 
@@ -166,13 +168,15 @@ def _finding(tests: pd.DataFrame) -> str:
 
 def _caption(plan: Plan, finding: str) -> str:
     n = len(plan.spec.seeds)
-    more = "; ".join(f"{task} n={len(seeds)}" for task, seeds in plan.spec.seeds_by_task.items())
+    others = "; ".join(f"{task} n={len(seeds)}" for task, seeds in plan.spec.seeds_by_task.items())
+    more = f" ({others})" if others else ""
     return (
-        f"{finding}. Logit share is |delta_logit| / (|delta_logit| + |delta_func|), delta_logit = H_G eps, delta_func = H_F eps, on "
-        "batches of the rows that training would have met next, eps a unit vector, under Adam's ascent from step "
-        f"{plan.configs[0].measure.adam_from} on; without noise: inner products of two half batches in place of squared norms; scale "
-        f"{plan.spec.scale}, not the paper's: {sizes(plan.configs)}. Means over n={n} seeds{f' ({more})' if more else ''}, bands are "
-        "95 % t intervals, Holm's correction over both ascents and all matched numbers."
+        f"{finding}. Logit share is |delta_logit| / (|delta_logit| + |delta_func|), delta_logit = H_G eps, delta_func = H_F eps, "
+        "eps a unit vector, on batches of the rows that training would have met next, under Adam's ascent from step "
+        f"{plan.configs[0].measure.adam_from} on; without noise: inner products of two half batches in place of squared norms; "
+        f"scale {plan.spec.scale}, not the paper's: {sizes(plan.configs)}. "
+        f"Means over n={n} seeds{more}, bands are 95 % t intervals, Holm's correction over both ascents "
+        "and all matched numbers."
     )
 
 

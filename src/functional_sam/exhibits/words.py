@@ -1,6 +1,7 @@
 """Words and numbers that several exhibits share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -53,21 +54,21 @@ def decompositions(plan: Plan) -> pd.DataFrame:
     )
 
 
-def by_targets(plan: Plan) -> pd.DataFrame:
+def by_targets(plan: Plan, about: Callable[[Config], dict[str, Any]] = lambda _: {}) -> pd.DataFrame:
     """One row per task, seed, step, number of targets, temperature, ascent and origin of eps (the same batch, or another).
 
     share_logit is |delta_logit| / (|delta_logit| + |delta_func|). ..._without_noise: by the inner products of two half batches, of
-    which one that came out negative counts as zero; nan where eps is of the same batch.
+    which one that came out negative counts as zero; nan where eps is of the same batch. about: more columns of a run.
     """
     rows = []
     for config in plan.configs:
-        about = {"task": config.task, "seed": config.training.init_seed}
+        own = {"task": config.task, "seed": config.training.init_seed, **about(config)}
         for line in plan.source.metrics(config, "targets"):
             place = {key: line[key] for key in ("step", "targets", "temperature")}
             seen = {key: line[key] for key in ("loss", "entropy", "norm")}
             for ascent in config.measure.ascents:
                 for origin, found in line.get(ascent, {}).items():
-                    rows.append({**about, **place, "ascent": ascent, "origin": origin, **seen, **found})
+                    rows.append({**own, **place, "ascent": ascent, "origin": origin, **seen, **found})
     data = pd.DataFrame(rows)
     data["share_logit"] = 1.0 - data.pop("share")
     for part in ("logit", "func"):

@@ -101,7 +101,7 @@ def final_curvature(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ta
     "ascents": per ascent the numbers of `shares`, by kind of parameter too, and the loss change along eps against
     rho g.eps + rho^2/2 eps^T H eps.
     "geometries": "plain" is A itself, "adam" (of AdamW) P^1/2 A P^1/2; of A = H, H_G, H_F each eps^T A eps and |A eps| along the
-    gradient, the trace with its standard error over probes, both ends of the spectrum with residuals, and, with
+    gradient, the trace with its standard error over probes, both ends of the spectrum with residuals, and, of "plain" with
     measure.density_probes, nodes and weights [probes, order] of its density.
     """
     config, measure = task.config, task.config.measure
@@ -114,7 +114,7 @@ def final_curvature(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ta
             geometries["adam"] = products.in_adam_geometry(optimizer)
         return {
             "step": config.training.steps,
-            "rows": measure.rows,
+            "rows": sum(len(targets) for _, targets in batches),
             "loss": parts[0].loss,
             "logits": logits_of(model, task, batches),
             "ascents": {
@@ -128,19 +128,19 @@ def final_curvature(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ta
                 }
                 for ascent, part in zip(measure.ascents, parts, strict=True)
             },
-            "geometries": {name: _geometry(own, config) for name, own in geometries.items()},
+            "geometries": {name: _geometry(own, config, name == "plain") for name, own in geometries.items()},
         }
     finally:
         model.train()
 
 
-def _geometry(products: CurvatureProducts | AdamGeometry, config: Config) -> dict[str, Any]:
+def _geometry(products: CurvatureProducts | AdamGeometry, config: Config, densities: bool) -> dict[str, Any]:
     measure = config.measure
     found = functional_sharpness(
         products, probes=measure.probes, max_products=measure.lanczos, generator=torch.Generator().manual_seed(SEED)
     )
     result = dataclasses.asdict(found)
-    if measure.density_probes:
+    if measure.density_probes and densities:
         for name in MATRICES:
             drawn = density(
                 getattr(products, name),
