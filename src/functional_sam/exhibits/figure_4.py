@@ -204,11 +204,10 @@ def _caption(plan: Plan, ends: pd.DataFrame, finding: str) -> str:
     unconverged = int((~ends.top_converged.astype(bool)).sum() + (~ends.bottom_converged.astype(bool)).sum())
     return (
         f"{finding}. Densities by stochastic Lanczos quadrature ({measure.density_probes} probes of order "
-        f"{measure.density_order} a seed, a Gaussian of 3.2e-3 of the range) on {measure.curvature_targets} targets of either task; "
-        f"triangles: ends by Lanczos, {unconverged} of {2 * len(ends)} not converged to 1e-3; "
-        f"Adam's geometry: P^1/2 A P^1/2, P = 1 / (sqrt(v_hat) + e); scale {plan.spec.scale}, not the paper's: "
-        f"{sizes(plan.configs)}. Means over n={len(plan.spec.seeds)} seeds, bands and bars are 95 % t intervals, Holm's correction "
-        "over the four comparisons."
+        f"{measure.density_order} a seed, a Gaussian of 3.2e-3 of the range) on {measure.curvature_targets} targets of either; "
+        f"triangles: ends by Lanczos, {unconverged} of {2 * len(ends)} not converged to 1e-3; Adam's geometry: P^1/2 A P^1/2, "
+        f"P = 1 / (sqrt(v_hat) + e); scale {plan.spec.scale}, not the paper's: {sizes(plan.configs)}. "
+        f"Means over n={len(plan.spec.seeds)} seeds, bands and bars are 95 % t intervals, Holm's correction over four comparisons."
     )
 
 
