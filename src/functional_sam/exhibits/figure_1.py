@@ -62,6 +62,8 @@ def at_last(data: pd.DataFrame) -> pd.Series:
 def draw(plan: Plan) -> Exhibit:
     """Above: share against targets at several times, and against time at matched targets. Below: the end of training."""
     data = by_targets(plan)
+    for part in ("func", "logit"):
+        data[f"noise_{part}"] = 1.0 - (data[f"norm_{part}_without_noise"] / data[f"norm_{part}"]) ** 2
     tests = compared(data)
     style.use()
     figure, ((times, steps), (origins, norms)) = plt.subplots(2, 2, figsize=(style.PAGE, 5.2))
@@ -83,18 +85,16 @@ def draw(plan: Plan) -> Exhibit:
         for origin, dash in (("same", "-"), ("independent", "--")):
             _line(origins, end[end.origin == origin], "targets", "share_logit", color, dash)
         _line(origins, end[end.origin == "independent"], "targets", "share_logit_without_noise", color, ":", "D")
-        _line(norms, end[end.origin == "independent"], "targets", "norm_func", color, "--")
-        _line(norms, end[end.origin == "independent"], "targets", "norm_func_without_noise", color, ":", "D")
-    for axis, label in ((times, "logit share"), (steps, "logit share"), (origins, "logit share"), (norms, r"$|\delta_{func}|$")):
+        for part, dash in (("func", "-"), ("logit", ":")):
+            _line(norms, end[end.origin == "independent"], "targets", f"noise_{part}", color, dash, band=part == "func")
+    for axis, label in ((times, "logit share"), (steps, "logit share"), (origins, "logit share"), (norms, "part that is noise")):
         axis.set(xscale="log", xlabel="targets of the measuring batch", ylabel=label)
-    for axis in (times, steps, origins):
         axis.set_ylim(0.0, 1.02)
     steps.set_xlabel("AdamW step")
-    norms.set_yscale("log")
     times.set_title(r"At several steps (numbers), $\epsilon$ from the same batch")
     steps.set_title(f"Through training, at {matched} targets of either task")
     origins.set_title("At the end: where $\\epsilon$ is from, and without noise")
-    norms.set_title(r"At the end: $|\delta_{func}|$ and what of it is noise")
+    norms.set_title(r"At the end: sampling noise in $|\delta|^2$, $\epsilon$ independent")
     _legends(figure, steps, origins, norms, list(firsts(plan.configs)))
     finding = _finding(tests)
     figure.tight_layout()
@@ -145,10 +145,7 @@ def _legends(figure: Figure, steps: Axes, origins: Axes, norms: Axes, tasks: lis
     steps.legend(handles=[grey("-", r"$\epsilon = g/|g|$ (SAM)"), grey("--", "Adam's ascent (Precond)")], loc="lower right")
     names = [grey("-", r"$\epsilon$ of the same batch"), grey("--", r"$\epsilon$ of an independent batch")]
     origins.legend(handles=[*names, grey(":", "the latter without sampling noise", "D")], loc="lower right")
-    norms.legend(
-        handles=[grey("--", r"$|\delta_{func}|$, $\epsilon$ of an independent batch"), grey(":", "without sampling noise", "D")],
-        loc="best",
-    )
+    norms.legend(handles=[grey("-", r"of $|\delta_{func}|^2$"), grey(":", r"of $|\delta_{logit}|^2$")], loc="upper right")
 
 
 def _finding(tests: pd.DataFrame) -> str:
