@@ -91,6 +91,7 @@ def draw(plan: Plan) -> Exhibit:
         axis.set(xscale="log", xlabel="targets of the measuring batch", ylabel=label)
         axis.set_ylim(0.0, 1.02)
     steps.set_xlabel("AdamW step")
+    norms.set_ylim(0.0, 1.3)
     times.set_title(r"At several steps (numbers), $\epsilon$ from the same batch")
     steps.set_title(f"Through training, at {matched} targets of either task")
     origins.set_title("At the end: where $\\epsilon$ is from, and without noise")
@@ -145,7 +146,7 @@ def _legends(figure: Figure, steps: Axes, origins: Axes, norms: Axes, tasks: lis
     steps.legend(handles=[grey("-", r"$\epsilon = g/|g|$ (SAM)"), grey("--", "Adam's ascent (Precond)")], loc="lower right")
     names = [grey("-", r"$\epsilon$ of the same batch"), grey("--", r"$\epsilon$ of an independent batch")]
     origins.legend(handles=[*names, grey(":", "the latter without sampling noise", "D")], loc="lower right")
-    norms.legend(handles=[grey("-", r"of $|\delta_{func}|^2$"), grey(":", r"of $|\delta_{logit}|^2$")], loc="upper right")
+    norms.legend(handles=[grey("-", r"of $|\delta_{func}|^2$"), grey(":", r"of $|\delta_{logit}|^2$")], loc="upper center", ncol=2)
 
 
 def _finding(tests: pd.DataFrame) -> str:
