@@ -174,6 +174,9 @@ def done(server, cache, tmp_path_factory):
     add("micro", "sam", "ddp", overrides=micro)
     measured = {"measure.points": 2, "measure.adam_from": 1}
     done.one["measured"] = in_one_process(Job(config(cache, root / "measured", "adamw", **measured)))
+    by_targets = {"measure.points": 1, "measure.targets": [8], "measure.adam_from": 1}
+    done.one["targets"] = in_one_process(Job(config(cache, root / "targets", "adamw", **by_targets)))
+    add("targets", "adamw", "fsdp", overrides=by_targets)
     for parallel in ("ddp", "fsdp"):
         add("measured", "adamw", parallel, overrides=measured)
         for method in RESUMED:
@@ -231,6 +234,13 @@ def test_shares_are_those_of_one_process(done):
         assert ours["derivative"] == "difference"
         for ascent in ("gradient", "adam"):
             assert ours[ascent]["share"] == pytest.approx(theirs[ascent]["share"], rel=1e-5)
+    (ours,), (theirs,) = done.two["adamw", "fsdp", "targets"].metrics("targets"), done.one["targets"].metrics("targets")
+    assert (ours["derivative"], ours["targets"]) == ("difference", 8)
+    assert ours["entropy"] == pytest.approx(theirs["entropy"], rel=1e-5)
+    for ascent in ("gradient", "adam"):
+        assert ours[ascent]["same"]["share"] == pytest.approx(theirs[ascent]["same"]["share"], rel=1e-5)
+        for square in ("square_logit", "square_func"):
+            assert ours[ascent]["independent"][square] == pytest.approx(theirs[ascent]["independent"][square], rel=1e-4)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

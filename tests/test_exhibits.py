@@ -1,6 +1,7 @@
 """Plans and drawings from a source that is passed, the one writer, an exhibit's YAML, the comparison with what was released."""
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -10,6 +11,7 @@ import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
 import pytest
+from scipy import stats
 
 from functional_sam import METHODS, exhibits
 from functional_sam.commands import results, runs
@@ -25,8 +27,8 @@ from functional_sam.records import Run, RunDirectories, released
 from functional_sam.study.compare import Estimate, Verdict
 
 ROOT = Path(__file__).resolve().parents[1]
-FIELDS = ("norm_gradient", "norm_logit", "norm_func", "cosine", "cosine_logit_gradient", "cosine_func_gradient")
-FIELDS += ("curvature_logit", "curvature_func")
+HEADLINE = "language against vision: language above at all 2 matched numbers of targets (0.69 against 0.59 at 2,048)"
+CELLS = 120 * 7  # 2 tasks, 3 seeds, 2 numbers of targets, 2 origins: gradient at 3 steps and adam at 2
 PROVENANCE = {"commit": "c", "diff": "", "versions": {}, "machine": "processor A, 2 cores", "code": {"sha256": "0", "files": {}}}
 
 
@@ -35,14 +37,24 @@ def share(config, step):
 
 
 def do(configs, machine="processor A, 2 cores", of=share):
-    """Finished runs of figure-1 with made-up decompositions, where their configs say."""
+    """Finished runs of figure-1 with made-up shares at three steps and two numbers of targets, where their configs say."""
     for config in configs:
         run = Run(config)
-        parts = [
-            (step, {a: {"share": of(config, step), **dict.fromkeys(FIELDS, -0.1)} for a in config.measure.ascents})
-            for step in (1, 10, 100)
-        ]
-        lines = [{"kind": "decompose", "step": step, **by_ascent} for step, by_ascent in parts]
+        lines = []
+        for step, targets in itertools.product((1, 10, 100), (512, 2048)):
+            same = {"share": of(config, step), "norm_logit": 0.5, "norm_func": 0.4, "cosine": 0.1}
+            origins = {"same": same, "independent": {**same, "square_logit": 0.36, "square_func": -0.1 if step == 1 else 0.04}}
+            about = {
+                "kind": "targets",
+                "step": step,
+                "targets": targets,
+                "temperature": 1.0,
+                "loss": 3.0,
+                "norm": 9.0,
+                "entropy": 2.0,
+            }
+            ascents = config.measure.ascents if step >= config.measure.adam_from else ["gradient"]
+            lines.append({**about, **dict.fromkeys(ascents, origins)})
         write_text(run.directory / "config.yaml", to_yaml(config))
         write_text(run.directory / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         run.write("provenance.json", {**PROVENANCE, "machine": machine, "data": {"data": "d", "sha256": "s"}})
@@ -110,7 +122,7 @@ def test_what_is_drawn_from_released_records_is_the_same_to_the_byte(home):
     assert there.source.name == "results/runs/figure-1-quick.jsonl.gz"
     (home / "elsewhere").rename(home / "runs")
     files = [exhibits.write(exhibits.draw_plan(plan), home / name) for plan, name in ((here, "a/paper"), (there, "b/paper"))]
-    assert [path.name for path in files[0]] == ["figure-1.pdf", "figure-1.png", "figure-1.csv", "figure-1.json"]
+    assert [path.name for path in files[0]] == [f"figure-1{end}" for end in (".pdf", ".png", ".csv", "-tests.csv", ".json")]
     for ours, theirs in zip(*files, strict=True):
         assert ours.read_bytes() == theirs.read_bytes(), ours.name
     record = json.loads(files[0][-1].read_text())
@@ -138,11 +150,28 @@ def test_figure_1_leaves_the_adam_ascent_out_where_it_is_noise(home):
     exhibit = exhibits.draw("figure-1")
     steps = exhibit.frame.groupby("ascent").step.apply(lambda column: set(column))
     assert steps.to_dict() == {"gradient": {1, 10, 100}, "adam": {10, 100}}
-    assert "from step 10 on, under Adam's" in exhibit.caption
+    assert "under Adam's ascent from step 10 on" in exhibit.caption
     assert len(re.findall(r"\.(?= [A-Z]|$)", exhibit.caption)) == 3
-    # Shares of delta_func at step 100, language: 0.3, 0.31, 0.32; t quantile 4.303, standard error 0.01 / sqrt(3).
-    assert "language gradient 0.69 \N{PLUS-MINUS SIGN} 0.02" in exhibit.verdict
-    assert figure_1.headline(exhibit.frame) == "logit share at the end language 0.69, vision 0.59"
+    # Shares at step 100 differ by 0.1, and by seed 0.01 in each task: standard error 0.01 sqrt(2 / 3), t for 4 degrees 2.776.
+    assert "gradient, 512 targets: +0.100 \N{PLUS-MINUS SIGN} 0.023, language above" in exhibit.verdict
+    tests = exhibit.frames["tests"]
+    assert list(zip(tests.ascent, tests.targets, strict=True)) == list(itertools.product(("gradient", "adam"), (512, 2048)))
+    assert tests.p_holm.to_list() == pytest.approx([4 * 2 * stats.t.sf(0.1 / (0.01 * (2 / 3) ** 0.5), 4)] * 4)
+    assert figure_1.headline(exhibit.frame) == HEADLINE
+    without = exhibit.frame[exhibit.frame.origin == "independent"].groupby("step").share_logit_without_noise.first()
+    assert without.to_dict() == pytest.approx(
+        {1: 1.0, 10: 0.75, 100: 0.75}
+    )  # sqrt(.36) against sqrt(.04); a negative square is zero
+    assert exhibit.frame[exhibit.frame.origin == "same"].share_logit_without_noise.isna().all()
+
+
+def test_figure_1_says_nothing_where_seeds_differ_more_than_tasks(home):
+    do(
+        exhibits.needed("figure-1"),
+        of=lambda config, step: 0.3 + 0.1 * config.training.init_seed * (-1) ** (config.task == "vision"),
+    )
+    tests = exhibits.draw("figure-1").frames["tests"]
+    assert set(tests.verdict) == {"inconclusive"}
 
 
 # ---------------------------------------------------------------------- against what was released
@@ -158,14 +187,14 @@ def test_the_last_line_of_a_drawing(home, capsys):
     do(configs)
     assert "not compared with a released result" in line_of()
     results.release_command(options())
-    same = "figure-1: yours logit share at the end language 0.69, vision 0.59; released logit share at the end language 0.69, "
-    assert line_of() == same + "vision 0.59; all 270 cells the same to the last digit"
+    same = f"figure-1: yours {HEADLINE}; released {HEADLINE}; all {CELLS} cells"
+    assert line_of() == same + " the same to the last digit"
     do(configs, of=lambda config, step: share(config, step) + 0.001)
-    assert line_of().endswith("all 270 cells within the tolerance")
+    assert line_of().endswith(f"all {CELLS} cells within the tolerance")
     do(configs, "processor B, 64 cores", lambda config, step: share(config, step) + 0.03 * (config.task == "vision"))
     found = line_of()
     assert "\n" not in found
-    assert "30 of 270 cells not within the tolerance (furthest: task vision, seed 0, step" in found
+    assert f"60 of {CELLS} cells not within the tolerance (furthest: task vision, seed 0, step" in found
     assert found.endswith("training amplifies it (released on processor A, yours on processor B)")
     capsys.readouterr()
     assert results.draw_command(options()) == 0  # never a failure

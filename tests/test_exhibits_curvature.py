@@ -14,7 +14,6 @@ from functional_sam.config import compose
 from functional_sam.curvature import CurvatureProducts, decompose
 from functional_sam.exhibits import figure_4, table_4
 from functional_sam.exhibits.spec import load_spec
-from functional_sam.exhibits.words import decompositions
 from functional_sam.records import Run
 from functional_sam.tasks import prepare
 from functional_sam.training import loop
@@ -43,12 +42,12 @@ def spectrum(eigenvalues, quadratic=1.0, size=1.0, order=4):
     }
 
 
-def curvature(scale=1.0, share=0.25):
+def curvature(scale=1.0, share=0.25, top=3.0):
     """A made-up curvature.json whose every measure is proportional to scale."""
     matrices = {
         "hessian": spectrum([-1 * scale, 0.0, 2 * scale, 7 * scale], 1.5 * scale, 3 * scale),
         "gauss_newton": spectrum([0.0, 0.0, 1 * scale, 6 * scale], 2 * scale, 3 * scale),
-        "functional": spectrum([-2 * scale, 0.0, 0.0, 3 * scale], -0.5 * scale, 1 * scale),
+        "functional": spectrum([-2 * scale, 0.0, 0.0, top * scale], -0.5 * scale, 1 * scale),
     }
     own = {"loss": 3.0, "norm_gradient": scale, "share": share, **matrices}
     return {"step": 1, "rows": 4, "loss": 3.0, "logits": {"norm": 2.0, "entropy": 1.0}, "geometries": {"plain": own, "adam": own}}
@@ -94,15 +93,10 @@ def test_densities_of_an_exhibit_are_those_of_the_known_eigenvalues(tmp_path):
     configs = exhibits.needed("figure-4", overrides=overrides)
     for config in configs:
         run = record(config, loss=3.0, accuracy=0.5)
-        run.write("curvature.json", curvature(1.0 + 0.1 * config.training.init_seed))
-        lines = [
-            {"kind": "decompose", "step": step, **{a: {"share": share} for a in ("gradient", "adam")}}
-            for step, share in ((1, 0.5), (10, 0.3), (150, 0.2))
-        ]
-        (run.directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        run.write("curvature.json", curvature(1.0 + 0.1 * config.training.init_seed, top=3.0 + (config.task == "vision")))
     plan = exhibits.planned("figure-4", overrides=overrides)
     assert plan.configs == configs
-    data = figure_4.density_frame(plan, "language", "plain")
+    data = figure_4.density_frame(plan, "language")
     for _, part in data.groupby("matrix"):
         width = part.eigenvalue.diff().iloc[1]
         assert (part.density * width).sum() == pytest.approx(1.0, abs=1e-6)
@@ -111,17 +105,23 @@ def test_densities_of_an_exhibit_are_those_of_the_known_eigenvalues(tmp_path):
     assert (G.density * width)[G.eigenvalue > 0.5].sum() == pytest.approx(0.5, abs=1e-6)  # two of its four eigenvalues
 
     exhibit = exhibits.draw("figure-4", overrides=overrides)
-    assert "language, plain: top eigenvalue of H_F / H_G 0.50 ± " in exhibit.verdict  # 3 / 6 at any scale
-    assert "share of delta_func gradient 0.20 ± " in exhibit.verdict
+    assert (
+        "tops, plain: language 0.50 ± 0.00, vision 0.67 ± 0.00, difference \N{MINUS SIGN}0.17" in exhibit.verdict
+    )  # 3 / 6, 4 / 6 at any scale
+    tests = exhibit.frames["tests"].set_index(["measure", "geometry"])
+    assert tests.loc[("traces", "adam"), ["language", "vision"]].to_list() == pytest.approx([1 / 8, 2 / 8])
+    assert "smaller in language by all measures" in exhibit.caption
     written = {path.name for path in exhibits.write(exhibit, tmp_path / "paper")}
-    assert written == {f"figure-4{end}" for end in (".pdf", ".png", ".csv", "-density.csv", "-shares.csv", ".json")}
-    shares = exhibit.frames["shares"]
-    assert shares[shares.ascent == "adam"].step.min() == 10  # P g before is the sign of g
-    assert shares[shares.ascent == "gradient"].step.min() == 1
-    assert shares.equals(decompositions(plan))
+    assert written == {f"figure-4{end}" for end in (".pdf", ".png", ".csv", "-density.csv", "-tests.csv", ".json")}
     assert sentences(exhibit.caption) == 3
     top = exhibit.frame[(exhibit.frame.matrix == "functional") & (exhibit.frame.seed == 1)].top_value
-    assert top.to_list() == pytest.approx([3.3] * 4)
+    assert top.to_list() == pytest.approx([3.3, 3.3, 4.4, 4.4])
+    axis = exhibit.figure.axes[0]
+    low, high = axis.get_xlim()
+    marks = [x for line in axis.lines if line.get_marker() == "v" for x in line.get_xdata()]
+    assert len(marks) == 5  # of H and H_F both ends
+    assert low < min(marks)
+    assert max(marks) < high
 
 
 def test_table_4_finds_the_measure_that_ranks_the_methods(tmp_path):

@@ -32,7 +32,14 @@ ROOT = Path(__file__).resolve().parents[1]
 LOCAL = ROOT / "jobs" / "local-slurm" / "local-slurm"
 PATIENCE = 600  # seconds for everything
 SMALL = ["training.batch=4", "training.eval_rows=8", "model.width=16", "model.depth=1", "measure.points=2", "measure.rows=4"]
-SMALL += ["measure.micro_batch=4", "measure.doses=2", "data.images=mnist-5k", "runtime.log_every=1"]
+SMALL += [
+    "measure.micro_batch=4",
+    "measure.targets=[8]",
+    "measure.more_targets=[16]",
+    "measure.doses=2",
+    "data.images=mnist-5k",
+    "runtime.log_every=1",
+]
 SMALL += ["runtime.checkpoint_every=1000"]
 LONG = [*SMALL, "training.steps=150", "training.precision=float64"]
 ONE_RUN = """

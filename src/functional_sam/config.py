@@ -40,6 +40,7 @@ class ModelConfig:
         default_factory=lambda: [1, 1]
     )  # of a convnet: blocks at each resolution; the width doubles in between
     bottleneck: bool = False  # of a convnet: blocks 1x1, 3x3, 1x1 that leave four times the width, as in ResNet-50
+    embedding_scale: float = 1.0  # of a decoder: its initial embeddings, and with them its logits, times this
     dropout: float = 0.0  # fraction of a block's outputs set to zero while training
     head_dtype: str = "float32"  # of the logits' matrix product under bf16; float32 to the letter of Nanodo
     checkpoint_blocks: bool = False  # recompute activations in backward: less memory, one more forward
@@ -54,6 +55,7 @@ class DataConfig:
     held_out: str = "documents"  # rows of validation and test: documents cut to L (Nanodo), or windows: all of each document
     images: str = "fashion-mnist"  # or mnist-5k, or imagenet-1k; never swapped silently
     augment: str | None = None  # of training images: crop-flip
+    relabel: int | None = None  # classes: images turned, moved, mirrored, inverted alike for any number of them; data/relabel.py
     noise: float = 0.0  # fraction of the training images whose label is drawn anew from all classes, once a data_seed
     unique_images: int | None = None  # train on the first so many images only, over and over; none: all
     hub: str | None = None  # OWNER/NAME[@REVISION] of c4 or imagenet-1k on the hub; none: the one they are published as
@@ -118,9 +120,13 @@ class MeasureConfig:
     doses: int = 8  # measurements of |g_method - g| / |g|, log-spaced over the steps
     points: int = 0  # decompositions, log-spaced from step 1 to the last
     rows: int = 16  # rows of the held-out (validation) batch
+    targets: list[int] = field(default_factory=list)  # instead of it, at each point: exact numbers of targets; training/targets.py
+    more_targets: list[int] = field(default_factory=list)  # and at every second point, the last included
+    temperatures: list[float] = field(default_factory=lambda: [1.0])  # what logits are divided by, in decompositions by targets
     micro_batch: int = 8  # rows of a second-order pass, which keeps its graph
     ascents: list[str] = field(default_factory=lambda: ["gradient", "adam"])
     adam_from: int = 10  # step from which the adam ascent is measured: before, P g is the sign of g, rounding noise included
+    curvature_targets: int | None = None  # instead of `rows`, for the final curvature: a batch of so many targets
     curvature: bool = False  # spectra and traces of H, H_G, H_F at the final weights, into curvature.json
     robustness: bool = False  # loss after rounding, noise and training on data.elsewhere, of the final weights: robustness.json
     probes: int = 10  # random vectors of a trace
@@ -351,6 +357,7 @@ def validated(config: Config) -> Config:
         bool(model.stages) and min(model.stages) > 0, f"model.stages={model.stages}: a number of blocks, at least 1, for each stage"
     )
     require(model.width % model.heads == 0, f"model.heads={model.heads} does not divide model.width={model.width}")
+    require(0 < model.embedding_scale < float("inf"), f"model.embedding_scale={model.embedding_scale}: above 0 and finite")
     require(0 <= model.dropout < 1, f"model.dropout={model.dropout}: a fraction, at least 0 and below 1")
     one_of("model", "head_dtype", "float32", "bfloat16")
     one_of("model", "activation", "gelu", "relu")
@@ -381,6 +388,16 @@ def validated(config: Config) -> Config:
     one_of("training", "precision", "float32", "float64", "bf16")
     counts("measure", 0, "doses", "points", "density_probes")
     counts("measure", 1, "rows", "micro_batch", "adam_from")
+    counts("measure", 2, "curvature_targets")
+    for key in ("targets", "more_targets"):
+        for number in getattr(measure, key):
+            require(number >= 2 and number % 2 == 0, f"measure.{key}: {number} is no even number of targets, to be halved")
+    require(
+        not measure.more_targets or bool(measure.targets),
+        "measure.more_targets are measured beside measure.targets: give those too",
+    )
+    for temperature in measure.temperatures:
+        require(0 < temperature < float("inf"), f"measure.temperatures: {temperature} is not above 0 and finite")
     counts("measure", 2, "probes", "density_order")
     counts("measure", 4, "lanczos")
     measured = (measure.points or measure.curvature) and "adam" in measure.ascents

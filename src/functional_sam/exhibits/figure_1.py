@@ -1,10 +1,13 @@
-"""figure-1: shares of delta_logit and delta_func of the sharpness gradient through AdamW training, language beside vision."""
+"""figure-1: the logit share of the sharpness gradient against the number of targets and against time, language beside vision."""
 
+import itertools
+import math
 from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from functional_sam.config import compose
@@ -13,88 +16,188 @@ from functional_sam.exhibits.markdown import interval, number
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import Spec
-from functional_sam.exhibits.words import at_the_end, decompositions, firsts, rows, sizes
+from functional_sam.exhibits.words import by_targets, firsts, sizes
 from functional_sam.records import Source
-from functional_sam.study.compare import Estimate, estimate
-from functional_sam.tasks import TASKS
+from functional_sam.study.compare import Estimate, Verdict, estimate, holm, unpaired_difference, verdict
 
-ASCENTS = {"gradient": "gradient ascent (SAM)", "adam": "Adam ascent (Precond)"}
-DASHES: dict[str, Any] = {"gradient": "-", "adam": "--"}
+MARGIN = 0.05  # of a share: what is called no difference (paper/PROTOCOL.md)
+PAIR = ("language", "vision")
+Dash = Any  # matplotlib's type of line
+ASCENTS: dict[str, Dash] = {"gradient": "-", "adam": "--"}
 
 
 def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
-    """AdamW on each task, each seed (of initialization and data order), with the decomposition measured on the way."""
-    configs = [compose(task, "adamw", spec.scale, spec.layers(task, seed), overrides) for seed in spec.seeds for task in spec.tasks]
+    """AdamW on each task, each seed (of initialization and data order), with the shares measured on the way."""
+    configs = [
+        compose(task, "adamw", spec.scale, spec.layers(task, seed), overrides)
+        for task in spec.tasks
+        for seed in spec.seeds_by_task.get(task, spec.seeds)
+    ]
     return Plan.of_known_runs(spec, configs, source)
 
 
+def compared(data: pd.DataFrame) -> pd.DataFrame:
+    """Language minus vision at the end of training, by ascent and matched number of targets, eps of the same batch; one family."""
+    rows, found = [], []
+    own = data[(data.origin == "same") & at_last(data)]
+    for ascent, targets in itertools.product(ASCENTS, sorted(set(own.targets))):
+        part = own[(own.ascent == ascent) & (own.targets == targets)]
+        sides = [list(part[part.task == task].share_logit) for task in PAIR]
+        if all(sides):
+            rows.append({"ascent": ascent, "targets": targets, **dict(zip(PAIR, map(_mean, sides), strict=True))})
+            found.append(unpaired_difference(*sides))
+    for row, one, p in zip(rows, found, holm([one.p for one in found]), strict=True):
+        word = verdict(one, lower_is_better=False, margin=MARGIN, p=p)
+        side = {Verdict.BETTER: "language above", Verdict.WORSE: "vision above"}.get(word, str(word))
+        row |= {"n": one.n, "difference": one.mean, "half_width": one.half_width, "p_holm": p, "verdict": side}
+    return pd.DataFrame(rows)
+
+
+def at_last(data: pd.DataFrame) -> pd.Series:
+    """Whether a row is of its task's last step."""
+    last: pd.Series = data.step == data.groupby("task").step.transform("max")
+    return last
+
+
 def draw(plan: Plan) -> Exhibit:
-    """Two rows (share, cosine), one column per task; bands are 95 % t intervals over seeds."""
-    spec, data = plan.spec, decompositions(plan)
-    data["share_logit"] = 1.0 - data["share"]
+    """Above: share against targets at several times, and against time at matched targets. Below: the end of training."""
+    data = by_targets(plan)
+    for part in ("func", "logit"):
+        data[f"noise_{part}"] = 1.0 - (data[f"norm_{part}_without_noise"] / data[f"norm_{part}"]) ** 2
+    tests = compared(data)
     style.use()
-    figure, axes = plt.subplots(2, len(spec.tasks), figsize=(style.PAGE, 3.6), sharex="col", sharey="row", squeeze=False)
-    band: dict[str, Any] = {"x": "step", "errorbar": style.t_interval, "marker": "o", "legend": False}
-    for column, (task, config) in enumerate(firsts(plan.configs).items()):
-        share, cosine = axes[:, column]
-        for ascent, dash in DASHES.items():
-            part = data[(data.task == task) & (data.ascent == ascent)]
-            for field, name in (("share", "functional"), ("share_logit", "logit")):
-                sns.lineplot(part, y=field, ax=share, color=style.PART_COLOR[name], linestyle=dash, **band)
-            sns.lineplot(part, y="cosine", ax=cosine, color="#555555", linestyle=dash, **band)
-        name = TASKS[config.kind].data_name(config)
-        share.set(xscale="log", ylim=(0, 1), title=f"{style.TASK_LABEL.get(task, task)} ({name})", ylabel="share of the two norms")
-        cosine.set(xscale="log", ylim=(-1, 1), xlabel="AdamW step", ylabel=r"cosine of $\delta_{logit}$, $\delta_{func}$")
-        cosine.axhline(0, color="#bbbbbb", linewidth=0.6, zorder=0)
-    parts = [
-        Line2D([], [], color=style.PART_COLOR["logit"], label=r"$\delta_{logit} = H_G\,\epsilon$"),
-        Line2D([], [], color=style.PART_COLOR["functional"], label=r"$\delta_{func} = H_F\,\epsilon$"),
-    ]
-    lines = [Line2D([], [], color="#555555", linestyle=DASHES[a], label=label) for a, label in ASCENTS.items()]
-    figure.legend(handles=parts + lines, loc="upper center", ncol=4, bbox_to_anchor=(0.5, 1.04))
-    figure.align_ylabels()
-    figure.tight_layout(rect=(0, 0, 1, 0.97))
-    return Exhibit(plan, {"": data}, _caption(plan, data), _verdict(plan, data), figure)
+    figure, ((times, steps), (origins, norms)) = plt.subplots(2, 2, figsize=(style.PAGE, 5.2))
+    same, gradient = data.origin == "same", data.ascent == "gradient"
+    matched = plan.configs[0].measure.targets[0]
+    for task in firsts(plan.configs):
+        color, own = style.TASK_COLOR.get(task, "#777777"), data.task == task
+        wide = data[own & same & gradient].groupby("step").targets.transform("nunique").max()
+        counts = data[own & same & gradient].groupby("step").targets.nunique()
+        shown = list(counts[counts == wide].index)
+        for place, step in enumerate(shown):
+            shade = 0.25 + 0.75 * (place + 1) / len(shown)
+            part = data[own & same & gradient & (data.step == step)]
+            _line(times, part, "targets", "share_logit", color, alpha=shade, band=step == shown[-1])
+            _named(times, part, "targets", "share_logit", f"{step}", color)
+        for ascent, dash in ASCENTS.items():
+            _line(steps, data[own & same & (data.ascent == ascent) & (data.targets == matched)], "step", "share_logit", color, dash)
+        end = data[own & gradient & at_last(data)]
+        for origin, dash in (("same", "-"), ("independent", "--")):
+            _line(origins, end[end.origin == origin], "targets", "share_logit", color, dash)
+        _line(origins, end[end.origin == "independent"], "targets", "share_logit_without_noise", color, ":", "D")
+        for part, dash in (("func", "-"), ("logit", ":")):
+            _line(norms, end[end.origin == "independent"], "targets", f"noise_{part}", color, dash, band=part == "func")
+    for axis, label in ((times, "logit share"), (steps, "logit share"), (origins, "logit share"), (norms, "part that is noise")):
+        axis.set(xscale="log", xlabel="targets of the measuring batch", ylabel=label)
+        axis.set_ylim(0.0, 1.02)
+    steps.set_xlabel("AdamW step")
+    norms.set_ylim(0.0, 1.3)
+    times.set_title(r"At several steps (numbers), $\epsilon$ from the same batch")
+    steps.set_title(f"Through training, at {matched} targets of either task")
+    origins.set_title("At the end: where $\\epsilon$ is from, and without noise")
+    norms.set_title(r"At the end: sampling noise in $|\delta|^2$, $\epsilon$ independent")
+    _legends(figure, steps, origins, norms, list(firsts(plan.configs)))
+    finding = _finding(tests)
+    figure.tight_layout()
+    style.finding_above(figure, finding)
+    return Exhibit(plan, {"": data, "tests": tests}, _caption(plan, finding), _verdict(plan, data, tests), figure)
 
 
 def headline(data: pd.DataFrame) -> str:
     """What figure and CSV say, in a few words."""
-    ends = {task: _ends(data, task)["gradient"].mean for task in data.task.unique()}
-    return "logit share at the end " + ", ".join(f"{task} {number(share, 2)}" for task, share in ends.items())
+    return _finding(compared(data)).lower().removeprefix("logit share at the end, ")
 
 
-def _ends(data: pd.DataFrame, task: str) -> dict[str, Estimate]:
-    """The logit share at the last step, by ascent."""
-    last = at_the_end(data, task)
-    return {ascent: estimate(list(part.share_logit)) for ascent, part in last.groupby("ascent", sort=False)}
+def _line(
+    axis: Axes,
+    part: pd.DataFrame,
+    x: str,
+    y: str,
+    color: str,
+    dash: str = "-",
+    marker: str = "o",
+    alpha: float = 1.0,
+    band: bool = True,
+) -> None:
+    """Means over seeds with their 95 % t intervals."""
+    groups = [(at, estimate(list(values))) for at, values in part.dropna(subset=[y]).groupby(x)[y]]
+    xs, means = [at for at, _ in groups], [one.mean for _, one in groups]
+    axis.plot(xs, means, color=color, linestyle=dash, marker=marker, alpha=alpha, markersize=3)
+    if band:
+        halves = [one.half_width if math.isfinite(one.half_width) else 0.0 for _, one in groups]
+        low, high = zip(*((m - h, m + h) for m, h in zip(means, halves, strict=True)), strict=True) if groups else ((), ())
+        axis.fill_between(xs, low, high, color=color, alpha=0.15, linewidth=0)
 
 
-def _caption(plan: Plan, data: pd.DataFrame) -> str:
-    shares = " and ".join(f"{_ends(data, task)['gradient'].mean:.0%} in {task}" for task in plan.spec.tasks)
-    adam_from = plan.configs[0].measure.adam_from
+def _named(axis: Axes, part: pd.DataFrame, x: str, y: str, text: str, color: str) -> None:
+    """The text at the right end of a line."""
+    last = part[part[x] == part[x].max()]
+    axis.annotate(
+        text, (last[x].iloc[0], last[y].mean()), (3, 0), textcoords="offset points", fontsize=5.5, color=color, va="center"
+    )
+
+
+def _legends(figure: Figure, steps: Axes, origins: Axes, norms: Axes, tasks: list[str]) -> None:
+    def grey(dash: Dash, label: str, marker: str = "o") -> Line2D:
+        return Line2D([], [], color="#555555", linestyle=dash, marker=marker, label=label)
+
+    colors = [Line2D([], [], color=style.TASK_COLOR.get(t, "#777777"), label=style.TASK_LABEL.get(t, t)) for t in tasks]
+    figure.legend(handles=colors, loc="upper center", ncol=len(tasks), bbox_to_anchor=(0.5, 1.03))
+    steps.legend(handles=[grey("-", r"$\epsilon = g/|g|$ (SAM)"), grey("--", "Adam's ascent (Precond)")], loc="lower right")
+    names = [grey("-", r"$\epsilon$ of the same batch"), grey("--", r"$\epsilon$ of an independent batch")]
+    origins.legend(handles=[*names, grey(":", "the latter without sampling noise", "D")], loc="lower right")
+    norms.legend(handles=[grey("-", r"of $|\delta_{func}|^2$"), grey(":", r"of $|\delta_{logit}|^2$")], loc="upper center", ncol=2)
+
+
+def _finding(tests: pd.DataFrame) -> str:
+    """The verdicts under the gradient ascent, in a line."""
+    own = tests[tests.ascent == "gradient"] if len(tests) else tests
+    words = []
+    for word, part in own.groupby("verdict", sort=False) if len(own) else ():
+        words.append(f"{word} at {', '.join(f'{targets:,}' for targets in part.targets)} targets")
+    if not words:
+        return "Logit share of the sharpness gradient"
+    if len(words) == 1 and len(own) > 1:
+        words = [f"{own.verdict.iloc[0]} at all {len(own)} matched numbers of targets"]
+    largest = own[own.targets == own.targets.max()].iloc[0]
+    numbers = f"({number(largest.language, 2)} against {number(largest.vision, 2)} at {largest.targets:,})"
+    return f"Logit share at the end, language against vision: {'; '.join(words)} {numbers}"
+
+
+def _caption(plan: Plan, finding: str) -> str:
+    n = len(plan.spec.seeds)
+    others = "; ".join(f"{task} n={len(seeds)}" for task, seeds in plan.spec.seeds_by_task.items())
+    more = f" ({others})" if others else ""
     return (
-        f"At the end of AdamW training delta_logit = H_G eps is {shares} of the sharpness gradient (|delta_logit| / "
-        "(|delta_logit| + |delta_func|), gradient ascent). Both parts and the cosine between them are measured on fixed held-out "
-        f"rows ({rows(plan.configs)}), under the gradient ascent and, from step {adam_from} on, under Adam's (before, its "
-        f"direction is the sign of g, of rounding noise too); scale {plan.spec.scale}, not the paper's: {sizes(plan.configs)}. "
-        f"Means over n={len(plan.spec.seeds)} seeds, bands are 95 % t intervals."
+        f"{finding}. Logit share is |delta_logit| / (|delta_logit| + |delta_func|), delta_logit = H_G eps, delta_func = H_F eps, "
+        "eps a unit vector, on batches of the rows that training would have met next, under Adam's ascent from step "
+        f"{plan.configs[0].measure.adam_from} on; without noise: inner products of two half batches in place of squared norms; "
+        f"scale {plan.spec.scale}, not the paper's: {sizes(plan.configs)}. "
+        f"Means over n={n} seeds{more}, bands are 95 % t intervals, Holm's correction over both ascents "
+        "and all matched numbers."
     )
 
 
-def _verdict(plan: Plan, data: pd.DataFrame) -> str:
-    ends = {task: _ends(data, task) for task in plan.spec.tasks}
-    shares = "; ".join(
-        f"{task} " + ", ".join(f"{ascent} {interval(e.mean, e.half_width, 2)}" for ascent, e in found.items())
-        for task, found in ends.items()
-    )
-    sides = ", ".join(f"in {task} the logit part {_side(found['gradient'])}" for task, found in ends.items())
+def _verdict(plan: Plan, data: pd.DataFrame, tests: pd.DataFrame) -> str:
+    said = [
+        f"{row.ascent}, {row.targets} targets: {interval(row.difference, row.half_width, 3, sign=True)}, {row.verdict}"
+        for row in tests.itertuples()
+    ]
+    noise = []
+    for task in firsts(plan.configs):
+        end = data[(data.task == task) & at_last(data) & (data.ascent == "gradient") & (data.origin == "independent")]
+        by = [
+            end[end.targets == targets].set_index("seed").share_logit_without_noise
+            for targets in (end.targets.min(), end.targets.max())
+        ]
+        change = estimate(list((by[1] - by[0]).dropna()))
+        noise.append(f"{task} {interval(change.mean, change.half_width, 2, sign=True)}")
     return (
-        f"logit share |delta_logit| / (|delta_logit| + |delta_func|) at the end: {shares} "
-        f"(n={len(plan.spec.seeds)}, 95 % t intervals). Under the gradient ascent, {sides}."
+        f"logit share at the end, language minus vision ({'; '.join(said)}); share without noise, most minus fewest targets: "
+        f"{', '.join(noise)} (n={len(plan.spec.seeds)}, 95 % t intervals, Holm over {len(tests)} comparisons)."
     )
 
 
-def _side(share: Estimate) -> str:
-    """Whether the 95 % interval leaves out one half."""
-    half = share.half_width
-    return "dominates" if share.mean - half > 0.5 else "is the smaller part" if share.mean + half < 0.5 else "is inconclusive"
+def _mean(values: list[float]) -> float:
+    found: Estimate = estimate(values)
+    return found.mean

@@ -1,4 +1,4 @@
-"""figure-4: spectral densities of H, H_G and H_F at the end of training, also in Adam's geometry; shares through it."""
+"""figure-4: spectral densities of H, H_G and H_F at the end of training, and how large the functional half is in them."""
 
 import math
 from typing import Any
@@ -6,7 +6,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
@@ -18,17 +17,19 @@ from functional_sam.exhibits.markdown import interval, number
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import Spec
-from functional_sam.exhibits.words import at_the_end, decompositions, rows, sizes
+from functional_sam.exhibits.words import sizes
 from functional_sam.records import Source
-from functional_sam.study.compare import Estimate, estimate
+from functional_sam.study.compare import LEVEL, Estimate, estimate, holm, unpaired_difference
 
-GEOMETRIES = {"plain": "eigenvalue of A", "adam": r"eigenvalue of $P^{1/2} A\, P^{1/2}$ (Adam's geometry)"}
-ASCENTS: dict[str, Any] = {"gradient": "-", "adam": "--"}
+GEOMETRIES = {"plain": "plain", "adam": "Adam's geometry"}
+MEASURES = {"traces": r"tr $H_F$ / tr $H$", "tops": r"top $H_F$ / top $H_G$"}
+PLAIN = {"traces": "tr H_F / tr H", "tops": "top H_F / top H_G"}
+PAIR = ("language", "vision")
 BINS = 240
 
 
 def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
-    """AdamW on each task and seed, with shares measured on the way and spectra at the end."""
+    """AdamW on each task and seed, with spectra and traces at the end."""
     configs = [compose(task, "adamw", spec.scale, spec.layers(task, seed), overrides) for seed in spec.seeds for task in spec.tasks]
     return Plan.of_known_runs(spec, configs, source)
 
@@ -56,15 +57,19 @@ def eigenvalue_frame(plan: Plan) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-def density_frame(plan: Plan, task: str, geometry: str) -> pd.DataFrame:
-    """Densities of the three matrices on one grid: mean over seeds (of the mean over probes), half width of its 95 % t interval."""
+def density_frame(plan: Plan, task: str) -> pd.DataFrame:
+    """Densities of the three matrices on one grid: mean over seeds (of the mean over probes), half width of its 95 % t interval.
+
+    The grid holds the ends that Lanczos found, too.
+    """
     configs = [config for config in plan.configs if config.task == task]
-    records = [plan.source.read(config, "curvature.json")["geometries"][geometry] for config in configs]
+    records = [plan.source.read(config, "curvature.json")["geometries"]["plain"] for config in configs]
     nodes = {
         m: [torch.tensor(record[m]["density"]["nodes"], dtype=torch.float64) for record in records] for m in style.MATRIX_LABEL
     }
-    low = min(float(node.min()) for each in nodes.values() for node in each)
-    high = max(float(node.max()) for each in nodes.values() for node in each)
+    ends = [record[m][end]["value"] for record in records for m in style.MATRIX_LABEL for end in ("top", "bottom")]
+    low = min(*ends, *(float(node.min()) for each in nodes.values() for node in each))
+    high = max(*ends, *(float(node.max()) for each in nodes.values() for node in each))
     sigma = WIDTH * (high - low)
     edges = torch.linspace(low - 6 * sigma, high + 6 * sigma, BINS + 1, dtype=torch.float64)
     frames = []
@@ -76,7 +81,6 @@ def density_frame(plan: Plan, task: str, geometry: str) -> pd.DataFrame:
             pd.DataFrame(
                 {
                     "task": task,
-                    "geometry": geometry,
                     "matrix": matrix,
                     "eigenvalue": ((edges[1:] + edges[:-1]) / 2).numpy(),
                     "density": [band.mean for band in bands],
@@ -88,61 +92,65 @@ def density_frame(plan: Plan, task: str, geometry: str) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
+def ratios(ends: pd.DataFrame) -> pd.DataFrame:
+    """One row per task, seed, geometry: tr H_F / tr H ("traces"), and the top eigenvalue of H_F over that of H_G ("tops")."""
+    wide = ends.pivot(index=["task", "seed", "geometry"], columns="matrix", values=["trace", "top_value"])
+    found = pd.DataFrame(
+        {"traces": wide.trace.functional / wide.trace.hessian, "tops": wide.top_value.functional / wide.top_value.gauss_newton}
+    )
+    return found.reset_index()
+
+
+def compared(ends: pd.DataFrame) -> pd.DataFrame:
+    """Language minus vision, both measures in both geometries: one family."""
+    by_seed = ratios(ends)
+    rows: list[dict[str, Any]] = []
+    for measure in MEASURES:
+        for geometry in GEOMETRIES:
+            own = by_seed[by_seed.geometry == geometry]
+            sides = [list(own[own.task == task][measure]) for task in PAIR]
+            found, each = unpaired_difference(*sides), [estimate(side) for side in sides]
+            about = {"measure": measure, "geometry": geometry, "n": found.n}
+            about |= {f"{task}{end}": value for task, one in zip(PAIR, each, strict=True) for end, value in _with_half(one).items()}
+            rows.append(about | {"difference": found.mean, "half_width": found.half_width, "p": found.p})
+    for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
+        row["p_holm"] = p
+    return pd.DataFrame(rows)
+
+
 def draw(plan: Plan) -> Exhibit:
-    """Rows: densities plain, densities in Adam's geometry, share of delta_func through training; one column per task."""
-    spec, ends, shares = plan.spec, eigenvalue_frame(plan), decompositions(plan)
-    densities = pd.concat([density_frame(plan, task, g) for task in spec.tasks for g in GEOMETRIES], ignore_index=True)
+    """A panel of densities a task, with the ends that Lanczos found; below, how large the functional half is."""
+    spec, ends = plan.spec, eigenvalue_frame(plan)
+    densities = pd.concat([density_frame(plan, task) for task in spec.tasks], ignore_index=True)
+    tests = compared(ends)
     style.use()
-    figure, axes = plt.subplots(3, len(spec.tasks), figsize=(style.PAGE, 6.2), squeeze=False)
-    color = style.PART_COLOR["functional"]
-    for column, task in enumerate(spec.tasks):
-        for row, geometry in enumerate(GEOMETRIES):
-            at = {"task": task, "geometry": geometry}
-            _density(axes[row, column], _where(densities, at), _where(ends, at), geometry)
-        axes[0, column].set_title(style.TASK_LABEL.get(task, task))
-        share = axes[2, column]
-        for ascent, dash in ASCENTS.items():
-            part = _where(shares, {"task": task, "ascent": ascent})
-            sns.lineplot(
-                part,
-                x="step",
-                y="share",
-                ax=share,
-                color=color,
-                linestyle=dash,
-                errorbar=style.t_interval,
-                marker="o",
-                legend=False,
-            )
-        share.set(xscale="log", ylim=(0, 1), xlabel="AdamW step", ylabel=r"share of $\delta_{func}$")
+    figure, axes = plt.subplot_mosaic(
+        [list(spec.tasks), ["bars"] * len(spec.tasks)], figsize=(style.PAGE, 4.6), height_ratios=[3, 2]
+    )
+    for task in spec.tasks:
+        plain = ends[(ends.task == task) & (ends.geometry == "plain")]
+        _density(axes[task], densities[densities.task == task], plain)
+        axes[task].set_title(style.TASK_LABEL.get(task, task))
+    _bars(axes["bars"], tests)
     matrices = [Line2D([], [], color=style.MATRIX_COLOR[m], label=label) for m, label in style.MATRIX_LABEL.items()]
-    marks = [Line2D([], [], color="#555555", marker="v", linestyle="", label="top and bottom eigenvalue (Lanczos)")]
-    figure.legend(handles=matrices + marks, loc="upper center", ncol=4, bbox_to_anchor=(0.5, 1.02))
-    lines = [Line2D([], [], color="#555555", linestyle=d, label=f"{a} ascent") for a, d in ASCENTS.items()]
-    axes[2, 0].legend(handles=lines, loc="best")
-    figure.align_ylabels()
-    figure.tight_layout(rect=(0, 0, 1, 0.98))
-    frames = {"": ends, "density": densities, "shares": shares}
-    return Exhibit(plan, frames, _caption(plan, ends), _verdict(spec, ends, shares), figure)
+    marks = [Line2D([], [], color="#555555", marker="v", linestyle="", label="its top and bottom eigenvalue (Lanczos)")]
+    figure.tight_layout()
+    figure.legend(handles=matrices + marks, loc="lower center", ncol=4, bbox_to_anchor=(0.5, 1.0))
+    finding = _finding(tests)
+    style.finding_above(figure, finding)
+    return Exhibit(plan, {"": ends, "density": densities, "tests": tests}, _caption(plan, ends, finding), _verdict(tests), figure)
 
 
 def headline(ends: pd.DataFrame) -> str:
     """What figure and CSV say, in a few words."""
-    ratios = {task: _ratios(ends, task, "plain")[0].mean for task in ends.task.unique()}
-    return "top eigenvalue of H_F / H_G " + ", ".join(f"{task} {number(ratio, 2)}" for task, ratio in ratios.items())
+    return _finding(compared(ends))
 
 
-def _where(data: pd.DataFrame, values: dict[str, str]) -> pd.DataFrame:
-    for column, value in values.items():
-        data = data[data[column] == value]
-    return data
-
-
-def _density(axis: Axes, data: pd.DataFrame, ends: pd.DataFrame, geometry: str) -> None:
+def _density(axis: Axes, data: pd.DataFrame, ends: pd.DataFrame) -> None:
     floor = data.floor.min()
-    for matrix, color in style.MATRIX_COLOR.items():
+    for place, (matrix, color) in enumerate(style.MATRIX_COLOR.items()):
         part = data[data.matrix == matrix]
-        axis.plot(part.eigenvalue, part.density.clip(lower=floor), color=color)
+        axis.plot(part.eigenvalue, part.density.clip(lower=floor), color=color, linewidth=0.9)
         axis.fill_between(
             part.eigenvalue,
             (part.density - part.half_width).clip(lower=floor),
@@ -153,47 +161,62 @@ def _density(axis: Axes, data: pd.DataFrame, ends: pd.DataFrame, geometry: str) 
         )
         found = ends[ends.matrix == matrix]
         marked = [found.top_value.mean()] + ([found.bottom_value.mean()] if matrix != "gauss_newton" else [])
-        axis.plot(marked, [floor * 1.5] * len(marked), linestyle="", marker="v", color=color, clip_on=False)
-    axis.set(yscale="log", ylim=(floor, data.density.max() * 2), xlabel=GEOMETRIES[geometry], ylabel="density of eigenvalues")
+        axis.plot(marked, [floor * 2.5 ** (1 + place)] * len(marked), linestyle="", marker="v", markersize=5, color=color)
+    axis.set(yscale="log", ylim=(floor, data.density.max() * 2), xlabel="eigenvalue", ylabel="density of eigenvalues")
 
 
-def _ratios(ends: pd.DataFrame, task: str, geometry: str) -> tuple[Estimate, Estimate]:
-    """Over seeds: top eigenvalue of H_F over that of H_G, and tr H_F / tr H."""
-    part = _where(ends, {"task": task, "geometry": geometry}).pivot(index="seed", columns="matrix")
-    tops = estimate(list(part.top_value.functional / part.top_value.gauss_newton))
-    return tops, estimate(list(part.trace.functional / part.trace.hessian))
-
-
-def _caption(plan: Plan, ends: pd.DataFrame) -> str:
-    spec, measure = plan.spec, plan.configs[0].measure
-    unconverged = int((~ends.top_converged.astype(bool)).sum() + (~ends.bottom_converged.astype(bool)).sum())
-    tops = " and ".join(f"{_ratios(ends, task, 'plain')[0].mean:.2f} in {task}" for task in spec.tasks)
-    setting = [
-        f"Densities by stochastic Lanczos quadrature ({measure.density_probes} probes of order {measure.density_order} a seed, a "
-        "Gaussian of 3.2e-3 of the range), above plain, in the middle in Adam's geometry, P = 1 / (sqrt(v_hat) + e)",
-        f"triangles: extreme eigenvalues by Lanczos (of H_G the largest), {unconverged} of {2 * len(ends)} not converged to 1e-3",
-        "below, the share |delta_func| / (|delta_func| + |delta_logit|) through training, under Adam's ascent from step "
-        f"{measure.adam_from} on",
-        f"held-out rows: {rows(plan.configs)}",
-        f"scale {spec.scale}, not the paper's: {sizes(plan.configs)}",
-    ]
-    return (
-        f"At the end of AdamW training the top eigenvalue of H_F is {tops} of that of H_G. {'; '.join(setting)}. "
-        f"Means over n={len(spec.seeds)} seeds, bands are 95 % t intervals."
+def _bars(axis: Axes, tests: pd.DataFrame) -> None:
+    for place, row in enumerate(tests.to_dict("records")):
+        for shift, task in ((-0.18, PAIR[0]), (0.18, PAIR[1])):
+            half = row[f"{task}_half_width"]
+            error = [half if math.isfinite(half) else 0.0]
+            axis.bar(
+                place + shift, row[task], 0.34, yerr=error, color=style.TASK_COLOR[task], capsize=2, error_kw={"linewidth": 0.8}
+            )
+    labels = [f"{MEASURES[row.measure]},\n{GEOMETRIES[row.geometry]}" for row in tests.itertuples()]
+    axis.set_xticks(range(len(tests)), labels)
+    axis.axhline(0, color="#555555", linewidth=0.6)
+    axis.set_ylabel("ratio")
+    axis.legend(
+        handles=[Line2D([], [], color=style.TASK_COLOR[t], linewidth=5, label=style.TASK_LABEL[t]) for t in PAIR], loc="best"
     )
 
 
-def _verdict(spec: Spec, ends: pd.DataFrame, shares: pd.DataFrame) -> str:
-    sentences = []
-    for task in spec.tasks:
-        for geometry in GEOMETRIES:
-            tops, traces = _ratios(ends, task, geometry)
-            sentences.append(f"{task}, {geometry}: top eigenvalue of H_F / H_G {_short(tops)}, tr H_F / tr H {_short(traces)}")
-        last = at_the_end(shares, task).groupby("ascent", sort=False)
-        by = ", ".join(f"{ascent} {_short(estimate(list(part.share)))}" for ascent, part in last)
-        sentences.append(f"{task}: share of delta_func {by}")
-    return f"{'; '.join(sentences)} (n={len(spec.seeds)}, 95 % t intervals)."
+def _with_half(one: Estimate) -> dict[str, float]:
+    return {"": one.mean, "_half_width": one.half_width}
 
 
-def _short(value: Estimate) -> str:
-    return interval(value.mean, value.half_width, 2)
+def _finding(tests: pd.DataFrame) -> str:
+    words, sides = [], []
+    for row in tests.itertuples():
+        sides.append(
+            "inconclusive" if row.p_holm >= 1 - LEVEL else "smaller in language" if row.difference < 0 else "larger in language"
+        )
+        name = f"{PLAIN[row.measure]}, {row.geometry}"
+        words.append(f"{name} {number(row.language, 2)} against {number(row.vision, 2)}")
+    if len(set(sides)) == 1:
+        return f"The functional half, language against vision: {sides[0]} by all measures ({'; '.join(words)})"
+    return f"The functional half, language against vision: {'; '.join(f'{a}, {b}' for a, b in zip(words, sides, strict=True))}"
+
+
+def _caption(plan: Plan, ends: pd.DataFrame, finding: str) -> str:
+    measure = plan.configs[0].measure
+    unconverged = int((~ends.top_converged.astype(bool)).sum() + (~ends.bottom_converged.astype(bool)).sum())
+    return (
+        f"{finding}. Densities by stochastic Lanczos quadrature ({measure.density_probes} probes of order "
+        f"{measure.density_order} a seed, a Gaussian of 3.2e-3 of the range) on {measure.curvature_targets} targets of either; "
+        f"triangles: ends by Lanczos, {unconverged} of {2 * len(ends)} not converged to 1e-3; Adam's geometry: P^1/2 A P^1/2, "
+        f"P = 1 / (sqrt(v_hat) + e); scale {plan.spec.scale}, not the paper's: {sizes(plan.configs)}. "
+        f"Means over n={len(plan.spec.seeds)} seeds, bands and bars are 95 % t intervals, Holm's correction over four comparisons."
+    )
+
+
+def _verdict(tests: pd.DataFrame) -> str:
+    said = [
+        f"{row.measure}, {row.geometry}: language {interval(row.language, row.language_half_width, 2)}, vision "
+        f"{interval(row.vision, row.vision_half_width, 2)}, difference {interval(row.difference, row.half_width, 2, sign=True)} "
+        f"(p {number(row.p_holm, 3)})"
+        for row in tests.itertuples()
+    ]
+    names = "tr H_F / tr H (traces), top eigenvalue of H_F / H_G (tops)"
+    return f"{names}: {'; '.join(said)} (n={tests.n.min()}, 95 % intervals, p by Holm)."

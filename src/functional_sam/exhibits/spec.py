@@ -44,9 +44,11 @@ class Spec:
     tasks: list[str] = field(default_factory=list)
     methods: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)  # of the reported runs: initialization and data order
+    seeds_by_task: dict[str, Any] = field(default_factory=dict)  # of the tasks that have other ones
     rho: list[float] = field(default_factory=list)  # the radii that are run, none of them chosen
     rho_scale: dict[str, float] = field(default_factory=dict)  # a method's radius in units of the grid's, where it is another one
     phi: list[float] = field(default_factory=list)  # angles of Angle-SAM, degrees
+    cells: dict[str, Any] = field(default_factory=dict)  # name -> its task, and the settings it lays over the config
     study: str = ""  # a file of configs/studies, which then says seeds and grids
     parts: list[str] = field(default_factory=list)  # of the study: whose cells the exhibit shows
     overrides: dict[str, Any] = field(default_factory=dict)  # on the config of every run

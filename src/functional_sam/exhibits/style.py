@@ -70,6 +70,7 @@ PART_COLOR = {"functional": "#117733", "logit": "#882255"}
 MATRIX_COLOR = {"hessian": "#777777", "gauss_newton": "#882255", "functional": "#117733"}  # the halves as in PART_COLOR
 MATRIX_LABEL = {"hessian": "$H$", "gauss_newton": "$H_G$", "functional": "$H_F$"}
 TASK_COLOR = {"language": "#332288", "vision": "#CC6677"}
+TASK_COLOR |= {"language-23.9M": "#44AA99", "language-42.5M": "#999933", "language-117.9M": "#AA4499", "language-1208M": "#661100"}
 TASK_LABEL = {"language": "Language", "vision": "Vision"}
 
 

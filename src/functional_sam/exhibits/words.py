@@ -1,7 +1,9 @@
 """Words and numbers that several exhibits share."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from functional_sam.config import Config
@@ -67,6 +69,31 @@ def decompositions(plan: Plan) -> pd.DataFrame:
             if ascent in line and (ascent != "adam" or line["step"] >= config.measure.adam_from)
         ]
     )
+
+
+def by_targets(plan: Plan, about: Callable[[Config], dict[str, Any]] = lambda _: {}) -> pd.DataFrame:
+    """One row per task, seed, step, number of targets, temperature, ascent and origin of eps (the same batch, or another).
+
+    share_logit is |delta_logit| / (|delta_logit| + |delta_func|). ..._without_noise: by the inner products of two half batches, of
+    which one that came out negative counts as zero; nan where eps is of the same batch. about: more columns of a run.
+    """
+    rows = []
+    for config in plan.configs:
+        own = {"task": config.task, "seed": config.training.init_seed, **about(config)}
+        for line in plan.source.metrics(config, "targets"):
+            place = {key: line[key] for key in ("step", "targets", "temperature")}
+            seen = {key: line[key] for key in ("loss", "entropy", "norm")}
+            for ascent in config.measure.ascents:
+                for origin, found in line.get(ascent, {}).items():
+                    rows.append({**own, **place, "ascent": ascent, "origin": origin, **seen, **found})
+    data = pd.DataFrame(rows)
+    data["share_logit"] = 1.0 - data.pop("share")
+    for part in ("logit", "func"):
+        data[f"norm_{part}_without_noise"] = np.sqrt(data.pop(f"square_{part}").clip(lower=0.0))
+    data["share_logit_without_noise"] = data.norm_logit_without_noise / (
+        data.norm_logit_without_noise + data.norm_func_without_noise
+    )
+    return data
 
 
 def at_the_end(data: pd.DataFrame, task: str) -> pd.DataFrame:

@@ -43,6 +43,7 @@ class Decoder(Backbone):
     head_dtype: "float32" computes the logits outside autocast, as Nanodo does; "bfloat16" leaves them to autocast and widens
     the result.
     checkpoint_blocks: keep one activation a block and compute the rest again in backward. dropout: of both branches of a block.
+    embedding_scale: of the initial embeddings and positions, which the tied head makes that of the logits; Nanodo's is 1.
     generator: seeds the weights. With device="meta" nothing is drawn: `to_empty(device=...)`, then `init_weights(generator)`.
     Compute in bfloat16 is torch.autocast around forward; parameters, residual stream and logits stay float32. One thing differs
     from Nanodo in bfloat16: its final LayerNorm rounds h to bfloat16 before the float32 head, ours does not.
@@ -60,6 +61,7 @@ class Decoder(Backbone):
         head_dtype: str = "float32",
         checkpoint_blocks: bool = False,
         dropout: float = 0.0,
+        embedding_scale: float = 1.0,
         *,
         generator: Generator | None = None,
         device: torch.device | str | None = None,
@@ -67,15 +69,16 @@ class Decoder(Backbone):
     ) -> None:
         with torch.device(device or torch.get_default_device()):
             super().__init__(width, depth, heads, mlp, True, head_dtype, checkpoint_blocks, dropout, dtype)
+            self.embedding_scale = embedding_scale
             self.tokens = nn.Parameter(torch.empty(vocab, width, dtype=dtype))
             self.positions = nn.Parameter(torch.empty(length, width, dtype=dtype))
         if not self.positions.is_meta:
             self.init_weights(generator)
 
     def init_weights(self, generator: Generator | None = None) -> None:
-        """Embeddings and positions normal with standard deviation 1/sqrt(D), then the blocks."""
+        """Embeddings and positions normal with standard deviation embedding_scale/sqrt(D), then the blocks."""
         for weight in (self.tokens, self.positions):
-            nn.init.normal_(weight, std=weight.shape[1] ** -0.5, generator=generator)
+            nn.init.normal_(weight, std=self.embedding_scale * weight.shape[1] ** -0.5, generator=generator)
         super().init_weights(generator)
 
     def forward(self, tokens_BL: Tensor, readout: Readout | None = None) -> Any:

@@ -14,16 +14,25 @@ POWER = 0.8
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over n seeds with its standard error (sample standard deviation / sqrt(n); nan for n < 2)."""
+    """A mean over n seeds with its standard error (sample standard deviation / sqrt(n); nan for n < 2).
+
+    df: degrees of freedom of the standard error, n - 1 unless given.
+    """
 
     mean: float
     stderr: float
     n: int
+    df: float | None = None
+
+    @property
+    def size(self) -> float:
+        """Of the sample whose standard error has as many degrees of freedom."""
+        return self.n if self.df is None else self.df + 1
 
     @property
     def half_width(self) -> float:
         """Half of the two-sided 95 % t interval: 4.3 standard errors for n = 3, 2.4 for n = 8; inf for n < 2."""
-        return float(_t(0.5 + LEVEL / 2, self.n) * self.stderr) if self.n > 1 else math.inf
+        return float(_t(0.5 + LEVEL / 2, self.size) * self.stderr) if self.n > 1 else math.inf
 
     @property
     def p(self) -> float:
@@ -32,12 +41,12 @@ class Estimate:
             return 1.0
         if self.stderr == 0.0:
             return float(self.mean == 0.0)
-        return float(2 * stats.t.sf(abs(self.mean) / self.stderr, self.n - 1))
+        return float(2 * stats.t.sf(abs(self.mean) / self.stderr, self.size - 1))
 
     @property
     def detectable(self) -> float:
         """The effect that a test of 5 % on as many seeds of this spread finds in 4 of 5 cases; inf for n < 2."""
-        return float((_t(0.5 + LEVEL / 2, self.n) + _t(POWER, self.n)) * self.stderr) if self.n > 1 else math.inf
+        return float((_t(0.5 + LEVEL / 2, self.size) + _t(POWER, self.size)) * self.stderr) if self.n > 1 else math.inf
 
 
 class Verdict(StrEnum):
@@ -71,11 +80,23 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Est
     return estimate([0.0 if a == b else a - b for a, b in zip(values, baseline, strict=True)])
 
 
+def unpaired_difference(values: Sequence[float], others: Sequence[float]) -> Estimate:
+    """mean(values) - mean(others) of two independent samples; standard error and degrees of freedom by Welch."""
+    a, b = estimate(values), estimate(others)
+    if not (math.isfinite(a.stderr) and math.isfinite(b.stderr)):
+        return Estimate(a.mean - b.mean, math.nan, min(a.n, b.n))
+    squares = a.stderr**2, b.stderr**2
+    parts = squares[0] ** 2 / (a.n - 1) + squares[1] ** 2 / (b.n - 1)
+    return Estimate(
+        a.mean - b.mean, math.sqrt(sum(squares)), min(a.n, b.n), sum(squares) ** 2 / parts if parts else a.n + b.n - 2.0
+    )
+
+
 def equivalent(difference: Estimate, margin: float) -> bool:
     """Whether the difference is smaller than the margin in size: two one-sided t tests of 5 %, the 90 % interval within it."""
     if difference.n < 2 or not math.isfinite(difference.mean) or not math.isfinite(difference.stderr):
         return False
-    return abs(difference.mean) + float(_t(LEVEL, difference.n)) * difference.stderr < margin
+    return abs(difference.mean) + float(_t(LEVEL, difference.size)) * difference.stderr < margin
 
 
 def holm(ps: Sequence[float]) -> list[float]:
@@ -108,5 +129,5 @@ def judged(differences: Sequence[Estimate], *, lower_is_better: bool = True, mar
     ]
 
 
-def _t(probability: float, n: int) -> float:
+def _t(probability: float, n: float) -> float:
     return float(stats.t.ppf(probability, n - 1))

@@ -42,8 +42,8 @@ class Language(Task):
             check_sources(data.elsewhere)
         if data.elsewhere and "c4" in data.sources:
             raise UserError("data.elsewhere is for packaged text, not for c4")
-        if data.noise or data.unique_images or config.model.activation != "gelu":
-            raise UserError("data.noise, data.unique_images and model.activation are for images, not for text")
+        if data.noise or data.relabel or data.unique_images or config.model.activation != "gelu":
+            raise UserError("data.noise, data.relabel, data.unique_images and model.activation are for images, not for text")
         if "c4" in data.sources:
             if data.sources != ["c4"]:
                 raise UserError(f"data.sources={data.sources}: c4 stands alone")
@@ -96,6 +96,7 @@ class Language(Task):
             shape.head_dtype,
             shape.checkpoint_blocks,
             shape.dropout,
+            shape.embedding_scale,
             generator=torch.Generator().manual_seed(self.config.training.init_seed),
         )
 

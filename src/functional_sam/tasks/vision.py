@@ -50,6 +50,10 @@ class Vision(Task):
             raise nearest("image set", data.images, IMAGES)
         if (data.files or data.hub) and data.images != "imagenet-1k":
             raise UserError(f"data.files and data.hub are for data.images=imagenet-1k, not for {data.images}")
+        if data.relabel and (data.noise or data.images == "imagenet-1k"):
+            raise UserError("data.relabel is for small images whose labels have no data.noise")
+        if model.embedding_scale != 1:
+            raise UserError(f"model.embedding_scale={model.embedding_scale} is for a decoder, whose head is tied to its embedding")
         if data.unique_tokens or data.held_out != "documents" or data.elsewhere:
             raise UserError("data.unique_tokens, data.held_out and data.elsewhere are for text, not for images")
 
@@ -60,6 +64,7 @@ class Vision(Task):
             prepared: ImageData = imagenet.prepare_imagenet(cache, _location(config), data.files, progress, processes, watch)
         else:
             prepared = prepare_images(data.images, cache, progress)
+            prepared = prepared.relabel(data.relabel) if data.relabel else prepared
         prepared.train_images(data.unique_images)
         return prepared
 
@@ -81,6 +86,7 @@ class Vision(Task):
     @classmethod
     def shape(cls, config: Config) -> Shape | ConvShape:
         m, (channels, side, classes) = config.model, IMAGES[config.data.images]
+        classes = config.data.relabel or classes
         if m.kind == "convnet":
             return ConvShape(m.width, tuple(m.stages), m.bottleneck, m.patch, channels, side, classes)
         patches = (side // m.patch) ** 2

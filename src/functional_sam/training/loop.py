@@ -1,6 +1,7 @@
 """One run, top to bottom."""
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from functional_sam.sharpness import MethodName, SharpnessAware, resolve
 from functional_sam.tasks import Metric, Task, prepare
 from functional_sam.tasks.batches import placed
 from functional_sam.training.distributed import join
-from functional_sam.training.measure import final_curvature, shares
+from functional_sam.training.measure import curvature_batches, final_curvature, measure_steps, measured
 from functional_sam.training.optimizers import optimizer_of
 from functional_sam.training.precision import warn_of_slow_bf16
 from functional_sam.training.robustness import robustness
@@ -52,8 +53,9 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
         task = prepare(config, progress)
         device, forward = ranks.device, _forward(task)
         dtype = torch.float64 if training.precision == "float64" else torch.float32
+        place = functools.partial(placed, device=device, dtype=dtype)
         initial = _jittered(task.model(), config).to(dtype)
-        model = ranks.wrap(initial, forward, placed(task.batch(0), device, dtype))
+        model = ranks.wrap(initial, forward, place(task.batch(0)))
         inner = unwrapped(model)  # of which evaluation and curvature are
         optimizer = optimizer_of(config.optimizer, task, model)
         sharpness = SharpnessAware(
@@ -83,7 +85,7 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
                 group["lr"] = learning_rate(config.optimizer, step, training.steps)
             # What a step draws (dropout) is its own, whatever was drawn before it: by a method, a measurement, an earlier process.
             torch.manual_seed(seed_of("step", training.data_seed, step, ranks.rank))
-            batches = placed(ranks.part(task.batch(step)), device, dtype)
+            batches = place(ranks.part(task.batch(step)))
             loss = sharpness.backward(batches, measure_dose=step + 1 in doses_at)
             if config.optimizer.clip:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
@@ -104,9 +106,10 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
                     best = evaluated
                     run.log("test", count, **_evaluate(task, inner, "test"))
                 sharpness.reshard()
-            if count in measured_at and (found := shares(inner, optimizer, task, placed(task.measured(), device, dtype), count)):
-                run.log("decompose", count, **found)
-                sharpness.reshard()
+            if count in measured_at:
+                for kind, found in measured(inner, optimizer, task, place, count):
+                    run.log(kind, count, **found)
+                    sharpness.reshard()
             stopped_by = ranks.any(stop.requested)
             if count % config.runtime.checkpoint_every == 0 or last or stopped_by:
                 run.sync()
@@ -126,7 +129,7 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
             summary |= ranks.lead(lambda: _best_and_its_test(run, task.metric))
         elapsed = seconds + time.perf_counter() - began
         if config.measure.curvature:
-            run.write("curvature.json", final_curvature(inner, optimizer, task, placed(task.measured(), device, dtype)))
+            run.write("curvature.json", final_curvature(inner, optimizer, task, place(curvature_batches(task))))
         if config.measure.robustness:
             run.write("robustness.json", robustness(inner, task, device, dtype))
         summary["seconds"] = round(elapsed, 3)
@@ -145,15 +148,6 @@ def _seeded(config: Config) -> dict[str, Any]:
     """The method's options; what it draws is, as all else that a step draws, of data_seed, unless the config says otherwise."""
     _, complete = resolve(config.method.name, config.method.options)
     return {**({"seed": config.training.data_seed} if "seed" in complete else {}), **config.method.options}
-
-
-def measure_steps(points: int, steps: int) -> set[int]:
-    """At most `points` steps, log-spaced from 1 to `steps`, both included."""
-    if points == 0:
-        return set()
-    if points == 1:
-        return {steps}
-    return {round(math.exp(math.log(steps) * i / (points - 1))) for i in range(points)}
 
 
 def _forward(task: Task) -> Callable[..., Any]:

@@ -1,6 +1,8 @@
 """What a run measures of its curvature: shares on the way, and spectra, traces and quadratic forms of the final weights."""
 
 import dataclasses
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from functional_sam.curvature import (
 )
 from functional_sam.curvature.geometry import AdamGeometry
 from functional_sam.tasks import Batches, Task
+from functional_sam.training.targets import Place, fresh_batches, logits_of, shares_by_targets
 from functional_sam.weights import is_sharded
 
 PART_FIELDS = (
@@ -31,6 +34,39 @@ PART_FIELDS = (
 )
 MATRICES = ("hessian", "gauss_newton", "functional")
 SEED = 0  # of the random vectors: the same for every run, so that methods are compared along the same ones
+
+
+def measure_steps(points: int, steps: int) -> set[int]:
+    """At most `points` steps, log-spaced from 1 to `steps`, both included."""
+    if points == 0:
+        return set()
+    if points == 1:
+        return {steps}
+    return {round(math.exp(math.log(steps) * i / (points - 1))) for i in range(points)}
+
+
+def measured(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, task: Task, place: Place, step: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What is measured at one of the points on the way, as (kind, content) of lines of metrics.jsonl.
+
+    "decompose" on the held-out rows; with measure.targets instead of it "targets", one a number of them and temperature.
+    """
+    measure = task.config.measure
+    if not measure.targets:
+        if found := shares(model, optimizer, task, place(task.measured()), step):
+            yield "decompose", found
+        return
+    # Counted back from the last point, so that the end of training has all of them.
+    every = step in sorted(measure_steps(measure.points, task.config.training.steps))[::-1][::2]
+    for found in shares_by_targets(model, optimizer, task, place, step, measure.targets + (measure.more_targets if every else [])):
+        yield "targets", found
+
+
+def curvature_batches(task: Task) -> Batches:
+    """What the final curvature is measured on."""
+    number = task.config.measure.curvature_targets
+    return task.measured() if number is None else fresh_batches(task, [number])[0]
 
 
 def shares(model: torch.nn.Module, optimizer: torch.optim.Optimizer, task: Task, batches: Batches, step: int) -> dict[str, Any]:
@@ -65,7 +101,7 @@ def final_curvature(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ta
     "ascents": per ascent the numbers of `shares`, by kind of parameter too, and the loss change along eps against
     rho g.eps + rho^2/2 eps^T H eps.
     "geometries": "plain" is A itself, "adam" (of AdamW) P^1/2 A P^1/2; of A = H, H_G, H_F each eps^T A eps and |A eps| along the
-    gradient, the trace with its standard error over probes, both ends of the spectrum with residuals, and, with
+    gradient, the trace with its standard error over probes, both ends of the spectrum with residuals, and, of "plain" with
     measure.density_probes, nodes and weights [probes, order] of its density.
     """
     config, measure = task.config, task.config.measure
@@ -78,9 +114,9 @@ def final_curvature(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ta
             geometries["adam"] = products.in_adam_geometry(optimizer)
         return {
             "step": config.training.steps,
-            "rows": measure.rows,
+            "rows": sum(len(targets) for _, targets in batches),
             "loss": parts[0].loss,
-            "logits": _logits(model, task, batches),
+            "logits": logits_of(model, task, batches),
             "ascents": {
                 ascent: {
                     **_numbers(part),
@@ -92,19 +128,19 @@ def final_curvature(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ta
                 }
                 for ascent, part in zip(measure.ascents, parts, strict=True)
             },
-            "geometries": {name: _geometry(own, config) for name, own in geometries.items()},
+            "geometries": {name: _geometry(own, config, name == "plain") for name, own in geometries.items()},
         }
     finally:
         model.train()
 
 
-def _geometry(products: CurvatureProducts | AdamGeometry, config: Config) -> dict[str, Any]:
+def _geometry(products: CurvatureProducts | AdamGeometry, config: Config, densities: bool) -> dict[str, Any]:
     measure = config.measure
     found = functional_sharpness(
         products, probes=measure.probes, max_products=measure.lanczos, generator=torch.Generator().manual_seed(SEED)
     )
     result = dataclasses.asdict(found)
-    if measure.density_probes:
+    if measure.density_probes and densities:
         for name in MATRICES:
             drawn = density(
                 getattr(products, name),
@@ -115,15 +151,3 @@ def _geometry(products: CurvatureProducts | AdamGeometry, config: Config) -> dic
             )
             result[name]["density"] = {"nodes": drawn.nodes.tolist(), "weights": drawn.weights.tolist(), "size": drawn.size}
     return result
-
-
-def _logits(model: torch.nn.Module, task: Task, batches: Batches) -> dict[str, float]:
-    norms, entropy, count = 0.0, 0.0, 0
-    with torch.no_grad():
-        for inputs, targets in batches:
-            logits = task.forward(model, inputs).flatten(0, -2).float()[targets.flatten() >= 0]
-            log_p = logits.log_softmax(-1)
-            norms += float((logits - logits.mean(-1, keepdim=True)).norm(dim=-1).sum())
-            entropy -= float((log_p.exp() * log_p).sum())
-            count += len(logits)
-    return {"norm": norms / count, "entropy": entropy / count}

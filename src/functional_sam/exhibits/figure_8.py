@@ -1,0 +1,249 @@
+"""figure-8: what drives the logit share: number of outputs, domain, confidence, or the number of targets alone."""
+
+import math
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from functional_sam.config import Config, compose
+from functional_sam.exhibits import style
+from functional_sam.exhibits.markdown import interval, number
+from functional_sam.exhibits.output import Exhibit
+from functional_sam.exhibits.plan import Plan
+from functional_sam.exhibits.spec import Spec
+from functional_sam.exhibits.words import by_targets, sizes
+from functional_sam.records import Source
+from functional_sam.study.compare import LEVEL, estimate, holm, paired_difference
+from functional_sam.study.regression import Fit, fit
+
+LEAST_R2 = 0.02  # that outputs and domain must add to matter (paper/PROTOCOL.md)
+ADDED = ("log outputs", "domain")
+MODELS: dict[str, tuple[str, ...]] = {"targets, entropy": (), "+ outputs": ADDED[:1], "+ domain": ADDED[1:], "+ both": ADDED}
+
+
+def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
+    """AdamW in each cell, each seed, with the shares measured on the way."""
+    configs = [
+        compose(cell["task"], "adamw", spec.scale, spec.layers(cell["task"], seed, **cell["settings"]), overrides)
+        for seed in spec.seeds
+        for cell in spec.cells.values()
+    ]
+    return Plan.of_known_runs(spec, configs, source)
+
+
+def outputs(config: Config) -> int:
+    """The number of logits."""
+    return config.data.vocab if config.kind == "language" else config.data.relabel or 10
+
+
+def settings_frame(plan: Plan) -> pd.DataFrame:
+    """by_targets along eps of the same batch, with outputs and embedding_scale."""
+    data = by_targets(plan, lambda config: {"outputs": outputs(config), "embedding_scale": config.model.embedding_scale})
+    return (
+        data[data.origin == "same"].drop(columns=[name for name in data if name.endswith("_without_noise")]).reset_index(drop=True)
+    )
+
+
+def fits(data: pd.DataFrame) -> dict[str, Fit]:
+    """log(|delta_logit| / |delta_func|) on a quadratic in log targets and entropy, with and without what may be added to it."""
+    y = np.log(data.norm_logit / data.norm_func)
+    a, b = np.log(data.targets.to_numpy(float)), data.entropy.to_numpy(float)
+    a, b = a - a.mean(), b - b.mean()
+    base = [np.ones_like(a), a, b, a * a, a * b, b * b]
+    more = {"log outputs": np.log(data.outputs.to_numpy(float)), "domain": (data.task == "language").to_numpy(float)}
+    clusters = list(zip(data.task, data.outputs, data.embedding_scale, data.seed, strict=True))
+    return {name: fit(y, np.stack([*base, *(more[one] for one in added)], 1), clusters) for name, added in MODELS.items()}
+
+
+def contrasts(data: pd.DataFrame) -> dict[str, Any]:
+    """What is compared in pairs at the last step, most targets, temperature 1: name -> difference of logit shares."""
+    end = at_end(data)
+    found = {}
+    for task in firsts_of(end):
+        own = end[(end.task == task) & (end.embedding_scale == 1)]
+        least, most = own.outputs.min(), own.outputs.max()
+        found[f"{task}, {most:,} minus {least} outputs"] = _paired(own[own.outputs == most], own[own.outputs == least])
+    small = end[end.embedding_scale < 1]
+    same = end[(end.embedding_scale == 1) & (end.task == "language") & end.outputs.isin(small.outputs)]
+    found[f"language, embeddings of {small.embedding_scale.min():g} minus 1"] = _paired(small, same)
+    return found
+
+
+def at_end(data: pd.DataFrame) -> pd.DataFrame:
+    """The last step, most targets, temperature 1."""
+    return data[(data.step == data.step.max()) & (data.targets == data.targets.max()) & (data.temperature == 1)]
+
+
+def firsts_of(data: pd.DataFrame) -> list[str]:
+    """Its tasks."""
+    return list(dict.fromkeys(data.task))
+
+
+def judged_family(data: pd.DataFrame) -> pd.DataFrame:
+    """One row a comparison of the family: estimate, half width of its 95 % interval, p, and p by Holm."""
+    full = fits(data)["+ both"]
+    rows: list[dict[str, Any]] = []
+    for place, name in enumerate(ADDED):
+        column = len(full.coefficients) - len(ADDED) + place
+        half = full.stderr[column] * _quantile(full.clusters)
+        rows.append(
+            {
+                "compared": name,
+                "of": "log ratio",
+                "estimate": full.coefficients[column],
+                "half_width": half,
+                "p": full.p(column),
+                "n": full.clusters,
+            }
+        )
+    for name, one in contrasts(data).items():
+        rows.append(
+            {"compared": name, "of": "logit share", "estimate": one.mean, "half_width": one.half_width, "p": one.p, "n": one.n}
+        )
+    found = pd.DataFrame(rows)
+    found["p_holm"] = holm(list(found.p))
+    return found
+
+
+def draw(plan: Plan) -> Exhibit:
+    """Share against outputs and against entropy; the cosine at the first step; what is explained by what."""
+    data = settings_frame(plan)
+    tests, models = judged_family(data), fits(data)
+    style.use()
+    figure, ((by_outputs, by_entropy), (cosines, explained)) = plt.subplots(2, 2, figsize=(style.PAGE, 5.2))
+    end = at_end(data)
+    for task in firsts_of(data):
+        color = style.TASK_COLOR.get(task, "#777777")
+        own = end[end.task == task]
+        _means(by_outputs, own[own.embedding_scale == 1], "outputs", "share_logit", color, "-")
+        _means(by_outputs, own[own.embedding_scale < 1], "outputs", "share_logit", color, "", marker="s")
+        seen = data[(data.task == task) & (data.targets == data.targets.max())]
+        for place, (_, part) in enumerate(seen.groupby("temperature")):
+            by_entropy.scatter(part.entropy, part.share_logit, s=7, marker="v.^"[place % 3], color=color, alpha=0.55, linewidths=0)
+    _cosines(cosines, data)
+    _explained(explained, models)
+    by_outputs.set(xscale="log", xlabel="outputs (classes, or pieces of the vocabulary)", ylabel="logit share", ylim=(0, 1.02))
+    by_entropy.set(xlabel="entropy of the softmax (nats per target)", ylabel="logit share", ylim=(0, 1.02))
+    by_outputs.set_title(f"Step {data.step.max():,}: the share against outputs")
+    by_entropy.set_title("All steps and temperatures: against entropy")
+    cosines.set_title(r"Cosine of $\delta_{logit}$ and $\delta_{func}$ by initial embedding")
+    explained.set_title(r"Variance of $\log\,|\delta_{logit}|/|\delta_{func}|$ explained by")
+    _legends(figure, by_outputs, by_entropy, data)
+    finding = _finding(tests, models)
+    figure.tight_layout()
+    style.finding_above(figure, finding)
+    return Exhibit(plan, {"": data, "tests": tests}, _caption(plan, data, finding), _verdict(tests, models), figure)
+
+
+def headline(data: pd.DataFrame) -> str:
+    """What figure and CSV say, in a few words."""
+    return _finding(judged_family(data), fits(data))
+
+
+def _paired(part: pd.DataFrame, other: pd.DataFrame) -> Any:
+    left, right = (one.set_index("seed").share_logit.sort_index() for one in (part, other))
+    return paired_difference(list(left), list(right))
+
+
+def _means(axis: Axes, part: pd.DataFrame, x: str, y: str, color: str, dash: Any, marker: str = "o") -> None:
+    """Means over seeds with their 95 % t intervals as bars."""
+    groups = [(at, estimate(list(values))) for at, values in part.groupby(x)[y]]
+    if groups:
+        halves = [one.half_width if math.isfinite(one.half_width) else 0.0 for _, one in groups]
+        xs, means = [at for at, _ in groups], [one.mean for _, one in groups]
+        face = color if marker == "o" else "white"
+        axis.errorbar(xs, means, halves, color=color, linestyle=dash, marker=marker, markerfacecolor=face, capsize=2, linewidth=1)
+
+
+def _cosines(axis: Axes, data: pd.DataFrame) -> None:
+    own = data[(data.targets == data.targets.max()) & (data.temperature == 1)]
+    small = own[own.embedding_scale < 1]
+    groups = {
+        "vision": own[own.task == "vision"],
+        "language": own[(own.task == "language") & (own.embedding_scale == 1) & own.outputs.isin(small.outputs)],
+        "language, small": small,
+    }
+    for place, (name, part) in enumerate(groups.items()):
+        color = style.TASK_COLOR[name.split(",")[0]]
+        for shift, step, marker in ((-0.12, own.step.min(), "o"), (0.12, own.step.max(), "D")):
+            found = estimate(list(part[part.step == step].groupby("seed").cosine.mean()))
+            half = found.half_width if math.isfinite(found.half_width) else 0.0
+            axis.errorbar([place + shift], [found.mean], [half], color=color, marker=marker, capsize=2)
+    axis.axhline(0, color="#bbbbbb", linewidth=0.6, zorder=0)
+    scale = small.embedding_scale.min() if len(small) else math.nan
+    axis.set_xticks(range(3), ["vision,\nall classes", "language,\nembeddings x 1", f"language,\nembeddings x {scale:g}"])
+    marks = [
+        Line2D([], [], color="#555555", marker=marker, linestyle="", label=f"step {step:,}")
+        for marker, step in (("o", own.step.min()), ("D", own.step.max()))
+    ]
+    axis.set(ylim=(-1.05, 1.05), ylabel="cosine")
+    axis.legend(handles=marks, loc="upper right")
+
+
+def _explained(axis: Axes, models: dict[str, Fit]) -> None:
+    names = list(models)[::-1]
+    axis.barh(range(len(names)), [models[name].r2 for name in names], color="#999999", height=0.6)
+    for place, name in enumerate(names):
+        axis.annotate(
+            number(models[name].r2, 3), (models[name].r2, place), (3, 0), textcoords="offset points", va="center", fontsize=7
+        )
+    axis.set_yticks(range(len(names)), names)
+    axis.set(xlim=(0, 1.12), xlabel=r"$R^2$")
+
+
+def _legends(figure: Any, by_outputs: Axes, by_entropy: Axes, data: pd.DataFrame) -> None:
+    colors = [Line2D([], [], color=style.TASK_COLOR.get(t, "#777777"), label=style.TASK_LABEL.get(t, t)) for t in firsts_of(data)]
+    figure.legend(handles=colors, loc="upper center", ncol=2, bbox_to_anchor=(0.5, 1.03))
+    scale = data.embedding_scale.min()
+    hollow = Line2D(
+        [], [], color="#555555", marker="s", markerfacecolor="white", linestyle="", label=f"initial embeddings x {scale:g}"
+    )
+    by_outputs.legend(handles=[hollow], loc="lower left")
+    temperatures = sorted(set(data.temperature))
+    marks = [
+        Line2D([], [], color="#555555", marker="v.^"[place % 3], linestyle="", label=f"temperature {temperature:g}")
+        for place, temperature in enumerate(temperatures)
+    ]
+    by_entropy.legend(handles=marks, loc="lower right")
+
+
+def _finding(tests: pd.DataFrame, models: dict[str, Fit]) -> str:
+    base, both = models["targets, entropy"].r2, models["+ both"].r2
+    own = tests[tests.compared.isin(ADDED)].set_index("compared").p_holm
+    matter = [name for name in ADDED if own[name] < 1 - LEVEL]
+    if matter and both - base >= LEAST_R2:
+        said = f"{' and '.join(matter)} matter{'s' if len(matter) == 1 else ''} beyond targets and entropy"
+    else:
+        said = "outputs and domain add nothing to targets and entropy"
+    return f"What drives the share: {said} (R2 {number(base, 2)}, with both {number(both, 2)})"
+
+
+def _caption(plan: Plan, data: pd.DataFrame, finding: str) -> str:
+    full = fits(data)["+ both"]
+    return (
+        f"{finding}. AdamW on the same changed images with more or fewer classes and on the same text with more or fewer pieces, "
+        "logits divided by temperatures when measuring, log(|delta_logit| / |delta_func|) fitted by a quadratic in log targets and "
+        f"entropy, gradient ascent, eps of the same batch ({data.targets.max()} targets in the drawn points); scale "
+        f"{plan.spec.scale}, not the paper's: {sizes(plan.configs)}. "
+        f"n={len(plan.spec.seeds)} seeds a setting, {full.rows} measurements of {full.clusters} runs (standard errors clustered by "
+        "run), bars are 95 % t intervals, Holm's correction over the five comparisons of the protocol."
+    )
+
+
+def _verdict(tests: pd.DataFrame, models: dict[str, Fit]) -> str:
+    said = [
+        f"{row.compared} {interval(row.estimate, row.half_width, 3, sign=True)} ({row.of}, p {number(row.p_holm, 4)}, n={row.n})"
+        for row in tests.itertuples()
+    ]
+    explained = ", ".join(f"{name} {number(one.r2, 3)}" for name, one in models.items())
+    return f"R2: {explained}; {'; '.join(said)} (95 % intervals, p by Holm)."
+
+
+def _quantile(clusters: int) -> float:
+    from scipy import stats
+
+    return float(stats.t.ppf(0.5 + LEVEL / 2, clusters - 1))

@@ -1,0 +1,78 @@
+"""figure-8 from made-up records: what it says where the share is a function of targets and entropy, and where outputs matter."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from functional_sam.exhibits import figure_8
+from functional_sam.exhibits.spec import load_spec
+
+
+class Measured:
+    """A source in which log(|delta_logit| / |delta_func|) is a function of config, targets and entropy, and a little noise."""
+
+    name = "made up"
+
+    def __init__(self, log_ratio):
+        self.log_ratio = log_ratio
+
+    def done(self, config):
+        return True
+
+    def metrics(self, config, kind):
+        assert kind == "targets"
+        random = np.random.default_rng([config.training.init_seed, figure_8.outputs(config), len(config.name)])
+        run, lines = random.normal(0, 0.05), []
+        points = itertools.product((1, 6, 34, 200), (128, 512), config.measure.temperatures)
+        for step, targets, temperature in points:
+            entropy = math.log(figure_8.outputs(config)) * (1 - 0.1 * math.log10(step)) * min(1.0, temperature) ** 0.3
+            found = self.log_ratio(config, targets, entropy) + run + random.normal(0, 0.02)
+            numbers = {"norm_logit": math.exp(found), "norm_func": 1.0, "share": 1 / (1 + math.exp(found)), "cosine": -0.5}
+            origins = {"same": numbers, "independent": {**numbers, "square_logit": 1.0, "square_func": 1.0}}
+            about = {"step": step, "targets": targets, "temperature": temperature, "loss": 1.0, "norm": 1.0, "entropy": entropy}
+            lines.append({**about, "gradient": origins})
+        return lines
+
+
+def drawn(log_ratio):
+    spec = load_spec("figure-8", "quick")
+    plan = figure_8.plan(spec, Measured(log_ratio))
+    assert len(plan.configs) == len(spec.seeds) * len(spec.cells)
+    assert len({config.name for config in plan.configs}) == len(plan.configs)
+    return figure_8.draw(plan)
+
+
+def alone(config, targets, entropy):
+    return 0.3 * math.log(targets) - 0.4 * entropy + 0.03 * entropy**2
+
+
+def test_a_function_of_targets_and_entropy_alone():
+    exhibit = drawn(alone)
+    tests = exhibit.frames["tests"].set_index("compared")
+    assert list(tests.index[:2]) == ["log outputs", "domain"]
+    assert len(tests) == 5
+    assert (tests.p_holm[:2] > 0.05).all()
+    assert "outputs and domain add nothing" in exhibit.caption
+    assert figure_8.headline(exhibit.frame) in exhibit.caption
+    assert set(exhibit.frame.origin) == {"same"}
+    assert "576 measurements of 24 runs" in exhibit.caption
+
+
+def test_a_domain_that_matters():
+    exhibit = drawn(lambda config, targets, entropy: alone(config, targets, entropy) + 2.0 * (config.kind == "language"))
+    tests = exhibit.frames["tests"].set_index("compared")
+    assert tests.loc["domain", "estimate"] == pytest.approx(2.0, abs=0.2)
+    assert tests.loc["domain", "p_holm"] < 0.001
+    assert "domain matters beyond targets and entropy" in exhibit.caption
+
+
+def test_contrasts_are_paired_by_seed():
+    """The share at 640 minus 10 classes, by hand."""
+    exhibit = drawn(lambda config, targets, entropy: 0.1 * math.log(figure_8.outputs(config)))
+    end = figure_8.at_end(exhibit.frame)
+    many, few = (end[(end.task == "vision") & (end.outputs == n)].sort_values("seed").share_logit.to_numpy() for n in (640, 10))
+    tests = exhibit.frames["tests"].set_index("compared")
+    assert tests.loc["vision, 640 minus 10 outputs", "estimate"] == pytest.approx((many - few).mean())
+    assert "language, embeddings of 0.1 minus 1" in tests.index
