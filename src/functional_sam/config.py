@@ -121,6 +121,8 @@ class MeasureConfig:
     ascents: list[str] = field(default_factory=lambda: ["gradient", "adam"])
     adam_from: int = 10  # step from which the adam ascent is measured: before, P g is the sign of g, rounding noise included
     curvature: bool = False  # spectra and traces of H, H_G, H_F at the final weights, into curvature.json
+    temperature: bool = False  # with curvature: the same with the logits times the scale that fits the validation split best
+    geometries: list[str] = field(default_factory=lambda: ["plain", "adam"])  # whose curvature: as it is, and as Adam sees it
     probes: int = 10  # random vectors of a trace
     lanczos: int = 100  # products of a run of Lanczos, at most
     density_probes: int = 0  # random vectors of a spectral density
@@ -383,6 +385,10 @@ def validated(config: Config) -> Config:
         f"measure.ascents={measure.ascents}: adam is the second moment of adamw, which optimizer.name={optimizer.name} has not; "
         "measure.ascents=[gradient] does without",
     )
+    for geometry in measure.geometries:
+        if geometry not in ("plain", "adam"):
+            raise nearest("value of measure.geometries:", geometry, ["plain", "adam"])
+    require(not measure.temperature or measure.curvature, "measure.temperature=True: it goes with measure.curvature=true")
     one_of("runtime", "parallel", "auto", "none", "ddp", "fsdp")
     counts("runtime", 1, "threads", "checkpoint_every", "log_every")
     return config

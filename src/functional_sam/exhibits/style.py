@@ -1,5 +1,6 @@
 """How every figure looks: ICML column widths, one colour and marker per method, everywhere."""
 
+import textwrap
 from collections.abc import Sequence
 
 import matplotlib as mpl
@@ -79,6 +80,14 @@ def legend_above(figure: Figure, axis: Axes, columns: int = 5) -> None:
     figure.tight_layout()
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=columns)
+
+
+def finding_above(figure: Figure, text: str, width: int = 115) -> None:
+    """What the figure shows, as a title line over it and over the legends above it. Call it when all is laid out."""
+    tops = [1.0]
+    for legend in figure.legends:
+        tops.append(legend.get_window_extent().transformed(figure.transFigure.inverted()).y1)
+    figure.text(0.5, max(tops) + 0.01, textwrap.fill(text, width), ha="center", va="bottom", fontsize=8, fontweight="bold")
 
 
 def signed_log(axis: Axes, threshold: float) -> None:
