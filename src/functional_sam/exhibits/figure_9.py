@@ -305,8 +305,8 @@ def _caption(plan: Plan, data: pd.DataFrame, finding: str) -> str:
         f"method, and the frontier is interpolated in log rho; decoders of depth {config.model.depth} on "
         f"{TASKS[config.kind].data_name(config)}, {config.training.batch} rows, {config.training.steps} steps in "
         f"{config.training.precision}, scale {spec.scale}, not the paper's models; lr {lrs}, rho {rhos}; diverged of {len(data)} "
-        f"runs: {lost}. Geometric means over n={len(spec.seeds)} seeds, below over learning rates too, 95 % t intervals, verdicts by "
-        "Holm over pairs and widths."
+        f"runs: {lost}. Geometric means over n={len(spec.seeds)} seeds, below over learning rates too, 95 % t intervals, verdicts "
+        "by Holm over pairs and widths."
     )
 
 
