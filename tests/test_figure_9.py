@@ -76,7 +76,7 @@ def test_pairs_are_compared_and_judged(exhibit):
     assert pairs.loc[("functional-sam", "log radius", 16), "verdict"] == "the frontiers coincide"
     slopes = exhibit.frames["pairs"].query("what == 'slope in log width'").set_index("method")
     assert slopes.difference["functional-sam"] == pytest.approx(0.5, abs=0.01)
-    assert slopes.verdict["functional-sam"] == "later"
+    assert slopes.verdict["functional-sam"] == "grows with width"
     assert pairs.loc[("precond-functional-sam", "log radius", 48), "difference"] == pytest.approx(math.log(3 / math.sqrt(0.3)))
 
 

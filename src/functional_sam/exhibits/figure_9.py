@@ -26,7 +26,11 @@ RISE = 0.1  # nats above the best, from which on a run is broken
 SAME = math.log(1.25)  # radii that differ by less coincide
 PAIRS = {"functional-sam": "sam", "precond-functional-sam": "precond-sam"}  # the path alone differs
 AT_MOST, AT_LEAST, BETWEEN, ADAMW = "at most", "at least", "", "AdamW is broken"
-WORDS = {Verdict.BETTER: "later", Verdict.WORSE: "earlier", Verdict.SAME: "the frontiers coincide"}
+LEVEL, SLOPE = "log radius", "slope in log width"
+WORDS = {
+    LEVEL: {Verdict.BETTER: "later", Verdict.WORSE: "earlier", Verdict.SAME: "the frontiers coincide"},
+    SLOPE: {Verdict.BETTER: "grows with width", Verdict.WORSE: "shrinks with width"},
+}
 
 
 def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
@@ -122,15 +126,15 @@ def compared(found: pd.DataFrame) -> pd.DataFrame:
                 values[width, seed] = float(np.mean(gaps))
         widths = sorted({width for width, _ in values})
         for width in widths:
-            rows.append(_row(name, other, "log radius", width, [value for (at, _), value in values.items() if at == width]))
+            rows.append(_row(name, other, LEVEL, width, [value for (at, _), value in values.items() if at == width]))
         slopes = [slope({width: value for (width, at), value in values.items() if at == seed}) for seed in found.seed.unique()]
-        rows.append(_row(name, other, "slope in log width", math.nan, [one for one in slopes if not math.isnan(one)]))
+        rows.append(_row(name, other, SLOPE, math.nan, [one for one in slopes if not math.isnan(one)]))
     result = pd.DataFrame(rows)
     result["verdict"] = ""
     for kind, family in result.groupby("what"):
-        margin = SAME if kind == "log radius" else 0.0
+        margin = SAME if kind == LEVEL else 0.0
         words = judged([Estimate(r.difference, r.stderr, r.n) for r in family.itertuples()], lower_is_better=False, margin=margin)
-        result.loc[family.index, "verdict"] = [WORDS.get(word, str(Verdict.OPEN)) for word in words]
+        result.loc[family.index, "verdict"] = [WORDS[str(kind)].get(word, str(Verdict.OPEN)) for word in words]
     return result
 
 
@@ -186,25 +190,22 @@ def draw(plan: Plan) -> Exhibit:
     pairs, table = compared(found), radii(data, found)
     slopes = exponents(table)
     style.use()
-    figure = plt.figure(figsize=(style.PAGE, 4.3))
-    grid = figure.add_gridspec(2, 12)
+    figure = plt.figure(figsize=(style.PAGE, 4.3), layout="constrained")
+    top, bottom = figure.subfigures(2, 1)
     widths = sorted(data.width.unique())
-    each = 12 // len(widths)
-    above = [figure.add_subplot(grid[0, i * each : (i + 1) * each]) for i in range(len(widths))]
+    above = top.subplots(1, len(widths), sharey=True, squeeze=False)[0]
     for axis, width in zip(above, widths, strict=True):
         _against_lr(axis, found[found.width == width], plan.spec)
         axis.set_title(f"width {width}")
-    above[0].set_ylabel(r"radius $\rho$ that breaks training")
+    above[0].set_ylabel("radius $\\rho$ that\nbreaks training")
     labels = {
-        "frontier": r"$\rho$ that breaks training",
-        "dose": "dose there, |correction| / |g|",
-        "best": r"$\rho$ of the lowest loss",
+        "frontier": "radius $\\rho$ that\nbreaks training",
+        "dose": "dose there,\n|correction| / |g|",
+        "best": "radius $\\rho$ of\nthe lowest loss",
     }
-    for i, (field, label) in enumerate(labels.items()):
-        axis = figure.add_subplot(grid[1, i * 4 : (i + 1) * 4])
+    for axis, (field, label) in zip(bottom.subplots(1, len(labels)), labels.items(), strict=True):
         _against_width(axis, table, field, widths)
         axis.set_ylabel(label)
-    figure.tight_layout()
     figure.legend(handles=_legend(plan.spec.methods), loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=3)
     finding = _finding(pairs)
     style.finding_above(figure, finding)
@@ -228,6 +229,7 @@ def _against_lr(axis: Axes, found: pd.DataFrame, spec: Spec) -> None:
     for lr in gone:
         axis.axvspan(lr / 1.15, lr * 1.15, color="#bbbbbb", alpha=0.5, linewidth=0)
     axis.set(xscale="log", yscale="log", xlabel="learning rate", ylim=(min(spec.rho) / 2, max(spec.rho) * 2))
+    style.plain_log(axis)
     axis.set_xlim(min(spec.lr) / 1.3, max(spec.lr) * 1.3)
     axis.set_xticks(spec.lr, [f"{lr:g}" for lr in spec.lr])
     axis.xaxis.set_minor_locator(NullLocator())
@@ -244,6 +246,7 @@ def _against_width(axis: Axes, table: pd.DataFrame, field: str, widths: list[int
         _line(axis, [point for point in points if len(point[1])], method)
     values = table[field].dropna()
     axis.set(xscale="log", yscale="log", xlabel="width", ylim=(values.min() / 2, values.max() * 2))
+    style.plain_log(axis)
     axis.set_xticks(widths, [str(width) for width in widths])
     axis.xaxis.set_minor_locator(NullLocator())
 
@@ -285,7 +288,7 @@ def _times(row: Any) -> str:
 def _finding(pairs: pd.DataFrame) -> str:
     parts = []
     for name, other in PAIRS.items():
-        own = pairs[(pairs.method == name) & (pairs.what == "log radius")]
+        own = pairs[(pairs.method == name) & (pairs.what == LEVEL)]
         label = f"{style.METHOD_LABEL[name]} / {style.METHOD_LABEL[other]}"
         if own.empty:
             parts.append(f"{label} not compared, both beyond the grid")
@@ -314,11 +317,11 @@ def _verdict(data: pd.DataFrame, pairs: pd.DataFrame, slopes: pd.DataFrame) -> s
     label = style.METHOD_LABEL
     at = [
         f"{label[row.method]} over {label[row.other]} at width {row.width:.0f}: {_times(row)}, {row.verdict}"
-        for row in pairs[pairs.what == "log radius"].itertuples()
+        for row in pairs[pairs.what == LEVEL].itertuples()
     ]
     turns = [
         f"{label[row.method]} {row.difference:+.2f} \N{PLUS-MINUS SIGN} {row.half_width:.2f} ({row.verdict})"
-        for row in pairs[(pairs.what != "log radius") & (pairs.n > 0)].itertuples()
+        for row in pairs[(pairs.what == SLOPE) & (pairs.n > 0)].itertuples()
     ]
     grows = [
         f"{label[row.method]} {row.exponent:+.2f} \N{PLUS-MINUS SIGN} {row.half_width:.2f}"

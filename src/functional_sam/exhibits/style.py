@@ -1,5 +1,6 @@
 """How every figure looks: ICML column widths, one colour and marker per method, everywhere."""
 
+import math
 import textwrap
 from collections.abc import Sequence
 
@@ -97,6 +98,16 @@ def signed_log(axis: Axes, threshold: float) -> None:
     steps = [threshold / 2, *(threshold * 10**power for power in range(6))]
     low, high = axis.get_ylim()
     ticks = [tick for tick in [*(-step for step in reversed(steps)), 0.0, *steps] if low <= tick <= high]
+    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.yaxis.set_minor_locator(NullLocator())
+
+
+def plain_log(axis: Axes) -> None:
+    """A logarithmic y axis with ticks at 1, 2, 5 (over many decades 1 alone) as plain numbers. Call it when its limits are set."""
+    low, high = axis.get_ylim()
+    steps = (1.0, 2.0, 5.0) if high / low < 200 else (1.0,)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [step * 10.0**power for power in decades for step in steps if low <= step * 10.0**power <= high]
     axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.yaxis.set_minor_locator(NullLocator())
 
