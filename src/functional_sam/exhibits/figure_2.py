@@ -161,14 +161,19 @@ def _words(row: pd.Series) -> str:
 def _finding(found: pd.DataFrame) -> str:
     """Functional half against logit half, task by task."""
     ends = found[found.against == "logit half"]
-    parts = [f"{task}: {'; '.join(_words(row) for _, row in own.iterrows())}" for task, own in ends.groupby("task", sort=False)]
-    return f"Functional minus logit half at equal dose. {'. '.join(part[0].upper() + part[1:] for part in parts)}"
+    parts = [f"{task} {', '.join(_words(row) for _, row in own.iterrows())}" for task, own in ends.groupby("task", sort=False)]
+    better, worse = (bool(ends.verdict.str.startswith(word).any()) for word in ("better", "worse"))
+    found_out = {(True, False): "the functional half is better", (False, True): "the logit half is better"}
+    words = found_out.get(
+        (better, worse), "tasks or doses disagree on the better half" if better else "neither half is told to be better"
+    )
+    return f"At equal dose {words}: functional minus logit half, {'; '.join(parts)}"
 
 
 def _caption(plan: Plan, finding: str) -> str:
     spec = plan.spec
     return (
-        f"{finding.replace('. ', ': ', 1).replace('. ', '; ')} (Holm over tasks and doses, margin {spec.margin:g}). Angle-SAM: "
+        f"{finding} (Holm over tasks and doses, margin {spec.margin:g}). Angle-SAM: "
         "gradient g + c, c along cos(phi) H_F eps + sin(phi) H_G eps and |c| = dose |g| at every step, by exact derivatives, "
         "so that angles differ in direction alone (45 is along H eps; the scaling is ours, the paper's was not seen); scale "
         f"{spec.scale}, not the paper's: {sizes(plan.configs)}. Means over n={len(spec.seeds)} seeds, bars and band are 95 % t "
