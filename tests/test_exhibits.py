@@ -224,7 +224,7 @@ def test_check_compares_what_is_written(home):
         results.check_command(options())
 
 
-@pytest.mark.parametrize("name", ["figure-1", "figure-2", "figure-4", "table-4"])
+@pytest.mark.parametrize("name", ["figure-1", "figure-2", "figure-4", "figure-9", "table-4"])
 @pytest.mark.parametrize("scale", ["quick", "laptop"])
 def test_every_scale_has_a_tolerance_with_a_reason(name, scale):
     tolerance = load_spec(name, scale).tolerance

@@ -5,16 +5,18 @@ import math
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy import stats
 
 from functional_sam import exhibits
 from functional_sam.config import compose
-from functional_sam.curvature import CurvatureProducts, decompose
-from functional_sam.exhibits import figure_4, table_4
+from functional_sam.curvature import CurvatureProducts, decompose, scaled
+from functional_sam.exhibits import figure_2, figure_4, flatness
 from functional_sam.exhibits.spec import load_spec
 from functional_sam.records import Run
+from functional_sam.study.compare import paired_difference
 from functional_sam.tasks import prepare
 from functional_sam.training import loop
 from functional_sam.training.measure import MATRICES, final_curvature
@@ -64,6 +66,7 @@ def test_figure_2_pairs_seeds_and_shows_divergence(tmp_path):
     spec = load_spec("figure-2", "quick")
     for config in exhibits.needed("figure-2", overrides=overrides):
         seed, phi = config.training.init_seed, config.method.options.get("phi")
+        assert config.method.options.get("dose") == (None if phi is None else 0.1)
         if config.task == "language":
             gone = seed == 1 and phi == 90
             loss = 4.0 + seed if phi is None else 4.0 + seed + 1e-3 * (phi - 45) + 1e-4 * math.sin(seed * phi + 1)
@@ -72,20 +75,44 @@ def test_figure_2_pairs_seeds_and_shows_divergence(tmp_path):
             record(config, loss=0.5, accuracy=0.8 + (0.0 if phi is None else (0.01, -0.02, 0.011)[seed] * (1 + phi / 90)))
     exhibit = exhibits.draw("figure-2", overrides=overrides)
     data = exhibit.frame
-    assert len(data) == len(spec.seeds) * 2 * (1 + len(spec.rho) * len(spec.phi))
+    assert len(data) == len(spec.seeds) * 2 * (1 + len(spec.dose) * len(spec.phi))
     one = data[(data.task == "language") & (data.phi == 45) & (data.seed == 2)].iloc[0]
     assert one.minus_adamw == pytest.approx(1e-4 * math.sin(2 * 45 + 1))
     assert np.isinf(data[data.diverged].value).all()
     assert data.diverged.sum() == 1
-    language, vision = exhibit.verdict.split("vision")
-    assert "better at phi 0" in language
-    assert "worse at phi 90" in language
-    assert "better" not in vision
-    assert "no side wins" in vision
-    assert (tmp_path / "paper" / "figures" / "figure-2.png") in exhibits.write(exhibit, tmp_path / "paper")
+    assert "The paper's order in language is supported" in exhibit.verdict
+    language, vision = exhibit.verdict.split("against AdamW")[1:]
+    assert "better at phi 0, 5, 10, 20;" in language
+    assert "worse at phi 70;" in language
+    assert "worse (diverged) at phi 90" in language
+    assert vision.startswith(" inconclusive at phi 0, 5, 10, 20, 45, 70, 90 ")
+    written = exhibits.write(exhibit, tmp_path / "paper")
+    assert (tmp_path / "paper" / "figures" / "figure-2-comparisons.csv") in written
     assert (tmp_path / "paper" / "figures" / "figure-2.png").stat().st_size > 10_000
     assert sentences(exhibit.caption) == 3
     assert "float32" in exhibit.caption
+
+
+def test_figure_2_turns_the_sign_of_accuracy_and_corrects_within_families():
+    """Higher accuracy is better; the ends are a family of two, the angles against AdamW one of four."""
+    rows = []
+    for task, metric, sign in (("language", "loss", 1.0), ("vision", "accuracy", -1.0)):
+        for seed, noise in enumerate((-1.0, 0.0, 1.0)):
+            for phi, value in ((None, 0.0), (0.0, -0.10), (90.0, 0.02)):
+                wobble = 0.0 if phi is None else noise * 0.01 * (1 + phi)
+                rows.append(
+                    {"task": task, "dose": 0.1, "phi": phi, "seed": seed, "metric": metric, "value": sign * (value + wobble)}
+                )
+    data = pd.DataFrame(rows)
+    data["method"] = np.where(data.phi.isna(), "adamw", "angle-sam")
+    found = figure_2.comparisons(data, 0.0).set_index(["against", "task", "phi"])
+    by_hand = paired_difference([-0.11, -0.10, -0.09], [0.0, 0.0, 0.0])
+    assert by_hand.p < 0.05 / 4
+    for task in ("language", "vision"):
+        assert found.loc[("AdamW", task, 0.0), "verdict"] == "better"
+        assert found.loc[("AdamW", task, 90.0), "verdict"] == "inconclusive"
+        assert found.loc[("logit half", task, 0.0), "verdict"] == "inconclusive"
+    assert found.loc[("AdamW", "vision", 0.0), "difference"] == pytest.approx(0.10)
 
 
 def test_densities_of_an_exhibit_are_those_of_the_known_eigenvalues(tmp_path):
@@ -124,43 +151,96 @@ def test_densities_of_an_exhibit_are_those_of_the_known_eigenvalues(tmp_path):
     assert max(marks) < high
 
 
-def test_table_4_finds_the_measure_that_ranks_the_methods(tmp_path):
-    """Loss grows with the scale of all curvature, but not with the share, which is noise; one method diverged once."""
+def flat(trained, fitted, share=0.25, scale=1.5):
+    """The same with a fitted temperature."""
+    return {
+        **curvature(trained, share),
+        "temperature": {"scale": scale, "loss": 3.0, "fitted_loss": 2.9, **curvature(fitted, share)},
+    }
+
+
+def test_table_4_tells_temperature_from_flatness(tmp_path):
+    """SAM's flatness goes with the temperature, Functional-SAM's stays, others have none; one method diverged once."""
     overrides = (f"runtime.runs={tmp_path / 'runs'}",)
     configs = exhibits.needed("table-4", overrides=overrides)
-    methods = load_spec("table-4", "quick").methods
+    spec = load_spec("table-4", "quick")
     random = np.random.default_rng(0)
     gone = next(c for c in configs if c.method.name == "asam" and c.training.init_seed == 1)
     assert gone.method.rho == pytest.approx(0.5)  # ten times the others': its own unit
+    lengths = sorted({config.training.steps for config in configs if config.method.name == "adamw"})
+    assert [steps / lengths[1] for steps in lengths] == [0.7, 1.0, 1.4]
+    trained = {"sam": 0.5, "functional-sam": 0.5, "logit-sam": 1.5}
+    fitted = {"sam": 0.95, "functional-sam": 0.52, "logit-sam": 1.5}
     shares, losses = {}, {}
     for config in configs:
-        place, seed = methods.index(config.method.name), config.training.init_seed
+        method, seed = config.method.name, config.training.init_seed
         if config is gone:
             record(config, loss=None, diverged=True, error="step 7")
             continue
-        share, loss = float(random.uniform(0.1, 0.9)), 4.0 + 0.01 * place + 0.3 * seed
-        shares.setdefault(seed, []).append(share)
-        losses.setdefault(seed, []).append(loss)
-        record(config, loss=loss).write("curvature.json", curvature(1.0 + place, share))
+        wobble = 1 + 0.01 * math.sin(7 * seed + len(method))
+        share = float(random.uniform(0.1, 0.9))
+        if method == "adamw":  # longer training: a lower loss, and exp of it the curvature
+            loss = 4.0 + 0.3 * seed + {0.7: 0.1, 1.0: 0.0, 1.4: -0.1}[config.training.steps / lengths[1]]
+            content = flat(math.exp(4.0 + 0.3 * seed - loss), math.exp(4.0 + 0.3 * seed - loss), share)
+        else:
+            loss = 4.0 + 0.01 * spec.methods.index(method) + 0.3 * seed
+            content = flat(trained.get(method, 1.0) * wobble, fitted.get(method, 1.0) * wobble, share)
+        if config.training.steps == lengths[1]:
+            shares.setdefault(seed, {})[method] = share
+            losses.setdefault(seed, {})[method] = loss
+        content["temperature"]["fitted_loss"] = loss
+        record(config, loss=loss).write("curvature.json", content)
     exhibit = exhibits.draw("table-4", overrides=overrides)
-    taus = table_4.kendall(exhibit.frame).set_index(["geometry", "field"])
-    assert taus.loc[("plain", "top_hessian"), "tau"] == pytest.approx(1.0)
-    assert taus.loc[("plain", "bottom_functional"), "tau"] == pytest.approx(1.0)  # by magnitude
-    assert taus.loc[("plain", "quadratic_functional"), "tau"] == pytest.approx(-1.0)  # negative, and more so with the scale
-    by_hand = [stats.kendalltau(shares[seed], losses[seed])[0] for seed in (0, 1, 2)]
-    assert taus.loc[("plain", "share"), "tau"] == pytest.approx(np.mean(by_hand))
-    half = 4.302652729911275 * np.std(by_hand, ddof=1) / math.sqrt(3)  # quantile of t with two degrees of freedom
-    assert taus.loc[("plain", "share"), "half_width"] == pytest.approx(half)
+    found = exhibit.frames["temperature"].set_index("method")
+    assert found.verdict.to_dict() == {
+        "sam": "mostly temperature",
+        "functional-sam": "mostly not temperature",
+        **dict.fromkeys(["logit-sam", "precond-sam", "precond-functional-sam", "asam", "sam-on"], "no flatness to explain"),
+    }
+    assert found.fraction["sam"] == pytest.approx(1 - math.log(0.95) / math.log(0.5), abs=0.05)
+    assert found.low["sam"] < found.fraction["sam"] < found.high["sam"]
+    assert found.b["logit-sam"] == pytest.approx(math.log(1.5), abs=0.01)
+    # At the loss of SAM, .01 above AdamW's, AdamW's curve of log tr H against the loss lies .01 lower.
+    assert found.matched_b["sam"] == pytest.approx(found.b["sam"] + 0.01, abs=1e-9)
+    assert found.matched_n["sam"] == 3
+
+    taus = exhibit.frames["kendall"].set_index(["state", "field"])
+    by_seed = [stats.kendalltau(list(shares[seed].values()), list(losses[seed].values()))[0] for seed in (0, 1, 2)]
+    assert taus.loc[("trained", "share"), "tau"] == pytest.approx(np.mean(by_seed))
+    assert taus.loc[("trained", "share"), "stderr_seeds"] == pytest.approx(np.std(by_seed, ddof=1) / math.sqrt(3))
+    left_out = []  # the jackknife by hand
+    for method in spec.methods:
+        kept = [[(shares[s][m], losses[s][m]) for m in shares[s] if m != method] for s in (0, 1, 2)]
+        left_out.append(np.mean([stats.kendalltau(*zip(*pairs, strict=True))[0] for pairs in kept]))
+    m = len(spec.methods)
+    by_hand = math.sqrt((m - 1) / m * np.sum((np.array(left_out) - np.mean(left_out)) ** 2))
+    assert taus.loc[("trained", "share"), "stderr_methods"] == pytest.approx(by_hand)
     exhibits.write(exhibit, tmp_path / "paper")
     text = (tmp_path / "paper" / "tables" / "table-4.md").read_text()
-    assert "| ASAM | 0.5 | infinite |" in text
-    assert "1 of 24 runs diverged" in text
-    assert "|delta_logit|".replace("|", "\\|") in text
-    widths = {line.replace("\\|", "").count("|") for line in text.splitlines() if line.startswith("|")}
-    assert widths == {16 + 1, 3 + 1}
+    assert "| ASAM | infinite |" in text
+    assert "1 of 30 runs diverged" in text
+    assert "|delta_func|".replace("|", "\\|") in text
+    widths = {line.replace("\\|", "").count("|") - 1 for line in text.splitlines() if line.startswith("|")}
+    assert max(widths) == 9
     assert sentences(exhibit.caption) == 3
     assert "Published: values not available." in text
-    assert "28 measures were tried" in exhibit.verdict
+    assert "as the paper says" in exhibit.verdict
+
+
+def test_a_loss_that_follows_all_curvature_is_ranked_by_it():
+    """tau 1 in every seed and without any method; the bottom counts by its magnitude."""
+    rows = [
+        {"geometry": "plain", "state": "trained", "length": 1.0, "seed": seed, "method": f"m{k}", "loss": 4 + k + seed}
+        | dict.fromkeys(flatness.RANKED, float(k))
+        | {"bottom_functional": -1.0 - k, "norm_gradient": -float(k)}
+        for seed in range(3)
+        for k in range(5)
+    ]
+    taus = flatness.kendall(pd.DataFrame(rows)).set_index("field")
+    assert taus.loc[["top_hessian", "bottom_functional"], "tau"].to_list() == pytest.approx([1.0, 1.0])
+    assert taus.reading.top_hessian == "ranks as the loss"
+    assert taus.reading.norm_gradient == "ranks against the loss"
+    assert taus.stderr_methods.top_hessian == pytest.approx(0.0, abs=1e-12)
 
 
 def test_a_run_measures_the_curvature_of_its_final_weights(cache, tmp_path):
@@ -168,6 +248,7 @@ def test_a_run_measures_the_curvature_of_its_final_weights(cache, tmp_path):
     size += ["measure.rows=4", "measure.micro_batch=2", "optimizer.warmup_steps=2", "runtime.threads=1"]
     size += ["training.precision=float64", f"runtime.cache={cache}"]
     more = ["measure.curvature=true", "measure.probes=40", "measure.density_probes=2", "measure.density_order=12"]
+    more += ["measure.temperature=true", "measure.lanczos=20"]
     plain = loop.train(compose("language", "sam", "quick", overrides=[*size, f"runtime.runs={tmp_path / 'plain'}"]))
     config = compose("language", "sam", "quick", overrides=[*size, *more, f"runtime.runs={tmp_path / 'measured'}"])
     run = loop.train(config)
@@ -215,6 +296,13 @@ def test_a_run_measures_the_curvature_of_its_final_weights(cache, tmp_path):
     assert found["logits"]["entropy"] == pytest.approx(float(entropy), rel=1e-5)
     spread = (logits.var(-1, correction=0) * logits.shape[-1]).sqrt().mean()
     assert found["logits"]["norm"] == pytest.approx(float(spread), rel=1e-5)
+
+    fitted = found["temperature"]
+    assert fitted["fitted_loss"] < fitted["loss"] == pytest.approx(run.summary()["loss"], rel=1e-9)
+    assert fitted["logits"]["norm"] == pytest.approx(fitted["scale"] * found["logits"]["norm"], rel=1e-6)
+    there = decompose(model, batches, forward=scaled(task.forward, fitted["scale"]))
+    assert fitted["geometries"]["plain"]["functional"]["norm"] == pytest.approx(there.norm_func, rel=1e-9)
+    assert set(fitted["geometries"]) == {"plain", "adam"}
 
 
 def test_measuring_leaves_the_model_as_it_was(cache):

@@ -25,6 +25,7 @@ PENALTY = {"derivative": "difference", "step": 1e-3}
 COMBINATIONS = [
     *[(name, PENALTY if METHODS[name].path == "penalty" else {}) for name in METHODS],
     ("angle-sam", {**PENALTY, "phi": 30.0}),
+    ("angle-sam", {**PENALTY, "phi": 30.0, "dose": 0.3}),
     ("sam", {"ascent": "adaptive", "path": "functional"}),
     ("sam", {"ascent": "adam", "path": "logit", "normalize_by": "energy"}),
     ("momentum-functional-sam", {"preconditioned": True}),

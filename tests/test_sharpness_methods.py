@@ -72,6 +72,46 @@ def test_angle(phi, kind):
     assert 5 < errors[0] / errors[1] < 20
 
 
+@pytest.mark.parametrize("phi", [0.0, 20.0, 45.0, 90.0])
+def test_angle_at_a_dose(phi):
+    """|correction| = dose |g| along the same direction, whatever rho is, both ways; as the dose is measured."""
+    model = make_model()
+    optimizer = warmed_up(model)
+    inputs, targets = make_batch(rows=6, ignored=2)
+    parts = [(inputs[:2], targets[:2]), (inputs[2:], targets[2:])]
+    g, there = oracle(model, theta_of(model), (inputs, targets), "gradient", "penalty", 0.2, phi=phi)
+    correction = combine(1.0, there, -1.0, g)
+    expected = combine(1.0, g, 0.3 * norm(g) / norm(correction), correction)
+    for rho in (0.2, 5.0):
+        sharpness = SharpnessAware(model, optimizer, "angle-sam", rho=rho, phi=phi, dose=0.3)
+        sharpness.backward(parts, measure_dose=True)
+        close(gradients(model), expected)
+        assert sharpness.dose == pytest.approx(0.3, rel=1e-10)
+    SharpnessAware(model, optimizer, "angle-sam", rho=0.2, phi=phi, dose=0.3, derivative="difference", step=1e-6).backward(parts)
+    close(gradients(model), expected, 1e-4)
+    sharpness = SharpnessAware(model, optimizer, "angle-sam", rho=0.0, phi=phi, dose=0.3)
+    sharpness.backward(parts)
+    close(gradients(model), g)
+
+
+def test_a_dose_of_nothing_and_its_price():
+    """On a model linear in theta H_F is zero: the plain gradient at phi 0. A dose is no pass more, and `check` passes with it."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 4).double()
+    optimizer = adamw(model)
+    batch = (torch.randn(5, 3, dtype=torch.float64), torch.randint(4, (5,)))
+    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    g = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    SharpnessAware(model, optimizer, "angle-sam", rho=0.1, phi=0.0, dose=0.5).backward([batch])
+    close(gradients(model), g)
+    model.zero_grad()
+    for derivative in ("exact", "difference"):
+        SharpnessAware(model, optimizer, "angle-sam", rho=0.1, phi=90.0, dose=0.5, derivative=derivative).check([batch])
+        options = {"derivative": derivative, "phi": 20.0}
+        assert cost("angle-sam", {**options, "dose": 0.1}) == cost("angle-sam", options)
+
+
 def test_angle_of_the_callers_own_loss():
     """A loss whose curvature has no closed form here: the generic double backward, with an uneven count that only it knows."""
     model = make_model()

@@ -129,6 +129,8 @@ class MeasureConfig:
     curvature_targets: int | None = None  # instead of `rows`, for the final curvature: a batch of so many targets
     curvature: bool = False  # spectra and traces of H, H_G, H_F at the final weights, into curvature.json
     robustness: bool = False  # loss after rounding, noise and training on data.elsewhere, of the final weights: robustness.json
+    temperature: bool = False  # with curvature: the same with the logits times the scale that fits the validation split best
+    geometries: list[str] = field(default_factory=lambda: ["plain", "adam"])  # whose curvature: as it is, and as Adam sees it
     probes: int = 10  # random vectors of a trace
     lanczos: int = 100  # products of a run of Lanczos, at most
     density_probes: int = 0  # random vectors of a spectral density
@@ -406,6 +408,10 @@ def validated(config: Config) -> Config:
         f"measure.ascents={measure.ascents}: adam is the second moment of adamw, which optimizer.name={optimizer.name} has not; "
         "measure.ascents=[gradient] does without",
     )
+    for geometry in measure.geometries:
+        if geometry not in ("plain", "adam"):
+            raise nearest("value of measure.geometries:", geometry, ["plain", "adam"])
+    require(not measure.temperature or measure.curvature, "measure.temperature=True: it goes with measure.curvature=true")
     one_of("runtime", "parallel", "auto", "none", "ddp", "fsdp")
     counts("runtime", 1, "threads", "checkpoint_every", "log_every")
     return config

@@ -12,6 +12,7 @@ from functional_sam.curvature.measures import FunctionalSharpness, Measures, fun
 from functional_sam.curvature.products import CurvatureProducts
 from functional_sam.curvature.quadratic import QuadraticFit, QuadraticPoint, quadratic_fit
 from functional_sam.curvature.spectrum import Density, Eigenvalue, Eigenvalues, density, eigenvalues, smooth
+from functional_sam.curvature.temperature import Scale, fit_scale, scaled
 from functional_sam.curvature.trace import TraceEstimate, hutch_plus_plus, hutchinson, quadratic
 
 __all__ = [
@@ -27,17 +28,20 @@ __all__ = [
     "Part",
     "QuadraticFit",
     "QuadraticPoint",
+    "Scale",
     "TraceEstimate",
     "decompose",
     "decompose_many",
     "density",
     "eigenvalues",
+    "fit_scale",
     "functional_sharpness",
     "hutch_plus_plus",
     "hutchinson",
     "parameter_groups",
     "quadratic",
     "quadratic_fit",
+    "scaled",
     "smooth",
     "split_in_halves",
 ]

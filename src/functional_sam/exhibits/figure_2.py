@@ -1,10 +1,10 @@
-"""figure-2: Angle-SAM: each task's metric against the angle between the two halves of the sharpness gradient."""
+"""figure-2: Angle-SAM at matched dose: each task's metric against the angle between the two halves of the sharpness gradient."""
 
 import math
+from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 
 from functional_sam.config import compose
@@ -15,21 +15,22 @@ from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import Spec
 from functional_sam.exhibits.words import firsts, model, sizes
 from functional_sam.records import Source
-from functional_sam.study.compare import Estimate, estimate, paired_difference, verdict
+from functional_sam.study.compare import Estimate, Verdict, estimate, judged, paired_difference
 from functional_sam.tasks import TASKS
 
-DASHES = ("-", "--", ":")  # one per radius
+LOOKS = (("-", "o"), ("--", "s"), (":", "^"))  # line and marker, one pair a dose
+LOWER = {task.metric.name: task.metric.lower_is_better for task in TASKS.values()}
 
 
 def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
-    """AdamW, and Angle-SAM at each radius and angle, on each task and seed; seeds first, so that what exists is a whole sweep."""
+    """AdamW, and Angle-SAM at each dose and angle, on each task and seed; seeds first, so that what exists is a whole sweep."""
     configs = []
     for seed in spec.seeds:
         for task in spec.tasks:
             configs.append(compose(task, "adamw", spec.scale, spec.layers(task, seed), overrides))
-            for rho in spec.rho:
+            for dose in spec.dose:
                 for phi in spec.phi:
-                    method = {"rho": rho, "options": {"phi": phi}}
+                    method = {"options": {"phi": phi, "dose": dose}}
                     configs.append(compose(task, "angle-sam", spec.scale, spec.layers(task, seed, method=method), overrides))
     return Plan.of_known_runs(spec, configs, source)
 
@@ -44,7 +45,7 @@ def frame(plan: Plan) -> pd.DataFrame:
             {
                 "task": config.task,
                 "method": config.method.name,
-                "rho": config.method.rho,
+                "dose": config.method.options.get("dose"),
                 "phi": config.method.options.get("phi"),
                 "seed": config.training.init_seed,
                 "metric": metric.name,
@@ -58,111 +59,143 @@ def frame(plan: Plan) -> pd.DataFrame:
     return data
 
 
+def comparisons(data: pd.DataFrame, margin: float) -> pd.DataFrame:
+    """The smallest angle minus the largest (one family), and every angle minus AdamW (another), with Holm's correction in each."""
+    rows = []
+    for (task, dose), part in data[data.phi.notna()].groupby(["task", "dose"], sort=False):
+        by = {phi: list(own.sort_values("seed").value) for phi, own in part.groupby("phi")}
+        adamw = list(data[(data.task == task) & (data.method == "adamw")].sort_values("seed").value)
+        pairs = [("logit half", min(by), by[max(by)]), *(("AdamW", phi, adamw) for phi in by)]
+        for against, phi, other in pairs:
+            found = paired_difference(by[phi], other)
+            row = {"task": task, "dose": dose, "phi": phi, "against": against, "metric": part.metric.iloc[0]}
+            rows.append(row | {"n": found.n, "difference": found.mean, "stderr": found.stderr, "half_width": found.half_width})
+    result = pd.DataFrame(rows)
+    result["verdict"] = ""
+    for _, family in result.groupby("against"):
+        signs = [1 if LOWER[name] else -1 for name in family.metric]
+        turned = [Estimate(sign * row.difference, row.stderr, row.n) for sign, row in zip(signs, family.itertuples(), strict=True)]
+        result.loc[family.index, "verdict"] = list(map(str, judged(turned, margin=margin)))
+    return result
+
+
 def draw(plan: Plan) -> Exhibit:
-    """Above the metric, below its difference to AdamW, seed by seed; one column per task; bands are 95 % t intervals."""
+    """Above the metric, below its difference to AdamW, seed by seed; one column per task; bars are 95 % t intervals."""
     spec, data = plan.spec, frame(plan)
+    found = comparisons(data, spec.margin)
     style.use()
-    figure, axes = plt.subplots(2, len(spec.tasks), figsize=(style.PAGE, 4.0), sharex="col", squeeze=False)
-    black = style.METHOD_COLOR["adamw"]
+    figure, axes = plt.subplots(2, len(spec.tasks), figsize=(style.PAGE, 3.9), sharex="col", squeeze=False)
     for column, (task, config) in enumerate(firsts(plan.configs).items()):
         part, metric = data[data.task == task], TASKS[config.kind].metric
+        own = found[(found.task == task) & (found.against == "AdamW")]
         above, below = axes[:, column]
         base = estimate(list(part[part.method == "adamw"].value))
-        above.axhline(base.mean, color=black, label="AdamW")
-        if base.n > 1:
-            above.axhspan(base.mean - base.half_width, base.mean + base.half_width, color=black, alpha=0.12, linewidth=0)
-        below.axhline(0.0, color=black)
-        for rho, dash in zip(spec.rho, DASHES, strict=False):
-            _line(above, part[part.rho == rho], "value", dash, rf"Angle-SAM, $\rho$ = {rho:g}")
-            _line(below, part[part.rho == rho], "minus_adamw", dash, None)
+        _band(above, base)
+        below.axhline(0.0, color=style.METHOD_COLOR["adamw"])
+        for number, dose in enumerate(spec.dose):
+            beside = 0.12 * (number - (len(spec.dose) - 1) / 2)
+            values = [estimate(list(part[(part.dose == dose) & (part.phi == phi)].value)) for phi in spec.phi]
+            _line(above, values, beside, number, f"Angle-SAM, |correction| = {dose:g} |g|")
+            rows = own[own.dose == dose].set_index("phi").loc[spec.phi]
+            _line(below, [Estimate(r.difference, r.stderr, r.n) for r in rows.itertuples()], beside, number)
+            _judged(below, rows, beside, number)
         above.set(title=f"{style.TASK_LABEL.get(task, task)} ({model(config)})", ylabel=f"validation {metric.label}")
-        below.set(
-            xlabel=r"$\phi$ (degrees): functional half 0, logit half 90",
-            ylabel=f"{metric.name} minus\nAdamW's (paired)",
-            xticks=spec.phi,
-        )
-        for axis in (above, below):
-            axis.set_xlim(min(spec.phi), max(spec.phi))
-    axes[0, 0].legend(loc="best")
+        below.set(xlabel=r"$\phi$ (degrees): functional half 0, logit half 90", ylabel=f"{metric.name} minus\nAdamW's (paired)")
+        below.set_xticks(range(len(spec.phi)), [f"{phi:g}" for phi in spec.phi])
     figure.align_ylabels()
-    figure.tight_layout()
-    return Exhibit(plan, {"": data}, _caption(plan, data), _verdict(plan, data), figure)
+    style.legend_above(figure, axes[0, 0], columns=2)
+    finding = _finding(found)
+    style.finding_above(figure, finding)
+    return Exhibit(plan, {"": data, "comparisons": found}, _caption(plan, finding), _verdict(found), figure)
 
 
 def headline(data: pd.DataFrame) -> str:
     """What figure and CSV say, in a few words."""
-    parts = []
-    for (task, rho), part in data[data.method != "adamw"].groupby(["task", "rho"], sort=False):
-        ends = _halves(data[data.task == task], float(rho))
-        parts.append(f"{task} {part.metric.iloc[0]} {interval(ends.mean, ends.half_width, sign=True)} (rho {rho:g})")
-    return f"functional half minus logit half: {', '.join(parts)}"
+    return "functional half minus logit half at equal dose: " + ", ".join(
+        f"{row.task} {row.metric} {interval(row.difference, row.half_width, sign=True)} (dose {row.dose:g})"
+        for row in comparisons(data, 0.0).query("against == 'logit half'").itertuples()
+    )
 
 
-def _line(axis: Axes, part: pd.DataFrame, field: str, dash: str, label: str | None) -> None:
-    shown = part[~part.diverged]  # a mean with a diverged run is not a number that an axis can show: marked instead
-    whole = shown.groupby("phi").filter(lambda group: len(group) == part.seed.nunique())
-    sns.lineplot(
-        whole,
-        x="phi",
-        y=field,
-        ax=axis,
+def _band(axis: Axes, base: Estimate) -> None:
+    black = style.METHOD_COLOR["adamw"]
+    axis.axhline(base.mean, color=black, label="AdamW and its 95 % interval")
+    if math.isfinite(base.half_width) and math.isfinite(base.mean):
+        axis.axhspan(base.mean - base.half_width, base.mean + base.half_width, color=black, alpha=0.12, linewidth=0)
+
+
+def _line(axis: Axes, values: Sequence[Estimate], beside: float, number: int, label: str | None = None) -> None:
+    """Means with their intervals at equally spaced places, hollow; a mean with a diverged run is a word."""
+    dash, marker = LOOKS[number % len(LOOKS)]
+    shown = [(place, one) for place, one in enumerate(values) if math.isfinite(one.mean)]
+    axis.errorbar(
+        [place + beside for place, _ in shown],
+        [one.mean for _, one in shown],
+        [one.half_width if math.isfinite(one.half_width) else 0.0 for _, one in shown],
         color=style.METHOD_COLOR["angle-sam"],
         linestyle=dash,
-        errorbar=style.t_interval,
-        marker="o",
+        marker=marker,
+        markerfacecolor="white",
+        elinewidth=0.7,
         label=label,
-        legend=False,
     )
-    for phi in sorted(set(part[part.diverged].phi)):
-        axis.annotate("diverged", (phi, 0.98), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="center", fontsize=6)
+    for place, one in enumerate(values):
+        if not math.isfinite(one.mean):
+            axis.annotate(
+                "diverged", (place, 0.98), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="center", fontsize=6
+            )
 
 
-def _paired(part: pd.DataFrame, rho: float, phi: float, against: float | None = None) -> Estimate:
-    """The metric at an angle minus AdamW's, or minus that at another angle, seed by seed."""
-    own = part[(part.rho == rho) & (part.phi == phi)].sort_values("seed")
-    base = part[part.method == "adamw"] if against is None else part[(part.rho == rho) & (part.phi == against)]
-    return paired_difference(list(own.value), list(base.sort_values("seed").value))
+def _judged(axis: Axes, rows: pd.DataFrame, beside: float, number: int) -> None:
+    """Filled markers where the angle is better or worse than AdamW."""
+    for place, row in enumerate(rows.itertuples()):
+        if row.verdict in (Verdict.BETTER, Verdict.WORSE):
+            color = style.METHOD_COLOR["angle-sam"]
+            axis.plot([place + beside], [row.difference], color=color, marker=LOOKS[number % len(LOOKS)][1], zorder=3)
 
 
-def _halves(part: pd.DataFrame, rho: float) -> Estimate:
-    """The metric of the smallest angle minus that of the largest."""
-    return _paired(part, rho, part.phi.min(), against=part.phi.max())
+def _words(row: pd.Series) -> str:
+    return f"{row.metric} {interval(row.difference, row.half_width, sign=True)} at dose {row.dose:g}, {row.verdict}"
 
 
-def _reading(plan: Plan, data: pd.DataFrame, task: str, rho: float) -> str:
-    """Which half wins, by the 95 % interval of the paired difference."""
-    lower = TASKS[firsts(plan.configs)[task].kind].metric.lower_is_better
-    word = verdict(_halves(data[data.task == task], rho), lower_is_better=lower)
-    if word.startswith(("better", "worse")):
-        return f"the {'functional' if word.startswith('better') else 'logit'} half wins"
-    return "no side wins"
+def _finding(found: pd.DataFrame) -> str:
+    """Functional half against logit half, task by task."""
+    ends = found[found.against == "logit half"]
+    parts = [f"{task} {', '.join(_words(row) for _, row in own.iterrows())}" for task, own in ends.groupby("task", sort=False)]
+    better, worse = (bool(ends.verdict.str.startswith(word).any()) for word in ("better", "worse"))
+    found_out = {(True, False): "the functional half is better", (False, True): "the logit half is better"}
+    words = found_out.get(
+        (better, worse), "tasks or doses disagree on the better half" if better else "neither half is told to be better"
+    )
+    return f"At equal dose {words}: functional minus logit half, {'; '.join(parts)}"
 
 
-def _caption(plan: Plan, data: pd.DataFrame) -> str:
+def _caption(plan: Plan, finding: str) -> str:
     spec = plan.spec
-    finding = "; ".join(f"in {task} at rho {rho:g} {_reading(plan, data, task, rho)}" for task in spec.tasks for rho in spec.rho)
     return (
-        f"{finding[0].upper()}{finding[1:]}. Angle-SAM: gradient g + sqrt(2) (cos(phi) H_F eps + sin(phi) H_G eps), |eps| = rho, "
-        "so that phi = 45 is penalty-SAM (the scaling is ours, the paper's was not seen), by exact second derivatives, rho fixed, "
-        f"not tuned; scale {spec.scale}, not the paper's: {sizes(plan.configs)}. Means over n={len(spec.seeds)} seeds, bands are "
-        "95 % t intervals, below of the differences to AdamW with the same initialization and data order."
+        f"{finding} (Holm over tasks and doses, margin {spec.margin:g}). Angle-SAM: "
+        "gradient g + c, c along cos(phi) H_F eps + sin(phi) H_G eps and |c| = dose |g| at every step, by exact derivatives, "
+        "so that angles differ in direction alone (45 is along H eps; the scaling is ours, the paper's was not seen); scale "
+        f"{spec.scale}, not the paper's: {sizes(plan.configs)}. Means over n={len(spec.seeds)} seeds, bars and band are 95 % t "
+        "intervals, below of differences to AdamW with the same initialization and data order, filled where better or worse "
+        "after Holm's correction."
     )
 
 
-def _verdict(plan: Plan, data: pd.DataFrame) -> str:
-    spec, sentences = plan.spec, []
-    for task, config in firsts(plan.configs).items():
-        part, metric = data[data.task == task], TASKS[config.kind].metric
-        for rho in spec.rho:
-            ends = _halves(part, rho)
-            against = {phi: verdict(_paired(part, rho, phi), lower_is_better=metric.lower_is_better) for phi in spec.phi}
-            counts = "; ".join(
-                f"{word} at phi {', '.join(f'{phi:g}' for phi in spec.phi if against[phi].startswith(word))}"
-                for word in ("better", "worse", "no difference", "inconclusive")
-                if any(value.startswith(word) for value in against.values())
-            )
-            sentences.append(
-                f"{task}, rho {rho:g}: {metric.name} of the functional half minus the logit half "
-                f"{interval(ends.mean, ends.half_width, sign=True)} ({_reading(plan, data, task, rho)}); against AdamW {counts}"
-            )
-    return f"{'. '.join(sentences)} (n={len(spec.seeds)}, paired, 95 % t intervals)."
+def _verdict(found: pd.DataFrame) -> str:
+    parts = []
+    for (task, dose), own in found[found.against == "AdamW"].groupby(["task", "dose"], sort=False):
+        words = [
+            f"{word} at phi {', '.join(f'{phi:g}' for phi in own[own.verdict == word].phi)}"
+            for word in Verdict
+            if word and (own.verdict == word).any()
+        ]
+        parts.append(f"{task}, dose {dose:g}, against AdamW {'; '.join(words)}")
+    ends = found[(found.against == "logit half") & (found.task == "language")]
+    better, worse = (ends.verdict.str.startswith(word).sum() for word in ("better", "worse"))
+    same = (ends.verdict == Verdict.SAME).sum()
+    claim = "turned" if worse else "vanished" if same else "supported" if better else "inconclusive"
+    n = int(found.n.iloc[0])
+    return (
+        f"{_finding(found)}. The paper's order in language is {claim}. {'. '.join(parts)} (n={n}, paired, 95 % t intervals, Holm)."
+    )

@@ -49,6 +49,10 @@ class Spec:
     rho_scale: dict[str, float] = field(default_factory=dict)  # a method's radius in units of the grid's, where it is another one
     phi: list[float] = field(default_factory=list)  # angles of Angle-SAM, degrees
     cells: dict[str, Any] = field(default_factory=dict)  # name -> its task, and the settings it lays over the config
+    dose: list[float] = field(default_factory=list)  # |correction| / |g| of Angle-SAM, in the place of a radius
+    lr: list[float] = field(default_factory=list)  # peaks of the learning rate, none of them chosen
+    lengths: list[float] = field(default_factory=list)  # of AdamW's runs beside its own, in units of the steps
+    margin: float = 0.0  # in the metric's unit: a difference below it counts as none
     study: str = ""  # a file of configs/studies, which then says seeds and grids
     parts: list[str] = field(default_factory=list)  # of the study: whose cells the exhibit shows
     overrides: dict[str, Any] = field(default_factory=dict)  # on the config of every run

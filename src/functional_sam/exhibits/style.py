@@ -225,6 +225,16 @@ def diverged(axis: Axes, place: float, method: str) -> None:
     axis.plot([place], [0.98], "x", color=color(method), transform=axis.get_xaxis_transform(), clip_on=False)
 
 
+def plain_log(axis: Axes) -> None:
+    """A logarithmic y axis with ticks at 1, 2, 5 (over many decades 1 alone) as plain numbers. Call it when its limits are set."""
+    low, high = axis.get_ylim()
+    steps = (1.0, 2.0, 5.0) if high / low < 200 else (1.0,)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [step * 10.0**power for power in decades for step in steps if low <= step * 10.0**power <= high]
+    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.yaxis.set_minor_locator(NullLocator())
+
+
 def t_interval(values: Sequence[float]) -> tuple[float, float]:
     """The band of seaborn's lines: the 95 % t interval, which decides the verdicts; of one seed no band."""
     found = estimate(list(np.asarray(values, dtype=float)))

@@ -1,224 +1,223 @@
-"""table-4: curvature of every method's final weights, and which measure ranks the methods as their validation loss does."""
+"""table-4: is the flatness spurious? Curvature of each method's final weights as trained, and at the temperature that fits best."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
-from scipy import stats
 
 from functional_sam.config import Config, compose
 from functional_sam.exhibits import markdown, style
-from functional_sam.exhibits.markdown import PLUS_MINUS, interval, number, significant
+from functional_sam.exhibits.flatness import EXPLAINED, FLAT, OPEN, OWN, RANKED, READINGS, STATES, kendall, measures, undone
+from functional_sam.exhibits.markdown import interval, number
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import Spec
 from functional_sam.exhibits.words import sizes
 from functional_sam.records import Source
-from functional_sam.study.compare import Estimate, estimate, paired_difference
-from functional_sam.tasks import TASKS
+from functional_sam.study.compare import Estimate, estimate
 
-GEOMETRIES = {"plain": "plain", "adam": "Adam's geometry"}
-# Measures that a smaller value of is meant to be better of, by the field of `measures`; the bottom of H_F by its magnitude.
-RANKED = {
-    "top_hessian": "top eigenvalue of H",
-    "top_gauss_newton": "top eigenvalue of H_G",
-    "top_functional": "top eigenvalue of H_F",
-    "bottom_functional": "bottom eigenvalue of H_F (magnitude)",
+GEOMETRIES = {"plain": "", "adam": " in Adam's geometry"}
+SHOWN = {
+    "loss": "validation loss",
+    "top_hessian": "top of H",
+    "top_gauss_newton": "top of H_G",
+    "top_functional": "top of H_F",
     "trace_hessian": "tr H",
     "trace_gauss_newton": "tr H_G",
     "trace_functional": "tr H_F",
-    "quadratic_hessian": "eps^T H eps",
-    "quadratic_gauss_newton": "eps^T H_G eps",
-    "quadratic_functional": "eps^T H_F eps",
-    "norm_logit": "|delta_logit|",
     "norm_func": "|delta_func|",
-    "share": "share of delta_func",
-    "norm_gradient": "|g|",
 }
-
-SHOWN = (
-    "top_hessian",
-    "top_gauss_newton",
-    "top_functional",
-    "bottom_functional",
-    "trace_hessian",
-    "trace_gauss_newton",
-    "trace_functional",
-    "quadratic_gauss_newton",
-    "quadratic_functional",
-    "norm_logit",
-    "norm_func",
-)
+CLAIMS = {"sam": EXPLAINED, "functional-sam": OWN}  # of the paper
 
 
 def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
-    """Every method at one radius (in its own unit, spec.rho_scale) on every seed; seeds first."""
-    (task,), configs = spec.tasks, []
+    """Every method at one radius (in its own unit, spec.rho_scale) on every seed, and AdamW of other lengths; seeds first."""
+    (task,), configs, lengths = spec.tasks, [], []
     for seed in spec.seeds:
         for method in spec.methods:
             for rho in spec.rho if method != "adamw" else [None]:
                 radius = None if rho is None else rho * spec.rho_scale.get(method, 1.0)
                 configs.append(compose(task, method, spec.scale, spec.layers(task, seed, method={"rho": radius}), overrides))
-    return Plan.of_known_runs(spec, configs, source)
+                lengths.append(1.0)
+        base = compose(task, "adamw", spec.scale, spec.layers(task, seed), overrides)
+        for length in spec.lengths:
+            configs.append(compose(task, "adamw", spec.scale, spec.layers(task, seed, **_longer(base, length)), overrides))
+            lengths.append(length)
+    done = all(source.done(config) for config in configs)
+    return Plan(spec, configs, lengths, source, done)
 
 
-def measures(config: Config, source: Source) -> list[dict[str, Any]]:
-    """One row per geometry: all measures of a run's final weights, and its validation loss (inf where it diverged)."""
-    loss = source.summary(config)["loss"]
-    row = {"method": config.method.name, "rho": config.method.rho, "seed": config.training.init_seed}
-    if loss is None:
-        return [{**row, "geometry": geometry, "loss": math.inf} for geometry in GEOMETRIES]
-    record, rows = source.read(config, "curvature.json"), []
-    for geometry, found in record["geometries"].items():
-        own: dict[str, Any] = {**row, "geometry": geometry, "loss": loss}
-        for matrix in style.MATRIX_LABEL:
-            A = found[matrix]
-            own |= {
-                f"top_{matrix}": A["top"]["value"],
-                f"top_{matrix}_residual": A["top"]["residual"],
-                f"bottom_{matrix}": A["bottom"]["value"],
-                f"bottom_{matrix}_residual": A["bottom"]["residual"],
-                f"trace_{matrix}": A["trace"]["mean"],
-                f"trace_{matrix}_stderr": A["trace"]["stderr"],
-                f"quadratic_{matrix}": A["quadratic"],
-            }
-        own |= {"norm_logit": found["gauss_newton"]["norm"], "norm_func": found["functional"]["norm"]}
-        own |= {"share": found["share"], "norm_gradient": found["norm_gradient"]}
-        own |= {"logit_norm": record["logits"]["norm"], "entropy": record["logits"]["entropy"]}
-        rows.append(own)
-    return rows
-
-
-def kendall(data: pd.DataFrame) -> pd.DataFrame:
-    """Kendall's tau-b of each measure with the validation loss over the methods, in each seed; mean, half its 95 % interval."""
-    rows = []
-    for geometry, part in data.groupby("geometry", sort=False):
-        for field, name in RANKED.items():
-            taus, entries = [], 0
-            for _, seed in part[part.loss < math.inf].groupby("seed"):
-                entries = len(seed)
-                taus.append(float(stats.kendalltau(seed[field].abs() if field.startswith("bottom") else seed[field], seed.loss)[0]))
-            value = estimate(taus)
-            rows.append(
-                {
-                    "geometry": geometry,
-                    "measure": name,
-                    "field": field,
-                    "tau": value.mean,
-                    "half_width": value.half_width,
-                    "seeds": value.n,
-                    "entries": entries,
-                    "reading": _reading(value),
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-def _reading(value: Estimate) -> str:
-    """Whether the two-sided 95 % t interval of tau over seeds leaves out zero, and on which side."""
-    if not abs(value.mean) > value.half_width:
-        return "inconclusive"
-    return "ranks as the loss" if value.mean > 0 else "ranks against the loss"
+def _longer(base: Config, length: float) -> dict[str, Any]:
+    """The same schedule over more or fewer steps."""
+    return {
+        "training": {"steps": round(length * base.training.steps)},
+        "optimizer": {"warmup_steps": round(length * base.optimizer.warmup_steps)},
+    }
 
 
 def draw(plan: Plan) -> Exhibit:
-    """CSV of all runs, CSV of the taus, and a Markdown table of both."""
-    data = pd.DataFrame([row for config in plan.configs for row in measures(config, plan.source)])
-    taus = kendall(data)
-    frames = {"": data, "kendall": taus}
-    label = TASKS[plan.configs[0].kind].metric.label
-    return Exhibit(plan, frames, _caption(plan, data, taus), _verdict(taus), markdown=_tables(data, taus, label))
+    """CSV of all runs, of what a temperature undoes, and of the taus, and a Markdown table of each."""
+    pairs = zip(plan.configs, plan.content, strict=True)
+    data = pd.DataFrame([row for config, length in pairs for row in measures(config, plan.source, length)])
+    found, taus = undone(data), kendall(data)
+    frames = {"": data, "temperature": found, "kendall": taus}
+    return Exhibit(plan, frames, _caption(plan, data, found), _verdict(found, taus), markdown=_tables(plan, data, found, taus))
 
 
 def headline(data: pd.DataFrame) -> str:
     """What table and CSV say, in a few words."""
-    found = kendall(data)
-    tau = found[(found.geometry == "plain") & (found.field == "top_hessian")].iloc[0]
-    return f"Kendall's tau of the top eigenvalue of H with the loss {interval(tau.tau, tau.half_width, 2, sign=True)}"
+    own = undone(data).query("geometry == 'plain'").set_index("method")
+    parts = [f"{style.METHOD_LABEL[name]} {_flatness(own.loc[name])}" for name in CLAIMS]
+    return f"log tr H minus AdamW's, and what one temperature undoes of it: {'; '.join(parts)}"
 
 
-def _caption(plan: Plan, data: pd.DataFrame, taus: pd.DataFrame) -> str:
+def _flatness(row: Any) -> str:
+    words = "" if row.verdict == FLAT else f", {_fraction(row)} undone"
+    return f"{interval(row.b, row.b_half, 3, sign=True)}{words} ({row.verdict})"
+
+
+def _fraction(row: Any) -> str:
+    """With its interval; a fraction of next to nothing has none."""
+    if math.isnan(row.low):
+        return f"{number(row.fraction, 2)} (no interval)"
+    return f"{number(row.fraction, 2)} [{number(row.low, 2)}, {number(row.high, 2)}]"
+
+
+def _finding(found: pd.DataFrame) -> str:
+    own = found[found.geometry == "plain"].set_index("method")
+    parts = []
+    for name, claim in CLAIMS.items():
+        row = own.loc[name]
+        refuted = row.verdict not in (claim, OPEN) and not (name == "functional-sam" and row.verdict == FLAT)
+        word = "as the paper says" if row.verdict == claim else "against the paper" if refuted else "open"
+        parts.append(f"{style.METHOD_LABEL[name]} {_flatness(row)}: {word}")
+    return f"Log tr H minus AdamW's and the fraction of it that a fitted temperature undoes: {'; '.join(parts)}"
+
+
+def _caption(plan: Plan, data: pd.DataFrame, found: pd.DataFrame) -> str:
     spec, configs = plan.spec, plan.configs
-    counts = {word: int((taus.reading == word).sum()) for word in ("ranks as the loss", "ranks against the loss")}
     units = ", ".join(f"times {value:g} for {style.METHOD_LABEL[method]}" for method, value in spec.rho_scale.items())
-    diverged = data[(data.loss == math.inf) & (data.geometry == "plain")]
-    lost = f", {len(diverged)} of {len(configs)} runs diverged and are left out of the ranking: {', '.join(diverged.method)}"
+    diverged = data[(data.loss == math.inf) & (data.geometry == "plain") & (data.state == "trained")]
+    lost = f", {len(diverged)} of {len(configs)} runs diverged and are left out: {', '.join(diverged.method)}"
     setting = [
-        f"Final weights on {configs[0].measure.rows} held-out rows, scale {spec.scale}, not the paper's: {sizes(configs)}",
-        f"rho {', '.join(f'{rho:g}' for rho in spec.rho)}{f' ({units})' if units else ''}, fixed, not tuned, for the question is "
-        "what each method does to curvature",
-        "eps is the unit gradient (in Adam's geometry, of that geometry)",
-        f"Lanczos residuals at most {_worst_residual(data):.1e} of the top eigenvalue of H",
-        f"standard errors of a trace over its {configs[0].measure.probes} probes at most {_worst_trace(data):.0%} of tr H",
+        f"Final weights on {configs[0].measure.rows} held-out rows, scale {spec.scale}, not the paper's: {sizes(configs[:1])}",
+        f"rho {', '.join(f'{rho:g}' for rho in spec.rho)}{f' ({units})' if units else ''}, fixed, not tuned",
+        "the scale of the logits, 1 / temperature, minimizes the validation loss",
+        f"matched: AdamW of {', '.join(f'{one:g}' for one in spec.lengths)} times the steps, interpolated at the method's loss",
+        f"Lanczos residuals at most {_worst(data, 'top_hessian_residual', 'top_hessian'):.1e} of the top of H, standard errors of "
+        f"{configs[0].measure.probes} probes at most {_worst(data, 'trace_hessian_stderr', 'trace_hessian'):.0%} of tr H",
     ]
     return (
-        f"Of {len(taus)} measures of curvature {counts['ranks as the loss']} rank the methods as their validation loss does and "
-        f"{counts['ranks against the loss']} against it. {'; '.join(setting)}. Means and halves of 95 % t intervals over "
-        f"n={len(spec.seeds)} seeds, differences paired by seed{lost if len(diverged) else ''}."
+        f"{_finding(found)}. {'; '.join(setting)}. Means and halves of 95 % t intervals, n={len(spec.seeds)} seeds, paired, the "
+        f"interval of a fraction by Fieller, verdicts by Holm over methods{lost if len(diverged) else ''}."
     )
 
 
-def _worst_residual(data: pd.DataFrame) -> float:
-    columns = [c for c in data.columns if c.endswith("_residual")]
-    return float((data[columns].max(axis=1) / data.top_hessian).max())
+def _worst(data: pd.DataFrame, error: str, of: str) -> float:
+    return float((data[error] / data[of].abs()).max())
 
 
-def _worst_trace(data: pd.DataFrame) -> float:
-    return float((data.trace_hessian_stderr / data.trace_hessian.abs()).max())
-
-
-def _verdict(taus: pd.DataFrame) -> str:
-    n, entries = int(taus.seeds.iloc[0]), int(taus.entries.iloc[0])
-    parts = []
-    for geometry, label in GEOMETRIES.items():
-        own = taus[taus.geometry == geometry]
-        for word in ("ranks as the loss", "ranks against the loss"):
-            found = own[own.reading == word].sort_values("tau", ascending=word != "ranks as the loss")
-            if len(found):
-                shown = ", ".join(f"{row.measure} {_tau(row)}" for row in found.head(4).itertuples())
-                more = f" and {len(found) - 4} more" if len(found) > 4 else ""
-                parts.append(f"{label}: {word}: {shown}{more}")
-    found_text = "; ".join(parts) or "no measure does, beyond chance"
+def _verdict(found: pd.DataFrame, taus: pd.DataFrame) -> str:
+    own = found[found.geometry == "plain"]
+    words = [
+        f"{word}: {', '.join(style.METHOD_LABEL[name] for name in own[own.verdict == word].method)}"
+        for word in (EXPLAINED, OWN, OPEN, FLAT)
+        if (own.verdict == word).any()
+    ]
+    ranks = []
+    for word in READINGS:
+        some = taus[taus.reading == word].sort_values("tau", ascending=word != READINGS[0])
+        shown = ", ".join(f"{row.measure} {STATES[row.state]} {number(row.tau, 2, sign=True)}" for row in some.head(4).itertuples())
+        ranks += [f"{word}: {shown}{f' and {len(some) - 4} more' if len(some) > 4 else ''}"] if len(some) else []
+    n, m = int(taus.seeds.iloc[0]), int(taus.entries.max())
     return (
-        f"Kendall's tau with the validation loss over {entries} methods, mean and half of its 95 % t interval over n={n} seeds, "
-        f"negative where flatter methods have the higher loss: {found_text}. "
-        f"{len(taus)} measures were tried at 95 %, so that about {0.05 * len(taus):.0f} would pass by chance."
+        f"{_finding(found)}. All methods: {'; '.join(words)}. Of {len(taus)} Kendall's taus with the loss, {m} methods, n={n} "
+        f"seeds, by the wider of the two errors and Holm: {'; '.join(ranks) or 'none is told from zero'}."
     )
 
 
-def _tau(row: Any) -> str:
-    return interval(row.tau, row.half_width, 2, sign=True)
+# ---------------------------------------------------------------------- tables
 
 
-def _tables(data: pd.DataFrame, taus: pd.DataFrame, label: str) -> str:
+def _tables(plan: Plan, data: pd.DataFrame, found: pd.DataFrame, taus: pd.DataFrame) -> str:
     blocks = []
-    columns = ["method", "rho", f"validation {label}", "minus AdamW", *(RANKED[field] for field in (*SHOWN, "share"))]
-    for geometry, title in GEOMETRIES.items():
-        own = data[data.geometry == geometry]
-        base = own[own.method == "adamw"].sort_values("seed")
-        rows = []
-        for (method, rho), part in own.groupby(["method", "rho"], sort=False, dropna=False):
-            part = part.sort_values("seed")
-            loss, difference = estimate(list(part.loss)), paired_difference(list(part.loss), list(base.loss))
-            rows.append(
-                [
-                    style.METHOD_LABEL[str(method)],
-                    "" if pd.isna(rho) else f"{rho:g}",
-                    interval(loss.mean, loss.half_width, 3),
-                    "" if method == "adamw" else interval(difference.mean, difference.half_width, sign=True),
-                    *(_significant(estimate(list(part[field]))) for field in SHOWN),
-                    number(estimate(list(part.share)).mean, 3),
-                ]
-            )
-        blocks.append(f"**{title}**\n\n{markdown.table(columns, rows)}")
-    names = [f"tau, {title}" for title in GEOMETRIES.values()]
-    by = taus.set_index(["field", "geometry"])
-    rows = [[name, *(f"{_tau(by.loc[f, g])} ({by.loc[f, g].reading})" for g in GEOMETRIES)] for f, name in RANKED.items()]
-    ranking = markdown.table(["measure", *names], rows, text=names)
-    return "\n".join([*blocks, f"**Which measure ranks the methods as the validation loss does**\n\n{ranking}"])
+    for geometry in dict.fromkeys(data.geometry):
+        own = data[(data.geometry == geometry) & (data.length == 1.0)]
+        for state, title in STATES.items():
+            blocks.append(f"**{title.capitalize()}{GEOMETRIES[geometry]}**\n\n{_measured(own[own.state == state])}")
+        blocks.append(f"**What a temperature undoes{GEOMETRIES[geometry]}**\n\n{_undone(own, found[found.geometry == geometry])}")
+        blocks.append(f"**The same at matched loss{GEOMETRIES[geometry]}**\n\n{_matched(found[found.geometry == geometry])}")
+    for geometry in dict.fromkeys(data.geometry):
+        title = f"**Which measure ranks the methods as the validation loss does{GEOMETRIES[geometry]}**"
+        blocks.append(f"{title}\n\n{_ranking(taus[taus.geometry == geometry])}")
+    return "\n".join(blocks)
 
 
-def _significant(value: Estimate) -> str:
-    """Three significant digits of the mean, two of the half width."""
-    half = value.half_width
-    return significant(value.mean) + (f" {PLUS_MINUS} {significant(half, 2)}" if math.isfinite(half) else "")
+def _measured(own: pd.DataFrame) -> str:
+    methods = list(dict.fromkeys(own.method))
+    columns, cells = ["method"], [[style.METHOD_LABEL[name] for name in methods]]
+    for field, name in SHOWN.items():
+        head, column = _scaled(name, [estimate(list(own[own.method == method][field])) for method in methods])
+        columns.append(head)
+        cells.append(column)
+    return markdown.table(columns, zip(*cells, strict=True))
+
+
+def _scaled(name: str, values: Sequence[Estimate]) -> tuple[str, list[str]]:
+    """A column in a unit of 1000^k in which its largest mean has one to three digits before the point, and three in all."""
+    sizes = [abs(one.mean) for one in values if math.isfinite(one.mean) and one.mean]
+    power = math.floor(math.log10(max(sizes))) if sizes else 0
+    unit = 3 * (power // 3)
+    digits = 4 if name == SHOWN["loss"] else 2 - (power - unit)
+    head = name if not unit else f"{name} (1e{unit})"
+    return head, [interval(one.mean / 10**unit, one.half_width / 10**unit, digits) for one in values]
+
+
+def _undone(own: pd.DataFrame, found: pd.DataFrame) -> str:
+    columns = ["method", "rho", "dose", "scale of the logits", "entropy", "norm of the logits", "log tr H minus AdamW's"]
+    columns += ["fitted", "undone"]
+    rows = []
+    by = found.set_index("method")
+    for method, part in own.groupby("method", sort=False):
+        trained, fitted = (part[part.state == state].sort_values("seed") for state in STATES)
+        scale = estimate(list(fitted.scale))
+        rho, dose = trained.rho.iloc[0], trained.dose.mean()
+        cells = [style.METHOD_LABEL[str(method)], "" if pd.isna(rho) else f"{rho:g}", "" if math.isnan(dose) else f"{dose:.2g}"]
+        cells += [interval(scale.mean, scale.half_width, 3)]
+        cells += [
+            f"{number(trained[field].mean(), 3)}, fitted {number(fitted[field].mean(), 3)}" for field in ("entropy", "logit_norm")
+        ]
+        if method in by.index:
+            row = by.loc[method]
+            cells += [interval(row.b, row.b_half, 3, sign=True), interval(row.a, row.a_half, 3, sign=True)]
+            cells += [row.verdict if row.verdict == FLAT else f"{_fraction(row)}, {row.verdict}"]
+        else:
+            cells += ["", "", ""]
+        rows.append(cells)
+    return markdown.table(columns, rows, text=["undone"])
+
+
+def _matched(found: pd.DataFrame) -> str:
+    rows = []
+    for row in found.itertuples():
+        b, a = row.matched_b, row.matched_a
+        undone = number((b - a) / b, 2) if row.matched_n and b else ""
+        rows.append([style.METHOD_LABEL[row.method], row.matched_n, number(b, 3, sign=True), number(a, 3, sign=True), undone])
+    columns = ["method", "seeds matched", "log tr H minus AdamW's at the same loss", "fitted, at the same fitted loss", "undone"]
+    return markdown.table(columns, rows)
+
+
+def _ranking(taus: pd.DataFrame) -> str:
+    columns = ["measure"]
+    for title in STATES.values():
+        columns += [f"tau {title}", "error (seeds)", "error (methods)", "reading"]
+    by = taus.set_index(["field", "state"])
+    rows = []
+    for field, name in RANKED.items():
+        cells = [name]
+        for state in STATES:
+            row = by.loc[(field, state)]
+            cells += [number(row.tau, 2, sign=True), number(row.stderr_seeds, 2), number(row.stderr_methods, 2), row.reading]
+        rows.append(cells)
+    return markdown.table(columns, rows, text=["reading"])

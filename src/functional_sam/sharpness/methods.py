@@ -183,6 +183,8 @@ def resolve(name: str, given: Mapping[str, Any] | None = None) -> tuple[Method, 
         raise UserError('rho_schedule="warmup" needs warmup_steps >= 1')
     if options.get("step", 1.0) <= 0:
         raise UserError(f"step={options['step']!r}: the displacement of the finite difference is > 0")
+    if options.get("dose") is not None:
+        _require_dose(method, options)
     if not 0.0 <= options.get("gamma", 0.0) < 1.0:
         raise UserError(f"gamma={options['gamma']!r}: the weight of the sharpness is in [0, 1)")
     scope = options["scope"]
@@ -220,6 +222,19 @@ def _require_ascent(method: Method, options: Mapping[str, Any]) -> None:
         )
         if clash:
             raise UserError(f"{name}={given!r} does not combine with {clash}")
+
+
+def _require_dose(method: Method, options: Mapping[str, Any]) -> None:
+    """Raise UserError for a dose out of range, or where something else would say how large the correction is."""
+    dose = options["dose"]
+    if isinstance(dose, bool) or not isinstance(dose, int | float) or not 0.0 < dose < 1.0:
+        raise UserError(f"dose={dose!r}: |correction| / |g|, a number between 0 and 1; None leaves the correction as it is")
+    if method.mix is not None:
+        raise UserError(f"dose={dose} does not combine with {method.mix}, which weighs the correction anew: leave one of the two")
+    if options["rho_schedule"] != "constant":
+        raise UserError(
+            f"dose={dose} makes the correction as large at any rho: rho_schedule={options['rho_schedule']!r} does nothing"
+        )
 
 
 def cost(name: str, options: Mapping[str, Any] | None = None) -> Cost:

@@ -50,6 +50,7 @@ class Options(TypedDict, total=False):
     phi: float  # penalty: degrees
     derivative: Literal["exact", "difference"]  # penalty
     step: float  # penalty by difference: the displacement
+    dose: float | None  # penalty: |correction| / |g| of every step, in (0, 1)
     # of a mix
     alpha: float  # gnp, gsam, looksam
     sigma: float  # friendly
@@ -86,7 +87,7 @@ PATH_OPTIONS: dict[str, dict[str, Any]] = {
     "sam": {},
     "functional": {},
     "logit": {},
-    "penalty": {"phi": 45.0, "derivative": "exact", "step": 1e-3},
+    "penalty": {"phi": 45.0, "derivative": "exact", "step": 1e-3, "dose": None},
 }
 MIX_OPTIONS: dict[str | None, dict[str, Any]] = {
     None: {},

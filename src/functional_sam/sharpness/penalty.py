@@ -6,12 +6,14 @@ with eps the ascent's perturbation (radius included, as in the other paths). phi
 L + rho |g| for the gradient ascent (penalty-SAM); 0 the functional half alone, 90 the logit half alone.
 With a radius per parameter group, eps is scaled group by group (eps_p = rho_p d_p / size) and H acts on all of it: the limit of
 what the sam path does with the same groups. A group of rho = 0 is not perturbed, and still gets its share of H eps.
+With dose the correction, c (cos(phi) delta_func + sin(phi) delta_logit), is scaled to |correction| = dose |g|, whatever phi and rho
+are; of rho only ratios between groups are left, and that it is not zero.
 Source: Singh et al. 2025 for the sweep between the halves; c and the convention of phi are ours, theirs was not seen.
 """
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,17 +24,24 @@ from functional_sam.losses import cross_entropy
 from functional_sam.sharpness.methods import coefficients
 from functional_sam.sharpness.passes import Kept, LossFn, Passes
 from functional_sam.sharpness.perturbation import AT_PERTURBED, Perturbation, Step
+from functional_sam.vectors import norm
 from functional_sam.weights import buffers_kept
 
 
 def penalty(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kept] | None) -> list[Kept]:
-    """g + c (cos(phi) H_F eps + sin(phi) H_G eps); derivative "exact" or "difference"."""
+    """g + c (cos(phi) H_F eps + sin(phi) H_G eps), the correction at its dose; derivative "exact" or "difference"."""
     assert kept is not None
     if perturbation.options["derivative"] == "exact":
         exact(passes, perturbation, step, kept)
     else:
         difference(passes, perturbation, step, kept)
     return kept
+
+
+def to_dose(correction: list[Tensor], g: Iterable[Tensor], dose: float | None) -> None:
+    """Scale the correction to dose |g|, in place; without a dose, and where it is zero, it stays."""
+    if dose is not None and (size := norm(correction, fast=True)):
+        torch._foreach_mul_(correction, dose * norm(list(g), fast=True) / size)
 
 
 # ---------------------------------------------------------------------- by finite difference
@@ -63,6 +72,7 @@ def difference(passes: Passes, perturbation: Perturbation, step: Step, kept: lis
         torch._foreach_mul_(there, logit)
     torch._foreach_add_(there, here, alpha=-functional)
     torch._foreach_mul_(there, factor)
+    to_dose(there, g.values(), perturbation.options["dose"])
     torch._foreach_add_(there, here)
 
 
@@ -105,6 +115,7 @@ def exact(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kep
                 part = list(torch.autograd.grad(z, params, BJeps, allow_unused=True, materialize_grads=True))
                 torch._foreach_add_(total, part, alpha=logit)
     with torch.no_grad():
+        to_dose(total, step.base.values(), perturbation.options["dose"])
         torch._foreach_add_(total, list(step.base.values()))
     for p, value in zip(params, total, strict=True):
         p.grad = value

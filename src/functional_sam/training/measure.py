@@ -13,11 +13,14 @@ from functional_sam.curvature import (
     Decomposition,
     decompose_many,
     density,
+    fit_scale,
     functional_sharpness,
     quadratic_fit,
+    scaled,
 )
 from functional_sam.curvature.geometry import AdamGeometry
 from functional_sam.tasks import Batches, Task
+from functional_sam.tasks.batches import placed
 from functional_sam.training.targets import Place, fresh_batches, logits_of, shares_by_targets
 from functional_sam.weights import is_sharded
 
@@ -103,16 +106,15 @@ def final_curvature(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ta
     "geometries": "plain" is A itself, "adam" (of AdamW) P^1/2 A P^1/2; of A = H, H_G, H_F each eps^T A eps and |A eps| along the
     gradient, the trace with its standard error over probes, both ends of the spectrum with residuals, and, of "plain" with
     measure.density_probes, nodes and weights [probes, order] of its density.
+    "temperature", with measure.temperature: the scale of the logits that fits the validation split best, the loss there before and
+    after, and "logits" and "geometries" with that scale.
     """
     config, measure = task.config, task.config.measure
     model.eval()
     try:
         products = CurvatureProducts(model, batches, task.loss_fn, task.forward)
         parts = decompose_many(model, batches, measure.ascents, optimizer, task.loss_fn, task.forward)
-        geometries: dict[str, CurvatureProducts | AdamGeometry] = {"plain": products}
-        if config.optimizer.name == "adamw":
-            geometries["adam"] = products.in_adam_geometry(optimizer)
-        return {
+        found = {
             "step": config.training.steps,
             "rows": sum(len(targets) for _, targets in batches),
             "loss": parts[0].loss,
@@ -128,10 +130,37 @@ def final_curvature(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ta
                 }
                 for ascent, part in zip(measure.ascents, parts, strict=True)
             },
-            "geometries": {name: _geometry(own, config, name == "plain") for name, own in geometries.items()},
+            "geometries": _geometries(products, optimizer, config),
         }
+        if measure.temperature:
+            found["temperature"] = _at_fitted_scale(model, optimizer, task, batches)
+        return found
     finally:
         model.train()
+
+
+def _at_fitted_scale(model: torch.nn.Module, optimizer: torch.optim.Optimizer, task: Task, batches: Batches) -> dict[str, Any]:
+    parameter = next(model.parameters())
+    held_out = [
+        placed((inputs, targets), parameter.device, parameter.dtype) for inputs, targets, *_ in task.evaluated("validation")
+    ]
+    found = fit_scale(model, held_out, task.forward)
+    forward = scaled(task.forward, found.scale)
+    products = CurvatureProducts(model, batches, task.loss_fn, forward)
+    return {
+        **dataclasses.asdict(found),
+        "logits": logits_of(model, task, batches, 1 / found.scale),
+        "geometries": _geometries(products, optimizer, task.config),
+    }
+
+
+def _geometries(products: CurvatureProducts, optimizer: torch.optim.Optimizer, config: Config) -> dict[str, Any]:
+    geometries: dict[str, CurvatureProducts | AdamGeometry] = {}
+    if "plain" in config.measure.geometries:
+        geometries["plain"] = products
+    if "adam" in config.measure.geometries and config.optimizer.name == "adamw":
+        geometries["adam"] = products.in_adam_geometry(optimizer)
+    return {name: _geometry(own, config, name == "plain") for name, own in geometries.items()}
 
 
 def _geometry(products: CurvatureProducts | AdamGeometry, config: Config, densities: bool) -> dict[str, Any]:

@@ -1,0 +1,99 @@
+"""figure-9 from made-up losses whose frontier is known."""
+
+import math
+
+import numpy as np
+import pytest
+from made_up import MadeUp
+
+from functional_sam.exhibits import draw_plan, figure_9, planned
+from functional_sam.exhibits.figure_9 import ADAMW, AT_LEAST, AT_MOST, first_broken
+from functional_sam.exhibits.output import write
+
+
+@pytest.mark.parametrize(
+    ("losses", "radius", "bound"),
+    [
+        ([4.0, 4.2, 9.0], 10**0.5, ""),  # half of the rise lies in half of the logarithm
+        ([4.0, 4.05, math.inf], math.sqrt(10 * 100), ""),
+        ([4.2, 4.0, 4.0], 1.0, AT_MOST),
+        ([4.0, 4.1, 4.0], 100.0, AT_LEAST),
+    ],
+)
+def test_the_frontier_of_one_line(losses, radius, bound):
+    found = first_broken([1.0, 10.0, 100.0], losses, [0.1, 1.0, 10.0], 4.1)
+    assert found == (pytest.approx(radius), pytest.approx(radius / 10), bound)
+
+
+def breaks_at(method, width, seed):
+    """SAM earlier with width, its functional twin always at the same radius."""
+    return 0.9 * (1 + 0.003 * math.sin(5 * seed + width)) * ((width / 16) ** -0.5 if method == "sam" else 1.0)
+
+
+def loss(config):
+    """Rises by .1 up to the frontier, linear in log rho near it; preconditioned SAM diverges from rho 1 on, its twin nowhere."""
+    method, width, rho, seed = config.method.name, config.model.width, config.method.rho, config.training.init_seed
+    base = 4.0 + 0.2 * seed + (0.5 if width == 48 and config.optimizer.lr == 0.04 and method != "precond-functional-sam" else 0.0)
+    if method == "precond-sam":
+        return None if rho >= 1 else base
+    if method in ("adamw", "precond-functional-sam"):
+        return base
+    return base + 0.05 * max(0.0, 2 + math.log(rho / breaks_at(method, width, seed)))
+
+
+class Dosed(MadeUp):
+    def metrics(self, config, kind=None):
+        return [{"dose": 2 * config.method.rho}, {"dose": math.inf}, {"dose": None}] if config.method.rho and kind == "dose" else []
+
+
+@pytest.fixture(scope="module")
+def exhibit():
+    source = Dosed(loss)
+    source.do(planned("figure-9", source=source).configs)
+    return draw_plan(planned("figure-9", source=source))
+
+
+def test_the_frontier_is_found(exhibit):
+    found = exhibit.frames["frontier"].set_index(["method", "width", "lr", "seed"])
+    for method in ("sam", "functional-sam"):
+        for width in (16, 48):
+            row = found.loc[(method, width, 0.01, 1)]
+            assert row.rho_b == pytest.approx(breaks_at(method, width, 1), rel=1e-6)
+            assert row.dose_b == pytest.approx(2 * row.rho_b)  # the mean of the doses that are numbers
+            assert row.bound == ""
+    assert found.loc[("sam", 48, 0.04, 0), "bound"] == ADAMW  # at four times the rate AdamW itself is .5 above its best
+    assert np.isnan(found.loc[("sam", 48, 0.04, 0), "rho_b"])
+    assert found.loc[("precond-sam", 16, 0.01, 0), "rho_b"] == pytest.approx(math.sqrt(0.3))
+    assert found.loc[("precond-functional-sam", 16, 0.04, 0)].to_list()[0::2] == [3.0, AT_LEAST]
+
+
+def test_pairs_are_compared_and_judged(exhibit):
+    pairs = exhibit.frames["pairs"].set_index(["method", "what", "width"])
+    ours = [math.log(breaks_at("functional-sam", 48, s) / breaks_at("sam", 48, s)) for s in range(3)]
+    row = pairs.loc[("functional-sam", "log radius", 48)]
+    assert row.difference == pytest.approx(np.mean(ours), rel=1e-5)
+    assert row.verdict == "later"
+    assert pairs.loc[("functional-sam", "log radius", 16), "verdict"] == "the frontiers coincide"
+    slopes = exhibit.frames["pairs"].query("what == 'slope in log width'").set_index("method")
+    assert slopes.difference["functional-sam"] == pytest.approx(0.5, abs=0.01)
+    assert slopes.verdict["functional-sam"] == "grows with width"
+    assert pairs.loc[("precond-functional-sam", "log radius", 48), "difference"] == pytest.approx(math.log(3 / math.sqrt(0.3)))
+
+
+def test_two_bounds_on_one_side_are_no_comparison():
+    source = Dosed(lambda config: 4.0 + 0.1 * config.training.init_seed)  # nothing breaks
+    source.do(planned("figure-9", source=source).configs)
+    exhibit = draw_plan(planned("figure-9", source=source))
+    assert (exhibit.frames["frontier"].bound == AT_LEAST).all()
+    assert (exhibit.frames["pairs"].n == 0).all()
+    assert "coincide" not in exhibit.verdict
+    assert "not compared" in exhibit.caption
+
+
+def test_figure_9_is_drawn(exhibit, tmp_path):
+    files = write(exhibit, tmp_path)
+    assert next(file for file in files if file.suffix == ".png").stat().st_size > 20_000
+    assert "Precond SAM 24" in exhibit.caption  # 2 of 4 radii x 2 learning rates x 2 widths x 3 seeds
+    assert figure_9.headline(exhibit.frame).startswith(
+        "Radius that breaks training, functional over plain: Functional-SAM / SAM 1.7 ["
+    )
