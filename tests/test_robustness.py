@@ -28,24 +28,24 @@ def test_rounding_by_hand():
     p = torch.tensor([[3.0, -1.6, 0.4], [0.7, 0.1, 0.0]], dtype=torch.float64)
     # 3 bits: levels -3..3; row 1 in units of 1, row 2 in units of 0.7 / 3
     wanted = torch.tensor([[3.0, -2.0, 0.0], [0.7, 0.0, 0.0]], dtype=torch.float64)
-    assert torch.allclose(changes.rounded(p, 3), wanted, atol=1e-12)
-    assert torch.equal(changes.rounded(torch.zeros(2, 2), 4), torch.zeros(2, 2))
+    assert torch.allclose(changes.rounded(p, 0, 3), wanted, atol=1e-12)
+    assert torch.equal(changes.rounded(torch.zeros(2, 2), 0, 4), torch.zeros(2, 2))
     vector = torch.randn(5)
-    assert torch.equal(changes.rounded(vector, 3), vector)
+    assert torch.equal(changes.rounded(vector, 0, 3), vector)
 
 
 @pytest.mark.parametrize("bits", [3, 8, 16])
 def test_rounding_is_within_half_a_level(bits):
     p = torch.randn(20, 7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     level = p.flatten(1).abs().amax(1) / (2 ** (bits - 1) - 1)
-    assert ((changes.rounded(p, bits) - p).flatten(1).abs() <= level[:, None] / 2 + 1e-12).all()
+    assert ((changes.rounded(p, 0, bits) - p).flatten(1).abs() <= level[:, None] / 2 + 1e-12).all()
 
 
 def test_noise_has_its_size_and_is_one_draw():
     p = torch.randn(200, 300, dtype=torch.float64) * 0.3
-    moved = changes.jittered(p, 0.1, 5) - p
+    moved = changes.jittered(p, 5, 0.1, 0) - p
     assert float(moved.std() / p.std()) == pytest.approx(0.1, rel=0.02)
-    other = changes.jittered(2 * p, 0.1, 5) - 2 * p
+    other = changes.jittered(2 * p, 5, 0.1, 0) - 2 * p
     assert torch.allclose(other, 2 * moved)
 
 

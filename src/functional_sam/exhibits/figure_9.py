@@ -191,7 +191,7 @@ def draw(plan: Plan) -> Exhibit:
     slopes = exponents(table)
     style.use()
     figure = plt.figure(figsize=(style.PAGE, 4.3), layout="constrained")
-    top, bottom = figure.subfigures(2, 1)
+    top, bottom = np.ravel(figure.subfigures(2, 1))
     widths = sorted(data.width.unique())
     above = top.subplots(1, len(widths), sharey=True, squeeze=False)[0]
     for axis, width in zip(above, widths, strict=True):

@@ -1,5 +1,6 @@
 """What flatness may buy that the loss does not show: the final weights rounded, jittered, and trained on other data."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,17 +35,17 @@ def robustness(model: torch.nn.Module, task: Task, device: Any, dtype: torch.dty
 
     result: dict[str, Any] = {"loss": loss(), "rounding": {}, "noise": {}}
     for bits in BITS:
-        with changed(model, lambda p, _, bits=bits: rounded(p, bits)):
+        with changed(model, functools.partial(rounded, bits=bits)):
             result["rounding"][str(bits)] = loss()
     for size in NOISE:
         losses = []
         for draw in range(DRAWS):
-            with changed(model, lambda p, index, size=size, draw=draw: jittered(p, size, seed_of("noise", draw, index))):
+            with changed(model, functools.partial(jittered, size=size, draw=draw)):
                 losses.append(loss())
         result["noise"][f"{size:g}"] = None if None in losses else sum(value for value in losses if value is not None) / DRAWS
     other = task.elsewhere()
     if other is not None:
-        with changed(model, lambda p, _: p):
+        with changed(model, lambda p, index: p):
             result["elsewhere"] = {"0": {"here": result["loss"], "there": loss(other)}}
             for step in _trained(model, other, device, dtype):
                 if step in STEPS:
@@ -52,7 +53,7 @@ def robustness(model: torch.nn.Module, task: Task, device: Any, dtype: torch.dty
     return result
 
 
-def rounded(p: Tensor, bits: int) -> Tensor:
+def rounded(p: Tensor, index: int, bits: int) -> Tensor:
     """The nearest of 2^(bits - 1) - 1 levels on each side of zero, evenly spaced up to each row's largest weight; vectors stay.
 
     Round to nearest with a scale for each output, the usual baseline of weight quantization.
@@ -62,12 +63,14 @@ def rounded(p: Tensor, bits: int) -> Tensor:
     rows = p.flatten(1)
     levels = 2 ** (bits - 1) - 1
     scale = rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny) / levels
-    return ((rows / scale).round() * scale).view_as(p)
+    found: Tensor = (rows / scale).round() * scale
+    return found.view_as(p)
 
 
-def jittered(p: Tensor, size: float, seed: int) -> Tensor:
+def jittered(p: Tensor, index: int, size: float, draw: int) -> Tensor:
     """p plus Gaussian noise of `size` times its root mean square, the same draw for every method."""
-    noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed_of("noise", draw, index))
+    noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
     return p + size * p.square().mean().sqrt() * noise.to(p)
 
 
