@@ -1,0 +1,2 @@
+"""stub"""
+from functional_sam.exhibits.comparison import headline, plan
