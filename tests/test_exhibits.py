@@ -233,13 +233,13 @@ def test_an_exhibit_without_its_facts_is_refused(tmp_path, monkeypatch):
 
 def test_the_table_of_claims():
     yaml = {"figure-1": {"claim": "a | b", "time": "1 min", "published": "-"}, "figure-2": {}}
-    record = {"files": ["paper/figures/figure-1.pdf", "paper/figures/figure-1.png"], "verdict": "|g| is small."}
+    record = {"files": ["paper/figures/figure-1.pdf", "paper/figures/figure-1.png"], "headline": "|g| is small"}
     larger = {**record, "files": ["paper/figures/figure-1-laptop.png"]}
     text = claims.table(yaml, {("figure-1", "quick"): record})
-    row = r"| figure-1 | a \| b | `make figure-1`, 1 min | - | [quick](paper/figures/figure-1.png): \|g\| is small. |"
+    row = r"| figure-1 | a \| b | \|g\| is small ([quick](paper/figures/figure-1.png)) | `make figure-1`, 1 min |"
     assert text.splitlines()[2:] == [row]
     text = claims.table(yaml, {("figure-1", "quick"): record, ("figure-1", "laptop"): larger})
-    assert r"[laptop](paper/figures/figure-1-laptop.png): \|g\| is small. Also at [quick](paper/figures/figure-1.png). |" in text
+    assert r"\|g\| is small ([laptop](paper/figures/figure-1-laptop.png); [quick](paper/figures/figure-1.png)) |" in text
 
 
 # ---------------------------------------------------------------------- Markdown

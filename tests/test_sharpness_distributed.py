@@ -175,10 +175,10 @@ def ddp_worker(rank):
         asking_for_the_dose_changes_nothing(ddp, rank, kind)
     asking_for_the_dose_changes_nothing(ddp, rank, Normalized)
     wrapped_otherwise(rank)
-    with pytest.raises(UserError, match="static_graph"):
-        SharpnessAware(ddp(make_model(), static_graph=True), adamw(make_model()), "sam")
-    with pytest.raises(UserError, match="difference"):
-        SharpnessAware(ddp(make_model()), adamw(make_model()), "penalty-sam")
+    for options, method, words in [({"static_graph": True}, "sam", "static_graph"), ({}, "penalty-sam", "difference")]:
+        model = ddp(make_model(), **options)
+        with pytest.raises(UserError, match=words):
+            SharpnessAware(model, adamw(model), method)
 
 
 def m_is_rank_or_microbatch(rank, kind, view):

@@ -45,6 +45,7 @@ def test_a_radius_that_is_a_function_of_the_step():
         _, expected = oracle(model, theta_of(model), make_batch(seed=step), "gradient", "functional", 0.1 * (step + 1))
         sharpness.backward([make_batch(seed=step)])
         close(gradients(model), expected)
+        model.zero_grad()
     assert asked == [0, 1, 2]
     again = SharpnessAware(model, adamw(model), "functional-sam", rho=rho)
     again.load_state_dict(sharpness.state_dict())
@@ -57,6 +58,7 @@ def test_a_function_that_returns_no_radius(value):
     model = make_model()
     sharpness = SharpnessAware(model, adamw(model), "sam", rho=lambda step: 0.1 if step < 1 else value)
     sharpness.backward([make_batch()])
+    model.zero_grad()
     before = theta_of(model)
     with pytest.raises(UserError, match=r"rho=.* of step 1: the radius is a finite number"):
         sharpness.backward([make_batch()])

@@ -79,6 +79,7 @@ def test_no_gradient_of_a_step_outlives_it():
     sharpness = SharpnessAware(model, adamw(model), "functional-sam")
     sharpness.backward([make_batch()])
     addresses = {p: copy.data_ptr() for p, copy in sharpness._perturbation._theta.items()}
+    model.zero_grad()
     sharpness.backward([make_batch(seed=2)])
     assert addresses == {p: copy.data_ptr() for p, copy in sharpness._perturbation._theta.items()}
     assert set(addresses) == set(model.parameters())

@@ -269,6 +269,7 @@ def test_an_interval_leaves_plain_steps_between():
             g, there = oracle(model, theta_of(model), batch, ascent, path, 0.2, m, P)
             sharpness.backward([batch])
             close(gradients(model), there if step % 3 == 0 else g)
+            model.zero_grad()
 
 
 # ---------------------------------------------------------------------- generated models and splits
@@ -362,6 +363,7 @@ def test_a_method_knows_its_number_of_passes(method, kind):
         expected = cost(method, options).gradients
     else:
         for step in range(1, 4):
+            model.zero_grad()
             sharpness.backward([make_batch(seed=step)])
         expected = 4 * cost(method, options).gradients
         calls["forward"] -= 3  # of warmed_up

@@ -113,6 +113,7 @@ def test_a_step_after_a_failed_one(method):
                     sharpness.backward([make_batch(seed=step)])
                     assert model.calls < calls  # not reached: no such pass in this step
                     sharpness._perturbation.steps -= 1
+                    model.zero_grad()
                 model.faults = {}
                 if method == "wsam":
                     assert not sharpness._mix.pending
@@ -157,6 +158,7 @@ def test_radius_schedules():
     warm = SharpnessAware(model, optimizer, "sam", rho=0.4, rho_schedule="warmup", warmup_steps=4)
     seen = []
     for step in range(6):
+        model.zero_grad()
         warm.backward([make_batch(seed=step)])
         seen.append(radius_of(warm))
     assert seen == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
@@ -177,6 +179,7 @@ def test_a_scheduled_radius_reaches_the_gradient():
         _, expected = oracle(model, theta_of(model), make_batch(), "gradient", "functional", rho)
         sharpness.backward([make_batch()])
         close(gradients(model), expected)
+        model.zero_grad()
 
 
 def through_a_file(state):
@@ -236,7 +239,7 @@ def test_state_is_named_by_parameter_and_checked():
     model = make_model()
     optimizer = adamw(model)
     sharpness = SharpnessAware(model, optimizer, "tram")
-    assert sharpness.state_dict() == {"steps": 0, "lr_max": 1e-2, "mix": {"old": {}}}
+    assert sharpness.state_dict() == {"method": "gradient-sam-tram", "steps": 0, "lr_max": 1e-2, "mix": {"old": {}}}
     sharpness.backward([make_batch()])
     state = sharpness.state_dict()
     assert set(state["mix"]["old"]) == {name for name, _ in model.named_parameters()}

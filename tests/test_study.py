@@ -228,6 +228,7 @@ def test_unknown_settings_are_refused(study):
 
 def test_a_row_holds_what_the_records_say(study):
     cell, source = study.cells["fixed-0.014M"], MadeUp(bowl())
+    cell.curvature = 1
     finish(study, cell, source)
     one = plan_cell(study, cell, source)
     data = frame([one], source)

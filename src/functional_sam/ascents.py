@@ -11,74 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_sam.errors import UserError
+from functional_sam.moments import denominator, first_moment, owners
 from functional_sam.vectors import dot, norm
 
 Ascent = Callable[..., tuple[list[Tensor], float]]
 
 
-def second_moment(optimizer: torch.optim.Optimizer, group: dict[str, Any], p: Tensor) -> tuple[Tensor, float] | None:
-    """(v, c) with v_hat = v / c, the optimizer's bias-corrected second moment of p BEFORE the coming step; None before the first.
-
-    Adam's family keeps exp_avg_sq and a step count (c = 1 - beta2^t; AMSGrad's running maximum takes its place there),
-    RMSprop square_avg, Adagrad sum (both uncorrected).
-    """
-    state = optimizer.state.get(p)
-    if not state:
-        return None
-    for name in ("max_exp_avg_sq", "exp_avg_sq"):
-        if name in state:
-            steps = float(state["step"])
-            return (state[name], 1.0 - group["betas"][1] ** steps) if steps > 0 else None
-    for name in ("square_avg", "sum"):
-        if name in state:
-            return state[name], 1.0
-    return None
-
-
-def has_second_moment(optimizer: torch.optim.Optimizer) -> bool:
-    """True for optimizers whose state will hold a second moment (Adam's family, RMSprop, Adagrad)."""
-    kinds = (torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop, torch.optim.Adagrad)
-    return isinstance(optimizer, kinds) or any(
-        name in state for state in optimizer.state.values() for name in ("exp_avg_sq", "square_avg", "sum")
-    )
-
-
-def owners(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, Any]]:
-    """The parameter group of each parameter."""
-    return {p: group for group in optimizer.param_groups for p in group["params"]}
-
-
-def has_momentum(optimizer: torch.optim.Optimizer) -> bool:
-    """True for optimizers whose state will hold a first moment, as they are set up."""
-    return "betas" in optimizer.defaults or optimizer.defaults.get("momentum", 0) > 0
-
-
-def require_state(ascent: str | None, optimizer: torch.optim.Optimizer, preconditioned: bool = False) -> None:
-    """Raise UserError, naming the state, for an ascent that reads what this optimizer does not keep."""
-    kind = type(optimizer).__name__
-    if ascent == "adam" and not has_second_moment(optimizer):
-        raise UserError(
-            f"ascent 'adam' reads the optimizer's second moment, which {kind} does not keep: use AdamW, or ascent='gradient'"
-        )
-    if ascent == "momentum" and not has_momentum(optimizer):
-        raise UserError(f"ascent 'momentum' reads the optimizer's first moment, which {kind} does not keep as set up")
-    if ascent == "momentum" and preconditioned and not has_second_moment(optimizer):
-        raise UserError(f"preconditioned=True reads the optimizer's second moment, which {kind} does not keep")
-
-
-def denominator(optimizer: torch.optim.Optimizer, group: dict[str, Any], p: Tensor) -> Tensor | None:
-    """sqrt(v_hat) + e = 1 / P for one parameter, e the optimizer's own eps; None while it has no second moment."""
-    moment = second_moment(optimizer, group, p)
-    if moment is None:
-        return None
-    v, correction = moment
-    return v.sqrt().div_(math.sqrt(correction)).add_(group.get("eps", 1e-8))
-
-
-def _preconditioned(
-    optimizer: torch.optim.Optimizer, params: Sequence[Tensor], vectors: Sequence[Tensor], consume: bool
-) -> list[Tensor] | None:
+def _preconditioned(optimizer: Any, params: Sequence[Tensor], vectors: Sequence[Tensor], consume: bool) -> list[Tensor] | None:
     """P x with P = 1 / (sqrt(v_hat) + e). None when no parameter has a second moment yet.
 
     A parameter that alone has none yet (it had no gradient so far) is left where it is: its P is unknown.
@@ -104,7 +43,7 @@ def adam(
     params: Sequence[Tensor],
     grads: list[Tensor],
     *,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Any,
     normalize_by: str = "direction",
     consume: bool,
     **_: Any,
@@ -161,7 +100,7 @@ def momentum(
     params: Sequence[Tensor],
     grads: list[Tensor],
     *,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Any,
     direction: str = "ascent",
     preconditioned: bool = False,
     **_: Any,
@@ -174,8 +113,7 @@ def momentum(
     """
     up, m = direction == "ascent", []
     for p in params:
-        state = optimizer.state.get(p, {})
-        moment = state.get("exp_avg", state.get("momentum_buffer"))
+        moment = first_moment(optimizer, p)
         m.append(torch.zeros_like(p) if moment is None else moment if up else -moment)
     if preconditioned:
         m = _preconditioned(optimizer, params, m, consume=not up) or m  # the optimizer's own moments stay as they are

@@ -35,7 +35,9 @@ class ModelConfig:
     patch: int = 4  # pixels, side of a patch; of a convnet, pixels from one output of its stem to the next: 1, 2 or 4
     activation: str = "gelu"  # of vision models: gelu or relu
     norm: str = "group"  # of a convnet: group or batch
-    stages: list[int] = field(default_factory=lambda: [1, 1])  # of a convnet: blocks at each resolution; the width doubles in between
+    stages: list[int] = field(
+        default_factory=lambda: [1, 1]
+    )  # of a convnet: blocks at each resolution; the width doubles in between
     bottleneck: bool = False  # of a convnet: blocks 1x1, 3x3, 1x1 that leave four times the width, as in ResNet-50
     dropout: float = 0.0  # fraction of a block's outputs set to zero while training
     head_dtype: str = "float32"  # of the logits' matrix product under bf16; float32 to the letter of Nanodo
@@ -332,7 +334,9 @@ def validated(config: Config) -> Config:
             raise nearest(f"value of {section}.{key}:", str(value), [choice for choice in choices if choice])
 
     counts("model", 1, "width", "depth", "heads", "mlp", "length", "patch")
-    require(bool(model.stages) and min(model.stages) > 0, f"model.stages={model.stages}: a number of blocks, at least 1, for each stage")
+    require(
+        bool(model.stages) and min(model.stages) > 0, f"model.stages={model.stages}: a number of blocks, at least 1, for each stage"
+    )
     require(model.width % model.heads == 0, f"model.heads={model.heads} does not divide model.width={model.width}")
     require(0 <= model.dropout < 1, f"model.dropout={model.dropout}: a fraction, at least 0 and below 1")
     one_of("model", "head_dtype", "float32", "bfloat16")

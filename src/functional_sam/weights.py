@@ -91,11 +91,22 @@ def _copy(p: Tensor, memory: MutableMapping[Tensor, Tensor] | None) -> Tensor:
 @contextlib.contextmanager
 def buffers_kept(model: torch.nn.Module, keep: bool = True) -> Iterator[None]:
     """Buffers (BatchNorm's running statistics ...) leave the block as they entered it."""
-    buffers = list(model.buffers()) if keep and model.training else []
-    copies = [buffer.detach().clone() for buffer in buffers]
+    restore = buffers_saved(model) if keep else None
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, copy in zip(buffers, copies, strict=True):
-                buffer.copy_(copy)
+        if restore is not None:
+            restore()
+
+
+def buffers_saved(model: torch.nn.Module) -> Callable[[], None]:
+    """A function that puts the buffers back as they are now; of none where no module, by its own flag, is in training."""
+    buffers = list(model.buffers()) if any(module.training for module in model.modules()) else []
+    copies = [buffer.detach().clone() for buffer in buffers]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for buffer, copy in zip(buffers, copies, strict=True):
+            buffer.copy_(copy)
+
+    return restore

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from functional_sam.ascents import ASCENTS, owners, require_state
+from functional_sam.ascents import ASCENTS
 from functional_sam.errors import UserError
+from functional_sam.moments import owners, require_state
 
 Ascent = str | Sequence[Tensor]
 

@@ -6,10 +6,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from functional_sam.ascents import denominator, owners, require_state
 from functional_sam.curvature.ascent import require_holder
 from functional_sam.curvature.operators import Names, Operator
 from functional_sam.errors import UserError
+from functional_sam.moments import denominator, owners, require_state
 
 
 class Products(Protocol):

@@ -151,9 +151,7 @@ class Backbone(nn.Module):
         super().__init__()
         check_head_dtype(head_dtype)
         self.head_dtype, self.checkpoint_blocks, self.dropout = head_dtype, checkpoint_blocks, dropout
-        self.blocks = nn.ModuleList(
-            Block(width, heads, mlp or 4 * width, causal, dropout, dtype, activation) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(Block(width, heads, mlp or 4 * width, causal, dropout, dtype, activation) for _ in range(depth))
         self.norm = LayerNorm(width, dtype=dtype)
 
     def init_weights(self, generator: Generator | None = None) -> None:

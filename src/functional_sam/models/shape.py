@@ -109,7 +109,12 @@ class ConvShape:
     @property
     def last(self) -> int:
         """Channels that the head reads."""
-        return self.D * 2 ** (len(self.stages) - 1) * (4 if self.bottleneck else 1)
+        return int(self.D * 2 ** (len(self.stages) - 1) * (4 if self.bottleneck else 1))
+
+    @property
+    def L(self) -> int:
+        """Places of the stem's output."""
+        return self.first.side**2
 
     @property
     def non_embedding(self) -> int:

@@ -8,6 +8,7 @@ scores, as a fused kernel that skips masked blocks may not do. Not counted: elem
 from dataclasses import dataclass
 
 from functional_sam.config import Config
+from functional_sam.errors import UserError
 from functional_sam.models.shape import Shape
 from functional_sam.sharpness.methods import Cost, needs_cotangent, resolve
 from functional_sam.tasks import TASKS
@@ -15,7 +16,12 @@ from functional_sam.tasks import TASKS
 
 def shape(config: Config) -> Shape:
     """Of a config's model."""
-    return TASKS[config.kind].shape(config)
+    found = TASKS[config.kind].shape(config)
+    if not isinstance(found, Shape):
+        raise UserError(
+            f"model.kind={config.model.kind}: the cost of a convolutional network is not planned yet; a transformer's is"
+        )
+    return found
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from functional_sam.errors import UserError
 from functional_sam.losses import cross_entropy
-from functional_sam.sharpness.checks import check, radius
+from functional_sam.moments import owners, unwrapped_optimizer
+from functional_sam.sharpness.checks import check, radius, require_moments
 from functional_sam.sharpness.dose import dose_of, plain_gradient
 from functional_sam.sharpness.methods import needs_cotangent, resolve
 from functional_sam.sharpness.mix import MIXES, Mix
@@ -16,8 +17,9 @@ from functional_sam.sharpness.options import Options
 from functional_sam.sharpness.passes import Batch, Kept, LossFn, Passes
 from functional_sam.sharpness.path import PATHS
 from functional_sam.sharpness.perturbation import AT_THETA, Perturbation, Rho, Step
+from functional_sam.sharpness.steps import StepsSeen
 from functional_sam.vectors import norm
-from functional_sam.weights import reshard
+from functional_sam.weights import buffers_saved, reshard
 
 
 class SharpnessAware:
@@ -28,7 +30,7 @@ class SharpnessAware:
     u = dL/dz, J = dz/dtheta. `METHODS` is the table of names, sharpness/README.md the explanation.
 
     model: maps inputs to logits. DistributedDataParallel and FSDP2 models are understood: the same gradient as one process.
-    optimizer: the one that will step; adam and momentum ascents read its state, a group's "rho" entry overrides rho.
+    optimizer: the one that will step, or a list of them; adam and momentum ascents read its state, a group's "rho" overrides rho.
     rho: radius, in the units of the parameters, or a function of the number of steps done; None: the method's published default.
     loss_fn(logits, targets) -> (sum over valid targets, number of valid targets); default: cross-entropy, targets of -100 ignored.
     forward(model, inputs) -> logits; default model(inputs). Autocast belongs in here.
@@ -40,7 +42,7 @@ class SharpnessAware:
     def __init__(
         self,
         model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         method: str = "functional-sam",
         rho: Rho | None = None,
         *,
@@ -48,13 +50,18 @@ class SharpnessAware:
         forward: Callable[..., Any] | None = None,
         **options: Unpack[Options],
     ):
-        self.model, self.optimizer = model, optimizer
+        inner = unwrapped_optimizer(optimizer)
+        self.model = model
+        self.optimizer: Any = optimizer  # as it was given
         self.method, self.options = resolve(method, options)
         rho = self.method.rho if rho is None else rho
-        check(self.method, self.options, model, optimizer)
-        self._perturbation = Perturbation(model, optimizer, self.method, rho if callable(rho) else radius(rho), self.options)
+        check(self.method, self.options, model, inner, loss_fn)
+        self._perturbation = Perturbation(model, inner, self.method, rho if callable(rho) else radius(rho), self.options)
         self._passes = Passes(model, loss_fn, forward, self.options["keep"], self.options["keep_dtype"])
-        self._mix: Mix | None = MIXES[self.method.mix](model, optimizer, self.options) if self.method.mix else None
+        self._passes.watched = list(owners(inner))  # until a first step has gone well
+        self._mix: Mix | None = MIXES[self.method.mix](model, inner, self.options) if self.method.mix else None
+        self._seen = StepsSeen(inner)
+        self._moments_known = False
         self.dose: float | None = None
 
     @property
@@ -75,10 +82,16 @@ class SharpnessAware:
         visits the unperturbed weights, returns the loss at the perturbed ones).
         measure_dose: take the plain gradient g besides, with the same random numbers, and leave |gradient - g| / |g| in `dose`; it
         costs a gradient and a copy of one, on all ranks alike, and changes nothing of the step.
-        Raises FloatingPointError naming step and pass when a loss or gradient is not finite, UserError for no micro-batch.
-        Whatever is raised, by us or by the caller's model, the weights are restored first.
+        Raises FloatingPointError naming step, pass and parameter when a loss or gradient is not finite, UserError for no batch
+        and for a second call with the first one's gradients still there.
+        Whatever is raised, by us or by the caller's model: weights and buffers are restored first, and .grad is left empty.
         """
         _require_micro_batches(batches)
+        self._seen.require_a_step(self.model)
+        if self._seen.steps and not self._moments_known:
+            require_moments(self.method, self.options, self.model, self._perturbation.optimizer, stepped=True)
+            self._moments_known = True
+        restore_buffers = buffers_saved(self.model)
         self.dose = None
         self._perturbation.steps += 1
         try:
@@ -86,7 +99,12 @@ class SharpnessAware:
             loss = self._backward(batches)
         except BaseException:
             self._perturbation.steps -= 1
+            restore_buffers()
+            for p in self.model.parameters():
+                p.grad = None
             raise
+        self._passes.watched = None
+        self._seen.left_gradients()
         if g is not None:
             self.dose = dose_of(self.model, g, self._mix.beside() if self._mix is not None else {})
         return loss
@@ -129,7 +147,7 @@ class SharpnessAware:
 
         if due and not self.method.has_first_pass:
             step.params = [p for p in step.radii if p.requires_grad]
-            self._ascend(step, [])
+            self._ascend(step, [], [])
             if step.size > 0.0:
                 perturbation.start_gradients(step.earlier)
                 return PATHS[path](passes, perturbation, step, None)
@@ -159,7 +177,7 @@ class SharpnessAware:
             step.base = {p: p.grad for p in self.model.parameters() if p.grad is not None}
             if any(replica.gradient_as_bucket_view for replica in passes.replicas):  # the next pass writes to the same memory
                 step.base = {p: g.clone() for p, g in step.base.items()}
-        self._ascend(step, [g for g in (step.base.get(p, p.grad) for p in step.params) if g is not None])
+        self._ascend(step, [g for g in (step.base.get(p, p.grad) for p in step.params) if g is not None], kept)
         if step.size == 0.0 or not any(step.radii.values()):  # eps = 0: the plain gradient
             if whole_step:
                 return kept  # which pass 1 left
@@ -169,10 +187,19 @@ class SharpnessAware:
             mix.combine(step.base)
         return kept
 
-    def _ascend(self, step: Step, grads: list[Tensor]) -> None:
-        self._perturbation.ascend(step, grads, together=self._passes.world == 1 or self.options["scope"] == "step")
+    def _ascend(self, step: Step, grads: list[Tensor], kept: list[Kept]) -> None:
+        try:
+            self._perturbation.ascend(step, grads, together=self._passes.world == 1 or self.options["scope"] == "step")
+        except FloatingPointError:
+            if kept:  # a loss that is not finite comes before the gradient that follows from it
+                self._perturbation.require_finite(float(self._passes.finish(kept)[0]), "loss")
+            raise
 
     # ------------------------------------------------------------------ state
+
+    @property
+    def _point(self) -> str:
+        return "-".join(str(axis) for axis in (self.method.ascent, self.method.path, self.method.mix))
 
     def state_dict(self) -> dict[str, Any]:
         """What the method carries from step to step: the step count, the lr that rho follows, and the state of its mix.
@@ -180,13 +207,15 @@ class SharpnessAware:
         The optimizer's state is its own. Tensors are named by parameter and are the live ones, as in an optimizer's state_dict.
         """
         mix = self._mix.state_dict() if self._mix is not None else {}
-        return {"steps": self.steps, "lr_max": self.options["lr_max"], "mix": mix}
+        return {"method": self._point, "steps": self.steps, "lr_max": self.options["lr_max"], "mix": mix}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken, by the same method on a model with the same parameters."""
-        known = set(self._mix.state_dict()) if self._mix is not None else set()
-        if set(state) != {"steps", "lr_max", "mix"} or set(state["mix"]) != known:
+        known, saved = set(self._mix.state_dict()) if self._mix is not None else set(), state.get("method", self._point)
+        if set(state) - {"method"} != {"steps", "lr_max", "mix"} or set(state["mix"]) != known:
             raise UserError(f"this state is not one of mix {self.method.mix!r}: load it into the method that saved it")
+        if saved != self._point:
+            raise UserError(f"this state is of {saved!r}, not of {self._point!r}: load it into the method that saved it")
         self._perturbation.steps, self.options["lr_max"] = int(state["steps"]), state["lr_max"]
         if self._mix is not None:
             self._mix.load_state_dict(state["mix"])
@@ -198,7 +227,7 @@ def _require_micro_batches(batches: object) -> None:
         got = "an empty one" if isinstance(batches, Sequence) else f"a {type(batches).__name__}"
         raise UserError(f"backward takes {shape}; got {got}")
     for batch in batches:
-        if not (isinstance(batch, Sequence) and len(batch) == 2):
+        if not (isinstance(batch, list | tuple) and len(batch) == 2):
             raise UserError(
                 f"backward takes {shape}; got one whose entry is a {type(batch).__name__}: a single micro-batch goes into a list, "
                 "[(inputs, targets)]"

@@ -1,20 +1,28 @@
 """Whether a method, its radius and its options fit the model and the optimizer: refused here, before any step."""
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from functional_sam.ascents import require_state
 from functional_sam.errors import UserError
+from functional_sam.moments import owners, require_state
 from functional_sam.sharpness.methods import Method
-from functional_sam.weights import is_sharded, replicas
+from functional_sam.weights import is_sharded, process_group, replicas, unwrapped
 
 
-def check(method: Method, options: dict[str, Any], model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def check(method: Method, options: dict[str, Any], model: torch.nn.Module, optimizer: Any, loss_fn: Callable[..., Any]) -> None:
     """Raise UserError for what cannot work, and fill in lr_max, the highest learning rate, from the optimizer."""
+    require_known_wrappers(model)
+    require_parameters(model)
+    require_no_parameters(loss_fn)
+    require_the_models_own(model, optimizer)
+    if any(p.is_complex() for p in model.parameters()):
+        _require_complex(method, options)
     for group in optimizer.param_groups:
         radius(group.get("rho", 0.0), "in a parameter group")
     if options["lr_max"] is None:
@@ -24,12 +32,95 @@ def check(method: Method, options: dict[str, Any], model: torch.nn.Module, optim
             f'rho_schedule="lr": lr_max={options["lr_max"]:g} is not above lr_min={options["lr_min"]:g}; give lr_max=, the highest '
             "learning rate of the run (by default the optimizer's when SharpnessAware is made)"
         )
-    require_state(method.ascent, optimizer, options.get("preconditioned", False))
+    require_moments(method, options, model, optimizer)
     if options["scope"] != "step" and is_sharded(model):
         raise UserError(f'scope={options["scope"]!r} needs whole parameters on each rank (DDP); with sharded ones use scope="step"')
     many = is_sharded(model) or bool(replicas(model))
     if method.path == "penalty" and options["derivative"] == "exact" and many:
         raise UserError('exact second derivatives need the model in one process: use derivative="difference"')
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and process_group(model) is None:
+        warnings.warn(
+            f"{dist.get_world_size()} processes, and this model averages its gradients over none of them: give SharpnessAware the "
+            "model that DistributedDataParallel or fully_shard has wrapped",
+            stacklevel=3,
+        )
+
+
+def require_moments(method: Method, options: dict[str, Any], model: torch.nn.Module, optimizer: Any, stepped: bool = False) -> None:
+    """Raise UserError where the ascent reads moments that the optimizer does not keep for the parameters to perturb."""
+    require_state(
+        method.ascent, optimizer, options.get("preconditioned", False), params=chosen(model, options["subset"]), stepped=stepped
+    )
+
+
+def require_known_wrappers(model: torch.nn.Module) -> None:
+    """Raise UserError for a model in shards whose norms we cannot take whole."""
+    for module in model.modules():
+        kinds = {kind.__name__ for kind in type(module).__mro__}
+        if "FullyShardedDataParallel" in kinds:
+            raise UserError(
+                "FullyShardedDataParallel (FSDP1) gives each rank a flat shard, whose norm is not the gradient's: use FSDP2, "
+                "torch.distributed.fsdp.fully_shard (in Accelerate fsdp_version=2, in Lightning ModelParallelStrategy)"
+            )
+        if kinds & {"DeepSpeedEngine", "PipelineEngine"}:
+            raise UserError("DeepSpeed owns backward and shards behind it: use DistributedDataParallel or fully_shard (FSDP2)")
+        if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag) and module.sparse:
+            raise UserError(f"{type(module).__name__}(sparse=True): sparse gradients are not supported, use sparse=False")
+    for name, p in model.named_parameters():
+        if hasattr(p, "ds_id") or "FlatParameter" in type(p).__name__:
+            raise UserError(f"parameter {name} belongs to DeepSpeed or FSDP1: use DistributedDataParallel or fully_shard (FSDP2)")
+
+
+def require_parameters(model: torch.nn.Module) -> None:
+    """Raise UserError for a model with nothing to train, or without memory."""
+    kind = type(unwrapped(model)).__name__
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(f"no parameter of {kind} requires a gradient: there is nothing to train")
+    for name, p in model.named_parameters():
+        if p.device.type == "meta":
+            raise UserError(f"parameter {name} of {kind} is on the meta device: materialize the model (to_empty) first")
+
+
+def require_no_parameters(loss_fn: Callable[..., Any]) -> None:
+    """Raise UserError for a loss_fn that is trained itself; one hidden in a closure is found in the first step."""
+    holder = getattr(loss_fn, "__self__", loss_fn)
+    if isinstance(holder, torch.nn.Module):
+        name = next((name for name, p in holder.named_parameters() if p.requires_grad), None)
+        if name is not None:
+            raise UserError(
+                f"loss_fn {type(holder).__name__} has a trainable parameter {name!r}, which no path gives a gradient: move it into "
+                "the model, so that its logits depend on it (inputs may carry the targets along)"
+            )
+
+
+def require_the_models_own(model: torch.nn.Module, optimizer: Any) -> None:
+    """Raise UserError for an optimizer of parameters outside the model; warn of those inside that it does not train."""
+    kind, inside = type(unwrapped(model)).__name__, set(model.parameters())
+    held = owners(optimizer)
+    outside = [p for p in held if p not in inside]
+    if outside and len(outside) == len(held):
+        raise UserError(f"the optimizer is of another model: none of its parameters is in {kind} (built before a copy or a wrap?)")
+    if outside:
+        raise UserError(
+            f"{len(outside)} of the optimizer's parameters are not in {kind} (the first has shape {list(outside[0].shape)}): they "
+            "would be neither perturbed nor cleared, and their gradients add up. Put everything that is trained into one module"
+        )
+    left = [name for name, p in model.named_parameters() if p.requires_grad and p not in held]
+    if left:
+        some = ", ".join(left[:3]) + (", ..." if left[3:] else "")
+        warnings.warn(
+            f"{len(left)} trainable parameters of {kind} are not the optimizer's ({some}): they stay as they are; "
+            "requires_grad_(False) says that this is meant",
+            stacklevel=4,
+        )
+
+
+def _require_complex(method: Method, options: dict[str, Any]) -> None:
+    """sam, functional and logit along g or the first moment need norms alone, which are those of the pairs (re, im)."""
+    if method.ascent not in (None, "gradient", "momentum") or options.get("preconditioned") or method.path == "penalty":
+        raise UserError(f"ascent {method.ascent!r}, path {method.path!r}: not for complex parameters; hold (re, im) as real ones")
+    if method.mix in ("gsam", "looksam", "tram"):
+        raise UserError(f"mix {method.mix!r} is not for complex parameters: hold (re, im) pairs as real ones")
 
 
 def radius(rho: object, where: str = "") -> float:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_sam.ascents import owners
 from functional_sam.errors import UserError
+from functional_sam.moments import owners
 from functional_sam.sharpness.divergence import divergence
 from functional_sam.sharpness.passes import Kept, Passes
 from functional_sam.sharpness.perturbation import Perturbation, Step
@@ -26,8 +26,8 @@ class Mix:
 
     compares_logits = False  # pass 1 keeps its logits for `measure`
 
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, options: dict[str, Any]) -> None:
-        self.model, self.options = model, options
+    def __init__(self, model: torch.nn.Module, optimizer: Any, options: dict[str, Any]) -> None:
+        self.model, self.optimizer, self.options = model, optimizer, options
 
     def prepare(self, passes: Passes, perturbation: Perturbation, step: Step, due: bool) -> bool:
         """Called before pass 1; whether this step, `due` by its number and radius, has a perturbed pass."""
@@ -96,7 +96,7 @@ class WeightedSharpness(Mix):
     Source: Yue et al. 2023 (rho 0.05, gamma 0.9, decoupled), Algorithm 1.
     """
 
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, options: dict[str, Any]) -> None:
+    def __init__(self, model: torch.nn.Module, optimizer: Any, options: dict[str, Any]) -> None:
         super().__init__(model, optimizer, options)
         self.weight = self.options["gamma"] / (1.0 - self.options["gamma"])
         self.pending: Gradients = {}
@@ -111,9 +111,11 @@ class WeightedSharpness(Mix):
         g, there = self._both(base)
         torch._foreach_add_(there, g, alpha=-1.0)
         if self.options["decoupled"]:
-            self.pending = {p: p.grad for p in base if p.grad is not None}
-            for p in self.pending:
+            corrections = {p: p.grad for p in base if p.grad is not None}
+            for p in corrections:
                 p.grad = base[p]
+            stepped = owners(self.optimizer)
+            self.pending = {p: correction for p, correction in corrections.items() if p in stepped}
         else:
             torch._foreach_mul_(there, self.weight)
             torch._foreach_add_(there, g)
@@ -131,8 +133,7 @@ class WeightedSharpness(Mix):
     def _correct(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for p, group in owners(optimizer).items():
             if p in self.pending:
-                p.add_(self.pending[p], alpha=-float(group["lr"]) * self.weight)
-        self.pending = {}
+                p.add_(self.pending.pop(p), alpha=-float(group["lr"]) * self.weight)
 
     def state_dict(self) -> dict[str, Any]:
         """Empty between steps; the correction when taken between backward and optimizer.step()."""
@@ -164,7 +165,7 @@ class LookSAM(Mix):
     Keeps g_v. With the functional or logit path g' is that path's. Source: Liu et al. 2022, Algorithm 1 (every 10, alpha 0.7).
     """
 
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, options: dict[str, Any]) -> None:
+    def __init__(self, model: torch.nn.Module, optimizer: Any, options: dict[str, Any]) -> None:
         super().__init__(model, optimizer, options)
         self.orthogonal: Gradients = {}
         self.size = 0.0
@@ -217,7 +218,7 @@ class TrustRegion(Mix):
 
     compares_logits = True
 
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, options: dict[str, Any]) -> None:
+    def __init__(self, model: torch.nn.Module, optimizer: Any, options: dict[str, Any]) -> None:
         super().__init__(model, optimizer, options)
         self.old: dict[Tensor, Tensor] = {}
         self._there: list[Kept] = []

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from functional_sam.errors import UserError
 from functional_sam.head import compute_dtype, pull_back
-from functional_sam.losses import IGNORE, cross_entropy
+from functional_sam.losses import IGNORE, cross_entropy, num_valid
+from functional_sam.sharpness import first_step
+from functional_sam.sharpness.randomness import Randomness, random_state, set_random_state
 from functional_sam.weights import is_sharded, local_bytes, process_group, replicas, reshard, unwrapped
 
 Batch = tuple[Any, Any]  # (inputs, targets), inputs any pytree
@@ -30,7 +32,7 @@ LossFn = Callable[[Tensor, Tensor], tuple[Tensor, Any]]
 class Kept:
     """Of one micro-batch: random state before its forward, loss, number of valid targets, and u = dL/dz as u or as (h, weight)."""
 
-    rng: tuple[Tensor, ...]
+    rng: Randomness
     loss: Tensor | None = None
     count: Tensor | None = None
     u: Tensor | None = None
@@ -60,7 +62,7 @@ class Passes:
                 f'keep="{keep}" needs a model with has_readout, a forward that takes readout=, and the default loss_fn; '
                 'use keep="auto" or keep="cotangent"'
             )
-        self.fused = possible and keep != "cotangent"
+        self.may_fuse = self.fused = possible and keep != "cotangent"  # fused: in the step at work
         self.keep_u = None if keep == "auto" else keep == "u"  # None: decided at the first step that keeps anything
         self.parameter_bytes = local_bytes(model.parameters())  # now: inside of a forward FSDP2 has some of them gathered
         self.group = process_group(model)
@@ -69,6 +71,7 @@ class Passes:
         self.replicas = replicas(model)
         if any(replica.static_graph for replica in self.replicas):
             raise UserError("DDP(static_graph=True) takes one synchronized pass a step: build it with static_graph=False")
+        self.watched: list[Tensor] | None = None  # in the first step: the weights, which no pass may change
         self._job: Callable[[Tensor, Tensor], Tensor] | None = None
         self._eager_readout: Callable[[Tensor, Tensor], Tensor] | None = None
 
@@ -79,10 +82,20 @@ class Passes:
         targets beforehand; for another one the first micro-batch's count stands in and `finish` returns the correction.
         """
         self.num_batches = len(batches)
+        default = self.loss_fn is cross_entropy
+        if default:
+            for _, targets in batches:
+                if not isinstance(targets, Tensor):
+                    raise UserError(
+                        f"targets are a {type(targets).__name__}: the default loss takes a tensor of class indices; for one "
+                        "without targets give loss_fn=, which gets them as they are"
+                    )
+        # Soft labels need whole logits.
+        self.fused = self.may_fuse and not any(targets.is_floating_point() for _, targets in batches)
         self.num_targets = sum(targets.numel() for _, targets in batches) if self.fused else 0  # of this process
         self.divisor: float | None = None
-        if self.loss_fn is cross_entropy:
-            counts = torch.stack([(targets != IGNORE).sum() for _, targets in batches])
+        if default:
+            counts = torch.stack([num_valid(targets) for _, targets in batches])
             (total,) = self.sum_over_ranks(counts.sum())
             if total == 0:
                 raise UserError(f"no valid target in this step's {len(batches)} micro-batches: all are {IGNORE} (ignored)")
@@ -128,8 +141,8 @@ class Passes:
 
     def _correction(self, count: float) -> float:
         assert self.divisor is not None
-        if count == 0:
-            raise UserError("loss_fn counted no valid target in this step")
+        if not count > 0:
+            raise UserError(f"loss_fn counted no valid target in this step (it says {count:g}): the number is > 0")
         correction = self.world * self.divisor / count
         return 1.0 if math.isclose(correction, 1.0, rel_tol=1e-12) else correction
 
@@ -150,8 +163,10 @@ class Passes:
         is both).
         """
         kept: list[Kept] = []
+        before = [p._version for p in self.watched] if self.watched is not None else []
         for i, (inputs, targets) in enumerate(batches):
             memory = self.rewind(i, repeated)
+            given = first_step.versions(inputs) if self.watched is not None else None
             with self._synchronized(sync and i == len(batches) - 1):
                 if self.fused:
                     loss = self._call(inputs, partial(self._loss_readout, targets, memory, kept, remember, logits))
@@ -166,7 +181,12 @@ class Passes:
                     if logits:
                         memory.logits = z.detach()
                     del z, u
+            if given is not None:
+                first_step.require_same_inputs(given, inputs)
             kept.append(memory)
+        if self.watched is not None:
+            first_step.require_same_weights(before, self.watched)
+            first_step.require_gradients(self.model.parameters())
         return kept
 
     def cotangents(
@@ -228,6 +248,8 @@ class Passes:
 
     def _cotangent(self, logits: Tensor, targets: Tensor, memory: Kept) -> Tensor:
         """dL/dlogits of a micro-batch, L its part of the step's mean loss."""
+        if self.watched is not None:
+            first_step.require_logits(logits, targets, self.loss_fn)
         with torch.enable_grad():
             leaf = logits.detach().requires_grad_()
             result = self.loss_fn(leaf, targets)
@@ -237,6 +259,8 @@ class Passes:
                     "a mean alone cannot be combined over micro-batches"
                 )
             total, count = result
+            if self.watched is not None:
+                first_step.require_sum(self.loss_fn, leaf, targets, total, count)
             memory.count = torch.as_tensor(count, device=logits.device)
             if self.divisor is None:
                 first = self.sum_over_ranks(memory.count)[0] / self.world
@@ -270,6 +294,8 @@ class Passes:
         self, targets: Tensor, memory: Kept, earlier: list[Kept], remember: bool, logits: bool, h: Tensor, weight: Tensor
     ) -> Tensor:
         """The scaled loss here; `earlier`: the micro-batches before. Keeps u, or (h, weight), from which it is built again."""
+        if self.watched is not None:
+            first_step.require_rows(h.shape[:-1], h.shape[:-1] + weight.shape[:1], targets)
         if remember and self._keeps_u(h, weight):
             # The one place where u is ever whole: it saves a third of the head's work in the next pass.
             memory.u = torch.empty(targets.numel(), len(weight), dtype=self.keep_dtype or compute_dtype(h), device=h.device)
@@ -347,17 +373,13 @@ class Passes:
             self.set_random_state(repeated[i].rng)
         return Kept(self.random_state())
 
-    def random_state(self) -> tuple[Tensor, ...]:
-        """Of the CPU's generator, and of the accelerator's that the model is on."""
-        rng: tuple[Tensor, ...] = (torch.get_rng_state(),)
-        device = self._device
-        return rng if device.type in ("cpu", "meta") else (*rng, torch.get_device_module(device).get_rng_state(device))
+    def random_state(self) -> Randomness:
+        """Of every global generator that a forward may draw from."""
+        return random_state(self._device)
 
-    def set_random_state(self, rng: tuple[Tensor, ...]) -> None:
+    def set_random_state(self, rng: Randomness) -> None:
         """The inverse of random_state."""
-        torch.set_rng_state(rng[0])
-        if len(rng) > 1:
-            torch.get_device_module(self._device).set_rng_state(rng[1], self._device)
+        set_random_state(rng, self._device)
 
     @property
     def _device(self) -> torch.device:

@@ -142,7 +142,7 @@ def _along(
 
 def _cotangent(loss_fn: LossFn, z: Tensor, targets: Tensor, divisor: float) -> Tensor:
     """dL/dz as a differentiable function of z."""
-    if loss_fn is cross_entropy:
+    if loss_fn is cross_entropy and not targets.is_floating_point():
         return differentiable_cotangent(z, targets, divisor)
     if not z.requires_grad:
         z = z.detach().requires_grad_()

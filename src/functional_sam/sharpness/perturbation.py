@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_sam.ascents import ASCENTS, owners
+from functional_sam.ascents import ASCENTS
+from functional_sam.moments import owners
 from functional_sam.sharpness.checks import chosen, radius
 from functional_sam.sharpness.methods import Method
 from functional_sam.sharpness.passes import Batch, Kept
 from functional_sam.vectors import norm
-from functional_sam.weights import moved
+from functional_sam.weights import moved, unwrapped
 
 AT_THETA, AT_PERTURBED = "pass 1 (at theta)", "pass 2 (at theta + eps)"
 Rho = float | Callable[[int], float]
@@ -43,9 +44,7 @@ class Perturbation:
     steps: begun so far, the one at work included. where: the pass at work, named in errors.
     """
 
-    def __init__(
-        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, method: Method, rho: Rho, options: dict[str, Any]
-    ) -> None:
+    def __init__(self, model: torch.nn.Module, optimizer: Any, method: Method, rho: Rho, options: dict[str, Any]) -> None:
         self.model, self.optimizer, self.method, self.rho, self.options = model, optimizer, method, rho, options
         self.chosen = chosen(model, options["subset"])
         self.steps = 0
@@ -120,9 +119,17 @@ class Perturbation:
             p.grad = earlier.get(p)
 
     def require_finite(self, value: float, what: str, where: str | None = None) -> None:
-        """Raise FloatingPointError, naming step and pass, unless `value` is finite."""
+        """Raise FloatingPointError, naming step and pass, and of gradients the first bad one, unless `value` is finite."""
         if not math.isfinite(value):
+            bad = self._first_bad() if what == "gradient" else ""
             raise FloatingPointError(
-                f"step {self.steps}, {where or self.where}: the {what} is not finite ({value}); the weights are unchanged. "
+                f"step {self.steps}, {where or self.where}: the {what} is not finite ({value}{bad}); the weights are unchanged. "
                 "A smaller rho or learning rate, or a longer warm-up, is the usual remedy"
             )
+
+    def _first_bad(self) -> str:
+        for name, p in unwrapped(self.model).named_parameters():
+            g: Any = p.grad
+            if g is not None and not bool((g.to_local() if hasattr(g, "to_local") else g).isfinite().all()):
+                return f", first in {name}"
+        return ""

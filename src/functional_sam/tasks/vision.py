@@ -41,7 +41,9 @@ class Vision(Task):
             raise nearest("model.kind of a vision task:", model.kind, MODELS)
         if model.kind == "convnet":
             if model.patch not in STEMS:
-                raise UserError(f"model.patch={model.patch}: the stem of a convnet has {', '.join(map(str, STEMS))} pixels to an output")
+                raise UserError(
+                    f"model.patch={model.patch}: the stem of a convnet has {', '.join(map(str, STEMS))} pixels to an output"
+                )
             if model.dropout or model.checkpoint_blocks:
                 raise UserError("model.dropout and model.checkpoint_blocks are for a vit, a convnet has neither")
         if data.images not in IMAGES:

@@ -1,0 +1,137 @@
+"""What is looked at in the first step only: whether forward and loss_fn are what every later step takes them for."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functional_sam.errors import UserError
+from functional_sam.losses import cross_entropy
+from functional_sam.sharpness.randomness import random_state, set_random_state
+
+
+def tensors_of(inputs: Any, place: str = "inputs") -> Iterator[tuple[str, Tensor]]:
+    """(place, tensor) for every tensor in nested dictionaries, lists and tuples."""
+    if isinstance(inputs, Tensor):
+        yield place, inputs
+    elif isinstance(inputs, Mapping):
+        for key in inputs:
+            yield from tensors_of(inputs[key], f"{place}[{key!r}]")
+    elif isinstance(inputs, list | tuple):
+        for i, part in enumerate(inputs):
+            yield from tensors_of(part, f"{place}[{i}]")
+
+
+def versions(inputs: Any) -> dict[str, tuple[int, int]]:
+    """Of every tensor, which one it is and how often it has been written to."""
+    return {place: (id(t), 0 if t.is_inference() else t._version) for place, t in tensors_of(inputs)}
+
+
+def require_same_inputs(before: dict[str, tuple[int, int]], inputs: Any) -> None:
+    """Raise UserError when forward has changed its inputs: the second pass would be another function."""
+    after = versions(inputs)
+    changed = [place for place in before if after.get(place) != before[place]] + sorted(after.keys() - before)
+    if changed:
+        raise UserError(f"forward changed {changed[0]}, which every pass of the step is given: let it work on a copy")
+
+
+def require_same_weights(before: list[int], params: Iterable[Tensor]) -> None:
+    """Raise UserError when a backward has written to the weights."""
+    if before != [p._version for p in params]:
+        raise UserError(
+            "the weights changed during a backward: an optimizer that steps inside of it (by hooks on gradients) leaves nothing to "
+            "perturb. Let the optimizer step after SharpnessAware.backward"
+        )
+
+
+def require_gradients(params: Iterable[Tensor]) -> None:
+    """Raise UserError when a pass left no gradient at all, or a sparse one."""
+    grads = [p.grad for p in params if p.grad is not None]
+    if not grads:
+        raise UserError(
+            "no parameter has a gradient after a pass: forward detaches its output from the parameters, or a hook clears .grad "
+            "(an optimizer that steps inside of backward)"
+        )
+    if any(g.layout != torch.strided for g in grads):
+        raise UserError("sparse gradients are not supported: build the embedding with sparse=False")
+
+
+def require_logits(z: Any, targets: Any, loss_fn: Callable[..., Any]) -> None:
+    """Raise UserError unless forward returned a tensor, and for the default loss one whose rows are the targets'."""
+    if not isinstance(z, Tensor):
+        hint = "forward=lambda model, inputs: model(inputs).logits" if hasattr(z, "logits") else "let forward return logits alone"
+        raise UserError(f"forward returned a {type(z).__name__}, not a tensor of logits: {hint}")
+    if loss_fn is cross_entropy:
+        require_rows(z.shape[:-1], z.shape, targets)
+
+
+def require_rows(rows: torch.Size, logits: torch.Size, targets: Tensor) -> None:
+    """Raise UserError unless targets are one class a row of logits [..., V], or probabilities [..., V].
+
+    A flat tensor of as many rows, and dimensions of size 1, are understood.
+    """
+    given = f"logits {list(logits)} and targets {list(targets.shape)}"
+    if targets.is_floating_point():
+        if targets.shape != logits:
+            raise UserError(
+                f"{given} of {targets.dtype}: targets are class indices [...], or probabilities of the logits' own shape [..., V]; "
+                "for another loss give loss_fn="
+            )
+        return
+    one, other = ([n for n in shape if n != 1] for shape in (rows, targets.shape))
+    if math.prod(one) == math.prod(other) and (one == other or len(one) <= 1 or len(other) <= 1):
+        return
+    if len(logits) > 2 and targets.shape == logits[:1] + logits[2:]:
+        raise UserError(f"{given}: classes are the LAST dimension here; forward=lambda model, inputs: model(inputs).movedim(1, -1)")
+    raise UserError(f"{given}: logits [..., V] need targets [...], one class index a row (-100 is ignored)")
+
+
+def require_sum(loss_fn: Callable[..., Any], z: Tensor, targets: Any, total: Tensor, count: Any) -> None:
+    """Raise UserError for a loss_fn with parameters of its own, and for one that returns a mean beside a count.
+
+    The second by halves: a sum over all rows is the sum of those over both halves, a mean their mean.
+    """
+    if total.grad_fn is None:
+        raise UserError("loss_fn returned a sum that does not depend on the logits: it detaches them, or runs under no_grad")
+    own = [leaf for leaf in _leaves(total) if leaf is not z]
+    if own:
+        raise UserError(
+            f"loss_fn has parameters of its own (shape {list(own[0].shape)}), which no path gives a gradient: move them into the "
+            "model, so that its logits depend on them (inputs may carry the targets along)"
+        )
+    rows = len(z) if z.ndim and loss_fn is not cross_entropy else 0
+    if rows < 2 or not isinstance(targets, Tensor) or targets.ndim == 0 or len(targets) != rows:
+        return
+    if isinstance(loss_fn, torch.nn.Module) and any(True for _ in loss_fn.buffers()):
+        return  # it may count its calls
+    state, half = random_state(z.device), rows // 2
+    try:
+        with torch.no_grad():
+            results = [loss_fn(z.detach()[part], targets[part]) for part in (slice(half), slice(half, None))]
+            (a, m), (b, n) = [(float(loss), float(number)) for loss, number in results]
+    except Exception:
+        return  # not a loss of rows
+    finally:
+        set_random_state(state, z.device)
+    whole, number = float(total.detach()), float(count)
+    is_mean = m > 0 and n > 0 and m + n == number and math.isclose(m * a + n * b, whole * number, rel_tol=1e-4)
+    if is_mean and not math.isclose(a + b, whole, rel_tol=1e-2):
+        raise UserError(
+            f"loss_fn returned a mean ({whole:.4g}) and the count {number:g}: return the SUM over valid targets and their number "
+            '(reduction="sum"), or gradients are that much too small'
+        )
+
+
+def _leaves(total: Tensor) -> Iterator[Tensor]:
+    """Tensors that a backward from `total` would give a gradient."""
+    pending, seen = [total.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        pending += [following for following, _ in node.next_functions]
