@@ -71,6 +71,26 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Est
     return estimate([0.0 if a == b else a - b for a, b in zip(values, baseline, strict=True)])
 
 
+def ratio(values: Sequence[float], others: Sequence[float]) -> tuple[float, float, float]:
+    """mean(values) / mean(others), paired, and its 95 % interval by Fieller: all r for which values - r others may have mean zero.
+
+    The interval is nan where the mean of others is not told from zero (it then has no end), or n < 2, or a value is infinite.
+    """
+    a, b = np.asarray(values, dtype=float), np.asarray(others, dtype=float)
+    n = len(a)
+    if n < 2 or not (np.isfinite(a).all() and np.isfinite(b).all()) or not b.mean():
+        return math.nan, math.nan, math.nan
+    t = _t(0.5 + LEVEL / 2, n)
+    (aa, ab), (_, bb) = np.cov(a, b) * t**2 / n
+    # (mean a - r mean b)^2 <= t^2 var(a - r b) / n, a quadratic in r
+    second, first, zeroth = b.mean() ** 2 - bb, a.mean() * b.mean() - ab, a.mean() ** 2 - aa
+    found = float(a.mean() / b.mean())
+    if second <= 0:
+        return found, math.nan, math.nan
+    root = math.sqrt(max(0.0, first**2 - second * zeroth))
+    return found, float((first - root) / second), float((first + root) / second)
+
+
 def equivalent(difference: Estimate, margin: float) -> bool:
     """Whether the difference is smaller than the margin in size: two one-sided t tests of 5 %, the 90 % interval within it."""
     if difference.n < 2 or not math.isfinite(difference.mean) or not math.isfinite(difference.stderr):
