@@ -33,14 +33,25 @@ PATIENCE = 300  # seconds for everything
 SMALL = ["training.batch=4", "training.eval_rows=8", "model.width=16", "model.depth=1", "measure.points=2", "measure.rows=4"]
 SMALL += ["measure.micro_batch=4", "data.images=mnist-5k", "runtime.log_every=1", "runtime.checkpoint_every=1000"]
 LONG = [*SMALL, "training.steps=150", "training.precision=float64"]
-ONE_RUN = "title: one run\ntasks: [vision]\nmethods: [adamw]\nscales: {quick: {seeds: [0]}}\n"
+ONE_RUN = """
+title: one run
+time: seconds
+claim: none
+published: none
+tasks: [vision]
+methods: [adamw]
+scales: {quick: {seeds: [0]}}
+"""
 # One size, nothing to choose between: a run for the learning rate, one for the radius, two reported. training.steps on the command
 # line is the length of both regimes, so that the second has the runs of the first.
 STUDY = """
 tuning_seeds: [1000]
-methods: {adamw: {passes: 1}, sam: {}}
+entries: {adamw: {}, sam: {}}
 scales:
-  quick: {sizes: {language-0.006M: [0]}, fixed_steps: 6, lr: [0.01], rho: [0.01], extensions: 0, curvature_seeds: -1}
+  quick:
+    cells:
+      fixed: &cell {part: fixed, task: language-0.006M, entries: [adamw, sam], steps: 6, lr: [0.01], rho: [0.01], seeds: [0]}
+      chinchilla: {<<: *cell, part: chinchilla}
 """
 # Imported by Python as it starts, where the profile puts it on PYTHONPATH: the loop looks at the clock once a step.
 SLOW = """
