@@ -1,4 +1,4 @@
-"""figure-10: accuracy against label noise per method, at the last and the best checkpoint, and the gain over AdamW that is left of SAM's."""
+"""figure-10: accuracy against label noise per method, last and best checkpoint, and what each half keeps of SAM's gain."""
 
 import math
 from collections.abc import Sequence
@@ -120,10 +120,12 @@ def _finding(data: pd.DataFrame, kept: pd.DataFrame) -> str:
         own = part[part.verdict_longer.ne("")]
         sentences.append(f"at {POINTS * noise:.0f} % noise, {CHECKPOINTS[str(checkpoint)]}: {counted(own)}")
     finding = f"Against AdamW at equal epochs {'. '.join(sentences)}."
+    activations = set(data[data.part.eq("activation")].cell)
     noisy = kept[kept.noise.gt(0) & kept.of.eq("sam") & kept.checkpoint.eq("best")]
     words = [
-        f"{label(row.half)} {POINTS * row.kept:.0f} % ({POINTS * row.low:.0f} to {POINTS * row.high:.0f}) at {POINTS * row.noise:.0f} %"
-        + (f" with {row.activation}" if noisy.activation.nunique() > 1 else "")
+        f"{label(row.half)} {POINTS * row.kept:.0f} % ({POINTS * row.low:.0f} to {POINTS * row.high:.0f})"
+        + f" at {POINTS * row.noise:.0f} % noise"
+        + (f" in {row.cell}" if row.cell in activations else "")
         for row in noisy.itertuples()
         if math.isfinite(row.low)
     ]

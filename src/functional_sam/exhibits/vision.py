@@ -1,4 +1,4 @@
-"""What table-5 and figure-10 share: a row an entry with accuracy, loss, noise and share, compared with AdamW and with AdamW for longer."""
+"""What table-5 and figure-10 share: a row an entry with accuracy, loss and noise, against AdamW, and for twice the epochs."""
 
 import csv
 import dataclasses
@@ -24,8 +24,10 @@ LONGER = {
 
 
 def accuracies(planned: Sequence[Planned], source: Source, best: bool = True) -> pd.DataFrame:
-    """The frame of the study at the best or the last checkpoint, judged against AdamW (Holm over all rows of equal epochs) and, apart,
-    against AdamW with twice the epochs (rows of equal epochs too); with model, noise, test loss and AdamW's functional share."""
+    """The frame of the study at the best or the last checkpoint, with model, noise, test loss and functional share.
+
+    Judged against AdamW, and apart against AdamW with twice the epochs: Holm over all rows of equal epochs each time.
+    """
     of = [dataclasses.replace(one, cell=dataclasses.replace(one.cell, best=best)) for one in planned]
     data = frame(of, source, others=LONGER)
     more = [_more(one, configs, source, best) for one in of for configs in one.reported.values()]

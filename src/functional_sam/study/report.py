@@ -86,7 +86,7 @@ SAM: Mapping[str, Sequence[str]] = {"sam": ("sam",)}
 def frame(planned: Sequence[Planned], source: Source, others: Mapping[str, Sequence[str]] = SAM) -> pd.DataFrame:
     """All cells as one frame, after `check`: one row an entry, or a trial where nothing was chosen.
 
-    others: what is compared with beside the baseline: name of the column minus_NAME -> entries, of which the first that a cell has counts.
+    others: what is compared with beside the baseline: NAME of a column minus_NAME -> entries, the first of them that a cell has.
     """
     check(planned, source)
     rows = []
