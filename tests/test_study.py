@@ -163,6 +163,31 @@ def test_a_diverged_trial_never_wins_and_a_mean_counts(study):
     assert plan_cell(study, cell, source).searches["sam"].best.get(RHO) == 0.005
 
 
+def test_trials_are_judged_by_their_best_checkpoint_where_it_counts(study):
+    """A trial tests nothing, so its summary has no best_...: the evaluations of its record say it. The last checkpoint misleads here."""
+
+    class Overfits(MadeUp):
+        def metrics(self, config, kind=None):
+            if kind != "validation":
+                return super().metrics(config, kind)
+            return [{"step": 7, "loss": self.loss(config)}, {"step": 9, "loss": 20.0 - self.loss(config)}]
+
+        def summary(self, config):
+            return super().summary(config) | {"loss": 20.0 - self.loss(config)}
+
+    study.cells["fixed-0.014M"].entries = ["adamw"]
+    cell = study.cells["repeated-32"]
+    source = Overfits(bowl(best_lr=0.02, best_rho=0.5))
+    finish(study, cell, source)
+    one = plan_cell(study, cell, source)
+    assert not any(config.training.test_best for config in one.searches["sam"].configs)
+    best = min(
+        one.searches["sam"].trials, key=lambda trial: abs(math.log(trial.get(RHO) / 0.5)) + abs(math.log(trial.get(LR) / 0.02))
+    )
+    assert one.searches["sam"].best == best
+    assert all(math.isfinite(value) for values in one.searches["sam"].scores for value in values)
+
+
 def test_nothing_is_chosen_in_a_sweep(study):
     cell, source = study.cells["dose-0.014M"], MadeUp(bowl())
     finish(study, cell, source)

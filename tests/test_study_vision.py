@@ -37,7 +37,9 @@ class MadeUpAccuracies(MadeUp):
         found = self.loss(config)
         if found is None:
             return {"diverged": True, "error": "e", "loss": None}
-        numbers = {"loss": 2 * found, "best_loss": found, "best_step": 7, "accuracy": 0.95 - found, "best_accuracy": 1 - found}
+        numbers = {"loss": 2 * found, "accuracy": 0.95 - found}
+        if config.training.test_best:
+            numbers |= {"best_loss": found, "best_step": 7, "best_accuracy": 1 - found}
         tested = {f"test_{key}": value for key, value in numbers.items()} if config.training.test else {}
         return {"step": config.training.steps, "seconds": 2.0, "images": 100, **numbers, **tested}
 
@@ -46,6 +48,9 @@ class MadeUpAccuracies(MadeUp):
             return [
                 {"step": step, "gradient": {"share": 0.1 * (step > 1) + config.data.noise}} for step in (1, config.training.steps)
             ]
+        if kind == "validation":
+            found = self.loss(config)
+            return [{"step": step, "loss": found, "accuracy": value - found} for step, value in ((7, 1.0), (9, 0.95))]
         return super().metrics(config, kind)
 
 

@@ -23,6 +23,8 @@ class Source(Protocol):
 
     def summary(self, config: Config) -> dict[str, Any]: ...
 
+    def metrics(self, config: Config, kind: str | None = None) -> list[dict[str, Any]]: ...
+
 
 @dataclass(frozen=True)
 class Search:
@@ -76,9 +78,15 @@ def unique(configs: Iterable[Config]) -> list[Config]:
 def score(config: Config, source: Source, best: bool = False, split: str = "") -> float:
     """A run's metric as a loss (an accuracy is negated), inf if it diverged; best: of its best checkpoint; split: "" or "test_"."""
     metric = TASKS[config.kind].metric
-    value = source.summary(config).get(f"{split}{'best_' if best else ''}{metric.name}")
-    if value is None:
+    summary = source.summary(config)
+    if summary.get("diverged"):
         return math.inf
+    key = f"{split}{'best_' if best else ''}{metric.name}"
+    if best and not split and key not in summary:  # of a run that tests nothing, such as every trial: by its evaluations
+        values = [float(line[metric.name]) for line in source.metrics(config, "validation")]
+        value = min(values) if metric.lower_is_better else max(values)
+    else:
+        value = summary[key]
     return float(value) if metric.lower_is_better else -float(value)
 
 
