@@ -164,7 +164,7 @@ def test_a_diverged_trial_never_wins_and_a_mean_counts(study):
 
 
 def test_trials_are_judged_by_their_best_checkpoint_where_it_counts(study):
-    """A trial tests nothing: its summary has no best_..., the evaluations of its record say it. The last checkpoint misleads here."""
+    """A trial tests nothing: its summary has no best_..., the evaluations of its record say it. The last one misleads here."""
 
     class Overfits(MadeUp):
         def metrics(self, config, kind=None):
