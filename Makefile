@@ -30,8 +30,8 @@ $(READY): requirements.lock requirements-data.txt pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-tables: $(READY)  ## every table (quick: 20 min); larger scales are redrawn from results/, FRESH=1 trains them
-figures: $(READY)  ## every figure, in the same way (quick: 15 min after make tables)
+tables: $(READY)  ## every table (quick: 15 min); a larger scale is redrawn from results/ once it is released, FRESH=1 trains it
+figures: $(READY)  ## every figure, in the same way (quick: 20 min after make tables)
 
 $(EXHIBITS): $(READY)
 	@$(BIN)/functional-sam run $@ --scale $(SCALE) --jobs $(JOBS) $(if $(FRESH),--fresh)
@@ -66,8 +66,8 @@ methods: $(READY)  ## the table of methods: where each looks, which derivative i
 benchmark: $(READY)  ## time and memory of every method, and of curvature products, measured on this machine (10 min)
 	@$(BIN)/functional-sam benchmark
 
-test: $(READY)  ## the whole test suite (9 min; make test ARGS='-m "not slow and not slurm"' is shorter)
-	@$(BIN)/pytest $(ARGS)
+test: $(READY)  ## the whole test suite, on up to 4 cores (4 to 12 min on 2; shorter: make test ARGS='-m "not slow and not slurm"')
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(READY)  ## ruff, and mypy (strict on sharpness/ and curvature/)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

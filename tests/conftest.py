@@ -1,11 +1,18 @@
-"""Shared by all tests: two threads, and the small models and batches that most of them use."""
+"""Shared by all tests: one thread, and the small models and batches that most of them use."""
 
+import multiprocessing
+import os
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 import torch
+from processes import PRELOAD
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # for tiny operations a second one gains nothing, and where the cores are busy it costs tenfold
+
+LONGEST = ["test_slurm", "test_distributed_training", "test_sharpness_distributed", "test_cli", "test_faults", "test_planning"]
+LONGEST += ["test_exhibits", "test_study_exhibits", "test_models", "test_sharpness_memory", "test_sharpness_state"]
 
 
 class TinyModel(torch.nn.Module):
@@ -87,18 +94,29 @@ def warmed_up(model, steps: int = 3):
 @pytest.fixture(autouse=True)
 def _deterministic():
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # a run may have set another number
 
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-    """Prepared data: the checkout's own where it is there, otherwise made once for the session."""
-    return Path(".cache") if Path(".cache").is_dir() else tmp_path_factory.mktemp("cache")
+    """Prepared data: the checkout's own where it is there, otherwise made once for the session (by whichever worker is first)."""
+    there = Path(__file__).resolve().parents[1] / ".cache"
+    if there.is_dir():
+        return there
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
 
 
-@pytest.fixture(scope="module")
-def one_thread():
-    """For tests of many tiny operations: a second thread gains nothing there, and on a busy machine costs tenfold."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(scope="session")
+def server():
+    """The server of processes.py, started before anything else starts one; all processes have its environment."""
+    multiprocessing.set_forkserver_preload(PRELOAD)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        forkserver.ensure_running()
+
+
+def pytest_collection_modifyitems(config, items):
+    """Several workers (pytest -n): the files that take longest first, so that none of them is left for the end."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))

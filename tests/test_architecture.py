@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from processes import Process
 
 from functional_sam import exhibits
 from functional_sam.exhibits import claims
@@ -18,7 +19,7 @@ PACKAGE = ROOT / "src" / "functional_sam"
 SHARED = {"errors", "losses", "files"}
 FLOOR = {"vectors", "moments", "ascents", "head", "weights"}  # below the library's two halves, which do not know each other
 MAY_IMPORT = {
-    **dict.fromkeys(FLOOR, FLOOR | {"errors", "losses"}),
+    **dict.fromkeys(sorted(FLOOR), FLOOR | {"errors", "losses"}),
     "sharpness": SHARED | FLOOR,
     "curvature": SHARED | FLOOR,
     "models": SHARED,
@@ -29,6 +30,8 @@ MAY_IMPORT = {
     "training": SHARED | FLOOR | {"sharpness", "curvature", "tasks", "records", "config", "data"},
     # planning reads the table of methods and the chunks of the head, and nothing else of sharpness
     "planning": SHARED | {"config", "models", "sharpness", "head", "tasks"},
+    # a study reads the table of methods: which have a radius, and what they cost
+    "study": SHARED | {"config", "records", "tasks", "sharpness"},
     # exhibits draw what curvature returned: the smoothing of nodes and weights is its own
     "exhibits": SHARED | {"study", "records", "config", "curvature", "tasks"},
     "jobs": SHARED | {"training", "tasks", "exhibits", "records", "config"},
@@ -185,14 +188,15 @@ def test_readme_numbers_are_those_of_the_records():
 
 
 @pytest.mark.parametrize("page", ["README.md", "src/functional_sam/sharpness/README.md"])
-def test_python_on_the_pages_runs(page, tmp_path):
+def test_python_on_the_pages_runs(server, page, tmp_path, monkeypatch):
     """All python blocks of a page, one after the other, in one process of their own."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert blocks
     script = tmp_path / "page.py"
     script.write_text("\n".join(blocks))
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    process = Process(tmp_path / "log.txt", script)
+    assert process.wait() == 0, process.said
 
 
 def test_costs_on_the_page_are_those_measured():

@@ -9,14 +9,28 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+from processes import Process
 
 from functional_sam.cli import main
 from functional_sam.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = ["training.steps=6", "training.batch=4", "training.eval_rows=8", "model.width=16", "model.depth=1", "measure.points=2"]
-SMALL += ["measure.rows=4", "measure.micro_batch=4", "data.images=mnist-5k", "runtime.log_every=1", "runtime.checkpoint_every=2"]
+SMALL = [
+    "training.steps=6",
+    "training.batch=4",
+    "training.eval_rows=8",
+    "model.width=16",
+    "model.depth=1",
+    "measure.points=2",
+    "measure.doses=2",
+    "measure.rows=4",
+    "measure.micro_batch=4",
+    "data.images=mnist-5k",
+    "runtime.log_every=1",
+    "runtime.checkpoint_every=2",
+]
 
 
 def command(*arguments, **options):
@@ -83,31 +97,48 @@ def test_a_directory_that_cannot_be_written(tmp_path, capsys):
     assert "runtime.runs=" in err
 
 
-def _parent(pid):
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-    except OSError:  # it ended meanwhile
-        return -1
+# ---------------------------------------------------------------------- runs in worker processes
 
 
-def started(tmp_path, *overrides):
-    """figure-1 in miniature, two processes at a time, once each has a checkpoint; and the processes of its workers."""
-    small = [*SMALL, "measure.points=0", f"runtime.runs={tmp_path}/runs", *overrides]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "functional_sam", "run", "figure-1", "--jobs", "2", *small],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        start_new_session=True,  # as a terminal gives its foreground job a process group of its own
-    )
-    deadline = time.monotonic() + 90
-    while len(unfinished(tmp_path, "checkpoint/step-*.sha256")) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    pids = [path.parent.name for path in Path("/proc").glob("[0-9]*/stat")]
-    children = [int(pid) for pid in pids if _parent(pid) == process.pid]
-    assert len(children) == 2, process.communicate()
-    return process, children
+@pytest.fixture
+def started(server, cache, tmp_path):
+    """figure-1 in miniature, two workers at a time, each stopped (SIGSTOP) when its run has a checkpoint and is not done."""
+    small = [*SMALL, "measure.points=0", "runtime.checkpoint_every=5", f"runtime.cache={cache}", f"runtime.runs={tmp_path}/runs"]
+    processes, workers = [], {}
+
+    def started(steps):
+        process = Process(tmp_path / "log.txt", "run", "figure-1", "--jobs", "2", *small, f"training.steps={steps}")
+        processes.append(process)
+        process.wait_until(two_are_stopped)
+        assert sorted(workers) == sorted(worker.pid for worker in psutil.Process(process.pid).children())
+        return process, list(workers.values())
+
+    def two_are_stopped():
+        for run in unfinished(tmp_path, "checkpoint/step-*.sha256"):
+            try:
+                pid = json.loads((run / ".holder").read_text())["pid"]
+            except FileNotFoundError:  # it has just been done
+                continue
+            if pid not in workers:
+                worker = psutil.Process(pid)
+                worker.suspend()
+                while worker.status() != psutil.STATUS_STOPPED:
+                    time.sleep(0.001)
+                if (run / "done.json").exists():
+                    worker.resume()
+                else:
+                    workers[pid] = worker
+        return len(workers) == 2
+
+    yield started
+    for process in processes:
+        each(psutil.Process(process.pid).children() if process.code is None else [], signal.SIGKILL)
+        process.end()
+
+
+def each(processes, number):
+    for process in processes:
+        process.send_signal(number)
 
 
 def unfinished(tmp_path, file="metrics.jsonl"):
@@ -117,37 +148,36 @@ def unfinished(tmp_path, file="metrics.jsonl"):
 
 
 @pytest.mark.slow
-def test_kill_9_the_others_go_on_and_run_again(tmp_path):
+def test_kill_9_the_others_go_on_and_run_again(started, tmp_path):
     """All workers killed in the middle: the other runs are done all the same, the command names those that failed, and fails."""
-    process, children = started(tmp_path, "training.steps=200", "runtime.checkpoint_every=20")
-    for child in children:
-        os.kill(child, signal.SIGKILL)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 1, out + err
+    process, workers = started(steps=40)
+    each(workers, signal.SIGKILL)
+    assert process.wait() == 1, process.said
     assert len(list((tmp_path / "runs").glob("*/done.json"))) == 4
     partial, other = unfinished(tmp_path)
-    assert "2 of 6 runs are not complete" in err
-    assert f"{partial} " in err
-    assert f"{other} " in err
-    assert "ended by SIGKILL (out of memory?); run again to resume" in err
-    done = command("train", str(partial))
-    assert done.returncode == 0, done.stderr
+    assert "2 of 6 runs are not complete" in process.said
+    assert f"{partial} " in process.said
+    assert f"{other} " in process.said
+    assert "ended by SIGKILL (out of memory?); run again to resume" in process.said
+    again = Process(tmp_path / "again.txt", "train", partial)
+    assert again.wait() == 0, again.said
     assert (partial / "done.json").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_all_saves_and_says_resumable(tmp_path, number):
+def test_a_signal_to_all_saves_and_says_resumable(started, tmp_path, number):
     """Ctrl-C reaches the whole process group, the SIGTERM of a batch system often the first process alone: 75, all saved."""
-    process, children = started(tmp_path, "training.steps=5000", "runtime.checkpoint_every=20")
+    process, workers = started(steps=5000)
+    each(workers, signal.SIGCONT)
     if number == signal.SIGINT:
         os.killpg(process.pid, number)
     else:
-        os.kill(process.pid, number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 75, out + err
-    assert err == f"functional-sam: stopped by {number.name}: 0 of 6 runs complete, the others saved; the same command goes on\n"
-    assert not any(Path(f"/proc/{child}").exists() for child in children)
+        process.send(number)
+    assert process.wait() == 75, process.said
+    last = process.said.splitlines()[-1]
+    assert last == f"functional-sam: stopped by {number.name}: 0 of 6 runs complete, the others saved; the same command goes on"
+    assert not any(worker.is_running() for worker in workers)
     partial = unfinished(tmp_path)
     assert len(partial) == 2
     for run in partial:
@@ -156,21 +186,21 @@ def test_a_signal_to_all_saves_and_says_resumable(tmp_path, number):
 
 
 @pytest.mark.slow
-def test_run_name_what_fails_redo_and_skip(tmp_path, capsys):
+def test_run_name_what_fails_redo_and_skip(cache, tmp_path, capsys):
     """figure-1 in miniature through worker processes. A directory that cannot be: the other five are complete, the table gives the
     error; --fresh moves all aside and does them; what is complete is skipped."""
-    small = [*SMALL, f"runtime.runs={tmp_path}/runs", "measure.points=0"]
+    small = [*SMALL, f"runtime.cache={cache}", f"runtime.runs={tmp_path}/runs", "measure.points=0"]
     name = here(capsys, "plan", "figure-1", *small)[1].split("vision-adamw-")[1].split()[0]
     (tmp_path / "runs" / f"vision-adamw-{name}").mkdir(parents=True)
     (tmp_path / "runs" / f"vision-adamw-{name}" / "checkpoint").write_text("a file where a directory belongs")
-    code, out, err = here(capsys, "run", "figure-1", "--jobs", "2", *small)
+    code, out, err = here(capsys, "run", "figure-1", "--jobs", "1", *small)
     assert code == 1, out + err
     assert "1 of 6 runs are not complete" in err
     assert name in err
     assert "checkpoint" in err
     assert "Traceback" not in err
     assert len(list((tmp_path / "runs").glob("*/done.json"))) == 5
-    code, out, err = here(capsys, "run", "figure-1", "--fresh", "--jobs", "2", *small)
+    code, out, err = here(capsys, "run", "figure-1", "--fresh", "--jobs", "1", *small)
     assert code == 0, out + err
     assert f"moved the runs that were there to {tmp_path}/runs/aside/" in out
     assert "6 runs to do (0 complete)" in out

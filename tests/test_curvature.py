@@ -13,15 +13,6 @@ from functional_sam.losses import IGNORE, cross_entropy
 from functional_sam.models import Decoder, ViT
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These tensors are too small to share out, and on a busy machine two threads mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 

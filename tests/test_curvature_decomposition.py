@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from test_curvature import both, case, decoder, directions, error, flat, one_thread, seeded, sentences, squares  # noqa: F401
+from test_curvature import both, case, decoder, directions, error, flat, seeded, sentences, squares
 from torch import nn
 
 from functional_sam.curvature import CurvatureProducts, decompose, decompose_many, functional_sharpness, quadratic_fit

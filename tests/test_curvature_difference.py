@@ -3,13 +3,11 @@
 theta the parameters, v a direction.
 """
 
-import os
-
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import make_batch, make_model
-from test_curvature import both, case, decoder, directions, error, generic_cross_entropy, one_thread, seeded, sentences  # noqa: F401
+from processes import gloo
+from test_curvature import both, case, decoder, directions, error, generic_cross_entropy, seeded, sentences
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -98,15 +96,6 @@ def test_refusals():
 # --- sharded --------------------------------------------------------------------------------------------------------------
 
 
-def start(rank, path):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    try:
-        sharded_equals_whole(rank)
-    finally:
-        dist.destroy_process_group()
-
-
 def sharded_equals_whole(rank):
     """Products, eigenvalues, density and traces of a model in two shards with a batch on each, against one process with both."""
     batches = [make_batch(3, seed=1, ignored=1), make_batch(2, seed=2)]
@@ -155,6 +144,5 @@ def sharded_equals_whole(rank):
 
 
 @pytest.mark.slow
-def test_sharded_model(tmp_path):
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.multiprocessing.spawn(start, (str(tmp_path / "rendezvous"),), nprocs=2)
+def test_sharded_model(server):
+    gloo(2, sharded_equals_whole)

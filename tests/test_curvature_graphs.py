@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 from conftest import TinyReadout, make_batch, make_model
-from test_curvature import (  # noqa: F401
+from test_curvature import (
     both,
     case,
     central_difference,
@@ -18,7 +18,6 @@ from test_curvature import (  # noqa: F401
     flat,
     generic_cross_entropy,
     moved,
-    one_thread,
     seeded,
     sentences,
     vision,

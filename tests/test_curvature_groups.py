@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import TinyReadout, make_model
-from test_curvature import case, decoder, directions, error, flat, one_thread, seeded, vision  # noqa: F401
+from test_curvature import case, decoder, directions, error, flat, seeded, vision
 from torch import nn
 
 from functional_sam.curvature import CurvatureProducts, parameter_groups

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import TinyModel, adamw, gradients, make_batch, make_model
-from test_curvature import case, directions, error, flat, one_thread, seeded  # noqa: F401
+from test_curvature import case, directions, error, flat, seeded  # noqa: F401
 
 from functional_sam import SharpnessAware
 from functional_sam.curvature import CurvatureProducts, decompose, eigenvalues

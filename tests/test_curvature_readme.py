@@ -15,8 +15,6 @@ from functional_sam.benchmark import curvature
 from functional_sam.benchmark.methods import Case
 
 PAGE = Path(functional_sam.curvature.__file__).parent / "README.md"
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TINY = {name: Case("decoder", 8, 1, 1, 2, 6, 20) for name in curvature.CASES}
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_curvature import case, decoder, directions, error, flat, one_thread, seeded  # noqa: F401
+from test_curvature import case, decoder, directions, error, flat, seeded
 from torch import nn
 
 from functional_sam.curvature import CurvatureProducts

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from scipy.special import ndtr
-from test_curvature import case, decoder, error, flat, moved, one_thread, seeded, sentences  # noqa: F401
+from test_curvature import case, decoder, error, flat, moved, seeded, sentences  # noqa: F401
 
 from functional_sam.curvature import CurvatureProducts, density, eigenvalues, hutch_plus_plus, hutchinson, quadratic, smooth
 from functional_sam.curvature.lanczos import Lanczos

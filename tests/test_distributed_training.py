@@ -6,20 +6,24 @@ All cases of two processes share one spawn, in float64. A case is a config, its 
 import contextlib
 import math
 import os
+import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-import torch.distributed as dist
+from processes import Process, gloo
 from test_training import Killed, content, tiny
 
+from functional_sam import commands
 from functional_sam.config import Config, to_yaml
 from functional_sam.errors import Interrupted, UserError
 from functional_sam.files import write_text
@@ -41,7 +45,7 @@ DRAWS = {"model.dropout": 0.1, "data.augment": "crop-flip", "data.images": "mnis
 STEPS, DIES = 8, 5  # checkpoints are of steps 3, 6 and 8
 
 
-LONG = {"training.steps": 100, "training.eval_every": "null", "runtime.checkpoint_every": 20}
+LONG = {"training.steps": 40, "training.eval_every": "null", "runtime.checkpoint_every": 5}  # time to be killed in
 
 
 @dataclass
@@ -53,6 +57,7 @@ class Job:
     signal_rank: int | None = None  # who gets SIGUSR2 in the step after `dies`
     expect: tuple[type[BaseException], str] | None = None
     full_disk: bool = False
+    copy_to: Path | None = None  # where what it leaves is kept, before others go on with it
 
 
 def perform(job, rank):
@@ -83,39 +88,29 @@ def perform(job, rank):
         loop.SharpnessAware.backward, checkpoint.save = backward, save
 
 
-def process(rank, world, path, jobs):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+def process(rank, jobs):
     for job in jobs:
         try:
             perform(job, rank)
+            if job.copy_to is not None and rank == 0:
+                copied(Run(job.config), job.copy_to)
         except BaseException as error:
             error.add_note(f"{job.config.method.name} {job.config.runtime.parallel} {job.config.runtime.runs}")
             raise
-    distributed.leave()
 
 
-def spawn(world, directory, jobs):
-    torch.multiprocessing.spawn(process, (world, str(directory / f"rendezvous-{world}"), jobs), nprocs=world)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Where the prepared text is."""
-    return Path(".cache") if Path(".cache").is_dir() else tmp_path_factory.mktemp("cache")
-
-
-def config(data, runs, method, parallel="none", task="language", **overrides):
+def config(cache, runs, method, parallel="none", task="language", **overrides):
     size = {"training.steps": STEPS, "training.precision": "float64", "training.batch": 8, "training.eval_batch": 3}
     size |= {
         "measure.points": 0,
+        "measure.doses": 2,
         "training.micro_batch": 4,
         "runtime.checkpoint_every": 3,
         "training.eval_every": 4,
         "runtime.threads": 1,
         "runtime.parallel": parallel,
     }
-    return tiny(data, runs, method, task, **(size | METHODS.get(method, {}) | overrides))
+    return tiny(cache, runs, method, task, **(size | METHODS.get(method, {}) | overrides))
 
 
 def assert_close(run, reference, rel=1e-10):
@@ -143,7 +138,6 @@ class Done:
     one: dict[str, Run] = field(default_factory=dict)
     two: dict[tuple[str, str, str], Run] = field(default_factory=dict)  # (method, parallel, what became of it)
     directory: Path = Path()
-    config_in: dict = field(default_factory=dict)
 
 
 def in_one_process(job):
@@ -157,47 +151,45 @@ def copied(run, directory):
 
 
 @pytest.fixture(scope="module")
-def done(data, tmp_path_factory):
+def done(server, cache, tmp_path_factory):
     root = tmp_path_factory.mktemp("distributed")
     done, jobs = Done(directory=root), []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
 
     def add(name, method, parallel, start=None, **how):
         more, task = how.pop("overrides", {}), how.pop("task", "language")
         there = root / f"{parallel}-{name}"
-        job = Job(config(data, there, method, parallel, task, **more), **how)
+        job = Job(config(cache, there, method, parallel, task, **more), **how)
         if start is not None:
             copied(start, there)
         jobs.append(job)
         done.two[method, parallel, name] = Run(job.config)
 
     for method in METHODS:
-        done.one[method] = in_one_process(Job(config(data, root / "one", method)))
+        done.one[method] = in_one_process(Job(config(cache, root / "one", method)))
         for parallel in ("ddp", "fsdp"):
             add("whole", method, parallel)
     # scope=micro-batch goes through whole micro-batches, and has no meaning for shards.
     micro = {"method.options.scope": "micro-batch", "training.micro_batch": 2}
-    done.one["micro"] = in_one_process(Job(config(data, root / "one", "sam", **micro)))
+    done.one["micro"] = in_one_process(Job(config(cache, root / "one", "sam", **micro)))
     add("micro", "sam", "ddp", overrides=micro)
     measured = {"measure.points": 2, "measure.adam_from": 1}
-    done.one["measured"] = in_one_process(Job(config(data, root / "measured", "adamw", **measured)))
+    done.one["measured"] = in_one_process(Job(config(cache, root / "measured", "adamw", **measured)))
     for parallel in ("ddp", "fsdp"):
         add("measured", "adamw", parallel, overrides=measured)
         for method in RESUMED:
             # One process, then two. The copy is of a checkpoint of step 3.
-            stopped = in_one_process(Job(config(data, root / f"one-dies-{parallel}", method), dies=DIES))
+            stopped = in_one_process(Job(config(cache, root / f"one-dies-{parallel}", method), dies=DIES))
             add("one-then-two", method, parallel, stopped)
-            # Two, then one, and two, then two.
-            add("dies", method, parallel, dies=DIES)
-            add("again", method, parallel, dies=DIES)
-            jobs.append(Job(config(data, root / f"{parallel}-again", method, parallel)))
+            # Two, then two, and (from the copy) two, then one or four.
+            add("again", method, parallel, dies=DIES, copy_to=root / f"{parallel}-dies")
+            done.two[method, parallel, "dies"] = Run(config(cache, root / f"{parallel}-dies", method, parallel))
+            jobs.append(Job(config(cache, root / f"{parallel}-again", method, parallel)))
         # Dropout and crops, whole and stopped after a checkpoint.
         add("draws", "functional-sam", parallel, task="vision", overrides=DRAWS)
         add("draws-again", "functional-sam", parallel, task="vision", overrides=DRAWS, dies=DIES)
-        jobs.append(Job(config(data, root / f"{parallel}-draws-again", "functional-sam", parallel, "vision", **DRAWS)))
+        jobs.append(Job(config(cache, root / f"{parallel}-draws-again", "functional-sam", parallel, "vision", **DRAWS)))
     # The newest checkpoint damaged: all processes take the one before.
-    stopped = in_one_process(Job(config(data, root / "damaged", "functional-sam"), dies=7))
+    stopped = in_one_process(Job(config(cache, root / "damaged", "functional-sam"), dies=7))
     newest = max((stopped.directory / "checkpoint").glob("*.pt"))
     newest.write_bytes(newest.read_bytes()[:-100])
     add("damaged", "functional-sam", "ddp", stopped)
@@ -210,11 +202,9 @@ def done(data, tmp_path_factory):
     locked = Run(done.two["adamw", "ddp", "locked"].config)
     locked.open()
     try:
-        spawn(2, root, jobs)
+        gloo(2, process, jobs)
     finally:
         locked.close()
-        torch.set_num_threads(threads)
-    done.config_in = {"data": data}
     return done
 
 
@@ -245,7 +235,7 @@ def test_shares_are_those_of_one_process(done):
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("method", RESUMED)
-def test_checkpoints_go_from_one_process_to_two_and_back(done, method, parallel):
+def test_checkpoints_go_from_one_process_to_two_and_back(done, cache, method, parallel):
     went_on = done.two[method, parallel, "one-then-two"]
     assert went_on.done
     assert_close(went_on, done.one[method])
@@ -256,7 +246,7 @@ def test_checkpoints_go_from_one_process_to_two_and_back(done, method, parallel)
     assert max(line["step"] for line in stopped.metrics("train")) == DIES
     there = done.directory / f"{parallel}-then-one"
     copied(stopped, there)
-    back = in_one_process(Job(config(done.config_in["data"], there, method)))
+    back = in_one_process(Job(config(cache, there, method)))
     assert_close(back, done.one[method])
 
 
@@ -311,14 +301,14 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(done):
     assert checkpoint.load_newest(run.directory / "checkpoint")["step"] == DIES + 1
 
 
-def test_four_processes(done, data, tmp_path):
+def test_four_processes(done, cache, tmp_path):
     """The curve of one; from two to four; and resumed bit for bit, though a sum of four depends on its order."""
     jobs = []
     for parallel in ("ddp", "fsdp"):
         copied(done.two["functional-sam", parallel, "dies"], tmp_path / f"{parallel}-went-on")
-        jobs += [Job(config(data, tmp_path / f"{parallel}-{name}", "functional-sam", parallel)) for name in ("went-on", "whole")]
-    again = config(data, tmp_path / "ddp-again", "functional-sam", "ddp")
-    spawn(4, tmp_path, [*jobs, Job(again, dies=DIES), Job(again)])
+        jobs += [Job(config(cache, tmp_path / f"{parallel}-{name}", "functional-sam", parallel)) for name in ("went-on", "whole")]
+    again = config(cache, tmp_path / "ddp-again", "functional-sam", "ddp")
+    gloo(4, process, [*jobs, Job(again, dies=DIES), Job(again)])
     for job in jobs:
         assert_close(Run(job.config), done.one["functional-sam"])
     assert content(Run(again)) == content(Run(jobs[1].config))
@@ -327,25 +317,26 @@ def test_four_processes(done, data, tmp_path):
 # ---------------------------------------------------------------------- processes of torchrun
 
 
+@contextlib.contextmanager
 def torchrun(path):
     """The command of a user, in the background."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "functional_sam"]
-    return subprocess.Popen(
-        [*command, "train", str(path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen(
+        [*command, "train", str(path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )
+    try:
+        yield job
+    finally:
+        job.kill()
 
 
-def test_a_killed_process_ends_the_job_and_the_same_command_resumes(done, data, tmp_path):
+def test_a_killed_process_ends_the_job_and_the_same_command_resumes(done, cache, tmp_path):
     """kill -9 of a process that does not lead, under torchrun: no process is left, and the metrics are those of a whole run."""
-    there = config(data, tmp_path, "functional-sam", "ddp", **LONG)
+    there = config(cache, tmp_path, "functional-sam", "ddp", **LONG)
     run = Run(there)
     write_text(run.directory / "config.yaml", to_yaml(there))
-    job = torchrun(run.directory)
-    try:
+    with torchrun(run.directory) as job:
         deadline = time.monotonic() + 120
         while not list((run.directory / "checkpoint").glob("*.sha256")):
             assert job.poll() is None, job.communicate()[0]
@@ -355,16 +346,34 @@ def test_a_killed_process_ends_the_job_and_the_same_command_resumes(done, data, 
         second = next(w for w in workers if w.environ().get("RANK") == "1")
         second.kill()
         output, _ = job.communicate(timeout=60)
-        assert job.returncode != 0
-        assert not run.done, output
-        assert not [w for w in workers if w.is_running() and w.status() != psutil.STATUS_ZOMBIE]
-    finally:
-        job.kill()
-    again = torchrun(run.directory)
-    output, _ = again.communicate(timeout=120)
-    assert again.returncode == 0, output
-    assert output.count("wrote ") == 1  # the first process speaks
+    assert job.returncode != 0
+    assert not run.done, output
+    assert not [w for w in workers if w.is_running() and w.status() != psutil.STATUS_ZOMBIE]
+    assert 0 < checkpoint.load_newest(run.directory / "checkpoint")["step"] < LONG["training.steps"]
+    port = free_port()  # again as torchrun does it: the command in two processes, each with its place in the environment
+    again = [Process(tmp_path / f"again-{rank}", "train", run.directory, before=partial(place, rank, port)) for rank in (0, 1)]
+    assert [process.wait() for process in again] == [0, 0], again[0].said + again[1].said
     assert content(run) == content(done.two["functional-sam", "ddp", "long"])
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def place(rank, port):
+    names = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
+    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()})
+
+
+@pytest.mark.parametrize(("rank", "quiet"), [(None, False), ("0", False), ("1", True)])
+def test_the_first_process_speaks(monkeypatch, rank, quiet):
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    assert runpy.run_path(commands.__file__)["console"].quiet == quiet
 
 
 # ---------------------------------------------------------------------- bad input
@@ -381,7 +390,7 @@ def test_a_killed_process_ends_the_job_and_the_same_command_resumes(done, data, 
         ({"WORLD_SIZE": "2"}, {"runtime.parallel": "fsdp", "measure.curvature": True}, "whole parameters"),
     ],
 )
-def test_bad_input_is_refused_before_anyone_waits(data, tmp_path, monkeypatch, environment, overrides, words):
+def test_bad_input_is_refused_before_anyone_waits(cache, tmp_path, monkeypatch, environment, overrides, words):
     for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     complete = {"RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"} if "RANK" not in environment and environment else {}
@@ -389,19 +398,19 @@ def test_bad_input_is_refused_before_anyone_waits(data, tmp_path, monkeypatch, e
         if value:
             monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=words):
-        distributed.join(config(data, tmp_path, "sam", **{"runtime.parallel": "auto", **overrides}))
+        distributed.join(config(cache, tmp_path, "sam", **{"runtime.parallel": "auto", **overrides}))
 
 
-def test_alone_nothing_changes(data, tmp_path):
+def test_alone_nothing_changes(cache, tmp_path):
     """runtime.parallel=none is one process, whatever the environment says."""
-    ranks = distributed.join(config(data, tmp_path, "sam"))
+    ranks = distributed.join(config(cache, tmp_path, "sam"))
     batches = [(torch.arange(4), torch.arange(4))]
     assert ranks.part(batches) is batches
     assert ranks.any("SIGTERM") == "SIGTERM"
     assert ranks.lead(lambda: 3) == 3
 
 
-def test_parts_are_the_batch(data, tmp_path):
+def test_parts_are_the_batch():
     """In order, each as large as the others, no forward larger than a micro-batch."""
     for batch, size, world in [(12, 6, 4), (12, 12, 3), (16, 4, 2), (24, 4, 4)]:
         rows = torch.arange(batch)

@@ -1,11 +1,6 @@
-"""What goes wrong on real machines, done to real processes: nothing is lost, nothing half-written is taken for whole.
-
-Each process is forked from a server that has torch imported already (multiprocessing's forkserver: fresh, one thread, nothing
-trained in it), and calls the command line as a user does.
-"""
+"""What goes wrong on real machines, done to real processes: nothing is lost, nothing half-written is taken for whole."""
 
 import contextlib
-import multiprocessing
 import os
 import random
 import signal
@@ -16,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from faults import (
-    Process,
     bit_flipped,
     checksum_gone,
     checksum_truncated,
@@ -34,8 +28,8 @@ from faults import (
     truncated,
     turn_back_and_hang,
     turn_the_clock_back,
-    wait_for,
 )
+from processes import Process
 
 from functional_sam.config import compose, to_yaml
 from functional_sam.errors import RESUMABLE, UserError
@@ -43,20 +37,20 @@ from functional_sam.files import sha256, write_text
 from functional_sam.records import Run
 from functional_sam.training import checkpoint
 
-SMALL = ["model.width=16", "model.depth=1", "training.batch=2", "training.eval_rows=8", "training.eval_batch=8", "measure.points=0"]
-SMALL += ["data.images=mnist-5k", "runtime.threads=1", "runtime.log_every=1", "optimizer.warmup_steps=2", "training.eval_every=7"]
-
-
-@pytest.fixture(scope="session")
-def server():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["functional_sam.training.pool", "functional_sam.commands.runs", "faults"])
-    return context
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+SMALL = [
+    "model.width=16",
+    "model.depth=1",
+    "training.batch=2",
+    "training.eval_rows=8",
+    "training.eval_batch=8",
+    "measure.points=0",
+    "measure.doses=3",
+    "data.images=mnist-5k",
+    "runtime.threads=1",
+    "runtime.log_every=1",
+    "optimizer.warmup_steps=2",
+    "training.eval_every=7",
+]
 
 
 @pytest.fixture
@@ -78,13 +72,12 @@ def start(server, tmp_path):
     processes = []
 
     def start(*arguments, before=None):
-        processes.append(Process(server, tmp_path / f"log-{len(processes)}.txt", *arguments, before=before))
+        processes.append(Process(tmp_path / f"log-{len(processes)}.txt", *arguments, before=before))
         return processes[-1]
 
     yield start
     for process in processes:
-        process.process.kill()
-        process.process.join()
+        process.end()
 
 
 WHOLE = {}  # results of runs done in one go, by the hash of their config
@@ -121,7 +114,7 @@ def test_twenty_kills_at_random_moments(make, start, finish_and_compare):
     for _ in range(20):
         process = start("train", run.directory)
         target = steps_done(run) + chance.randint(-3, 24)
-        wait_for(lambda target=target, process=process: steps_done(run) >= target or process.process.exitcode is not None)
+        process.wait_until(lambda target=target: steps_done(run) >= target)
         time.sleep(chance.random() * 0.03)
         process.send(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, process.said
@@ -191,7 +184,7 @@ def test_a_checkpoint_runs_no_code(tmp_path):
 def stop_at(start, run, step):
     """A process that trains up to a step and is killed."""
     process = start("train", run.directory, before=partial(hang_after, step))
-    wait_for(lambda: steps_done(run) >= step)
+    process.wait_until(lambda: steps_done(run) >= step)
     process.send(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
 
@@ -203,7 +196,7 @@ def stop_at(start, run, step):
 def test_a_signal_finishes_the_step_and_saves(make, start, number, finish_and_compare):
     run = make("parts", steps=150, every=1000)
     process = start("train", run.directory, before=slow_steps)
-    wait_for(lambda: steps_done(run) >= 2)
+    process.wait_until(lambda: steps_done(run) >= 2)
     process.send(number)
     assert process.wait() == RESUMABLE == 75, process.said
     step = steps_done(run)
@@ -217,11 +210,11 @@ def test_a_signal_finishes_the_step_and_saves(make, start, number, finish_and_co
 def test_a_second_ctrl_c_ends_at_once(make, start, finish_and_compare):
     run = make("parts")
     process = start("train", run.directory, before=partial(hang_after, 6))
-    wait_for(lambda: steps_done(run) == 6)
+    process.wait_until(lambda: steps_done(run) == 6)
     process.send(signal.SIGINT)
     time.sleep(0.2)
-    assert process.process.exitcode is None  # the first one waits for the step
-    while process.process.exitcode is None:
+    assert process.code is None  # the first one waits for the step
+    while process.code is None:
         process.send(signal.SIGINT)
         time.sleep(0.2)
     assert process.wait() == -signal.SIGINT
@@ -232,7 +225,7 @@ def test_a_signal_before_the_first_step(make, start, finish_and_compare):
     """While data is being prepared there is nothing to save, and the same code says that the command can be repeated."""
     run = make("parts")
     process = start("train", run.directory, before=slow_preparation)
-    wait_for(lambda: "preparing" in process.said)
+    process.wait_until(lambda: "preparing" in process.said)
     process.send(signal.SIGTERM)
     assert process.wait() == RESUMABLE, process.said
     assert "stopped by SIGTERM: no step was under way; the same command goes on" in process.said
@@ -247,11 +240,11 @@ def test_two_processes_on_one_run(make, start, tmp_path, finish_and_compare):
     run = make("parts")
     go = tmp_path / "go"
     first = start("train", run.directory, before=partial(hang_until, go))
-    wait_for(lambda: steps_done(run) >= 1)
+    first.wait_until(lambda: steps_done(run) >= 1)
     assert run.state == "running"
     second = start("train", run.directory)
     assert second.wait() == 2
-    assert f"is being written by another process ({first.process.pid} on " in second.said
+    assert f"is being written by another process ({first.pid} on " in second.said
     assert second.said.count("\n") == 1
     go.touch()
     assert first.wait() == 0, first.said
@@ -264,7 +257,7 @@ def test_asking_for_the_state_never_makes_a_process_give_up(make, start):
     run = make("parts", steps=6)
     process = start("train", run.directory)
     states = set()
-    while process.process.exitcode is None:
+    while process.code is None:
         states.add(run.state)
     assert process.wait() == 0, process.said
     assert states <= {"missing", "running", "partial", "done"}
@@ -275,7 +268,7 @@ def test_the_clock_goes_backwards(make, start, finish_and_compare):
     """Neither the order of checkpoints nor a duration hangs on the wall clock or on the times of files."""
     run = make("parts")
     process = start("train", run.directory, before=turn_back_and_hang)
-    wait_for(lambda: steps_done(run) == 10)
+    process.wait_until(lambda: steps_done(run) == 10)
     process.send(signal.SIGKILL)
     process.wait()
     newest = max((run.directory / "checkpoint").glob("*.pt"))

@@ -16,7 +16,6 @@ from functional_sam.planning import GPUS, Hardware, Layout, gpu, memory, need, r
 from functional_sam.planning.cost import shape
 from functional_sam.sharpness import METHODS, SharpnessAware, cost
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 BF16 = ("training.precision=bf16",)
 SMALL = (*BF16, "data.vocab=4000", "model.length=64", "model.width=64", "model.depth=3", "model.heads=2", "training.batch=8")
 LARGE = (*BF16, "data.vocab=32101", "model.length=512", "model.width=2048", "model.depth=24", "model.heads=32")

@@ -9,7 +9,6 @@ from functional_sam import METHODS, SharpnessAware
 from functional_sam.errors import UserError
 from functional_sam.sharpness import reference
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 REFERENCE = {
     "sam": (reference.sam, False),
     "functional-sam": (reference.functional_sam, False),

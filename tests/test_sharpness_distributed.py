@@ -1,15 +1,18 @@
 """Two gloo processes equal one process on the same global batch, under DDP and FSDP2, for every method; one spawn per wrapper."""
 
 import contextlib
-import os
+import copy
+import functools
+import itertools
 
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import TinyModel, TinyReadout, adamw, gradients, make_batch, make_model, warmed_up
+from processes import gloo
 from test_sharpness_dose import Normalized
 from test_sharpness_oracle import combine, norm, oracle, state_of, theta_of
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from functional_sam import METHODS, SharpnessAware
@@ -29,21 +32,6 @@ COMBINATIONS = [
     ("wsam", {"decoupled": False, "ascent": "momentum"}),
     ("functional-sam", {"every": 2, "rho_schedule": "warmup", "warmup_steps": 2}),
 ]
-
-
-def spawn(worker, tmp_path):
-    """Run worker(rank) in two processes with a file as their meeting point; an assertion in one fails the test."""
-    torch.multiprocessing.spawn(start, (worker, str(tmp_path / "rendezvous")), nprocs=WORLD)
-
-
-def start(rank, worker, path):
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=WORLD)
-    try:
-        worker(rank)
-    finally:
-        dist.destroy_process_group()
 
 
 def whole(tensor):
@@ -76,18 +64,23 @@ def fsdp(model, **options):
     return model
 
 
-def equals_one_process(wrap, rank, kind, method, options, tolerance=1e-10, **model_options):
+@functools.cache
+def warm_start(kind):
+    """Weights and the moments that go with them."""
+    model = make_model(kind)
+    return model, warmed_up(model)
+
+
+def equals_one_process(wrap, rank, kind, method, options, tolerance=1e-10):
     """Three steps of both, the same gradients, losses and weights; local weights bit-identical across backward."""
     runs = []
     for parallel in (False, True):
-        model = make_model(kind, **model_options)
-        warm_model = make_model(kind, **model_options)
-        warm = warmed_up(warm_model)  # moments to start from, and the weights that go with them
+        model, (warm_model, warm) = make_model(kind), warm_start(kind)
         model.load_state_dict(warm_model.state_dict())
         model = wrap(model) if parallel else model
         optimizer = adamw(model)
         if not parallel:
-            optimizer.load_state_dict(warm.state_dict())
+            optimizer.load_state_dict(copy.deepcopy(warm.state_dict()))
         else:
             moments = dict(zip((clean(n) for n, _ in warm_model.named_parameters()), warm_model.parameters(), strict=True))
             for name, p in model.named_parameters():
@@ -104,12 +97,13 @@ def equals_one_process(wrap, rank, kind, method, options, tolerance=1e-10, **mod
             loss = sharpness.backward(share(batch, rank) if parallel else [batch], measure_dose=step == 1)
             for p, value in zip(model.parameters(), before, strict=True):
                 assert torch.equal(local(p), value), (method, options)
-            grads = {clean(n): whole(p.grad).clone() for n, p in model.named_parameters()}
+            grads = {clean(n): local(p.grad).clone() for n, p in model.named_parameters()}
             optimizer.step()
             optimizer.zero_grad()
-            weights = {clean(n): whole(p.detach()).clone() for n, p in model.named_parameters()}
+            weights = {clean(n): local(p).clone() for n, p in model.named_parameters()}
             record.append((loss, sharpness.dose, grads, weights))
         runs.append(record)
+    shards = {clean(n): p for n, p in model.named_parameters()}  # every rank compares its own
     for (loss, dose, grads, weights), (loss_, dose_, grads_, weights_) in zip(*runs, strict=True):
         text = f"{method} {options} {kind.__name__}"
         assert dose_ == (dose if dose is None else pytest.approx(dose, rel=100 * tolerance, abs=100 * tolerance)), text
@@ -118,7 +112,7 @@ def equals_one_process(wrap, rank, kind, method, options, tolerance=1e-10, **mod
             for a, b, loose in [(grads_, grads, 1.0), (weights_, weights, 100.0)]:
                 torch.testing.assert_close(
                     a[name],
-                    b[name],
+                    local(distributed(b[name], shards[name])),
                     rtol=loose * tolerance,
                     atol=loose * tolerance,
                     msg=lambda t, text=text, name=name: f"{text} {name}: {t}",
@@ -130,9 +124,10 @@ def local(p):
 
 
 def distributed(tensor, like):
+    """A tensor that all ranks have, sharded as `like` is; nothing is sent."""
     if not hasattr(like, "device_mesh"):
         return tensor
-    return torch.distributed.tensor.distribute_tensor(tensor, like.device_mesh, like.placements)
+    return torch.distributed.tensor.distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def asking_for_the_dose_changes_nothing(wrap, rank, kind, methods=("sam", "functional-sam", "wsam", "looksam", "tram")):
@@ -175,6 +170,10 @@ def ddp_worker(rank):
         asking_for_the_dose_changes_nothing(ddp, rank, kind)
     asking_for_the_dose_changes_nothing(ddp, rank, Normalized)
     wrapped_otherwise(rank)
+    fsdp1 = FullyShardedDataParallel(make_model(dtype=torch.float32), device_id=torch.device("cpu"))
+    for given in (fsdp1, fsdp1.module, torch.nn.Sequential(fsdp1)):
+        with pytest.raises(UserError, match="fully_shard"):
+            SharpnessAware(given, adamw(given), "sam")
     for options, method, words in [({"static_graph": True}, "sam", "static_graph"), ({}, "penalty-sam", "difference")]:
         model = ddp(make_model(), **options)
         with pytest.raises(UserError, match=words):
@@ -220,27 +219,29 @@ class Inside(torch.nn.Module):
 
 def wrapped_otherwise(rank):
     """DDP outside and inside of torch.compile, in a module of the caller's, and looking for unused parameters."""
-    for wrap in (
-        lambda m: ddp(m, find_unused_parameters=True),
-        lambda m: ddp(torch.compile(m, backend="aot_eager")),
-        lambda m: torch.compile(ddp(m), backend="aot_eager"),
-        lambda m: Inside(ddp(m)),
+    methods = ["functional-sam", "logit-sam", "gnp", "momentum-functional-sam"]
+    every = list(itertools.product(methods, (TinyModel, TinyReadout)))
+    for wrap, cases in (
+        (lambda m: ddp(m, find_unused_parameters=True), every),
+        (lambda m: Inside(ddp(m)), every),
+        # To compile takes longer than all else.
+        (lambda m: ddp(torch.compile(m, backend="aot_eager")), [("functional-sam", TinyReadout), ("gnp", TinyModel)]),
+        (lambda m: torch.compile(ddp(m), backend="aot_eager"), [("logit-sam", TinyReadout), ("functional-sam", TinyModel)]),
     ):
-        for method, options in [("functional-sam", {}), ("logit-sam", {}), ("gnp", {}), ("momentum-functional-sam", {})]:
-            for kind in (TinyModel, TinyReadout):
-                results = []
-                for parallel in (False, True):
-                    model = make_model(kind)
-                    given = wrap(model) if parallel else model
-                    optimizer = adamw(model)
-                    sharpness = SharpnessAware(given, optimizer, method, rho=0.3, **options)
-                    for step in range(3):
-                        sharpness.backward(share(global_batch(step), rank) if parallel else [global_batch(step)])
-                        optimizer.step()
-                        optimizer.zero_grad()
-                    results.append(theta_of(model))
-                for name in results[0]:
-                    torch.testing.assert_close(results[1][name], results[0][name], rtol=1e-9, atol=1e-9)
+        for method, kind in cases:
+            results = []
+            for parallel in (False, True):
+                model = make_model(kind)
+                given = wrap(model) if parallel else model
+                optimizer = adamw(model)
+                sharpness = SharpnessAware(given, optimizer, method, rho=0.3)
+                for step in range(3):
+                    sharpness.backward(share(global_batch(step), rank) if parallel else [global_batch(step)])
+                    optimizer.step()
+                    optimizer.zero_grad()
+                results.append(theta_of(model))
+            for name in results[0]:
+                torch.testing.assert_close(results[1][name], results[0][name], rtol=1e-9, atol=1e-9)
 
 
 def reductions(rank, kind):
@@ -391,5 +392,5 @@ def an_exception_in_pass_two(rank, kind):
 
 
 @pytest.mark.parametrize("worker", [ddp_worker, fsdp_worker])
-def test_two_processes_equal_one(worker, tmp_path):
-    spawn(worker, tmp_path)
+def test_two_processes_equal_one(server, worker):
+    gloo(WORLD, worker)

@@ -10,8 +10,6 @@ from torch.nn import functional as F
 
 from functional_sam import METHODS, SharpnessAware
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Normalized(torch.nn.Module):
     """BatchNorm and dropout between an embedding and a head, no readout."""

@@ -14,8 +14,6 @@ from torch.nn import functional as F
 
 from functional_sam import METHODS, SharpnessAware, UserError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def sgd(model, **options):
     return torch.optim.SGD(model.parameters(), lr=0.1, **options)

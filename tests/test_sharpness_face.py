@@ -12,8 +12,6 @@ from functional_sam import METHODS, SharpnessAware, UserError
 from functional_sam.sharpness import Options, cost, resolve
 from functional_sam.sharpness.options import ASCENT_OPTIONS, FORMER, GENERAL_OPTIONS, MIX_OPTIONS, PATH_OPTIONS
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_what_is_exported():
     assert set(functional_sam.__all__) == {"METHODS", "SharpnessAware", "UserError"}

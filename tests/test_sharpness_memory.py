@@ -8,8 +8,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from functional_sam import METHODS, SharpnessAware, head
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Largest(TorchDispatchMode):
     """Number of elements of the largest tensor that any operation returned."""

@@ -14,8 +14,6 @@ from functional_sam.sharpness import cost
 from functional_sam.sharpness.methods import table
 from functional_sam.sharpness.options import ASCENT_OPTIONS
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # ---------------------------------------------------------------------- the grid
 
 ASCENTS = [

@@ -10,7 +10,7 @@ from test_sharpness_oracle import close, norm, oracle, theta_of
 
 from functional_sam import SharpnessAware, UserError
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def steps(model, optimizer, number=2):

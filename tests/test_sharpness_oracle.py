@@ -8,8 +8,6 @@ from conftest import TinyModel, make_batch, make_model
 from torch.func import functional_call, grad, jvp, vjp
 from torch.nn import functional as F
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def norm(x):
     return math.sqrt(sum(float((value * value).sum().detach()) for value in x.values()))

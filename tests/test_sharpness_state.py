@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from functional_sam import METHODS, SharpnessAware
 from functional_sam.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = pytest.mark.parametrize("kind", [TinyModel, TinyReadout])
 ALL = pytest.mark.parametrize("method", METHODS)
 PERTURBED = [name for name in METHODS if METHODS[name].path != "plain"]

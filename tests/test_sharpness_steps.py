@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from functional_sam import METHODS, SharpnessAware
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = pytest.mark.parametrize("kind", [TinyModel, TinyReadout])
 ALL = pytest.mark.parametrize("method", METHODS)
 PERTURBED = [name for name in METHODS if METHODS[name].path != "plain"]

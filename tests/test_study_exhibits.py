@@ -7,8 +7,9 @@ import pytest
 from made_up import MadeUp, bowl
 
 from functional_sam.exhibits import draw_plan, module_of, planned
-from functional_sam.exhibits.figure_3 import path_alone
+from functional_sam.exhibits.figure_3 import judged_paths, path_alone
 from functional_sam.exhibits.output import write
+from functional_sam.exhibits.spec import load_spec
 from functional_sam.study.compare import Verdict
 from functional_sam.study.design import load_study
 from functional_sam.study.tune import plan_cell
@@ -58,23 +59,20 @@ def test_every_cell_is_drawn(name, complete, tmp_path):
 @pytest.mark.parametrize("name", EXHIBITS)
 def test_what_is_not_complete_is_named_and_the_rest_drawn(name, complete):
     study = load_study("language", "quick")
-    cells = study.part(*planned(name, "quick", source=complete).spec.parts)
+    cells = study.part(*load_spec(name, "quick").parts)
+    runs = {cell.name: {config.name for config in plan_cell(study, cell, complete).configs} for cell in cells}
+
+    def of_others(cell):
+        return set().union(*(names for other, names in runs.items() if other != cell))
+
+    last = next(cell for cell in reversed(runs) if runs[cell] - of_others(cell))  # with runs of its own
     source = MadeUp(complete.loss)
-    source.records = {
-        key: value
-        for key, value in complete.records.items()
-        if key not in {c.name for c in plan_cell(study, cells[-1], complete).configs}
-    }
-    for cell in cells[:-1]:
-        source.do(plan_cell(study, cell, complete).configs)
+    source.records = {key: value for key, value in complete.records.items() if key not in runs[last] - of_others(last)}
     plan = planned(name, "quick", source=source)
-    last = {c.name for c in plan_cell(study, cells[-1], complete).configs}
-    others = {c.name for cell in cells[:-1] for c in plan_cell(study, cell, complete).configs}
-    if last <= others or len(cells) == 1:  # all its runs are another cell's too
-        assert len(cells) > 1 or not plan.drawable
-        return
-    assert cells[-1].name not in {one.cell.name for one in plan.content}
-    assert cells[-1].name in module_of(name).draw(plan).caption
+    assert plan.drawable == (len(cells) > 1)
+    assert {one.cell.name for one in plan.content} == set(runs) - {last}
+    if plan.drawable:
+        assert last in module_of(name).draw(plan).caption
 
 
 def test_divergence_is_marked_and_counted(complete):
@@ -96,7 +94,7 @@ def test_the_path_alone_at_equal_rho_and_at_equal_dose():
                 dose = slope * rho
                 test = 2 * math.log(dose) + more + 0.001 * math.sin(seed + 3 * rho)
                 rows.append({"cell": "c", "entry": entry, "rho": rho, "seed": seed, "dose": dose, "test": test})
-    found = pd.DataFrame(path_alone(pd.DataFrame(rows), 0.005))
+    found = judged_paths(path_alone(pd.DataFrame(rows)), 0.005)
     equal_rho = found[found.at_equal == "rho"]
     assert list(equal_rho.rho) == [0.01, 0.1, 1.0]
     assert list(equal_rho.difference) == pytest.approx([1 - 2 * math.log(4)] * 3, abs=0.01)
@@ -107,7 +105,8 @@ def test_the_path_alone_at_equal_rho_and_at_equal_dose():
 
 
 def test_equal_compute_pairs_with_the_baseline_that_takes_as_long(complete):
-    data = drawn("table-8", complete).frames["compute"].set_index("entry")
+    data = drawn("table-8", complete).frame
+    data = data[data.part == "equal compute"].set_index("entry")
     assert data.matched["looksam"] == "adamw-looksam"
     assert data.matched["sam"] == "adamw-double"
     assert data.times["momentum-functional-sam"] == 1.29

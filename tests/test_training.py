@@ -22,14 +22,6 @@ from functional_sam.training.schedule import learning_rate
 from functional_sam.training.speed import work_of
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    """Real text, prepared once for this file."""
-    from pathlib import Path
-
-    return Path(".cache") if Path(".cache").is_dir() else tmp_path_factory.mktemp("cache")
-
-
 def tiny(cache, runs, method="sam", task="language", **overrides):
     size = ["model.width=16", "model.depth=1", "model.length=32", "training.steps=12", "training.batch=4", "training.micro_batch=2"]
     size += ["training.eval_rows=8", "training.eval_batch=8", "training.eval_every=5", "measure.points=3", "measure.rows=4"]

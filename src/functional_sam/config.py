@@ -3,6 +3,7 @@
 compose() = defaults <- tasks/TASK.yaml <- scales/SCALE.yaml (its section for the task) <- method <- exhibit <- overrides.
 """
 
+import copy
 import dataclasses
 import difflib
 import functools
@@ -206,10 +207,16 @@ def read_yaml(folder: str, name: str) -> dict[str, Any]:
     path = configs_directory() / folder / f"{name}.yaml"
     if not path.is_file():
         raise nearest(folder.rstrip("s"), name, (file.stem for file in path.parent.glob("*.yaml")))
-    content: Any = OmegaConf.to_container(OmegaConf.load(path)) or {}
+    content: Any = copy.deepcopy(_parsed(path, path.stat().st_mtime_ns, path.stat().st_size)) or {}
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a mapping, found a {type(content).__name__}")
     return dict(content)
+
+
+@functools.lru_cache(maxsize=64)
+def _parsed(path: Path, changed: int, size: int) -> Any:
+    """What a YAML file holds, read once: to parse one takes milliseconds, and a study composes hundreds of configs."""
+    return OmegaConf.to_container(OmegaConf.load(path))
 
 
 def compose(

@@ -25,9 +25,9 @@ def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
     return Plan(spec, todo(planned), shown, source, bool(shown), unique(config for one in shown for config in one.configs))
 
 
-def label(name: str, own: str = "") -> str:
-    """An entry as readers know it."""
-    return own or style.METHOD_LABEL.get(name, name)
+def label(name: str, own: object = "") -> str:
+    """An entry as readers know it; own: its label in the study, if any (nan where a CSV was read)."""
+    return own if isinstance(own, str) and own else style.METHOD_LABEL.get(name, name)
 
 
 def place(row: Any) -> str:
@@ -115,7 +115,7 @@ def seen(data: pd.DataFrame, other: str = "baseline") -> str:
         return ""
     low, high = open_[f"detectable_{other}"].min(), open_[f"detectable_{other}"].max()
     sizes = " to ".join(dict.fromkeys(markdown.significant(size, 2) for size in (low, high)))
-    return f" Where inconclusive, an effect of {sizes} would have been seen in 4 of 5 cases."
+    return f" Where inconclusive, an effect of {sizes} would have been seen in 4 of 5 cases by a single test."
 
 
 def setting(plan: Plan, data: pd.DataFrame) -> str:

@@ -26,7 +26,7 @@ def draw(plan: Plan) -> Exhibit:
     seeds = by_seed(plan.content, plan.source)
     margin = plan.content[0].study.margin
     data = judge(frame(plan.content, plan.source), margin)
-    paths = pd.DataFrame([row for _, part in seeds.groupby("cell", sort=False) for row in path_alone(part, margin)])
+    paths = judged_paths([row for _, part in seeds.groupby("cell", sort=False) for row in path_alone(part)], margin)
     style.use()
     cells = list(dict.fromkeys(seeds.cell))
     figure, axes = plt.subplots(len(cells), 2, figsize=(style.PAGE, 2.2 * len(cells) + 0.4), squeeze=False, sharey="row")
@@ -78,7 +78,7 @@ def _panel(axis: Axes, part: pd.DataFrame, x: str) -> None:
     axis.set_xscale("log")
 
 
-def path_alone(part: pd.DataFrame, margin: float) -> list[dict[str, Any]]:
+def path_alone(part: pd.DataFrame) -> list[dict[str, Any]]:
     """The functional path minus the plain one, same ascent: at equal rho, and at equal dose (log-linear between radii)."""
     rows: list[dict[str, Any]] = []
     for name, other in PAIRS:
@@ -99,10 +99,13 @@ def path_alone(part: pd.DataFrame, margin: float) -> list[dict[str, Any]]:
                         "dose": at.dose.mean(),
                     }
                     rows.append(row | {"n": found.n, "difference": found.mean, "stderr": found.stderr})
-    found_all = [Estimate(row["difference"], row["stderr"], row["n"]) for row in rows]
-    for row, word in zip(rows, judged(found_all, margin=margin), strict=True):
-        row["verdict"] = str(word)
     return rows
+
+
+def judged_paths(rows: list[dict[str, Any]], margin: float) -> pd.DataFrame:
+    """The rows of every cell with their verdicts, one family."""
+    words = judged([Estimate(row["difference"], row["stderr"], row["n"]) for row in rows], margin=margin)
+    return pd.DataFrame([row | {"verdict": str(word)} for row, word in zip(rows, words, strict=True)])
 
 
 def _at_dose(theirs: pd.DataFrame, row: Any) -> float:

@@ -10,7 +10,7 @@ from functional_sam.exhibits import style
 from functional_sam.exhibits.comparison import label, left_out, of_part, plan, setting
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
-from functional_sam.exhibits.table_8 import equal_compute
+from functional_sam.exhibits.table_8 import equal_compute, same_setting
 from functional_sam.records.released import results_directory
 from functional_sam.study.compare import Estimate
 from functional_sam.study.report import difference, frame, judge
@@ -75,16 +75,17 @@ def forest(plan: Plan, margin: float) -> pd.DataFrame:
     """One row a method: differences at equal steps and at equal compute, verdicts of each (Holm over the rows), time of a step."""
     times = pd.read_csv(results_directory() / "benchmark" / "time.csv")
     times = times[times.case == CASE].set_index("method")
-    compute = equal_compute(plan.content, plan.source, margin)
-    compute = compute.set_index("entry") if len(compute) else compute
-    cells = [one for one in of_part(plan.content, "compute", "fixed", "variants") if one.cell.task == plan.content[-1].cell.task]
-    batch = min(next(iter(one.reported.values()))[0].training.batch for one in cells)
-    cells = [one for one in cells if next(iter(one.reported.values()))[0].training.batch == batch]
+    cells = of_part(plan.content, "compute", "fixed", "variants")
+    alone = of_part(plan.content, "compute") or cells[:1]  # the setting that the others are compared in
+    cells = [one for one in cells if one.cell.part == "variants" or one in alone or same_setting(one, alone[0])]
+    compute = (
+        judge(equal_compute(plan.content, plan.source), margin).set_index("entry") if alone[0].cell.part == "compute" else None
+    )
     equal = judge(frame(cells, plan.source), margin)
     rows: list[dict[str, Any]] = []
     for row in equal[~equal.method.isin(["adamw"])].itertuples():
         found = difference(row)
-        own = compute.loc[row.entry] if len(compute) and row.entry in compute.index else None
+        own = compute.loc[row.entry] if compute is not None and row.entry in compute.index else None
         timed = TIMED_AS.get(str(row.entry), str(row.entry))
         rows.append(
             {
@@ -95,9 +96,9 @@ def forest(plan: Plan, margin: float) -> pd.DataFrame:
                 "equal_steps": found.mean,
                 "equal_steps_stderr": found.stderr,
                 "verdict": row.verdict_baseline,
-                "equal_compute": math.nan if own is None else own.minus_matched,
-                "equal_compute_stderr": math.nan if own is None else own.minus_matched_stderr,
-                "verdict_compute": "" if own is None else own.verdict,
+                "equal_compute": math.nan if own is None else own.minus_baseline,
+                "equal_compute_stderr": math.nan if own is None else own.minus_baseline_stderr,
+                "verdict_compute": "" if own is None else own.verdict_baseline,
                 "cost": float(times.ratio[timed]) if timed in times.index else math.nan,
             }
         )

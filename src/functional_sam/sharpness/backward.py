@@ -18,6 +18,7 @@ from functional_sam.sharpness.passes import Batch, Kept, LossFn, Passes
 from functional_sam.sharpness.path import PATHS
 from functional_sam.sharpness.perturbation import AT_THETA, Perturbation, Rho, Step
 from functional_sam.sharpness.steps import StepsSeen
+from functional_sam.sharpness.trial import trial
 from functional_sam.vectors import norm
 from functional_sam.weights import buffers_saved, reshard
 
@@ -108,6 +109,14 @@ class SharpnessAware:
         if g is not None:
             self.dose = dose_of(self.model, g, self._mix.beside() if self._mix is not None else {})
         return loss
+
+    def check(self, batches: Sequence[Batch]) -> None:
+        """Try the set-up on these micro-batches and undo it; call it once, before training. Costs three to four steps.
+
+        Raises UserError, with what is wrong, unless two passes at the same weights agree, rho -> 0 gives the plain gradient, and a
+        step of `backward` leaves the weights bit for bit and the optimizer alone. Under DDP and FSDP2 all ranks call it.
+        """
+        trial(self, batches)
 
     def reshard(self) -> None:
         """Drop the whole parameters that FSDP2 still holds after a forward of the caller's own (an evaluation)."""

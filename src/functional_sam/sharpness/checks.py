@@ -67,7 +67,7 @@ def require_known_wrappers(model: torch.nn.Module) -> None:
         if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag) and module.sparse:
             raise UserError(f"{type(module).__name__}(sparse=True): sparse gradients are not supported, use sparse=False")
     for name, p in model.named_parameters():
-        if hasattr(p, "ds_id") or "FlatParameter" in type(p).__name__:
+        if hasattr(p, "ds_id") or hasattr(p, "_is_flat_param"):
             raise UserError(f"parameter {name} belongs to DeepSpeed or FSDP1: use DistributedDataParallel or fully_shard (FSDP2)")
 
 

@@ -48,6 +48,7 @@ class Perturbation:
         self.model, self.optimizer, self.method, self.rho, self.options = model, optimizer, method, rho, options
         self.chosen = chosen(model, options["subset"])
         self.steps = 0
+        self.fixed: float | None = None  # in the place of every radius (a trial)
         self.where = AT_THETA
         self._theta: dict[Tensor, Tensor] = {}  # memory of the copies, kept from step to step
 
@@ -68,7 +69,7 @@ class Perturbation:
             elif options["rho_schedule"] == "lr":
                 fraction = (group["lr"] - options["lr_min"]) / (options["lr_max"] - options["lr_min"])
                 rho = options["rho_min"] + (rho - options["rho_min"]) * min(max(fraction, 0.0), 1.0)
-            result[p] = rho
+            result[p] = rho if self.fixed is None else self.fixed
         return result
 
     def ascend(self, step: Step, grads: list[Tensor], together: bool) -> None:

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from functional_sam.config import Config, compose, nearest, read_yaml, validated
 from functional_sam.errors import UserError
+from functional_sam.sharpness.methods import METHODS
 from functional_sam.tasks import TASKS
 
 LR, RHO = "optimizer.lr", "method.rho"
@@ -30,7 +31,7 @@ class Entry:
     grid: dict[str, list[float]] = field(default_factory=dict)  # key -> values beside the learning rate; all combinations are tried
     rho_scale: float = 1.0  # unit of its radius in that of the grid: a cell's grid of rho is multiplied by it
     steps: float = 1.0  # times those of the cell: AdamW with the time of another method
-    matched: str = "adamw-double"  # the entry that takes as much time: the baseline with more steps
+    matched: str = ""  # the entry that takes as much time: the baseline with more steps
 
 
 @dataclass
@@ -156,7 +157,7 @@ def tuning_seeds(study: Study, cell: Cell) -> list[int]:
 
 def has_radius(study: Study, name: str) -> bool:
     """Whether an entry's method perturbs the weights."""
-    return (study.entries[name].method or name) not in ("adamw", "plain")
+    return METHODS[study.entries[name].method or name].ascent is not None
 
 
 def tuned(study: Study, cell: Cell, name: str) -> bool:

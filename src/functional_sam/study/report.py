@@ -3,30 +3,18 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import pandas as pd
 
 from functional_sam.config import Config, RuntimeConfig
 from functional_sam.errors import UserError
+from functional_sam.records import Source
 from functional_sam.sharpness.methods import cost
 from functional_sam.study.compare import Estimate, Verdict, estimate, judged, paired_difference
 from functional_sam.study.design import LR, RHO, Trial, has_radius
 from functional_sam.study.tune import Planned, score
 from functional_sam.tasks import TASKS
-
-
-class Source(Protocol):
-    """Records of runs, as functional_sam.records has them."""
-
-    def done(self, config: Config) -> bool: ...
-
-    def summary(self, config: Config) -> dict[str, Any]: ...
-
-    def read(self, config: Config, name: str) -> dict[str, Any]: ...
-
-    def metrics(self, config: Config, kind: str | None = None) -> list[dict[str, Any]]: ...
-
 
 # Of curvature.json: column -> where in it. delta_func and delta_logit are those of the gradient ascent.
 DIAGNOSIS = {

@@ -8,22 +8,12 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 from functional_sam.config import Config
+from functional_sam.records import Source
 from functional_sam.study.compare import paired_difference
 from functional_sam.study.design import LR, Cell, Study, Trial, make, rounded, trials, tuned, tuning_seeds
 from functional_sam.tasks import TASKS
-
-
-class Source(Protocol):
-    """Records of runs, as functional_sam.records has them."""
-
-    def done(self, config: Config) -> bool: ...
-
-    def summary(self, config: Config) -> dict[str, Any]: ...
-
-    def metrics(self, config: Config, kind: str | None = None) -> list[dict[str, Any]]: ...
 
 
 @dataclass(frozen=True)

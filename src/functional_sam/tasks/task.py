@@ -3,6 +3,7 @@
 A new task is a subclass of Task in a file here, a row of TASKS, its data in data/, and a YAML in configs/tasks.
 """
 
+import abc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ class Prepared(Protocol):
     sha256: str
 
 
-class Task:
+class Task(abc.ABC):
     """What the rest of the house asks of a task. The class methods need no data, so that plans and tables can ask them."""
 
     metric: ClassVar[Metric]
@@ -55,28 +56,29 @@ class Task:
     # ------------------------------------------------------------------ facts of a config
 
     @classmethod
+    @abc.abstractmethod
     def check(cls, config: Config) -> None:
         """Raise UserError for settings that only the task knows to be wrong."""
 
     @classmethod
+    @abc.abstractmethod
     def prepare(cls, config: Config, progress: Progress | None = None, processes: int = 0, watch: Watch | None = None) -> Prepared:
         """The data of a config, made once under runtime.cache; processes (0: one a core) and watch are for what comes in shards."""
-        raise NotImplementedError
 
     @classmethod
+    @abc.abstractmethod
     def data_directory(cls, config: Config) -> Path:
         """Where `prepare` keeps the data, whether it is there or not."""
-        raise NotImplementedError
 
     @classmethod
+    @abc.abstractmethod
     def data_name(cls, config: Config) -> str:
         """The data, for captions."""
-        raise NotImplementedError
 
     @classmethod
+    @abc.abstractmethod
     def model_name(cls, config: Config) -> str:
         """The sort of model, for captions."""
-        raise NotImplementedError
 
     @classmethod
     def units(cls, config: Config) -> int:
@@ -84,9 +86,9 @@ class Task:
         return 1
 
     @classmethod
+    @abc.abstractmethod
     def shape(cls, config: Config) -> Shape | ConvShape:
         """The sizes of the model, from which its cost is planned."""
-        raise NotImplementedError
 
     @classmethod
     def size(cls, config: Config) -> int:
@@ -95,9 +97,9 @@ class Task:
 
     # ------------------------------------------------------------------ model and data
 
+    @abc.abstractmethod
     def model(self) -> torch.nn.Module:
         """The model at its initial weights (training.init_seed)."""
-        raise NotImplementedError
 
     @property
     def loss_fn(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -116,17 +118,17 @@ class Task:
         others = [p for p in parameters if p.ndim < 2]
         return [{"params": [p for p in parameters if p.ndim >= 2]}, {"params": others, "weight_decay": 0.0}]
 
+    @abc.abstractmethod
     def rows(self, step: int) -> Batch:
         """All rows of a step (0-based): a function of step and training.data_seed alone."""
-        raise NotImplementedError
 
     def batch(self, step: int) -> Batches:
         """The step's micro-batches."""
         return split(self.rows(step), self.config.micro_batch)
 
+    @abc.abstractmethod
     def held_out(self, split: str, size: int, rows: int | None) -> Iterable[tuple[Any, ...]]:
         """(inputs, targets, what else an evaluation needs) of `size` rows, over the first `rows` rows (none: all) of a split."""
-        raise NotImplementedError
 
     def measured(self) -> Batches:
         """The fixed held-out rows on which curvature is measured."""
@@ -138,9 +140,9 @@ class Task:
         training = self.config.training
         return self.held_out(split, training.eval_batch, training.test_rows if split == "test" else training.eval_rows)
 
+    @abc.abstractmethod
     def evaluate(self, model: torch.nn.Module, split: str) -> dict[str, float]:
         """On "validation" or "test": "loss", the metric, and how many units they are means of; without autocast.
 
         Called in every process of a training, and the same in all (tasks.ranks.totals).
         """
-        raise NotImplementedError

@@ -1,0 +1,77 @@
+"""One trial of a set-up: what a training run would never say is wrong, asked of one step and then undone."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functional_sam.errors import UserError
+from functional_sam.sharpness.dose import dose_of, plain_gradient
+from functional_sam.sharpness.passes import Batch
+from functional_sam.weights import buffers_saved
+
+TOLERANCE = 1e-3  # of the gradient's norm: far above rounding (also of bf16, which repeats itself), far below another dropout mask
+TINY = 1e-300  # a radius that moves no weight
+
+
+def trial(sharpness: Any, batches: Sequence[Batch]) -> None:
+    """Raise UserError unless passes repeat themselves, rho -> 0 gives g, and a step leaves the weights; changes nothing.
+
+    sharpness: a SharpnessAware.
+    """
+    passes, perturbation, model = sharpness._passes, sharpness._perturbation, sharpness.model
+    theta = {name: p.detach().clone() for name, p in model.named_parameters()}
+    state, rng, restore_buffers = copy.deepcopy(sharpness.state_dict()), passes.random_state(), buffers_saved(model)
+    stepped = sharpness._seen.steps
+
+    def undo() -> None:
+        restore_buffers()
+        passes.set_random_state(rng)
+        for p in model.parameters():
+            p.grad = None
+
+    try:
+        undo()
+        g, again = (plain_gradient(passes, batches) for _ in range(2))
+        off = _distance(model, again, g, {})
+        if off > TOLERANCE:
+            raise UserError(
+                f"two plain gradients at the same weights differ by {off:.1%}: forward or loss_fn is no function of its inputs and "
+                "of the global generators (torch, numpy.random, random). A generator of its own, or a state that it changes, "
+                "makes pass 2 another function than pass 1"
+            )
+        perturbation.steps, perturbation.fixed = 0, TINY
+        sharpness.backward(batches)
+        beside = sharpness._mix.beside() if sharpness._mix is not None else {}
+        off = _distance(model, {p: p.grad for p in model.parameters() if p.grad is not None}, g, beside)
+        if off > TOLERANCE:
+            raise UserError(
+                f"with rho -> 0 the method's gradient is {off:.1%} off the plain one: pass 2 sees another function than pass 1 "
+                "at equal weights, for a buffer that forward both reads and changes (a counter, spectral norm)"
+            )
+        undo()
+        perturbation.steps, perturbation.fixed = 0, None
+        sharpness.backward(batches)
+        moved = [name for name, p in model.named_parameters() if not torch.equal(_local(p.detach()), _local(theta[name]))]
+        if moved:
+            raise UserError(f"backward left {moved[0]} changed: something else writes to the weights during a step")
+        if sharpness._seen.steps != stepped:
+            raise UserError("the optimizer stepped inside of backward: let it step once after each")
+    finally:
+        perturbation.fixed = None
+        undo()
+        sharpness.load_state_dict(state)
+
+
+def _distance(model: torch.nn.Module, there: dict[Tensor, Tensor], g: dict[Tensor, Tensor], beside: dict[Tensor, Tensor]) -> float:
+    """|there + beside - g| / |g|."""
+    for p in model.parameters():
+        p.grad = there.get(p)
+    return dose_of(model, {p: value.clone() for p, value in g.items()}, beside)
+
+
+def _local(tensor: Any) -> Tensor:
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local

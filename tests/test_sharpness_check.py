@@ -1,0 +1,85 @@
+"""sharpness.check(batches): silent where all is well, and nothing changed by it; it says what is wrong where it is not."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import TinyModel, TinyReadout, adamw, gradients, make_batch, make_model, parts_of, warmed_up
+from test_sharpness_dose import Normalized
+from test_sharpness_oracle import close, theta_of
+
+from functional_sam import METHODS, SharpnessAware, UserError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("kind", [TinyModel, TinyReadout, Normalized])
+@pytest.mark.parametrize("method", METHODS)
+def test_it_changes_nothing(method, kind):
+    """Training goes on as if it had not been asked, bit for bit: dropout, BatchNorm, state of looksam, tram, wsam."""
+    results = []
+    for asked in (False, True):
+        model = make_model(kind, dtype=torch.float32, dropout=0.3)
+        optimizer = adamw(model)
+        sharpness = SharpnessAware(model, optimizer, method, rho=0.2, **({"every": 3} if method == "looksam" else {}))
+        torch.manual_seed(4)
+        for step in range(4):
+            if asked:
+                assert sharpness.check(parts_of(make_batch(6, seed=20), [2])) is None
+                assert sharpness.steps == step
+                assert not gradients(model)
+            sharpness.backward(parts_of(make_batch(6, seed=step), [2]))
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append({**theta_of(model), **{n: b.clone() for n, b in model.named_buffers()}})
+    close(results[1], results[0], 0)
+
+
+def test_a_generator_of_the_models_own():
+    class Own(TinyModel):
+        def forward(self, tokens):
+            self.generator = getattr(self, "generator", np.random.default_rng(0))
+            return super().forward(tokens) * self.generator.uniform(0.5, 1.5)
+
+    model = make_model(Own)
+    with pytest.raises(UserError, match=r"two plain gradients at the same weights differ by .*%"):
+        SharpnessAware(model, adamw(model), "functional-sam").check([make_batch()])
+
+
+def test_a_buffer_that_forward_reads_and_changes():
+    class Counts(TinyModel):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, tokens):
+            self.calls += 1
+            return super().forward(tokens) * self.calls
+
+    model = make_model(Counts)
+    with pytest.raises(UserError, match=r"with rho -> 0 .* a buffer that forward both reads and changes"):
+        SharpnessAware(model, adamw(model), "sam").check([make_batch()])
+
+
+def test_weights_that_something_else_writes_to():
+    class Writes(TinyModel):
+        def forward(self, tokens):
+            self.down.weight.data.add_(1e-3)
+            return super().forward(tokens)
+
+    model = make_model(Writes)
+    with pytest.raises(UserError, match=r"left down.weight changed|differ by|with rho"):
+        SharpnessAware(model, adamw(model), "sam").check([make_batch()])
+
+
+def test_after_an_error_the_set_up_is_as_it_was():
+    model = make_model()
+    optimizer = warmed_up(model)
+    sharpness = SharpnessAware(model, optimizer, "sam", rho=0.3)
+    inputs, targets = make_batch()
+    with pytest.raises(UserError, match="no valid target"):
+        sharpness.check([(inputs, torch.full_like(targets, -100))])
+    sharpness.backward([make_batch()])
+    found = gradients(model)
+    model.zero_grad()
+    SharpnessAware(model, optimizer, "sam", rho=0.3).backward([make_batch()])
+    close(gradients(model), found, 0)
