@@ -85,7 +85,10 @@ def lines(axis: Axes, part: pd.DataFrame, gain: bool) -> None:
 
 
 def what_is_kept(planned: Sequence[Planned], source: Source) -> pd.DataFrame:
-    """A row a cell, checkpoint and half: its gain over AdamW by that of the whole, with the 95 % interval of the ratio."""
+    """A row a cell, checkpoint and half: its gain over AdamW by that of the whole, with the 95 % interval of the ratio.
+
+    The interval is nan where the gain of the whole is not told from zero, all is nan where it is a loss.
+    """
     rows = []
     for one in planned:
         config = one.configs[0]
@@ -96,7 +99,8 @@ def what_is_kept(planned: Sequence[Planned], source: Source) -> pd.DataFrame:
             gains = {name: [b - a for a, b in zip(own, base, strict=True)] for name, own in losses.items()}
             for half in HALVES:
                 if half in gains and WHOLE[half] in gains:
-                    mean, low, high = ratio(gains[half], gains[WHOLE[half]])
+                    whole = gains[WHOLE[half]]
+                    mean, low, high = ratio(gains[half], whole) if sum(whole) > 0 else [math.nan] * 3
                     rows.append(
                         {
                             "cell": one.cell.name,
@@ -129,7 +133,9 @@ def _finding(data: pd.DataFrame, kept: pd.DataFrame) -> str:
         for row in noisy.itertuples()
         if math.isfinite(row.low)
     ]
-    return f"{finding} Of SAM's gain at the best checkpoint is kept by {', '.join(words)}." if words else finding
+    if not words:
+        return f"{finding} SAM's gain at the best checkpoint is not told from zero, so it cannot be said what is kept of it."
+    return f"{finding} Of SAM's gain at the best checkpoint is kept by {', '.join(words)}."
 
 
 def _share(data: pd.DataFrame) -> str:

@@ -34,11 +34,10 @@ def draw(plan: Plan) -> Exhibit:
 
 def rows(data: pd.DataFrame) -> str:
     """The table; accuracy and differences in per cent, loss in nats per image."""
-    columns = ["model", "method", "lr", "rho", "weight decay", "n", "accuracy (%)", "loss (nats)", "minus AdamW, verdict"]
-    columns.append("minus AdamW for twice the epochs, verdict")
+    columns = ["model", "method", "lr", "rho", "weight decay", "accuracy (%)", "loss (nats)"]
+    columns += ["minus AdamW, verdict", "minus AdamW for twice the epochs, verdict"]
     lines = []
     for row in data.itertuples():
-        n = f"{row.n}" + (f" ({row.diverged} diverged)" if row.diverged else "")
         rho = "" if math.isnan(row.rho) else f"{row.rho:g}{edge(row, 'rho')}"
         loss = markdown.interval(row.test_loss, Estimate(row.test_loss, row.test_loss_stderr, row.n).half_width, 3)
         cells = [
@@ -47,8 +46,7 @@ def rows(data: pd.DataFrame) -> str:
             f"{row.lr:g}{edge(row, 'lr')}",
             rho,
             f"{row.weight_decay:g}",
-            n,
-            percent(row),
+            percent(row) + (f" ({row.diverged} of {row.n} diverged)" if row.diverged else ""),
         ]
         lines.append([*cells, loss, points(row, "baseline"), points(row, "longer")])
     return markdown.table(columns, lines, text=["method", *columns[-2:]])

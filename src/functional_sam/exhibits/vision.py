@@ -18,9 +18,7 @@ from functional_sam.study.tune import Planned
 from functional_sam.tasks import TASKS
 
 POINTS = 100  # of accuracy, in 1
-LONGER = {
-    "longer": ("adamw-double", "sgd-double")
-}  # column -> the entry that a row is compared with besides, the first that is there
+LONGER = {"longer": ("adamw-double", "sgd-double")}  # column -> what a row is compared with besides: the first that is there
 
 
 def accuracies(planned: Sequence[Planned], source: Source, best: bool = True) -> pd.DataFrame:

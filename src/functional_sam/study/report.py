@@ -24,6 +24,7 @@ DIAGNOSIS = {
     "top_hessian": ("geometries", "plain", "hessian", "top", "value"),
     "entropy": ("logits", "entropy"),
 }
+SAM: Mapping[str, Sequence[str]] = {"sam": ("sam",)}  # what most studies compare with beside the baseline
 
 
 def check(planned: Sequence[Planned], source: Source) -> None:
@@ -66,9 +67,6 @@ def _differing(a: Config, b: Config) -> set[str]:
         elif values != second[section]:
             found.add(section)
     return found - {"measure.curvature"}
-
-
-SAM: Mapping[str, Sequence[str]] = {"sam": ("sam",)}
 
 
 def frame(planned: Sequence[Planned], source: Source, others: Mapping[str, Sequence[str]] = SAM) -> pd.DataFrame:
