@@ -7,10 +7,14 @@ import re
 import numpy as np
 import pytest
 from made_up import MadeUp
+from rich.console import Console
 from scipy import stats
 
+from functional_sam.cli import main
 from functional_sam.exhibits import draw_plan, planned
+from functional_sam.exhibits.figure_10 import what_is_kept
 from functional_sam.exhibits.output import write
+from functional_sam.jobs.launch import submit
 from functional_sam.study import design
 from functional_sam.study.compare import Verdict, ratio
 from functional_sam.study.design import LR, RHO, load_study, make, trials
@@ -120,6 +124,28 @@ def test_paper_scale_has_the_published_settings():
         assert config.training.steps * config.training.batch / 1_268_355 == pytest.approx(300, rel=0.01)
 
 
+def test_paper_scale_is_planned_and_submitted_in_one_stage(tmp_path, monkeypatch, capsys):
+    """Its learning rate is given, so every trial is known at once: 3 of each of 9, 9 and 7 entries."""
+    profile = tmp_path / "profile.yaml"
+    profile.write_text("time: 2-00:00:00\npartition: gpu\ngpus_per_node: 8\ncpus_per_task: 10\n")
+    monkeypatch.setenv("PATH", str(tmp_path))  # no SLURM here
+    submit("table-5", "paper", str(profile), [f"runtime.runs={tmp_path}/runs"], True, Console(width=80))
+    first, second = capsys.readouterr().out.split("# ---- after them")
+    assert {"#SBATCH --array=0-74%75", "#SBATCH --gpus-per-node=8", "#SBATCH --ntasks-per-node=8"} <= set(first.splitlines())
+    assert "#SBATCH --dependency=afterok:ARRAY" in second
+    assert not (tmp_path / "runs").exists()
+    monkeypatch.setenv("COLUMNS", "300")
+    assert main(["estimate", "table-5", "--gpu", "a100-80"]) == 0
+    cells = [[cell.strip() for cell in line.split("│")] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    hours = {(row[1].rpartition(" x ")[0], row[4]): float(row[-2]) for row in cells if row[4] and row[-2]}
+    plain, doubled, sharp = (
+        hours[f"vision-vit-s-16 {name}", f"{images} B images"]
+        for name, images in (("adamw", 0.38), ("adamw", 0.76), ("gsam", 0.38))
+    )
+    assert [doubled / plain, sharp / plain] == pytest.approx([2, 2], rel=0.01)
+    assert {name for name, _ in hours} >= {"vision-vit-s-32 gsam", "vision-resnet-50 gsam"}
+
+
 def test_ratio_is_fiellers():
     """Its ends are where a t test of a - r b gives p = 5 %; where the denominator is not told from zero there is no interval."""
     draw = np.random.default_rng(0)
@@ -159,6 +185,16 @@ def test_figure_10_says_what_the_records_say(complete):
     assert math.isnan(kept.low["best", 0.0, "functional-sam"])  # without noise there is no gain to keep
     assert re.search(r"kept by Functional-SAM (5\d|6\d) % \(", exhibit.caption)
     assert exhibit.headline.startswith("points over AdamW at 40 % label noise: SAM +4.0")
+
+
+def test_nothing_is_kept_of_a_loss(study, complete):
+    """Where SAM is worse than AdamW, a ratio of the two would be large and mean nothing."""
+    worse = MadeUpAccuracies(lambda c: error(c) + (0.2 if c.method.name == "sam" else 0.0))
+    worse.records = complete.records
+    kept = what_is_kept([plan_cell(study, study.cells["noise-40"], complete)], worse).set_index(["checkpoint", "half"])
+    assert math.isnan(kept.kept["best", "functional-sam"])
+    assert math.isnan(kept.low["best", "logit-sam"])
+    assert kept.kept["best", "precond-functional-sam"] == pytest.approx(7 / 8, abs=0.05)
 
 
 def test_table_5_compares_with_twice_the_epochs_apart(complete):
