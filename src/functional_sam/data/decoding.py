@@ -57,7 +57,7 @@ def inception_box(width: int, height: int, draw: np.random.RandomState) -> Box:
     """
     for _ in range(TRIES):
         area = draw.uniform(*AREA) * width * height
-        aspect = math.exp(draw.uniform(*map(math.log, ASPECT)))
+        aspect = math.exp(draw.uniform(*map(math.log, ASPECT)))  # type: ignore[call-overload]  # how many it unpacks is not seen
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             left, top = draw.randint(width - w + 1), draw.randint(height - h + 1)
@@ -139,7 +139,7 @@ class Ahead:
         loader = DataLoader(
             crops,
             batch_size=None,
-            sampler=keys,  # type: ignore[arg-type]  # any iterable, says its documentation
+            sampler=keys,  # any iterable, says its documentation
             num_workers=self.workers,
             prefetch_factor=-(-parts // self.workers),
             multiprocessing_context="forkserver",  # not fork: torch and arrow have threads by now
