@@ -217,13 +217,13 @@ def test_paths_on_a_convnet_are_those_of_their_definitions(method, norm):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vit-s-32", "vit-s-16", "resnet-50"])
-def test_one_real_step_of_each_published_model(name, source, tmp_path):  # noqa: F811
+@pytest.mark.parametrize(("name", "lr"), [("vit-s-32", 1e-3), ("vit-s-16", 1e-3), ("resnet-50", 1e-4)])
+def test_one_real_step_of_each_published_model(name, lr, source, tmp_path):  # noqa: F811
     """GSAM as published, on inception crops of encoded images in ImageNet's layout; but for rows, rate and float32.
 
     The loss of 1,000 classes untrained, and after the step a lower one on the same crops.
     """
-    small = ("training.batch=4", "training.micro_batch=2", "training.precision=float32", "optimizer.lr=0.001")
+    small = ("training.batch=4", "training.micro_batch=2", "training.precision=float32", f"optimizer.lr={lr}")
     study = load_study("vision", "paper", (*small, f"runtime.data={source}", f"runtime.cache={tmp_path}", "runtime.workers=0"))
     config = make(study, study.cells[name], "gsam", Trial(((RHO, 0.6),)), 0)
     assert (config.data.augment, config.method.rho) == ("inception", 0.6)
