@@ -1,6 +1,11 @@
 """ImageNet's parquet layout, made here of packaged digits in colour: pixels, splits, statistics, the task."""
 
+import functools
 import io
+import multiprocessing
+import os
+import pickle
+import signal
 
 import numpy as np
 import pytest
@@ -9,8 +14,9 @@ from PIL import Image
 
 from functional_sam.cli import main
 from functional_sam.config import compose
-from functional_sam.data import imagenet
+from functional_sam.data import decoding, imagenet
 from functional_sam.data.images import _mnist_5k
+from functional_sam.data.order import indices
 from functional_sam.errors import UserError
 from functional_sam.tasks import prepare, prepared_sha256
 
@@ -110,6 +116,120 @@ def test_the_task_and_the_command(prepared, source, capsys):
     assert labels.max() < 10
     assert main(["data", "--task", "vision", "--scale", "quick", *overrides]) == 0
     assert prepared.sha256[:16] in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- inception crops
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory, source):
+    """The same images, those to train on still encoded."""
+    return imagenet.prepare_imagenet(tmp_path_factory.mktemp("encoded"), str(source), processes=1, encoded=True)
+
+
+def test_encoded_images_are_those_of_the_files(kept, prepared, digits):
+    """Byte for byte and in order, across shards; what is evaluated, and the statistics, are those of the decoded set."""
+    found, labels = kept._parts["train"]
+    chosen = [i for i in range(40) if i % 20]
+    assert [found[i] for i in range(len(found))] == [encoded(digits[i][0]) for i in chosen]
+    assert labels.tolist() == [digits[i][1] for i in chosen]
+    assert pickle.loads(pickle.dumps(found))[21] == found[21]
+    assert len(pickle.dumps(found)) < 1000  # paths, not images
+    assert (kept.manifest["pixel_mean"], kept.manifest["pixel_std"]) == (
+        prepared.manifest["pixel_mean"],
+        prepared.manifest["pixel_std"],
+    )
+    for split in ("validation", "test"):
+        for a, b in zip(kept.eval_batches(split, 7), prepared.eval_batches(split, 7), strict=True):
+            assert torch.equal(a[0], b[0])
+
+
+def test_inception_boxes_have_their_area_aspect_and_place():
+    draw = np.random.RandomState(0)
+    boxes = np.array([decoding.inception_box(400, 300, draw) for _ in range(4000)])
+    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    assert boxes.min() >= 0
+    assert boxes[:, 2].max() <= 400
+    assert boxes[:, 3].max() <= 300
+    area, aspect = width * height / 120_000, width / height
+    assert 0.075 < area.min() < 0.1
+    assert area.max() > 0.9
+    assert 0.73 < aspect.min() < 0.78
+    assert 1.29 < aspect.max() < 1.36
+    small = area < 0.3  # where every shape fits: nothing is drawn again
+    assert np.log(aspect[small]).mean() == pytest.approx(0.0, abs=4 * np.log(4 / 3) / 3**0.5 / small.sum() ** 0.5)
+    assert (boxes[small, 0] / (400 - width[small])).mean() == pytest.approx(0.5, abs=0.05)
+    assert decoding.inception_box(1000, 10, draw) == (493, 0, 506, 10)  # nothing fits: the middle, 4:3
+
+
+def test_an_inception_crop_is_the_box_of_its_draw_resized_or_its_mirror():
+    """On a ramp of 256 columns, lossless: the first and the last column of the crop say which box it was."""
+    ramp = np.broadcast_to(np.arange(256), (256, 256)).astype(np.uint8)
+    image = encoded(Image.fromarray(ramp), "PNG")
+    mirrored = 0
+    for seed in range(20):
+        left, _, right, _ = decoding.inception_box(256, 256, np.random.RandomState(seed))
+        crop = decoding.inception_crop(image, 224, np.random.RandomState(seed))
+        assert crop.shape == (224, 224, 3)
+        row = crop[100, :, 0].astype(int)
+        mirrored += row[0] > row[-1]
+        assert sorted((row[0], row[-1])) == pytest.approx([left, right - 1], abs=1)
+        assert (np.diff(row) <= 0).all() or (np.diff(row) >= 0).all()
+    assert 4 <= mirrored <= 16
+
+
+def test_crops_are_a_function_of_seed_step_and_row_whatever_decodes_them(kept, source):
+    """In this process, by two that work ahead, begun in the middle, or the rows of one of two processes alone."""
+    batch = 10
+    here = [kept.train_batch(step, batch, 3) for step in range(3)]
+    assert not torch.equal(here[0][0], kept.train_batch(0, batch, 4)[0])
+    parallel = imagenet.EncodedImageNet(kept.directory, kept.manifest, workers=2)
+    state = torch.get_rng_state()
+    for step in (0, 0, 1, 2, 1):
+        images, labels = parallel.train_batch(step, batch, 3)
+        assert torch.equal(images, here[step][0])
+        assert torch.equal(labels, here[step][1])
+    assert torch.equal(torch.get_rng_state(), state)
+    mine, labels = kept.train_batch(1, batch, 3, own=slice(5, 10))
+    assert torch.equal(mine[5:], here[1][0][5:])
+    assert not mine[:5].any()
+    assert torch.equal(labels, here[1][1])
+
+
+def test_an_image_is_cropped_anew_in_each_epoch(kept):
+    (first, labels), (second, again) = (kept.train_batch(step, 38, 0) for step in (0, 1))
+    order, later = (indices(step, 38, 38, 0).tolist() for step in (0, 1))
+    assert sorted(order) == sorted(later) == list(range(38))
+    assert labels[np.argsort(order)].tolist() == again[np.argsort(later)].tolist()
+    assert not torch.equal(first[int(np.argmin(order))], second[int(np.argmin(later))])
+
+
+def test_the_task_crops_in_training_alone(kept, source):
+    cache = kept.directory.parents[1]
+    overrides = ["data.images=imagenet-1k", "model.patch=16", "model.width=16", "model.depth=1", "training.batch=4"]
+    overrides += [f"runtime.data={source}", f"runtime.cache={cache}", "data.augment=inception", "data.noise=0.5"]
+    task = prepare(compose("vision", overrides=overrides))
+    assert task.data.sha256 == kept.sha256
+    ((images, _),) = task.batch(0)
+    assert torch.equal(images, kept.train_batch(0, 4, 0)[0])
+    assert torch.equal(next(iter(task.held_out("test", 4, None)))[0], next(iter(kept.eval_batches("test", 4)))[0])
+    assert compose("vision", overrides=[*overrides, "runtime.workers=2"]).hash == task.config.hash
+
+
+def test_refusals_of_inception_crops():
+    with pytest.raises(UserError, match=r"data.augment=inception.*imagenet-1k.*fashion-mnist.*crop-flip"):
+        compose("vision", overrides=["data.augment=inception"])
+    with pytest.raises(UserError, match=r"runtime.workers=-1"):
+        compose("vision", overrides=["runtime.workers=-1"])
+
+
+def test_a_worker_that_dies_is_a_clear_error(kept):
+    parallel, before = imagenet.EncodedImageNet(kept.directory, kept.manifest, workers=1), multiprocessing.active_children()
+    parallel.train_batch(0, 4, 0)
+    (worker,) = set(multiprocessing.active_children()) - set(before)
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(UserError, match=r"process that decodes images died.*runtime.workers=1"):
+        list(map(functools.partial(parallel.train_batch, batch=4, seed=0), range(1, 20)))
 
 
 def test_refusals(digits, tmp_path):

@@ -4,14 +4,14 @@ import dataclasses
 
 import pytest
 import torch
-from memory_simulation import batch_of, model_of, real, simulated
+from memory_simulation import Storages, batch_of, model_of, real, simulated
 from torch.utils.flop_counter import FlopCounterMode
 
 from functional_sam.cli import main
 from functional_sam.commands.scale import show_on
 from functional_sam.config import compose
 from functional_sam.errors import UserError
-from functional_sam.models import PUBLISHED
+from functional_sam.models import PUBLISHED, ConvNet
 from functional_sam.planning import GPUS, Hardware, Layout, gpu, memory, need, rows, run_cost, table
 from functional_sam.planning.cost import shape
 from functional_sam.sharpness import METHODS, SharpnessAware, cost
@@ -233,3 +233,51 @@ def test_refusals(capsys):
 def test_images():
     config = compose("vision", "adamw", overrides=["data.images=imagenet-1k", "model.patch=16"])
     assert (shape(config).L, shape(config).V) == (196, 1000)
+
+
+# ---------------------------------------------------------------------- convolutional networks
+
+
+RESNET = ("kind=vision", "model.kind=convnet", "data.images=imagenet-1k", "model.patch=4", "model.width=16", "training.batch=4")
+
+
+@pytest.mark.parametrize("method", ["adamw", "sam", "logit-sam"])
+@pytest.mark.parametrize(
+    "more",
+    [("model.stages=[2,2]",), ("model.stages=[1,2]", "model.bottleneck=true", "model.norm=batch", "model.activation=relu")],
+    ids=["gelu-group", "bottleneck-relu-batch"],
+)
+def test_flops_and_peak_of_a_convnet(more, method):
+    """Of a real step by torch's own counter and by the storages; the account of memory is an upper one."""
+    config = compose("vision", method, overrides=[*RESNET, *more])
+    m = config.model
+    model = ConvNet(224, 4, 1000, m.width, m.stages, m.bottleneck, m.activation, m.norm)
+    optimizer = torch.optim.AdamW(model.parameters())
+    sharpness = SharpnessAware(model, optimizer, method, config.method.rho)
+    images, labels = torch.randn(4, 3, 224, 224), torch.randint(1000, (4,))
+
+    def step():
+        sharpness.backward([(images, labels)])
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    with FlopCounterMode(display=False) as counter:
+        step()
+    assert run_cost(config).step == pytest.approx(counter.get_total_flops(), rel=2e-3)
+    tracker = Storages()
+    tracker.see([*model.parameters(), *(value for state in optimizer.state.values() for value in state.values()), images])
+    with tracker:
+        tracker.peak = tracker.now
+        step()
+    taken = tracker.peak - images.untyped_storage().nbytes()
+    assert 1.05 < memory(config, Layout(cpu=True)).total / taken < 1.25
+
+
+def test_imagenet_is_planned():
+    """ResNet-50's 25.56 M parameters (its head has no bias here) and 4.1 G multiplications an image; ViT-S/16's 22 M."""
+    resnet, small = (run_cost(compose(f"vision-{name}", "adamw", "paper")) for name in ("resnet-50", "vit-s-16"))
+    assert resnet.parameters == 25_557_032 - 1000
+    assert resnet.step / 6 / 4096 == pytest.approx(4.09e9, rel=0.03)
+    assert small.parameters == pytest.approx(22e6, rel=0.02)
+    assert need(compose("vision-resnet-50", "sam", "paper"), gpu("a100-80")).hours > 0

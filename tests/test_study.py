@@ -1,6 +1,7 @@
 """Tuning, reporting and comparing: equal trials, seeds kept apart, numbers of the records, verdicts of the test."""
 
 import copy
+import dataclasses
 import itertools
 import math
 
@@ -186,6 +187,15 @@ def test_trials_are_judged_by_their_best_checkpoint_where_it_counts(study):
     )
     assert one.searches["sam"].best == best
     assert all(math.isfinite(value) for values in one.searches["sam"].scores for value in values)
+
+
+def test_one_learning_rate_is_given_and_not_run(study):
+    """The trials around it are known at once."""
+    cell = dataclasses.replace(study.cells["fixed-0.014M"], lr=[0.02])
+    one = plan_cell(study, cell, MadeUp(bowl()))
+    assert one.centre.best == Trial(((LR, 0.02),))
+    assert not one.centre.configs
+    assert all(search.configs for search in one.searches.values())
 
 
 def test_nothing_is_chosen_in_a_sweep(study):

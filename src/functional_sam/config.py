@@ -54,7 +54,7 @@ class DataConfig:
     vocab: int = 1024  # V, SentencePiece pieces
     held_out: str = "documents"  # rows of validation and test: documents cut to L (Nanodo), or windows: all of each document
     images: str = "fashion-mnist"  # or mnist-5k, or imagenet-1k; never swapped silently
-    augment: str | None = None  # of training images: crop-flip
+    augment: str | None = None  # of training images: crop-flip (small shifts, mirror) or inception (imagenet-1k: any part, mirror)
     relabel: int | None = None  # classes: images turned, moved, mirrored, inverted alike for any number of them; data/relabel.py
     noise: float = 0.0  # fraction of the training images whose label is drawn anew from all classes, once a data_seed
     unique_images: int | None = None  # train on the first so many images only, over and over; none: all
@@ -146,6 +146,7 @@ class RuntimeConfig:
     threads: int | None = None  # CPU threads of the process; none: all cores
     cache: str = ".cache"  # prepared data
     data: str | None = None  # a directory that holds data.hub in the hub's own layout; none: the hub itself
+    workers: int = 0  # processes that decode inception crops ahead of the training; 0: none, the run does it
     runs: str = "runs"
     log_every: int = 10  # steps between lines of metrics.jsonl
     checkpoint_every: int = 200  # steps
@@ -366,7 +367,7 @@ def validated(config: Config) -> Config:
     one_of("model", "norm", "group", "batch")
     require(data.vocab >= 16, f"data.vocab={data.vocab}: at least 16 pieces")
     one_of("data", "held_out", "documents", "windows")
-    one_of("data", "augment", None, "crop-flip")
+    one_of("data", "augment", None, "crop-flip", "inception")
     counts("data", 1, "files", "unique_tokens", "unique_images")
     require(0 <= data.noise <= 1, f"data.noise={data.noise}: a fraction of the labels, from 0 to 1")
     require(method.rho is None or 0 <= method.rho < float("inf"), f"method.rho={method.rho}: finite and >= 0")
@@ -413,5 +414,6 @@ def validated(config: Config) -> Config:
             raise nearest("value of measure.geometries:", geometry, ["plain", "adam"])
     require(not measure.temperature or measure.curvature, "measure.temperature=True: it goes with measure.curvature=true")
     one_of("runtime", "parallel", "auto", "none", "ddp", "fsdp")
+    counts("runtime", 0, "workers")
     counts("runtime", 1, "threads", "checkpoint_every", "log_every")
     return config

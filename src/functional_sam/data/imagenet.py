@@ -1,4 +1,4 @@
-"""ImageNet-1k in the layout of the hub (data/train-00000-of-00294.parquet, ...), decoded once: a shard of pixels for each file.
+"""ImageNet-1k in the layout of the hub (data/train-00000-of-00294.parquet, ...): a shard for each file.
 
     images-imagenet-1k-<hash>/
       train-00000-of-00294/     train.* and validation.*: every 100th image of a train file is held out for validation
@@ -6,6 +6,7 @@
       first-16/ or all/         shards.json
 
 An image is resized to 256 on its shorter side and its middle 224 x 224 kept, uint8, so 150,528 bytes (193 GB for all).
+Encoded: training images stay as they are in the file, for inception crops, which are made of another part of them each time.
 """
 
 import functools
@@ -19,8 +20,10 @@ import torch
 from torch import Tensor
 
 from functional_sam.data.cache import Progress, cached, digest, silent
+from functional_sam.data.decoding import Ahead, Crops, Encoded
 from functional_sam.data.hub import File, layout, rows
 from functional_sam.data.images import SPLITS, ImageData
+from functional_sam.data.order import indices
 from functional_sam.data.shards import Joined, Report, Shard, Watch, prepare_shards
 from functional_sam.errors import UserError
 
@@ -31,10 +34,10 @@ HELD_OUT = 100  # one train image in so many
 AT_ONCE = 100
 
 
-def imagenet_directory(cache: Path, location: str = HUB, files: int | None = None) -> Path:
+def imagenet_directory(cache: Path, location: str = HUB, files: int | None = None, encoded: bool = False) -> Path:
     """Where prepare_imagenet keeps the set; the shards are beside it."""
     where = str(Path(location).resolve()) if Path(location).is_dir() else location
-    name = f"images-imagenet-1k-{digest([FORMAT, where])[:12]}"
+    name = f"images-imagenet-1k-{digest([FORMAT, where, *(['encoded'] if encoded else [])])[:12]}"
     return Path(cache) / name / (f"first-{files}" if files else "all")
 
 
@@ -45,18 +48,21 @@ def prepare_imagenet(
     progress: Progress | None = None,
     processes: int = 0,
     watch: Watch | None = None,
+    encoded: bool = False,
+    workers: int = 0,
 ) -> "ImageNet":
     """Decode what is missing of the first so many train files (none: all) and of the published validation set; once per cache.
 
+    encoded: keep the training images encoded, to be decoded in inception crops by so many worker processes (0: in this one).
     Raises UserError when files are missing or cannot be read, the cache is damaged, the disk is full.
     """
     say = progress or silent
-    directory = imagenet_directory(cache, location, files)
+    directory = imagenet_directory(cache, location, files, encoded)
 
     def build(temporary: Path) -> dict[str, Any]:
         found = layout(location, "data", "train", ".parquet", files) + layout(location, "data", "validation", ".parquet")
         shards = [
-            Shard(directory.parent / file.name.removesuffix(".parquet"), file.size, functools.partial(_decode, file))
+            Shard(directory.parent / file.name.removesuffix(".parquet"), file.size, functools.partial(_decode, file, encoded))
             for file in found
         ]
         say(f"{location}: {len(found)} files, {sum(file.size for file in found) / 1e9:.2f} GB")
@@ -82,7 +88,8 @@ def prepare_imagenet(
             "pixel_std": (np.sqrt(square - mean**2) / 255).tolist(),
         }
 
-    return ImageNet(directory, cached(directory, build, say))
+    manifest = cached(directory, build, say)
+    return EncodedImageNet(directory, manifest, workers) if encoded else ImageNet(directory, manifest)
 
 
 class ImageNet(ImageData):
@@ -95,6 +102,13 @@ class ImageNet(ImageData):
         return tuple(map(str, range(CLASSES)))
 
     def _open(self, split: str) -> tuple[Any, Any]:
+        directories = self._shards(split)
+        return self._images(split, directories), np.concatenate([np.fromfile(d / f"{split}.labels", np.int16) for d in directories])
+
+    def _images(self, split: str, directories: list[Path]) -> Any:
+        return Joined([directory / f"{split}.images" for directory in directories], "uint8", (SIDE, SIDE, CHANNELS))
+
+    def _shards(self, split: str) -> list[Path]:
         directories = []
         for shard in json.loads((self.directory / "shards.json").read_text(encoding="utf-8")):
             directory = self.directory.parent / shard["name"]
@@ -102,13 +116,45 @@ class ImageNet(ImageData):
                 raise UserError(f"{directory} is not the shard that {self.directory} was made with: delete {self.directory}")
             if (directory / f"{split}.labels").exists():
                 directories.append(directory)
-        images = Joined([directory / f"{split}.images" for directory in directories], "uint8", (SIDE, SIDE, CHANNELS))
-        return images, np.concatenate([np.fromfile(directory / f"{split}.labels", np.int16) for directory in directories])
+        return directories
 
     def _tensors(self, split: str, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
         images, labels = (torch.from_numpy(array[chosen]) for array in self._parts[split])
+        return self._standardized(images), labels.long()
+
+    def _standardized(self, images: Tensor) -> Tensor:
         mean, std = (torch.tensor(self.manifest[key]) for key in ("pixel_mean", "pixel_std"))
-        return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous(), labels.long()
+        return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+
+class EncodedImageNet(ImageNet):
+    """ImageNet whose training images are inception crops, decoded when a step asks for them."""
+
+    def __init__(self, directory: Path, manifest: dict[str, Any], workers: int) -> None:
+        super().__init__(directory, manifest)
+        self._ahead = Ahead(workers)
+
+    def train_batch(
+        self,
+        step: int,
+        batch: int,
+        seed: int,
+        unique_images: int | None = None,
+        noise: float = 0.0,
+        own: slice | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As that of ImageData, cropped at random, of each image another part in each epoch, by (seed, step, row) alone.
+
+        own: the rows that this process trains on, of several; the other rows are zeros, for to decode them would be for nothing.
+        """
+        count, own = self.train_images(unique_images), own or slice(0, batch)
+        crops = self._ahead.images(Crops(self._parts["train"][0], SIDE, batch, count, seed), step, own)
+        images = torch.zeros(batch, CHANNELS, SIDE, SIDE)
+        images[own] = self._standardized(crops)
+        return images, self._train_labels(indices(step, batch, count, seed), count, noise, seed)
+
+    def _images(self, split: str, directories: list[Path]) -> Any:
+        return Encoded(directories, split) if split == "train" else super()._images(split, directories)
 
 
 def pixels(encoded: bytes) -> np.ndarray:
@@ -125,14 +171,16 @@ def pixels(encoded: bytes) -> np.ndarray:
     return np.asarray(resized.crop((left, top, left + SIDE, top + SIDE)), dtype=np.uint8)
 
 
-def _decode(file: File, directory: Path, report: Report) -> dict[str, Any]:
-    """Write images and labels of one file; what its manifest says."""
+def _decode(file: File, encoded: bool, directory: Path, report: Report) -> dict[str, Any]:
+    """Write images (encoded: those to train on as they are in the file) and labels of one file; what its manifest says."""
     from datasets import Features, Image, Value
 
     features = Features({"image": Image(decode=False), "label": Value("int64")})
     kept: dict[str, list[int]] = {"test": []} if file.name.startswith("validation") else {"train": [], "validation": []}
     sums, squares = np.zeros(CHANNELS, np.int64), np.zeros(CHANNELS, np.int64)
-    outs = {split: (directory / f"{split}.images").open("wb") for split in kept}
+    raw = {"train"} if encoded else set()
+    outs = {split: (directory / f"{split}.{'encoded' if split in raw else 'images'}").open("wb") for split in kept}
+    ends = []
     size = done = 0
     try:
         for number, row in enumerate(rows(file, "parquet", features=features, columns=["image", "label"])):
@@ -144,9 +192,10 @@ def _decode(file: File, directory: Path, report: Report) -> dict[str, Any]:
             except (OSError, TypeError, ValueError) as error:
                 raise UserError(f"{file.url}, row {number}: the image cannot be decoded ({error}). Fetch the file again") from error
             split = "test" if "test" in kept else "validation" if number % HELD_OUT == 0 else "train"
-            outs[split].write(image.tobytes())
+            outs[split].write(row["image"]["bytes"] if split in raw else image.tobytes())
             kept[split].append(label)
             if split == "train":
+                ends.append(outs[split].tell())
                 wide = image.reshape(-1, CHANNELS).astype(np.int64)
                 sums, squares = sums + wide.sum(0), squares + (wide**2).sum(0)
             size, done = size + len(row["image"]["bytes"]), done + 1
@@ -157,6 +206,8 @@ def _decode(file: File, directory: Path, report: Report) -> dict[str, Any]:
         for out in outs.values():
             out.close()
     report(size, done)
+    if raw & set(kept):
+        (directory / "train.ends").write_bytes(np.array(ends, np.int64).tobytes())
     for split, labels in kept.items():
         (directory / f"{split}.labels").write_bytes(np.array(labels, np.int16).tobytes())
     return {

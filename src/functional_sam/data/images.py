@@ -117,10 +117,7 @@ class ImageData:
         """
         count = self.train_images(unique_images)
         chosen = indices(step, batch, count, seed)
-        images, labels = self._tensors("train", chosen)
-        if noise:
-            labels = torch.from_numpy(self._noisy(count, noise, seed)[chosen])
-        return images, labels
+        return self._tensors("train", chosen)[0], self._train_labels(chosen, count, noise, seed)
 
     def train_images(self, unique_images: int | None = None) -> int:
         """The number of training images: all, or the first so many. Raises UserError for more than there are."""
@@ -142,11 +139,11 @@ class ImageData:
         mean, std = (torch.tensor(self.manifest[key]).reshape(-1) for key in ("pixel_mean", "pixel_std"))
         return -mean / std
 
-    def _noisy(self, count: int, noise: float, seed: int) -> np.ndarray:
+    def _train_labels(self, chosen: np.ndarray, count: int, noise: float, seed: int) -> Tensor:
         key = (count, noise, seed)
         if self._labels is None or self._labels[0] != key:
             self._labels = key, noisy_labels(self._parts["train"][1][:count].astype(np.int64), noise, len(self.classes), seed)
-        return self._labels[1]
+        return torch.from_numpy(self._labels[1][chosen])
 
     def _tensors(self, split: str, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
         images, labels = (torch.from_numpy(array[chosen]) for array in self._parts[split])

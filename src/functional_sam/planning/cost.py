@@ -8,25 +8,19 @@ scores, as a fused kernel that skips masked blocks may not do. Not counted: elem
 from dataclasses import dataclass
 
 from functional_sam.config import Config
-from functional_sam.errors import UserError
-from functional_sam.models.shape import Shape
+from functional_sam.models.shape import ConvShape, Shape
 from functional_sam.sharpness.methods import Cost, needs_cotangent, resolve
 from functional_sam.tasks import TASKS
 
 
-def shape(config: Config) -> Shape:
+def shape(config: Config) -> Shape | ConvShape:
     """Of a config's model."""
-    found = TASKS[config.kind].shape(config)
-    if not isinstance(found, Shape):
-        raise UserError(
-            f"model.kind={config.model.kind}: the cost of a convolutional network is not planned yet; a transformer's is"
-        )
-    return found
+    return TASKS[config.kind].shape(config)
 
 
 @dataclass(frozen=True)
 class RunCost:
-    """parameters, non_embedding: numbers of them; tokens: trained on (images for a ViT); flops: of the run, by all its GPUs;
+    """parameters, non_embedding: numbers of them; tokens: trained on (images in vision); flops: of the run, by all its GPUs;
     step: FLOPs of one step; gradients: evaluations of a step; checkpoint: bytes of one on disk, of which two are kept."""
 
     parameters: int
@@ -72,12 +66,16 @@ def run_cost(config: Config, checkpointing: bool | None = None, gpus: int = 1, s
     forwards, backwards, heads = method.forwards, method.backwards, method.heads
     if keeps_cotangent(config, gpus, sharded):  # the product that would build the logits again
         heads -= 1 / resolve(config.method.name, config.method.options)[1]["every"]
-    blocks = block_flops(s) * training.batch * s.N
-    embed = 2 * s.inputs * s.D * s.L * training.batch  # no gradient is taken of the images, so backward is one product
-    head = 2 * s.D * s.V * s.targets * training.batch
+    if isinstance(s, ConvShape):
+        blocks, last = sum(one.flops for block in s.blocks() for one in block) * training.batch, s.last
+        embed = s.first.flops * training.batch
+    else:
+        blocks, last = block_flops(s) * training.batch * s.N, s.D
+        embed = 2 * s.inputs * s.D * s.L * training.batch  # no gradient is taken of the images, so backward is one product
+    head = 2 * last * s.V * s.targets * training.batch
     # Backward is two products for each of forward's. Recomputation repeats a block's forward but for its last product, whose
     # result no gradient needs.
-    again = blocks - 2 * s.L * s.D * s.F * training.batch * s.N if recompute else 0
+    again = blocks - 2 * s.L * s.D * s.F * training.batch * s.N if recompute and isinstance(s, Shape) else 0
     step = blocks * (forwards + 2 * backwards) + again * backwards + embed * (forwards + backwards) + head * heads
     return RunCost(
         s.parameters,

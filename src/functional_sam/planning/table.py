@@ -10,6 +10,7 @@ from functional_sam.config import Config
 from functional_sam.planning.cost import RunCost, run_cost
 from functional_sam.planning.hardware import Hardware
 from functional_sam.planning.memory import Layout, Memory, accounted, memory
+from functional_sam.tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def table(configs: Sequence[Config], hardware: Hardware, most: int = 512) -> Tab
     if unknown:
         caption += f". Not accounted for (second-order graph): {', '.join(unknown)}"
     result = Table(title=title, caption=caption)
-    for name in ("run", "parameters", "non-emb.", "tokens", "FLOPs", "fits on"):
+    for name in ("run", "parameters", "non-emb.", "trained on", "FLOPs", "fits on"):
         result.add_column(name, justify="left" if name in ("run", "fits on") else "right")
     for name in ("weights", "grads", "moments", "copies", "kept", "activ.", "work", "stored", "recomputed", "ckpt GB", "GPU-hours"):
         result.add_column(name, justify="right")
@@ -97,7 +98,7 @@ def table(configs: Sequence[Config], hardware: Hardware, most: int = 512) -> Tab
             f"{found.config.task} {found.config.method.name}" + (f" x {count}" if count > 1 else ""),
             f"{spent.parameters / 1e6:,.1f} M",
             f"{spent.non_embedding / 1e6:,.1f} M",
-            f"{spent.tokens / 1e9:,.2f} B",
+            f"{spent.tokens / 1e9:,.2f} B {TASKS[found.config.kind].unit}",
             f"{spent.flops:.2e}",
             _words(found.layout, most),
             *(_gb(part) for part in (*parts, found.recomputed.total)),

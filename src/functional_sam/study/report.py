@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -24,6 +24,7 @@ DIAGNOSIS = {
     "top_hessian": ("geometries", "plain", "hessian", "top", "value"),
     "entropy": ("logits", "entropy"),
 }
+SAM: Mapping[str, Sequence[str]] = {"sam": ("sam",)}  # what most studies compare with beside the baseline
 
 
 def check(planned: Sequence[Planned], source: Source) -> None:
@@ -68,18 +69,29 @@ def _differing(a: Config, b: Config) -> set[str]:
     return found - {"measure.curvature"}
 
 
-def frame(planned: Sequence[Planned], source: Source) -> pd.DataFrame:
-    """All cells as one frame, after `check`: one row an entry, or a trial where nothing was chosen."""
+def frame(planned: Sequence[Planned], source: Source, others: Mapping[str, Sequence[str]] = SAM) -> pd.DataFrame:
+    """All cells as one frame, after `check`: one row an entry, or a trial where nothing was chosen.
+
+    others: what is compared with beside the baseline: NAME of a column minus_NAME -> entries, the first of them that a cell has.
+    """
     check(planned, source)
     rows = []
     for one in planned:
         base = next(iter(one.reported))
         for (name, trial), configs in one.reported.items():
-            rows.append(_row(one, name, trial, configs, base, source))
+            rows.append(_row(one, name, trial, configs, base, source, others))
     return pd.DataFrame(rows)
 
 
-def _row(one: Planned, name: str, trial: Trial, configs: list[Config], base: tuple[str, Trial], source: Source) -> dict[str, Any]:
+def _row(
+    one: Planned,
+    name: str,
+    trial: Trial,
+    configs: list[Config],
+    base: tuple[str, Trial],
+    source: Source,
+    others: Mapping[str, Sequence[str]],
+) -> dict[str, Any]:
     config, cell, entry = configs[0], one.cell, one.study.entries[name]
     task = TASKS[config.kind]
     sign = 1.0 if task.metric.lower_is_better else -1.0
@@ -115,7 +127,10 @@ def _row(one: Planned, name: str, trial: Trial, configs: list[Config], base: tup
         "seconds": estimate([float(source.summary(c).get("seconds", math.nan)) for c in configs]).mean,
         "label": entry.label,
     }
-    against = {"baseline": _twin(one, base, trial), "sam": None if name in (base[0], "sam") else _like(one, "sam", trial)}
+    against = {"baseline": _twin(one, base, trial)}
+    for column, names in others.items():
+        other = next((known for known in names if known in one.cell.entries), "")
+        against[column] = None if name in (base[0], other) else _like(one, other, trial)
     for other, twin in against.items():
         difference = Estimate(math.nan, math.nan, 0)
         if twin is not None and twin != (name, trial):

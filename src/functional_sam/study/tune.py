@@ -137,12 +137,15 @@ def find_centre(study: Study, cell: Cell, source: Source) -> Search:
     """The baseline's learning rate: its grid grows by its own factor at the end where the best is, study.extensions times at most.
 
     Of rates within one standard error (paired) of the best mean the smallest is taken: which of two equal ones wins is then no
-    matter of rounding.
+    matter of rounding. A grid of one rate is that rate, of which no run is needed.
     """
     if cell.lr_of:
         return find_centre(study, study.cells[cell.lr_of], source)
     values, name = sorted(cell.lr), cell.entries[0]
-    factor = values[1] / values[0] if len(values) > 1 else 0.0
+    if len(values) == 1:
+        given = Trial(((LR, values[0]),))
+        return Search([given], [], [], given)
+    factor = values[1] / values[0]
     for extended in range(study.extensions + 1):
         found = search(study, cell, name, [Trial(((LR, value),)) for value in values], source)
         if found.best is None:
@@ -150,7 +153,7 @@ def find_centre(study: Study, cell: Cell, source: Source) -> Search:
         index = smallest_of_the_best(found.scores)
         found = Search(found.trials, found.runs, found.scores, found.trials[index])
         edge = found.edges.get(LR)
-        if edge is None or not factor or extended == study.extensions:
+        if edge is None or extended == study.extensions:
             return found
         values = [rounded(values[0] / factor), *values] if edge == "low" else [*values, rounded(values[-1] * factor)]
     return found

@@ -36,6 +36,13 @@ def shared(batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
         yield turn[min(rank, len(turn) - 1)], rank < len(turn)
 
 
+def own(rows: int) -> slice:
+    """Which rows of a step are this process's, all of them where there is one process."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    each = rows // world
+    return slice(rank * each, (rank + 1) * each)
+
+
 def summed(*numbers: float) -> list[float]:
     """Each number summed over the processes."""
     if not dist.is_initialized():

@@ -19,7 +19,7 @@ from functional_sam.models import ConvNet, ViT
 from functional_sam.models.convnet import STEMS
 from functional_sam.models.shape import ConvShape, Shape
 from functional_sam.tasks.batches import Batch
-from functional_sam.tasks.ranks import totals
+from functional_sam.tasks.ranks import own, totals
 from functional_sam.tasks.task import Metric, Task
 
 MODELS = {"vit": "ViT", "convnet": "ConvNet"}
@@ -48,6 +48,10 @@ class Vision(Task):
                 raise UserError("model.dropout and model.checkpoint_blocks are for a vit, a convnet has neither")
         if data.images not in IMAGES:
             raise nearest("image set", data.images, IMAGES)
+        if data.augment == "inception" and data.images != "imagenet-1k":
+            raise UserError(
+                f"data.augment=inception is for data.images=imagenet-1k, not for {data.images}: crop-flip is for small images"
+            )
         if (data.files or data.hub) and data.images != "imagenet-1k":
             raise UserError(f"data.files and data.hub are for data.images=imagenet-1k, not for {data.images}")
         if data.relabel and (data.noise or data.images == "imagenet-1k"):
@@ -61,7 +65,16 @@ class Vision(Task):
     def prepare(cls, config: Config, progress: Progress | None = None, processes: int = 0, watch: Watch | None = None) -> ImageData:
         cache, data = Path(config.runtime.cache), config.data
         if data.images == "imagenet-1k":
-            prepared: ImageData = imagenet.prepare_imagenet(cache, _location(config), data.files, progress, processes, watch)
+            prepared: ImageData = imagenet.prepare_imagenet(
+                cache,
+                _location(config),
+                data.files,
+                progress,
+                processes,
+                watch,
+                encoded=data.augment == "inception",
+                workers=config.runtime.workers,
+            )
         else:
             prepared = prepare_images(data.images, cache, progress)
             prepared = prepared.relabel(data.relabel) if data.relabel else prepared
@@ -72,7 +85,7 @@ class Vision(Task):
     def data_directory(cls, config: Config) -> Path:
         cache, data = Path(config.runtime.cache), config.data
         if data.images == "imagenet-1k":
-            return imagenet.imagenet_directory(cache, _location(config), data.files)
+            return imagenet.imagenet_directory(cache, _location(config), data.files, data.augment == "inception")
         return images_directory(data.images, cache)
 
     @classmethod
@@ -127,7 +140,10 @@ class Vision(Task):
 
     def rows(self, step: int) -> Batch:
         training, data = self.config.training, self.config.data
-        images, labels = self.data.train_batch(step, training.batch, training.data_seed, data.unique_images, data.noise)
+        drawn = (step, training.batch, training.data_seed, data.unique_images, data.noise)
+        if isinstance(self.data, imagenet.EncodedImageNet):
+            return self.data.train_batch(*drawn, own=own(training.batch))
+        images, labels = self.data.train_batch(*drawn)
         if data.augment == "crop-flip":
             generator = torch.Generator().manual_seed(seed_of("augment", training.data_seed, step))
             images = crop_flip(images, self.data.black, generator)

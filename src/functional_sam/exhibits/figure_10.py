@@ -1,0 +1,144 @@
+"""figure-10: accuracy against label noise per method, last and best checkpoint, and what each half keeps of SAM's gain."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+
+from functional_sam.exhibits import style
+from functional_sam.exhibits.comparison import counted, label, left_out, plan
+from functional_sam.exhibits.output import Exhibit
+from functional_sam.exhibits.plan import Plan
+from functional_sam.exhibits.vision import POINTS, accuracies, setting
+from functional_sam.records import Source
+from functional_sam.study.compare import Estimate, ratio
+from functional_sam.study.report import difference, tested
+from functional_sam.study.tune import Planned
+
+__all__ = ["draw", "headline", "plan"]
+
+CHECKPOINTS = {"last": "last checkpoint", "best": "best on validation"}
+HALVES = ("functional-sam", "logit-sam", "precond-functional-sam")  # whose gain is compared with that of the method below
+WHOLE = {"functional-sam": "sam", "logit-sam": "sam", "precond-functional-sam": "precond-sam"}
+LOOKS: dict[str, dict[str, Any]] = {
+    "adamw-double": {"color": "#000000", "linestyle": "--", "marker": "s"},
+    "smoothing": {"color": "#999999", "linestyle": ":", "marker": "D"},
+}
+SHORT = {"adamw-double": "AdamW, twice the epochs", "smoothing": "AdamW, smoothed labels"}
+
+
+def draw(plan: Plan) -> Exhibit:
+    """Above accuracy, below the gain over AdamW; left at the last checkpoint, right at the best. Bars are 95 % intervals."""
+    parts = [accuracies(plan.content, plan.source, name == "best").assign(checkpoint=name) for name in CHECKPOINTS]
+    data = pd.concat(parts, ignore_index=True)
+    kept = what_is_kept(plan.content, plan.source)
+    shown = data[data.part.ne("activation") & data.entry.isin(["adamw", *WHOLE, *WHOLE.values(), *LOOKS])]
+    style.use()
+    figure, axes = plt.subplots(2, 2, figsize=(style.PAGE, 4.4), sharex=True, sharey="row")
+    for column, (name, title) in enumerate(CHECKPOINTS.items()):
+        part = shown[shown.checkpoint.eq(name)]
+        lines(axes[0, column], part, gain=False)
+        lines(axes[1, column], part[part.entry.ne("adamw")], gain=True)
+        axes[0, column].set_title(title[0].upper() + title[1:])
+        axes[1, column].set_xlabel("training labels drawn at random (%)")
+    axes[0, 0].set_ylabel("test accuracy (%)")
+    axes[1, 0].set_ylabel("gain over AdamW (points)")
+    style.legend_above(figure, axes[0, 0], columns=4)
+    finding = _finding(data, kept)
+    share = _share(data)
+    caption = f"{finding} {setting(plan.content[0].configs[0], plan.spec.scale, data.n, 'a checkpoint')}{left_out(plan)}"
+    return Exhibit(plan, {"": data, "kept": kept}, caption, f"{finding}{share}", figure)
+
+
+def headline(data: pd.DataFrame) -> str:
+    """SAM's and Functional-SAM's gain at the best checkpoint under the noise of most cells, 40 %."""
+    own = data[data.checkpoint.eq("best") & data.noise.eq(0.4) & data.part.eq("noise")]
+    found = [f"{label(row.entry)} {_gain(row)}" for row in own.itertuples() if row.entry in ("sam", "functional-sam", "logit-sam")]
+    return f"points over AdamW at 40 % label noise: {', '.join(found)}"
+
+
+def _gain(row: Any) -> str:
+    return f"{POINTS * row.minus_baseline:+.1f} \N{PLUS-MINUS SIGN} {POINTS * difference(row).half_width:.1f}"
+
+
+def lines(axis: Axes, part: pd.DataFrame, gain: bool) -> None:
+    """One line an entry over the noise, its marks beside each other."""
+    if gain:
+        axis.axhline(0, color=style.METHOD_COLOR["adamw"], linewidth=0.8)
+    groups = list(part.groupby("entry", sort=False))
+    for number, (name, own) in enumerate(groups):
+        own = own.sort_values("noise")
+        found = [difference(row) if gain else Estimate(row.test, row.test_stderr, row.n) for row in own.itertuples()]
+        beside = 0.5 * (number - (len(groups) - 1) / 2)
+        axis.errorbar(
+            POINTS * own.noise + beside,
+            [POINTS * one.mean for one in found],
+            [POINTS * one.half_width if math.isfinite(one.half_width) else 0.0 for one in found],
+            label=SHORT.get(str(name), label(str(name))),
+            elinewidth=0.7,
+            **LOOKS.get(str(name), {"color": style.METHOD_COLOR.get(str(name), "#999999"), "marker": "o"}),
+        )
+    axis.set_xticks(sorted(set(POINTS * part.noise)))
+
+
+def what_is_kept(planned: Sequence[Planned], source: Source) -> pd.DataFrame:
+    """A row a cell, checkpoint and half: its gain over AdamW by that of the whole, with the 95 % interval of the ratio.
+
+    The interval is nan where the gain of the whole is not told from zero, all is nan where it is a loss.
+    """
+    rows = []
+    for one in planned:
+        config = one.configs[0]
+        runs = {name: configs for (name, _), configs in one.reported.items()}
+        for checkpoint in CHECKPOINTS:
+            losses = {name: tested(configs, source, checkpoint == "best") for name, configs in runs.items()}
+            base = losses[one.cell.entries[0]]
+            gains = {name: [b - a for a, b in zip(own, base, strict=True)] for name, own in losses.items()}
+            for half in HALVES:
+                if half in gains and WHOLE[half] in gains:
+                    whole = gains[WHOLE[half]]
+                    mean, low, high = ratio(gains[half], whole) if sum(whole) > 0 else [math.nan] * 3
+                    rows.append(
+                        {
+                            "cell": one.cell.name,
+                            "noise": config.data.noise,
+                            "activation": config.model.activation,
+                            "checkpoint": checkpoint,
+                            "half": half,
+                            "of": WHOLE[half],
+                            "n": len(base),
+                            "kept": mean,
+                            "low": low,
+                            "high": high,
+                        }
+                    )
+    return pd.DataFrame(rows)
+
+
+def _finding(data: pd.DataFrame, kept: pd.DataFrame) -> str:
+    sentences = []
+    for (noise, checkpoint), part in data[data.part.ne("activation")].groupby(["noise", "checkpoint"], sort=False):
+        own = part[part.verdict_longer.ne("")]
+        sentences.append(f"at {POINTS * noise:.0f} % noise, {CHECKPOINTS[str(checkpoint)]}: {counted(own)}")
+    finding = f"Against AdamW at equal epochs {'. '.join(sentences)}."
+    activations = set(data[data.part.eq("activation")].cell)
+    noisy = kept[kept.noise.gt(0) & kept.of.eq("sam") & kept.checkpoint.eq("best")]
+    words = [
+        f"{label(row.half)} {POINTS * row.kept:.0f} % ({POINTS * row.low:.0f} to {POINTS * row.high:.0f})"
+        + f" at {POINTS * row.noise:.0f} % noise"
+        + (f" in {row.cell}" if row.cell in activations else "")
+        for row in noisy.itertuples()
+        if math.isfinite(row.low)
+    ]
+    if not words:
+        return f"{finding} SAM's gain at the best checkpoint is not told from zero, so it cannot be said what is kept of it."
+    return f"{finding} Of SAM's gain at the best checkpoint is kept by {', '.join(words)}."
+
+
+def _share(data: pd.DataFrame) -> str:
+    own = data[data.entry.eq("adamw") & data.checkpoint.eq("last") & data.part.ne("activation")].dropna(subset=["share_func_last"])
+    words = [f"{row.share_func_last:.2f} at {POINTS * row.noise:.0f} %" for row in own.sort_values("noise").itertuples()]
+    return f" Functional share of AdamW's sharpness gradient at the last step: {', '.join(words)} noise." if words else ""

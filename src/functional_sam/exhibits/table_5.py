@@ -1,0 +1,52 @@
+"""table-5: every method on clean images, ViT and residual network: accuracy and loss at the best checkpoint."""
+
+import math
+
+import pandas as pd
+
+from functional_sam.exhibits import markdown
+from functional_sam.exhibits.comparison import counted, edge, headline, label, left_out, plan, seen
+from functional_sam.exhibits.output import Exhibit
+from functional_sam.exhibits.plan import Plan
+from functional_sam.exhibits.vision import accuracies, percent, points, published, setting
+from functional_sam.study.compare import Estimate
+
+__all__ = ["draw", "headline", "plan"]
+
+PUBLISHED = [
+    *(f"imagenet-{model}-{method}" for model in ("vit-s-32", "vit-s-16", "resnet-50") for method in ("vanilla", "sam", "gsam")),
+    *(f"cifar10-error-vit-{size}-{method}" for size in ("ti", "s") for method in ("adam", "gr")),
+]
+
+
+def draw(plan: Plan) -> Exhibit:
+    """One row an entry and model; Holm over all differences to AdamW, and over all to AdamW with twice the epochs."""
+    data = accuracies(plan.content, plan.source)
+    longer = data.verdict_longer.ne("")
+    words = "; ".join(f"{name}: {counted(part[part.verdict_longer.ne('')])}" for name, part in data.groupby("model", sort=False))
+    finding = f"Against AdamW at equal epochs: {words}.{seen(data[longer])}"
+    apart = "; ".join(f"{name}: {counted(part, 'longer')}" for name, part in data.groupby("model", sort=False))
+    verdict = f"{finding} Against AdamW with twice the epochs: {apart}."
+    caption = f"{finding} {setting(plan.content[0].configs[0], plan.spec.scale, data.n, 'the table')}{left_out(plan)}"
+    tables = [rows(data), "\n**Published**, on other data, with other models and budgets\n", published(PUBLISHED)]
+    return Exhibit(plan, {"": data}, caption, verdict, markdown="\n".join(tables))
+
+
+def rows(data: pd.DataFrame) -> str:
+    """The table; accuracy and differences in per cent, loss in nats per image."""
+    columns = ["model", "method", "lr", "rho", "weight decay", "accuracy (%)", "loss (nats)"]
+    columns += ["minus AdamW, verdict", "minus AdamW for twice the epochs, verdict"]
+    lines = []
+    for row in data.itertuples():
+        rho = "" if math.isnan(row.rho) else f"{row.rho:g}{edge(row, 'rho')}"
+        loss = markdown.interval(row.test_loss, Estimate(row.test_loss, row.test_loss_stderr, row.n).half_width, 3)
+        cells = [
+            row.model,
+            label(row.entry, row.label),
+            f"{row.lr:g}{edge(row, 'lr')}",
+            rho,
+            f"{row.weight_decay:g}",
+            percent(row) + (f" ({row.diverged} of {row.n} diverged)" if row.diverged else ""),
+        ]
+        lines.append([*cells, loss, points(row, "baseline"), points(row, "longer")])
+    return markdown.table(columns, lines, text=["method", *columns[-2:]])

@@ -1,0 +1,91 @@
+"""What table-5 and figure-10 share: a row an entry with accuracy, loss and noise, against AdamW, and for twice the epochs."""
+
+import csv
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from functional_sam.config import Config
+from functional_sam.exhibits import markdown
+from functional_sam.exhibits.output import paper_directory
+from functional_sam.records import Source
+from functional_sam.study.compare import Estimate, estimate
+from functional_sam.study.report import difference, frame, judge
+from functional_sam.study.tune import Planned
+from functional_sam.tasks import TASKS
+
+POINTS = 100  # of accuracy, in 1
+LONGER = {"longer": ("adamw-double", "sgd-double")}  # column -> what a row is compared with besides: the first that is there
+
+
+def accuracies(planned: Sequence[Planned], source: Source, best: bool = True) -> pd.DataFrame:
+    """The frame of the study at the best or the last checkpoint, with model, noise, test loss and functional share.
+
+    Judged against AdamW, and apart against AdamW with twice the epochs: Holm over all rows of equal epochs each time.
+    """
+    of = [dataclasses.replace(one, cell=dataclasses.replace(one.cell, best=best)) for one in planned]
+    data = frame(of, source, others=LONGER)
+    more = [_more(one, configs, source, best) for one in of for configs in one.reported.values()]
+    data = pd.concat([data, pd.DataFrame(more)], axis=1)
+    longer = {name for names in LONGER.values() for name in names}
+    for other in ("baseline", "longer"):
+        data = judge(data, of[0].study.margin, other, family=lambda row: row.entry not in longer)
+    return data
+
+
+def _more(one: Planned, configs: list[Config], source: Source, best: bool) -> dict[str, Any]:
+    config = configs[0]
+    loss = estimate([_loss(source.summary(c), best) for c in configs])
+    shares = [source.metrics(c, "decompose")[-1:] for c in configs]
+    last = [float(lines[0]["gradient"]["share"]) for lines in shares if lines and lines[0]["step"] == config.training.steps]
+    return {
+        "model": TASKS[config.kind].model_name(config),
+        "activation": config.model.activation,
+        "noise": config.data.noise,
+        "test_loss": loss.mean,
+        "test_loss_stderr": loss.stderr,
+        "share_func_last": estimate(last).mean if last else math.nan,
+    }
+
+
+def _loss(summary: dict[str, Any], best: bool) -> float:
+    value = summary.get(f"test_{'best_' if best else ''}loss")
+    return math.inf if value is None else float(value)
+
+
+def percent(row: Any) -> str:
+    """Accuracy in per cent and the 95 % interval of its mean."""
+    return markdown.interval(POINTS * row.test, POINTS * Estimate(row.test, row.test_stderr, row.n).half_width, 1)
+
+
+def points(row: Any, other: str) -> str:
+    """A difference in points of accuracy, its 95 % interval and verdict."""
+    found = difference(row, other)
+    if not found.n:
+        return ""
+    words = (
+        "diverged" if math.isinf(found.mean) else markdown.interval(POINTS * found.mean, POINTS * found.half_width, 1, sign=True)
+    )
+    return f"{words}, {getattr(row, f'verdict_{other}')}"
+
+
+def published(ids: Sequence[str]) -> str:
+    """Rows of paper/numbers.csv as a table, in the order of their ids."""
+    with (paper_directory() / "numbers.csv").open(newline="", encoding="ascii") as file:
+        found = {row["id"]: row for row in csv.DictReader(file)}
+    rows = [[found[name][key] for key in ("dataset", "model", "method", "value", "unit", "source")] for name in ids]
+    return markdown.table(["data", "model", "method", "value", "unit", "source"], rows, text=["model", "method", "unit", "source"])
+
+
+def setting(config: Config, scale: str, ns: Sequence[int], family: str) -> str:
+    """What was trained on what, in one sentence."""
+    training, data = config.training, config.data
+    images = f"{data.unique_images:,} images of {data.images}" if data.unique_images else data.images
+    n = "/".join(str(value) for value in sorted(set(ns)))
+    return (
+        f"Scale {scale}: {images}, in {training.precision}; checkpoints chosen on clean validation images, 95 % intervals of "
+        f"differences paired by seed, n = {n}, Holm's correction within {family}."
+    )

@@ -1,0 +1,214 @@
+"""The vision study: accuracy is better when higher, equal trials, what is kept of a gain, and its exhibits from made-up records."""
+
+import copy
+import math
+import re
+
+import numpy as np
+import pytest
+from made_up import MadeUp
+from rich.console import Console
+from scipy import stats
+
+from functional_sam.cli import main
+from functional_sam.exhibits import draw_plan, planned
+from functional_sam.exhibits.figure_10 import what_is_kept
+from functional_sam.exhibits.output import write
+from functional_sam.jobs.launch import submit
+from functional_sam.study import design
+from functional_sam.study.compare import Verdict, ratio
+from functional_sam.study.design import LR, RHO, load_study, make, trials
+from functional_sam.study.report import frame, judge
+from functional_sam.study.tune import plan_cell, score
+
+GAIN = {"sam": 0.1, "functional-sam": 0.06, "logit-sam": 0.01, "precond-sam": 0.08, "precond-functional-sam": 0.07}
+
+
+def error(config):
+    """1 - accuracy: the method's gain grows with noise; the best learning rate is .002, the best radius .2."""
+    seed, noise = config.training.init_seed, config.data.noise
+    value = 0.2 + noise / 2 + 0.01 * math.sin(seed)
+    if config.optimizer.name == "adamw":
+        value += 0.02 * math.log(config.optimizer.lr / 0.002) ** 2
+    gain = GAIN.get(config.method.name, 0.0) * noise * (1 if config.method.rho == 0.2 else 0.5)
+    return value - gain + 0.0005 * math.cos(5 * seed + len(config.method.name))
+
+
+class MadeUpAccuracies(MadeUp):
+    """Accuracies of which the last is .05 lower than the best."""
+
+    def summary(self, config):
+        found = self.loss(config)
+        if found is None:
+            return {"diverged": True, "error": "e", "loss": None}
+        numbers = {"loss": 2 * found, "accuracy": 0.95 - found}
+        if config.training.test_best:
+            numbers |= {"best_loss": found, "best_step": 7, "best_accuracy": 1 - found}
+        tested = {f"test_{key}": value for key, value in numbers.items()} if config.training.test else {}
+        return {"step": config.training.steps, "seconds": 2.0, "images": 100, **numbers, **tested}
+
+    def metrics(self, config, kind=None):
+        if kind == "decompose":
+            return [
+                {"step": step, "gradient": {"share": 0.1 * (step > 1) + config.data.noise}} for step in (1, config.training.steps)
+            ]
+        if kind == "validation":
+            found = self.loss(config)
+            return [{"step": step, "loss": found, "accuracy": value - found} for step, value in ((7, 1.0), (9, 0.95))]
+        return super().metrics(config, kind)
+
+
+def done(source, study):
+    for cell in study.cells.values():
+        while source.do(plan_cell(study, cell, source).configs):
+            pass
+    return source
+
+
+@pytest.fixture(scope="module")
+def study():
+    return load_study("vision", "quick")
+
+
+@pytest.fixture(scope="module")
+def complete(study):
+    return done(MadeUpAccuracies(error), study)
+
+
+def test_higher_accuracy_wins(study, complete):
+    """In tuning, in the best checkpoint, in the sign of a difference and in its verdict; a diverged run loses."""
+    cell = study.cells["noise-40"]
+    one = plan_cell(study, cell, complete)
+    assert one.centre.best.get(LR) == 0.002
+    assert one.searches["sam"].best.get(RHO) == 0.2
+    config = one.reported["sam", one.searches["sam"].best][0]
+    assert score(config, complete, best=True) == -(1 - error(config))
+    data = judge(frame([one], complete), study.margin).set_index("entry")
+    assert data.test["sam"] > data.test["adamw"]
+    assert data.minus_baseline["sam"] == pytest.approx(0.04, abs=0.002)
+    assert data.verdict_baseline["sam"] == str(Verdict.BETTER)
+    assert data.verdict_baseline["smoothing"] == str(Verdict.SAME)
+    lost = MadeUpAccuracies(lambda c: None if c.method.name == "sam" and c.training.init_seed == 1 else error(c))
+    lost.records = complete.records
+    data = judge(frame([one], lost), study.margin).set_index("entry")
+    assert data.verdict_baseline["sam"] == str(Verdict.LOST)
+    assert data.minus_baseline["sam"] == -math.inf
+
+
+@pytest.mark.parametrize("scale", ["quick", "laptop", "paper"])
+def test_every_entry_gets_as_many_trials_and_seeds_pair_all_that_is_drawn(scale):
+    study = load_study("vision", scale)
+    for cell in study.cells.values():
+        tried = {name: trials(study, cell, name, 0.002) for name in cell.entries}
+        assert len({len(found) for found in tried.values()}) == 1, cell.name
+        assert all(design.tuned(study, cell, name) for name in cell.entries)
+        configs = [make(study, cell, name, found[0], cell.seeds[-1], reported=True) for name, found in tried.items()]
+        drawn = {(c.training.init_seed, c.training.data_seed, c.data.noise, c.data.augment, c.data.unique_images) for c in configs}
+        assert len(drawn) == 1
+        assert all(c.training.test and c.training.test_best and c.training.eval_every for c in configs)
+        steps = {name: c.training.steps for name, c in zip(cell.entries, configs, strict=True)}
+        longer = [name for name in steps if name.endswith("double")]
+        assert all(steps[name] == 2 * steps[cell.entries[0]] for name in longer)
+        assert longer or cell.part == "activation"
+
+
+def test_paper_scale_has_the_published_settings():
+    """Of GSAM's ViT-S: 3e-3 to 3e-5, weight decay .3, 300 epochs, 10,000 steps of warm-up, radius .6 that follows lr."""
+    study = load_study("vision", "paper")
+    for cell in (study.cells["vit-s-16"], study.cells["vit-s-32"]):
+        config = make(study, cell, "gsam", trials(study, cell, "gsam", 0.003)[1], 0)
+        optimizer = config.optimizer
+        assert (optimizer.lr, optimizer.lr * optimizer.lr_end) == (0.003, pytest.approx(3e-5))
+        assert (optimizer.weight_decay, config.method.rho) == (0.3, 0.6)
+        assert optimizer.warmup_steps == pytest.approx(10_000, abs=5)
+        assert config.training.steps * config.training.batch / 1_268_355 == pytest.approx(300, rel=0.01)
+
+
+def test_paper_scale_is_planned_and_submitted_in_one_stage(tmp_path, monkeypatch, capsys):
+    """Its learning rate is given, so every trial is known at once: 3 of each of 9, 9 and 7 entries."""
+    profile = tmp_path / "profile.yaml"
+    profile.write_text("time: 2-00:00:00\npartition: gpu\ngpus_per_node: 8\ncpus_per_task: 10\n")
+    monkeypatch.setenv("PATH", str(tmp_path))  # no SLURM here
+    submit("table-5", "paper", str(profile), [f"runtime.runs={tmp_path}/runs"], True, Console(width=80))
+    first, second = capsys.readouterr().out.split("# ---- after them")
+    assert {"#SBATCH --array=0-74%75", "#SBATCH --gpus-per-node=8", "#SBATCH --ntasks-per-node=8"} <= set(first.splitlines())
+    assert "#SBATCH --dependency=afterok:ARRAY" in second
+    assert not (tmp_path / "runs").exists()
+    monkeypatch.setenv("COLUMNS", "300")
+    assert main(["estimate", "table-5", "--gpu", "a100-80"]) == 0
+    cells = [[cell.strip() for cell in line.split("│")] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    hours = {(row[1].rpartition(" x ")[0], row[4]): float(row[-2]) for row in cells if row[4] and row[-2]}
+    plain, doubled, sharp = (
+        hours[f"vision-vit-s-16 {name}", f"{images} B images"]
+        for name, images in (("adamw", 0.38), ("adamw", 0.76), ("gsam", 0.38))
+    )
+    assert [doubled / plain, sharp / plain] == pytest.approx([2, 2], rel=0.01)
+    assert {name for name, _ in hours} >= {"vision-vit-s-32 gsam", "vision-resnet-50 gsam"}
+
+
+def test_ratio_is_fiellers():
+    """Its ends are where a t test of a - r b gives p = 5 %; where the denominator is not told from zero there is no interval."""
+    draw = np.random.default_rng(0)
+    b = draw.normal(1.0, 0.2, 6)
+    a = 0.6 * b + draw.normal(0, 0.1, 6)
+    mean, low, high = ratio(a, b)
+    assert mean == pytest.approx(a.mean() / b.mean())
+    assert low < mean < high
+    for end in (low, high):
+        assert stats.ttest_1samp(a - end * b, 0.0).pvalue == pytest.approx(0.05, abs=1e-9)
+    assert math.isnan(ratio(a, [1.0, -1.0, 2.0, -2.0, 0.5, 0.1])[1])
+    assert ratio([2.0, 2.0], [1.0, 1.0]) == pytest.approx((2.0, 2.0, 2.0))
+
+
+# ---------------------------------------------------------------- the exhibits
+
+
+@pytest.mark.parametrize("name", ["table-5", "figure-10"])
+def test_every_cell_is_drawn(name, complete, tmp_path):
+    exhibit = draw_plan(planned(name, "quick", source=complete))
+    assert not exhibit.plan.missing
+    assert set(exhibit.frame.cell) == {cell.name for cell in load_study("vision", "quick").part(*exhibit.plan.spec.parts)}
+    assert "Not shown" not in exhibit.caption
+    assert all(file.stat().st_size for file in write(exhibit, tmp_path))
+    assert exhibit.headline
+
+
+def test_figure_10_says_what_the_records_say(complete):
+    exhibit = draw_plan(planned("figure-10", "quick", source=complete))
+    data = exhibit.frame.set_index(["checkpoint", "noise", "entry"])
+    assert data.test["best", 0.4, "sam"] - data.test["last", 0.4, "sam"] == pytest.approx(0.05)
+    assert data.share_func_last["last", 0.4, "adamw"] == pytest.approx(0.5)
+    assert data.test_loss["best", 0.0, "adamw"] == pytest.approx(1 - data.test["best", 0.0, "adamw"])
+    kept = exhibit.frames["kept"].set_index(["checkpoint", "noise", "half"])
+    assert kept.kept["best", 0.4, "functional-sam"] == pytest.approx(0.6, abs=0.05)
+    assert kept.kept["best", 0.4, "logit-sam"] == pytest.approx(0.1, abs=0.05)
+    assert math.isnan(kept.low["best", 0.0, "functional-sam"])  # without noise there is no gain to keep
+    assert re.search(r"kept by Functional-SAM (5\d|6\d) % \(", exhibit.caption)
+    assert exhibit.headline.startswith("points over AdamW at 40 % label noise: SAM +4.0")
+
+
+def test_nothing_is_kept_of_a_loss(study, complete):
+    """Where SAM is worse than AdamW, a ratio of the two would be large and mean nothing."""
+    worse = MadeUpAccuracies(lambda c: error(c) + (0.2 if c.method.name == "sam" else 0.0))
+    worse.records = complete.records
+    kept = what_is_kept([plan_cell(study, study.cells["noise-40"], complete)], worse).set_index(["checkpoint", "half"])
+    assert math.isnan(kept.kept["best", "functional-sam"])
+    assert math.isnan(kept.low["best", "logit-sam"])
+    assert kept.kept["best", "precond-functional-sam"] == pytest.approx(7 / 8, abs=0.05)
+
+
+def test_table_5_compares_with_twice_the_epochs_apart(complete):
+    exhibit = draw_plan(planned("table-5", "quick", source=complete))
+    data = exhibit.frame.set_index(["model", "entry"])
+    assert data.steps["ViT", "adamw-double"] == 2 * data.steps["ViT", "adamw"]
+    assert data.minus_longer["ViT", "sam"] == pytest.approx(data.test["ViT", "sam"] - data.test["ViT", "adamw-double"])
+    assert data.verdict_longer["ViT", "adamw-double"] == ""
+    methods = {line.split("|")[2].strip() for line in exhibit.markdown.splitlines() if "|" in line}
+    assert methods >= {"AdamW", "SGD with momentum", "GSAM", "ASAM"}
+    assert "78.1" in exhibit.markdown.partition("Published")[2]
+
+
+def test_a_cell_that_is_not_complete_is_named(complete):
+    source = copy.copy(complete)
+    source.records = {key: value for key, value in complete.records.items() if not key.startswith("vision-convnet")}
+    assert "Not shown, their runs are not complete: convnet" in draw_plan(planned("table-5", "quick", source=source)).caption
