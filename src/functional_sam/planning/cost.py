@@ -1,6 +1,7 @@
 """Parameters, tokens and floating point operations of a run, counted from its config.
 
-B rows, L tokens of a row (patches of an image), D width, N blocks, F width of the MLP, V outputs.
+B rows, L tokens of a row (patches of an image; of pairs the most that either side may have), D width, N blocks (N each of an
+encoder-decoder), F width of the MLP, V outputs.
 A product [a, b] x [b, c] is 2abc FLOPs. Counted: every matrix product of the model and of its head, attention with the full L x L
 scores, as a fused kernel that skips masked blocks may not do. Not counted: element-wise work, the optimizer.
 """
@@ -9,15 +10,15 @@ from dataclasses import dataclass
 
 from functional_sam.config import Config
 from functional_sam.errors import UserError
-from functional_sam.models.shape import Shape
+from functional_sam.models.shape import PairShape, Shape
 from functional_sam.sharpness.methods import Cost, needs_cotangent, resolve
 from functional_sam.tasks import TASKS
 
 
-def shape(config: Config) -> Shape:
+def shape(config: Config) -> Shape | PairShape:
     """Of a config's model."""
     found = TASKS[config.kind].shape(config)
-    if not isinstance(found, Shape):
+    if not isinstance(found, Shape | PairShape):
         raise UserError(
             f"model.kind={config.model.kind}: the cost of a convolutional network is not planned yet; a transformer's is"
         )
@@ -50,6 +51,8 @@ def keeps_cotangent(config: Config, gpus: int = 1, sharded: bool = False) -> boo
     if not (needs_cotangent(method, options) and method.has_first_pass) or options["keep"] not in ("auto", "u"):
         return False
     s = shape(config)
+    if isinstance(s, PairShape):  # without a readout u is what is kept
+        return True
     own = parameter_bytes(config) * s.parameters / (gpus if sharded else 1)
     return options["keep"] == "u" or config.training.batch // gpus * s.targets * s.V * head_bytes(config) <= own
 
@@ -67,13 +70,16 @@ def head_bytes(config: Config) -> int:
 def run_cost(config: Config, checkpointing: bool | None = None, gpus: int = 1, sharded: bool = False) -> RunCost:
     """Of a run. checkpointing: with recomputed blocks, None for as the config says."""
     s, training = shape(config), config.training
-    recompute = config.model.checkpoint_blocks if checkpointing is None else checkpointing
+    recompute = (config.model.checkpoint_blocks if checkpointing is None else checkpointing) and isinstance(s, Shape)
     method = of_method(config)
     forwards, backwards, heads = method.forwards, method.backwards, method.heads
-    if keeps_cotangent(config, gpus, sharded):  # the product that would build the logits again
+    if isinstance(s, PairShape):  # without a readout every forward evaluates the head
+        heads = forwards + 2 * backwards
+    elif keeps_cotangent(config, gpus, sharded):  # the product that would build the logits again
         heads -= 1 / resolve(config.method.name, config.method.options)[1]["every"]
     blocks = block_flops(s) * training.batch * s.N
-    embed = 2 * s.inputs * s.D * s.L * training.batch  # no gradient is taken of the images, so backward is one product
+    # No gradient is taken of the images, so backward is one product.
+    embed = 2 * s.inputs * s.D * s.L * training.batch if isinstance(s, Shape) else 0
     head = 2 * s.D * s.V * s.targets * training.batch
     # Backward is two products for each of forward's. Recomputation repeats a block's forward but for its last product, whose
     # result no gradient needs.
@@ -90,6 +96,10 @@ def run_cost(config: Config, checkpointing: bool | None = None, gpus: int = 1, s
     )
 
 
-def block_flops(s: Shape) -> int:
-    """Forward FLOPs of one block for one row: projections, MLP, scores and their product with the values."""
-    return 2 * s.L * (4 * s.D**2 + 2 * s.D * s.F) + 4 * s.L**2 * s.D
+def block_flops(s: Shape | PairShape) -> int:
+    """Forward FLOPs of one block for one row: projections, MLP, scores and their product with the values.
+
+    Of an encoder-decoder those of a block of the encoder and one of the decoder, which has a second attention.
+    """
+    attention, mlp = 2 * s.L * 4 * s.D**2 + 4 * s.L**2 * s.D, 2 * s.L * 2 * s.D * s.F
+    return 3 * attention + 2 * mlp if isinstance(s, PairShape) else attention + mlp
