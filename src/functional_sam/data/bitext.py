@@ -126,7 +126,7 @@ def published(bitext: Bitext, location: str | None, files: int | None, progress:
     where = location or bitext.hub
     if where is None:
         raise UserError(
-            f"data.sources=[{bitext.name}] needs data.hub=OWNER/NAME, a data set of the hub in parquet (train, validation and test, "
+            f"data.sources=[{bitext.name}] needs data.hub=OWNER/NAME, a data set of the hub in parquet (train, validation, test; "
             f"a column translation of {' and '.join(bitext.languages)}), or runtime.data=DIR, a directory with the same files"
         )
     folder = _folder(where, bitext)
