@@ -9,8 +9,11 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from memory_simulation import Storages
 from processes import gloo
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import MarianMTModel
+from transformers.models.marian.modeling_marian import shift_tokens_right
 
 from functional_sam.config import compose
 from functional_sam.curvature import CurvatureProducts
@@ -21,11 +24,12 @@ from functional_sam.data.text import SPLITS
 from functional_sam.data.tokenizer import BOS, EOS, PAD
 from functional_sam.data.translation import PairData, build_pairs, padded
 from functional_sam.errors import UserError
-from functional_sam.losses import IGNORE, cross_entropy
+from functional_sam.losses import IGNORE, cross_entropy, smoothed
+from functional_sam.planning import Layout, gpu, memory, need
 from functional_sam.planning.cost import run_cost
 from functional_sam.sharpness import SharpnessAware
 from functional_sam.tasks import prepare
-from functional_sam.tasks.translation import Translation
+from functional_sam.tasks.translation import Translation, marian_config
 from functional_sam.training import loop
 
 VOCAB = 300
@@ -217,8 +221,6 @@ def test_the_hubs_layout(task, made, tmp_path):
 
 
 def test_labels_are_shifted_as_the_model_shifts_them():
-    from transformers.models.marian.modeling_marian import shift_tokens_right
-
     sources = [np.array([7, 8, EOS]), np.array([9, EOS])]
     targets = [np.array([5, EOS]), np.array([6, 7, 8, EOS])]
     inputs, labels = padded(sources, targets)
@@ -314,6 +316,14 @@ def test_one_embedding_for_both_sides_and_the_head(task, model, made):
     assert not torch.equal(other.lm_head.weight, again.lm_head.weight)
 
 
+def test_iwslt14_is_planned():
+    """By its settings alone: the data are on the hub, or nowhere."""
+    found = need(compose("translation-iwslt14", "functional-sam", "paper"), gpu("a100-80"))
+    assert found.layout is not None
+    assert found.cost.parameters == pytest.approx(36.7e6, rel=1e-3)
+    assert found.hours > 0
+
+
 @pytest.mark.parametrize("method", ["adamw", "sam", "functional-sam", "asam", "momentum-sam"])
 def test_flops_are_those_counted(task, made, method):
     """On rows as long as the plan takes all of them to be."""
@@ -328,6 +338,50 @@ def test_flops_are_those_counted(task, made, method):
             sharpness.backward([padded([row] * 8, [row] * 8)])
             optimizer.step()
     assert run_cost(own).step == pytest.approx(counter.get_total_flops(), rel=1e-9)
+
+
+def logits_of(model, inputs):
+    return model(**inputs, use_cache=False).logits
+
+
+CASES = [
+    ("adamw", ()),
+    ("adamw", ("model.depth=3", "model.mlp=128")),
+    ("functional-sam", ("model.length=48",)),
+    ("functional-sam", ("training.micro_batch=4",)),
+    ("sam", ("model.dropout=0", "data.vocab=2000")),
+    ("gsam", ()),
+]
+
+
+@pytest.mark.parametrize(("method", "overrides"), CASES, ids=[f"{m} {' '.join(o)}" for m, o in CASES])
+def test_peak_of_real_steps(made, method, overrides):
+    """Every byte of storage on this CPU, within 3 %."""
+    own = config(made, method, "model.width=32", *overrides)
+    torch.manual_seed(0)
+    model = MarianMTModel(marian_config(own)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    sharpness = SharpnessAware(
+        model,
+        optimizer,
+        method,
+        own.method.rho,
+        loss_fn=smoothed(0.1),
+        forward=lambda model, inputs: model(**inputs, use_cache=False).logits,
+    )
+    row = np.full(own.model.length, 9)
+    batches = [padded([row] * own.micro_batch, [row] * own.micro_batch) for _ in range(8 // own.micro_batch)]
+    tracker = Storages()
+    tracker.see([*model.parameters(), *model.buffers()])
+    given = sum(x.untyped_storage().nbytes() for inputs, labels in batches for x in (*inputs.values(), labels))
+    tracker.see(batches)
+    with tracker:
+        for step in range(2):  # the second one has moments
+            tracker.peak = tracker.now if step else 0
+            sharpness.backward(batches)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert memory(own, Layout(cpu=True)).total == pytest.approx(tracker.peak - given, rel=0.03)
 
 
 def test_curvature_of_a_model_that_no_one_wrote_for_it(made):
