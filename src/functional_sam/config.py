@@ -60,6 +60,7 @@ class DataConfig:
     unique_images: int | None = None  # train on the first so many images only, over and over; none: all
     hub: str | None = None  # OWNER/NAME[@REVISION] of c4 or imagenet-1k on the hub; none: the one they are published as
     unique_tokens: int | None = None  # train on so many tokens only, over and over; none: all
+    unique_pairs: int | None = None  # of a translation task: train on the first so many pairs only, over and over; none: all
     files: int | None = None  # the first so many train files of c4 or imagenet-1k; none: all
     elsewhere: list[str] = field(default_factory=list)  # text of another kind, for measure.robustness: cut by the run's tokenizer
     tokenizer: str | None = None  # a SentencePiece model for c4; none: trained on the start of its first file
@@ -369,6 +370,7 @@ def validated(config: Config) -> Config:
     one_of("data", "held_out", "documents", "windows")
     one_of("data", "augment", None, "crop-flip", "inception")
     counts("data", 1, "files", "unique_tokens", "unique_images")
+    counts("data", 1, "unique_pairs")
     require(0 <= data.noise <= 1, f"data.noise={data.noise}: a fraction of the labels, from 0 to 1")
     require(method.rho is None or 0 <= method.rho < float("inf"), f"method.rho={method.rho}: finite and >= 0")
     one_of("optimizer", "name", "adamw", "sgd", "adafactor")

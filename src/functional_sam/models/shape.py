@@ -42,6 +42,42 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class PairShape:
+    """The sizes of an encoder-decoder, N blocks each, post-LN, with biases and fixed positions; L pieces of source and target."""
+
+    D: int
+    N: int
+    F: int
+    H: int
+    L: int
+    V: int
+
+    @property
+    def attention(self) -> int:
+        """Parameters of one attention: four products with their biases, and the LayerNorm after it."""
+        return 4 * (self.D**2 + self.D) + 2 * self.D
+
+    @property
+    def mlp(self) -> int:
+        """Parameters of an MLP with its biases and LayerNorm."""
+        return 2 * self.D * self.F + self.F + self.D + 2 * self.D
+
+    @property
+    def non_embedding(self) -> int:
+        """Trained parameters but for the embedding; a block of the decoder has two attentions."""
+        return self.N * (3 * self.attention + 2 * self.mlp)
+
+    @property
+    def parameters(self) -> int:
+        return self.non_embedding + self.V * self.D
+
+    @property
+    def targets(self) -> int:
+        """Of a row."""
+        return self.L
+
+
+@dataclass(frozen=True)
 class Convolution:
     """One convolution without bias: channels in and out, side of its kernel and of its output."""
 

@@ -1,6 +1,7 @@
 """Parameters, tokens and floating point operations of a run, counted from its config.
 
-B rows, L tokens of a row (patches of an image), D width, N blocks, F width of the MLP, V outputs.
+B rows, L tokens of a row (patches of an image; of pairs the most that either side may have), D width, N blocks (N each of an
+encoder-decoder), F width of the MLP, V outputs.
 A product [a, b] x [b, c] is 2abc FLOPs. Counted: every matrix product of the model and of its head, attention with the full L x L
 scores, as a fused kernel that skips masked blocks may not do. Not counted: element-wise work, the optimizer.
 """
@@ -8,12 +9,12 @@ scores, as a fused kernel that skips masked blocks may not do. Not counted: elem
 from dataclasses import dataclass
 
 from functional_sam.config import Config
-from functional_sam.models.shape import ConvShape, Shape
+from functional_sam.models.shape import ConvShape, PairShape, Shape
 from functional_sam.sharpness.methods import Cost, needs_cotangent, resolve
 from functional_sam.tasks import TASKS
 
 
-def shape(config: Config) -> Shape | ConvShape:
+def shape(config: Config) -> Shape | ConvShape | PairShape:
     """Of a config's model."""
     return TASKS[config.kind].shape(config)
 
@@ -44,6 +45,8 @@ def keeps_cotangent(config: Config, gpus: int = 1, sharded: bool = False) -> boo
     if not (needs_cotangent(method, options) and method.has_first_pass(options)) or options["keep"] not in ("auto", "u"):
         return False
     s = shape(config)
+    if isinstance(s, PairShape):  # without a readout u is what is kept
+        return True
     own = parameter_bytes(config) * s.parameters / (gpus if sharded else 1)
     return options["keep"] == "u" or config.training.batch // gpus * s.targets * s.V * head_bytes(config) <= own
 
@@ -61,17 +64,20 @@ def head_bytes(config: Config) -> int:
 def run_cost(config: Config, checkpointing: bool | None = None, gpus: int = 1, sharded: bool = False) -> RunCost:
     """Of a run. checkpointing: with recomputed blocks, None for as the config says."""
     s, training = shape(config), config.training
-    recompute = config.model.checkpoint_blocks if checkpointing is None else checkpointing
+    recompute = (config.model.checkpoint_blocks if checkpointing is None else checkpointing) and isinstance(s, Shape)
     method = of_method(config)
     forwards, backwards, heads = method.forwards, method.backwards, method.heads
-    if keeps_cotangent(config, gpus, sharded):  # the product that would build the logits again
+    if isinstance(s, PairShape):  # without a readout every forward evaluates the head
+        heads = forwards + 2 * backwards
+    elif keeps_cotangent(config, gpus, sharded):  # the product that would build the logits again
         heads -= 1 / resolve(config.method.name, config.method.options)[1]["every"]
     if isinstance(s, ConvShape):
         blocks, last = sum(one.flops for block in s.blocks() for one in block) * training.batch, s.last
         embed = s.first.flops * training.batch
     else:
         blocks, last = block_flops(s) * training.batch * s.N, s.D
-        embed = 2 * s.inputs * s.D * s.L * training.batch  # no gradient is taken of the images, so backward is one product
+        # No gradient is taken of the images, so backward is one product.
+        embed = 2 * s.inputs * s.D * s.L * training.batch if isinstance(s, Shape) else 0
     head = 2 * last * s.V * s.targets * training.batch
     # Backward is two products for each of forward's. Recomputation repeats a block's forward but for its last product, whose
     # result no gradient needs.
@@ -88,6 +94,10 @@ def run_cost(config: Config, checkpointing: bool | None = None, gpus: int = 1, s
     )
 
 
-def block_flops(s: Shape) -> int:
-    """Forward FLOPs of one block for one row: projections, MLP, scores and their product with the values."""
-    return 2 * s.L * (4 * s.D**2 + 2 * s.D * s.F) + 4 * s.L**2 * s.D
+def block_flops(s: Shape | PairShape) -> int:
+    """Forward FLOPs of one block for one row: projections, MLP, scores and their product with the values.
+
+    Of an encoder-decoder those of a block of the encoder and one of the decoder, which has a second attention.
+    """
+    attention, mlp = 2 * s.L * 4 * s.D**2 + 4 * s.L**2 * s.D, 2 * s.L * 2 * s.D * s.F
+    return 3 * attention + 2 * mlp if isinstance(s, PairShape) else attention + mlp

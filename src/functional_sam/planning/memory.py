@@ -13,9 +13,9 @@ from dataclasses import dataclass, fields
 from functional_sam.config import Config
 from functional_sam.errors import UserError
 from functional_sam.head import CHUNK_BYTES, SWEEP_BYTES
-from functional_sam.models.shape import ConvShape, Shape
+from functional_sam.models.shape import ConvShape, PairShape, Shape
 from functional_sam.planning.cost import head_bytes, keeps_cotangent, of_method, parameter_bytes, shape
-from functional_sam.sharpness.methods import METHODS, resolve
+from functional_sam.sharpness.methods import METHODS, needs_cotangent, resolve
 
 MOMENTS = {"adamw": 2, "sgd": 1, "adafactor": 0}  # copies of the parameters that an optimizer keeps; adafactor's are vectors
 
@@ -84,6 +84,9 @@ def memory(config: Config, layout: Layout) -> Memory:
     shards = layout.gpus if layout.sharded else 1
     own = w * s.parameters / shards  # one copy of the parameters, on this GPU
 
+    if isinstance(s, PairShape):
+        return _of_pairs(config, layout, s, size, forwards)
+
     # What outlives a pass.
     part = s.D * (2 * s.N + 1) / s.parameters if options["subset"] == "norm" else 1
     copies = own * (spent.theta * part + spent.g + spent.carried)
@@ -145,6 +148,33 @@ def _convolutional(config: Config, s: ConvShape, layout: Layout, size: int, forw
     gathered = w * s.parameters if layout.sharded else 0
     work = 2 * a * size * max(one.values for one in every) + w * s.V * s.last + gathered
     return Memory(own, own, MOMENTS[config.optimizer.name] * own, copies, kept, a * size * saved + cast, work)
+
+
+def _of_pairs(config: Config, layout: Layout, s: PairShape, size: int, forwards: int) -> Memory:
+    """Of an encoder-decoder without a readout: replicas only, nothing recomputed, every row as long as the plan takes it to be.
+
+    Per piece, the graph of a block of the encoder holds the inputs of its products, q, k, v, the output of attention and the MLP's
+    hidden units, (6 D + F) a, and the inputs of two norms, 2 w D; of the decoder, with a second attention, (11 D + F) a and 3 w D;
+    both a mask for each of their branches. Where the loss is taken there are the logits, their log-softmax and two gradients.
+    """
+    (_, options), spent = resolve(config.method.name, config.method.options), of_method(config)
+    w = parameter_bytes(config)
+    a = 2 if config.training.precision == "bf16" else w
+    pieces, own, logits = size * s.L, w * s.parameters, size * s.targets * s.V * w
+    mask = (w if layout.cpu else 1) * s.D if config.model.dropout else 0
+    block = (17 * s.D + 2 * s.F) * a + 5 * w * s.D + 3 * w * s.H + 10 * w + 5 * mask
+    cast = 2 * (s.parameters if a == 2 else 0)  # the matrices in bf16
+    graph = pieces * (s.N * block + 2 * w * s.D + 2 * mask) + cast
+    part = s.N * 5 * 2 * s.D / s.parameters if options["subset"] == "norm" else 1
+    copies = own * (spent.theta * part + spent.g + spent.carried)
+    kept = float((forwards - 1) * logits) if needs_cotangent(METHODS[config.method.name], options) else 0.0
+    there = forwards > 1 or layout.gpus > 1
+    positions = 2 * s.L * s.D * w  # of both sides, which are not trained
+    points = []
+    for activations, grown, work in ((graph, 0.0, 4.0 * logits + (size * s.targets * s.V * a if a == 2 else 0)), (0.0, own, 0.0)):
+        moments = MOMENTS[config.optimizer.name] * own
+        points.append(Memory(own + positions, own if there else grown, moments, copies, kept, activations, work))
+    return max(points, key=lambda point: point.total)
 
 
 def _saved(s: Shape, a: int, w: int, fused: bool) -> int:

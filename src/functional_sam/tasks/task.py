@@ -16,7 +16,7 @@ from functional_sam.config import Config
 from functional_sam.data.cache import Progress
 from functional_sam.data.shards import Watch
 from functional_sam.losses import smoothed
-from functional_sam.models.shape import ConvShape, Shape
+from functional_sam.models.shape import ConvShape, PairShape, Shape
 from functional_sam.tasks.batches import Batch, Batches, split
 
 
@@ -87,7 +87,7 @@ class Task(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def shape(cls, config: Config) -> Shape | ConvShape:
+    def shape(cls, config: Config) -> Shape | ConvShape | PairShape:
         """The sizes of the model, from which its cost is planned."""
 
     @classmethod

@@ -1,0 +1,162 @@
+"""table-7: translation from scratch, every method against AdamW at equal steps and with twice the steps; loss, BLEU, chrF."""
+
+import csv
+from collections.abc import Sequence
+
+import pandas as pd
+
+from functional_sam.config import Config
+from functional_sam.exhibits import markdown
+from functional_sam.exhibits.comparison import counted, label, left_out, plan, seen
+from functional_sam.exhibits.comparison import headline as tally
+from functional_sam.exhibits.output import Exhibit, paper_directory
+from functional_sam.exhibits.plan import Plan
+from functional_sam.records import Source
+from functional_sam.study.compare import Estimate, Verdict, estimate, judged, paired_difference
+from functional_sam.study.report import difference, frame, tested
+from functional_sam.study.tune import Planned
+from functional_sam.tasks import TASKS
+
+__all__ = ["draw", "headline", "plan"]
+
+DOUBLE = "adamw-double"
+SCORES = {"bleu": "BLEU", "chrf": "chrF"}
+PUBLISHED = {"sam": "iwslt14-test-sam", "asam": "iwslt14-test-asam"}  # and Adam's, in paper/numbers.csv
+
+
+def draw(plan: Plan) -> Exhibit:
+    """One table a cell; Holm over the losses of both comparisons of all cells, and apart over those of each score."""
+    margin = plan.content[0].study.margin
+    data = pd.concat([_cell(one, plan.source) for one in plan.content], ignore_index=True)
+    data = _judged(data, ["baseline", "double"], lower_is_better=True, margin=margin)
+    for score in SCORES:
+        data = _judged(data, [score], lower_is_better=False)
+    tables = []
+    for name, part in data.groupby("cell", sort=False):
+        tables += [f"**{name}**\n", _rows(part)] if len(plan.content) > 1 else [_rows(part)]
+    tables.append(_signs(data))
+    methods = data[data.entry != DOUBLE]
+    equal = (_words(methods, other) for other in ("baseline", "double"))
+    finding = f"Test loss against AdamW at equal steps: {next(equal)}; at equal compute: {next(equal)}."
+    caption = f"{finding} {_setting(plan, data)}{left_out(plan)}"
+    return Exhibit(plan, {"": data}, caption, f"{finding}{seen(data)}", markdown="\n".join(tables))
+
+
+def headline(data: pd.DataFrame) -> str:
+    """How the losses compare, at equal steps and at equal compute, in a few words."""
+    methods = data[data.entry != DOUBLE]
+    double = tally(methods.assign(verdict_baseline=methods.verdict_double))
+    return f"at equal steps {tally(methods)}; at twice its steps {double}"
+
+
+def _cell(one: Planned, source: Source) -> pd.DataFrame:
+    """The rows of a cell, a method each, with the loss against AdamW with twice the steps, and with what its translations score."""
+    data = frame([one], source)
+    runs = {name: configs for (name, _), configs in one.reported.items()}
+    names = list(data.entry)
+    matched = {name: one.study.entries[name].matched for name in names}
+    found = {
+        name: paired_difference(*(tested(runs[entry], source, one.cell.best) for entry in (name, matched[name])))
+        for name in names
+        if matched[name] in runs
+    }
+    data["matched"] = [matched[name] for name in names]
+    data = _with(data, "double", [found.get(name, Estimate(float("nan"), float("nan"), 0)) for name in names])
+    for score in SCORES:
+        values = {name: _scores(configs, source, score, one.cell.best) for name, configs in runs.items()}
+        each = [estimate(values[name]) for name in names]
+        data[score], data[f"{score}_stderr"] = [e.mean for e in each], [e.stderr for e in each]
+        base = next(iter(runs))
+        none = Estimate(float("nan"), float("nan"), 0)
+        data = _with(data, score, [none if name == base else paired_difference(values[name], values[base]) for name in names])
+    return data
+
+
+def _with(data: pd.DataFrame, other: str, found: Sequence[Estimate]) -> pd.DataFrame:
+    return data.assign(**{f"minus_{other}": [e.mean for e in found], f"minus_{other}_stderr": [e.stderr for e in found]})
+
+
+def _scores(configs: Sequence[Config], source: Source, score: str, best: bool) -> list[float]:
+    """Of every run on the test split; a run that diverged translated nothing and scores 0."""
+    key = f"test_{'best_' if best else ''}{score}"
+    summaries = [source.summary(config) for config in configs]
+    return [0.0 if summary.get("diverged") else float(summary[key]) for summary in summaries]
+
+
+def _judged(data: pd.DataFrame, others: Sequence[str], *, lower_is_better: bool, margin: float = 0.0) -> pd.DataFrame:
+    """Verdicts of all differences of some columns as one family."""
+    places = [(row, other) for row in range(len(data)) for other in others if difference(_row(data, row), other).n]
+    found = [difference(_row(data, row), other) for row, other in places]
+    words = dict(zip(places, judged(found, lower_is_better=lower_is_better, margin=margin), strict=True))
+    for other in others:
+        data[f"verdict_{other}"] = [str(words.get((row, other), Verdict.NONE)) for row in range(len(data))]
+        each = [difference(_row(data, row), other) for row in range(len(data))]
+        data[f"half_{other}"] = [e.half_width if e.n else float("nan") for e in each]
+        data[f"detectable_{other}"] = [e.detectable if e.n else float("nan") for e in each]
+    return data
+
+
+def _row(data: pd.DataFrame, row: int) -> pd.Series:
+    return data.iloc[row]
+
+
+def _rows(data: pd.DataFrame) -> str:
+    columns = ["method", "lr", "rho", "n", "test loss", "loss minus AdamW", "loss minus AdamW, twice the steps"]
+    columns += [f"{name} (minus AdamW)" for name in SCORES.values()]
+    lines = []
+    for i in range(len(data)):
+        row = _row(data, i)
+        n = f"{row.n}" + (f" ({row.diverged} diverged)" if row.diverged else "")
+        cells = [label(row.entry, row.label), f"{row.lr:g}", "" if pd.isna(row.rho) else f"{row.rho:g}", n]
+        cells.append(markdown.interval(row.test, Estimate(row.test, row.test_stderr, int(row.n)).half_width, 3))
+        for other in ("baseline", "double"):
+            found = difference(row, other)
+            text = markdown.interval(found.mean, found.half_width, 3, sign=True) if found.n else ""
+            cells.append(f"{text}, {row[f'verdict_{other}']}" if text else "")
+        for score in SCORES:
+            found = difference(row, score)
+            against = f" ({markdown.interval(found.mean, found.half_width, 2, sign=True)})" if found.n else ""
+            cells.append(f"{markdown.number(row[score], 2)}{against}")
+        lines.append(cells)
+    return markdown.table(columns, lines, text=columns[5:])
+
+
+def _signs(data: pd.DataFrame) -> str:
+    """Published differences of BLEU beside ours: signs alone, for data, model and steps are others."""
+    with (paper_directory() / "numbers.csv").open(newline="", encoding="utf-8") as file:
+        published = {row["id"]: float(row["value"]) for row in csv.DictReader(file)}
+    adam = published["iwslt14-test-adam"]
+    lines = []
+    for entry, name in PUBLISHED.items():
+        own = [difference(_row(data, i), "bleu") for i in range(len(data)) if data.entry.iloc[i] == entry]
+        ours = ", ".join(_sign(found) for found in own)
+        lines.append([label(entry), markdown.number(published[name] - adam, 2, sign=True), ours or "not run"])
+    columns = ["BLEU minus Adam", "published, IWSLT14 DE-EN", "sign here"]
+    return "\n**Signs**\n\n" + markdown.table(columns, lines, text=[columns[2]])
+
+
+def _sign(found: Estimate) -> str:
+    if abs(found.mean) < found.half_width:
+        return "not told from zero"
+    return "above" if found.mean > 0 else "below"
+
+
+def _words(data: pd.DataFrame, other: str) -> str:
+    """Methods by verdict, cell by cell where there are several."""
+    parts = [(str(name), counted(part, other)) for name, part in data.groupby("cell", sort=False)]
+    return parts[0][1] if len(parts) == 1 else ". ".join(f"{name}: {words}" for name, words in parts)
+
+
+def _setting(plan: Plan, data: pd.DataFrame) -> str:
+    """What was trained on what, and what BLEU is worth at this size."""
+    config = plan.content[0].configs[0]
+    task = TASKS[config.kind]
+    names = ", ".join(dict.fromkeys(TASKS[c.kind].data_name(c) for one in plan.content for c in one.configs[:1]))
+    low = f"; BLEU is at most {markdown.number(data.bleu.max(), 1)}, too little to judge by" if data.bleu.max() < 5 else ""
+    n = "/".join(str(value) for value in sorted(set(data.n)))
+    return (
+        f"Scale {plan.spec.scale}: {task.model_name(config)} of {config.model.depth} + {config.model.depth} layers of width "
+        f"{config.model.width} on {names}, {plan.content[0].cell.steps} steps of {config.training.batch} pairs, label smoothing "
+        f"{config.training.label_smoothing:g}{low}. 95 % intervals of differences paired by seed, n = {n}, Holm's correction over "
+        "all losses."
+    )
