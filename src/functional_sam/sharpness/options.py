@@ -28,7 +28,8 @@ class Options(TypedDict, total=False):
     alpha: float  # gnp, gsam, looksam
     gamma: float  # wsam
     decoupled: bool  # wsam
-    divergence: Literal["previous", "initial"]  # tram
+    divergence: Literal["previous", "initial", "noise"]  # tram
+    sigma: float  # tram: of the noise
     # of all
     scope: Literal["step", "rank", "micro-batch"]  # whose gradient makes eps
     every: int  # steps from one perturbed pass to the next
@@ -63,7 +64,7 @@ MIX_OPTIONS: dict[str | None, dict[str, Any]] = {
     "wsam": {"gamma": 0.9, "decoupled": True},
     "gsam": {"alpha": 1.0},
     "looksam": {"every": 10, "alpha": 0.7},
-    "tram": {"divergence": "previous"},
+    "tram": {"divergence": "previous", "sigma": 0.1},
 }
 GENERAL_OPTIONS: dict[str, Any] = {
     "scope": "step",
