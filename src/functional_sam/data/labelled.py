@@ -1,5 +1,6 @@
 """Labelled texts as token ids: split by hash, tokenized once, padded to the longest row of a batch."""
 
+import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from functional_sam.config import nearest
 from functional_sam.data import glue
 from functional_sam.data.cache import Progress, cached, digest, silent, write_array
 from functional_sam.data.labels import TEXTS, Row
@@ -27,8 +27,10 @@ Inputs = dict[str, Tensor]  # input_ids and attention_mask, int64 [B, L]
 
 def classes_of(name: str) -> tuple[str, ...]:
     """The names of the classes of a set of texts, none where they have grades. Raises UserError for an unknown set."""
-    if name not in TEXTS and name not in glue.SETS:
-        raise nearest("set of labelled texts:", name, [*TEXTS, *glue.SETS])
+    known = sorted([*TEXTS, *glue.SETS])
+    if name not in known:
+        (nearest,) = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+        raise UserError(f"unknown set of texts {name!r}: did you mean {nearest!r}? (known: {', '.join(known)})")
     return TEXTS[name].classes if name in TEXTS else glue.SETS[name].classes
 
 
