@@ -8,7 +8,7 @@ import pandas as pd
 
 from functional_sam.config import Config
 from functional_sam.exhibits import markdown
-from functional_sam.exhibits.comparison import counted, differs, label, left_out, plan, seen, with_verdict
+from functional_sam.exhibits.comparison import counted, differs, edge, label, left_out, plan, seen, with_verdict
 from functional_sam.exhibits.comparison import headline as tally
 from functional_sam.exhibits.output import Exhibit, paper_directory
 from functional_sam.exhibits.plan import Plan
@@ -98,7 +98,8 @@ def _block(own: pd.DataFrame) -> str:
     columns = ["method", "lr", "rho", "dose", "n", unit, "minus AdamW, verdict", "minus AdamW with twice the steps, verdict"]
     lines = []
     for row in own.itertuples():
-        cells = [label(row.entry, row.label), f"{row.lr:g}", "" if math.isnan(row.rho) else f"{row.rho:g}"]
+        cells = [label(row.entry, row.label), f"{row.lr:g}{edge(row, 'lr')}"]
+        cells += ["" if math.isnan(row.rho) else f"{row.rho:g}{edge(row, 'rho')}"]
         cells += ["" if math.isnan(row.dose) else markdown.significant(row.dose, 2)]
         cells.append(f"{row.n}" + (f" ({row.diverged} diverged)" if row.diverged else ""))
         cells.append(markdown.interval(row.test, Estimate(row.test, row.test_stderr, row.n).half_width))
@@ -133,7 +134,14 @@ def _published(data: pd.DataFrame) -> str:
     for group in gains(paper_directory() / "numbers.csv"):
         own = (away if group.transfer else home)[lambda part, name=group.method: part.entry == name]
         here = ", ".join(f"{row.tested_on} {differs(row, 'baseline')}" for row in own.itertuples())
-        lines.append([group.title, _words(group), f"{sum(value > 0 for _, value in group.values)} of {len(group.values)}", here])
+        lines.append(
+            [
+                f"{label(group.method)}, {group.title}",
+                _words(group),
+                f"{sum(value > 0 for _, value in group.values)} of {len(group.values)}",
+                here,
+            ]
+        )
     return f"\n**Signs that were published** (levels are not compared)\n\n{markdown.table(columns, lines, text=columns[1:])}"
 
 
@@ -143,10 +151,10 @@ def _words(group: Gain) -> str:
 
 def _finding(home: pd.DataFrame, away: pd.DataFrame) -> str:
     parts = [f"on {share:.0%} of {on} {counted(own)}" for (on, share), own in home.groupby(["tested_on", "data_share"], sort=False)]
-    parts += [f"transferred to {on} {counted(own)}" for on, own in away.groupby("tested_on", sort=False)]
+    parts += [f"on other domains {tally(away)}"] if len(away) else []
     double = home[home.minus_double.notna()]
-    twice = f" Against AdamW with twice the steps: {counted(double, 'double')}." if len(double) else ""
-    return f"Against AdamW at equal steps: {'; '.join(parts)}.{twice}{seen(home)}"
+    twice = f". Against AdamW with twice the steps: {counted(double, 'double')}" if len(double) else ""
+    return f"Against AdamW at equal steps: {'; '.join(parts)}{twice}.{seen(home)}"
 
 
 def _setting(plan: Plan, data: pd.DataFrame) -> str:
