@@ -293,7 +293,8 @@ def test_glue_is_read_from_local_files_in_the_hubs_layout(name, rows, label, pre
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    folder = tmp_path / "hub" / name.split("/")[1]
+    benchmark, task = name.split("/")
+    folder = tmp_path / "hub" / benchmark.replace("-", "_") / task
     folder.mkdir(parents=True)
     for split, count in (("train", 60), ("validation", 9), ("test", 5)):
         table = {key: [f"{value} {WORDS[i % 40]} {WORDS[i // 40]} {split[0]}" for i in range(count)] for key, value in rows.items()}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from functional_sam.data.hub import layout, rows
 from functional_sam.data.labels import Row
@@ -41,8 +42,13 @@ SETS: dict[str, Set] = {
 
 
 def read(one: Set, location: str, split: str) -> Iterator[Row]:
-    """The rows of a split; a row without a label (-1) is left out. Raises UserError when the files cannot be had."""
-    for file in layout(location or one.hub, one.folder, split, ".parquet"):
+    """The rows of a split; a row without a label (-1) is left out. Raises UserError when the files cannot be had.
+
+    location: a directory with the folders of one of the two benchmarks, or with both as glue/ and super_glue/; or a repository.
+    """
+    own = Path(location) / one.hub.rpartition("/")[2]
+    place = str(own) if location and own.is_dir() else location or one.hub
+    for file in layout(place, one.folder, split, ".parquet"):
         for row in rows(file, "parquet", columns=[*one.columns, "label"]):
             text, *second = (normalize(row[column]) for column in one.columns)
             if row["label"] >= 0:
