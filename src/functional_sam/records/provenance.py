@@ -11,7 +11,7 @@ from typing import Any
 
 from functional_sam.records.code import ROOT, fingerprint
 
-PACKAGES = ("torch", "numpy", "sentencepiece", "datasets", "omegaconf")
+PACKAGES = ("torch", "numpy", "sentencepiece", "datasets", "omegaconf", "transformers", "tokenizers")
 
 
 def commit() -> dict[str, Any]:

@@ -1,29 +1,77 @@
-"""How far predictions have moved: a divergence between the logits of two passes, chunk by chunk."""
+"""How far predictions have moved: a divergence between the logits of two passes, chunk by chunk; and inputs with noise."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from functional_sam.errors import UserError
 from functional_sam.head import logit_chunks
 from functional_sam.losses import IGNORE
 from functional_sam.sharpness.passes import Kept
+from functional_sam.weights import unwrapped
 
 
 @torch.no_grad()
 def divergence(there: Kept, here: Kept, old: dict[Tensor, Tensor], targets: Any) -> tuple[Tensor, Tensor]:
-    """Sum over rows with a target of KL(old || now), and their number; chunk by chunk, with a readout never N x V."""
+    """Sum over rows with a target of KL(old || now), and their number; chunk by chunk, with a readout never N x V.
+
+    One logit a row is the mean of a normal number of variance 1 (least squares), whose KL is half the squared difference.
+    """
     before, num_rows, num_classes = _rows(there, old)
     now, _, _ = _rows(here, {})
     total = torch.zeros((), dtype=torch.float64)
     classes = isinstance(targets, Tensor) and not targets.is_floating_point() and targets.numel() == num_rows
     valid = (targets != IGNORE).reshape(-1) if classes else torch.ones(num_rows, dtype=torch.bool)
     for rows in logit_chunks(num_rows, num_classes):
-        log_p, log_q = before(rows).log_softmax(-1), now(rows).log_softmax(-1)
-        moved = (log_p.exp() * log_p.sub(log_q)).sum(-1)
+        if num_classes == 1:
+            moved = (before(rows) - now(rows)).square().sum(-1) / 2
+        else:
+            log_p, log_q = before(rows).log_softmax(-1), now(rows).log_softmax(-1)
+            moved = (log_p.exp() * log_p.sub(log_q)).sum(-1)
         total = total.to(moved.device) + moved.where(valid[rows].to(moved.device), 0.0).double().sum()
     return total, valid.sum().to(total.device)
+
+
+@contextlib.contextmanager
+def noisy_inputs(model: nn.Module, sigma: float, seed: int) -> Iterator[None]:
+    """x + z inside the block, z ~ N(0, sigma^2), where x is what the input embedding returns, or else inputs of real numbers.
+
+    The embedding is the model's get_input_embeddings() where it has one, or its first nn.Embedding. Numbers are of a generator
+    of their own: dropout draws what it would have drawn. Raises UserError after the block where no input was reached.
+    """
+    inner: Any = unwrapped(model)
+    reached = False
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def noisy(x: Any) -> Any:
+        nonlocal reached
+        if not (isinstance(x, Tensor) and x.is_floating_point()):
+            return x
+        reached = True
+        generator = generators.setdefault(x.device, torch.Generator(x.device).manual_seed(seed))
+        return x + sigma * torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+
+    own: Any = getattr(inner, "get_input_embeddings", lambda: None)()
+    embedding = own or next((module for module in inner.modules() if isinstance(module, nn.Embedding)), None)
+    if embedding is not None:
+        handle = embedding.register_forward_hook(lambda module, inputs, output: noisy(output))
+    else:
+        handle = inner.register_forward_pre_hook(
+            lambda module, args, kwargs: (tuple(map(noisy, args)), {key: noisy(value) for key, value in kwargs.items()}),
+            with_kwargs=True,
+        )
+    try:
+        yield
+    finally:
+        handle.remove()
+    if not reached:
+        raise UserError(
+            f'divergence="noise" found no input of {type(inner).__name__} to add noise to: give the model get_input_embeddings(), '
+            "the module whose output is the embedded input"
+        )
 
 
 def _rows(memory: Kept, values: dict[Tensor, Tensor]) -> tuple[Callable[[slice], Tensor], int, int]:

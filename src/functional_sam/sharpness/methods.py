@@ -93,7 +93,7 @@ class Method:
             heads + 2 * (every - 1) / every,
             theta=1,
             g=int(self.mix is not None or self.path == "penalty") + int(options["ascent_steps"] > 1),
-            carried=int(self.mix in ("looksam", "tram", "friendly", "vasso")),
+            carried=int(self.mix in ("looksam", "friendly", "vasso") or (self.mix == "tram" and options["divergence"] != "noise")),
             h=2
             if self.mix == "tram"
             else int(self.path in ("functional", "logit") or (not exact and needs_cotangent(self, options))),
@@ -185,6 +185,8 @@ def resolve(name: str, given: Mapping[str, Any] | None = None) -> tuple[Method, 
         raise UserError(f"step={options['step']!r}: the displacement of the finite difference is > 0")
     if options.get("dose") is not None:
         _require_dose(method, options)
+    if method.mix == "tram" and options["sigma"] <= 0:
+        raise UserError(f"sigma={options['sigma']!r}: the standard deviation of the noise on the inputs is > 0")
     if not 0.0 <= options.get("gamma", 0.0) < 1.0:
         raise UserError(f"gamma={options['gamma']!r}: the weight of the sharpness is in [0, 1)")
     scope = options["scope"]

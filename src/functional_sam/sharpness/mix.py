@@ -3,6 +3,7 @@
 A Mix may also set the radius (tram) or let a step go without its own perturbed pass (looksam).
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from functional_sam.errors import UserError
 from functional_sam.moments import owners
-from functional_sam.sharpness.divergence import divergence
+from functional_sam.sharpness.divergence import divergence, noisy_inputs
 from functional_sam.sharpness.passes import Kept, Passes
 from functional_sam.sharpness.perturbation import Perturbation, Step
 from functional_sam.vectors import dot, norm
@@ -212,12 +213,13 @@ class LookSAM(Mix):
 class TrustRegion(Mix):
     """Radius rho * D, D = mean over valid targets of KL(softmax(z_old) || softmax(z)) in nats, z the logits at theta.
 
-    z_old are those at theta_{t-1}, the weights of the previous step (divergence="previous"), or at theta_0, those of the first
-    one ("initial"); both forwards see the same dropout mask. In the first step D = 0: the plain gradient.
-    Keeps a copy of the parameters and, through a step, the logits (with a readout: h, twice). One forward more than SAM.
-    Rows without a target are left out where targets are class indices; for another loss_fn every row counts.
-    Source: Sherborne et al. 2023, TRAM-theta_{t-1} and TRAM-theta_0; rho = 1 is their radius, its factor and the order of the
-    two arguments of KL are ours to state.
+    z_old by divergence: "previous" at theta_{t-1}, the weights of the previous step; "initial" at theta_0, those of the first one;
+    "noise" at theta, of inputs x + z with z ~ N(0, sigma^2) (noisy_inputs). Both forwards see the same dropout mask. Without an
+    earlier step D = 0: the plain gradient. One forward more than SAM; keeps through a step the logits (with a readout: h, twice)
+    and, but for noise, a copy of the parameters. Rows without a target are left out where targets are class indices; for another
+    loss_fn every row counts.
+    Source: Sherborne et al. 2023, equations 4 and 5, TRAM-theta_{t-1}, -theta_0 and -x (sigma .1). Theirs has rho = 1 and ASAM's
+    ascent (equation 7): ascent="adaptive". The factor rho, and the ascent along the gradient where none is named, are ours.
     """
 
     compares_logits = True
@@ -228,9 +230,15 @@ class TrustRegion(Mix):
         self._there: list[Kept] = []
 
     def prepare(self, passes: Passes, perturbation: Perturbation, step: Step, due: bool) -> bool:
-        if not due or not self.old:
+        noise = self.options["divergence"] == "noise"
+        if not due or not (noise or self.old):
             return False
-        with perturbation.moved(self.old, self._go_back), buffers_kept(self.model):
+        if noise:
+            seed = (torch.initial_seed() * 1_000_003 + perturbation.steps) % 2**63  # another one each step, whoever seeds the steps
+            elsewhere: contextlib.AbstractContextManager[Any] = noisy_inputs(self.model, self.options["sigma"], seed)
+        else:
+            elsewhere = perturbation.moved(self.old, self._go_back)
+        with elsewhere, buffers_kept(self.model):
             self._there = passes.cotangents(step.batches, logits=True)
         step.repeated = self._there
         return True
@@ -256,7 +264,8 @@ class TrustRegion(Mix):
             memory.logits = None
 
     def done(self, perturbation: Perturbation) -> None:
-        if self.options["divergence"] == "previous" or not self.old:
+        keeps = self.options["divergence"]
+        if keeps == "previous" or (keeps == "initial" and not self.old):
             for p in self.model.parameters():
                 if p.requires_grad:
                     if p in self.old:

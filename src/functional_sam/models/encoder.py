@@ -1,0 +1,86 @@
+"""A pretrained encoder of `transformers`, with a new head."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from functional_sam.errors import UserError
+
+HEAD_STD = 0.02  # of BERT's and RoBERTa's own initialization
+
+
+class Encoder(nn.Module):
+    """input_ids, attention_mask [B, L] -> logits [B, C].
+
+    directory: as `transformers` saves a model; nothing is downloaded. outputs: C. pooling: "mean", of the last hidden states over
+    tokens that are no padding (as all-MiniLM was trained to be read), or "first", the first token's (BERT, RoBERTa).
+    dropout: in the encoder (hidden states and attention) and before the head. frozen: embeddings and the first so many layers are
+    not trained; None: all is. generator: of the head's weights; its bias is zero.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        outputs: int,
+        pooling: str = "mean",
+        dropout: float = 0.1,
+        frozen: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        from transformers import AutoConfig, AutoModel  # seconds to import, for those who have such a model
+
+        config = AutoConfig.from_pretrained(
+            directory, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, local_files_only=True
+        )
+        with _quiet():
+            self.encoder: Any = AutoModel.from_pretrained(
+                directory, config=config, add_pooling_layer=False, dtype=torch.float32, local_files_only=True
+            )
+        self.pooling, self.dropout = pooling, nn.Dropout(dropout)
+        self.head = nn.Linear(config.hidden_size, outputs)
+        with torch.no_grad():
+            self.head.weight.normal_(0.0, HEAD_STD, generator=generator)
+            self.head.bias.zero_()
+        if frozen is not None:
+            layers = self.encoder.encoder.layer
+            if frozen > len(layers):
+                raise UserError(f"model.frozen={frozen}, but {directory.name} has {len(layers)} layers")
+            for part in (self.encoder.embeddings, *layers[:frozen]):
+                part.requires_grad_(False)
+        self.train()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Where a token becomes a vector, as `transformers` calls it."""
+        found: nn.Module = self.encoder.get_input_embeddings()
+        return found
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        h_BLD = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        if self.pooling == "first":
+            pooled_BD = h_BLD[:, 0]
+        else:
+            mask_BL1 = attention_mask[..., None].to(h_BLD.dtype)
+            pooled_BD = (h_BLD * mask_BL1).sum(1) / mask_BL1.sum(1)
+        logits: Tensor = self.head(self.dropout(pooled_BD))
+        return logits
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar, and no report of the weights that are not used: another head than ours, on purpose."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

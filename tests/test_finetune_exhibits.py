@@ -1,0 +1,121 @@
+"""table-6 and figure-6 from made-up records: transfers and equal compute are compared, the diagnosis is ranked."""
+
+import math
+
+import pytest
+from made_up import MadeUp
+
+from functional_sam.exhibits import draw_plan, planned, table_6
+from functional_sam.exhibits.figure_6 import functional_share
+from functional_sam.exhibits.output import paper_directory, write
+from functional_sam.exhibits.published import gains
+from functional_sam.study.design import load_study, trials
+
+SHARES = {"question-type": 0.2, "movie-sentiment": 0.3, "lead-topic": 0.4, "sms-spam": 0.5, "movie-grade": 0.6}
+
+
+class Records(MadeUp):
+    """Runs whose metric is made up: what fine-tuning records beside it."""
+
+    def summary(self, config):
+        _, value = self.records[config.name]
+        if value is None:
+            return {"diverged": True, "error": "e", "loss": None}
+        metric = "spearman" if config.kind == "grade" else "accuracy"
+        found = {"step": config.training.steps, "seconds": 2.0, "texts": 100, "loss": 1 - value, metric: value}
+        if config.training.test:
+            found[f"test_{metric}"] = value
+            found |= {f"test_{metric}_{name}": value / 2 for name in config.data.transfer}
+        return found
+
+    def metrics(self, config, kind=None):
+        if kind == "decompose":
+            return [{"kind": kind, "step": 1, "gradient": {"share": SHARES[config.task] + 0.001 * config.training.init_seed}}]
+        return [{"kind": "dose", "step": 1, "dose": 0.5}] if kind == "dose" and config.method.rho is not None else []
+
+
+def value(config):
+    """SAM gains the more, the larger a task's functional share; twice the steps gain .02; one method loses."""
+    seed = config.training.init_seed
+    gain = {"sam": 0.1 * SHARES[config.task], "functional-sam": 0.01, "asam": -0.03}.get(config.method.name, 0.0)
+    gain += 0.02 if config.training.steps in (60, 100) and config.method.name == "adamw" else 0.0
+    gain -= 1e-3 * abs(math.log(max(config.optimizer.lr, 1e-9) / 2e-4))
+    return 0.7 + gain + 0.05 * math.sin(seed) + 1e-4 * math.cos(7 * seed + len(config.method.name) + config.training.steps)
+
+
+def complete(name, scale):
+    source = Records(value)
+    while source.do(planned(name, scale, source=source).configs):
+        pass
+    return source
+
+
+@pytest.mark.parametrize("scale", ["quick", "laptop"])
+def test_table_6_compares_at_equal_steps_at_equal_compute_and_elsewhere(scale, tmp_path):
+    source = complete("table-6", scale)
+    exhibit = draw_plan(planned("table-6", scale, source=source))
+    data = exhibit.frame
+    assert not data.duplicated(["cell", "tested_on", "entry"]).any()
+    home = data[(data.tested_on == "movie-grade")].set_index("entry")
+    assert home.minus_baseline["sam"] == pytest.approx(0.06, abs=2e-3)
+    assert home.minus_double["sam"] == pytest.approx(0.04, abs=2e-3)
+    assert (home.verdict_baseline["sam"], home.verdict_double["sam"], home.verdict_baseline["asam"]) == (
+        "better",
+        "better",
+        "worse",
+    )
+    assert home.verdict_double["functional-sam"] == "worse"
+    assert home.verdict_double["adamw-double"] == home.verdict_baseline["adamw"] == ""
+    away = data[data.tested_on == "tweet-grade"].set_index("entry")
+    assert away.minus_baseline["sam"] == pytest.approx(0.03, abs=2e-3)
+    assert away.transfer.all()
+    assert set(data[data.transfer].tested_on) == {"amazon-grade", "nyt-grade", "tweet-grade"}
+    assert "+1.57" in exhibit.markdown
+    assert "Not shown" not in exhibit.caption
+    assert "(AdamW: amazon-grade" in exhibit.markdown
+    assert {file.suffix for file in write(exhibit, tmp_path)} == {".md", ".csv", ".json"}
+
+
+def test_a_divergence_is_infinitely_bad_at_home_and_away():
+    source = complete("table-6", "quick")
+    config = next(c for c in planned("table-6", "quick", source=source).configs if c.training.test and c.method.name == "tram")
+    source.records[config.name] = (config, None)
+    assert [table_6.tested_on([config], source, on) for on in ("movie-grade", "nyt-grade")] == [[-math.inf]] * 2
+    data = draw_plan(planned("table-6", "quick", source=source)).frame
+    assert set(data[data.entry == "tram"].verdict_baseline) == {"worse (diverged)"}
+
+
+@pytest.mark.parametrize("scale", ["quick", "laptop"])
+def test_figure_6_ranks_tasks_by_the_share(scale, tmp_path):
+    source = complete("figure-6", scale)
+    plan = planned("figure-6", scale, source=source)
+    exhibit = draw_plan(plan)
+    assert set(exhibit.frame.cell) == {cell.name for cell in load_study("finetune", scale).part("tasks", "share")}
+    found = exhibit.frames["ranks"].set_index("entry").correlation
+    assert (found["sam"] > 0.99).all() if scale == "laptop" else found["sam"] > 0.99
+    assert len(set(exhibit.frame.data_share)) == 3
+    share = exhibit.frame[exhibit.frame.task == "sms-spam"].share.iloc[0]
+    configs = plan.content[1]["sms-spam"]
+    assert share == pytest.approx(sum(functional_share(source, config) for config in configs) / len(configs))
+    assert all(config.optimizer.lr == 0.0 and config.training.steps == 1 for config in configs)  # nothing has moved
+    assert "rank correlation" in exhibit.headline
+    assert {file.suffix for file in write(exhibit, tmp_path)} == {".pdf", ".png", ".csv", ".json"}
+
+
+def test_published_gains_are_differences_of_published_numbers():
+    found = {group.title: group for group in gains(paper_directory() / "numbers.csv") if group.method == "sam"}
+    five = dict(found["SuperGLUE with 5 % of the data, T5.1.1 (Bahri 2022)"].values)
+    assert five == {"small": 1.7, "base": 3.8, "large": 1.5, "xl": 1.1}
+    assert dict(found["GLUE, RoBERTa-base (Kaddour 2022)"].values)["sst"] == -0.23
+    tram = next(group for group in gains(paper_directory() / "numbers.csv") if group.method == "tram")
+    assert tram.transfer
+    assert dict(tram.values) == {"low": 2.1, "high": 2.3}
+
+
+def test_every_entry_has_as_many_trials_and_learning_rates_stay_where_they_were_published():
+    for scale in ("quick", "laptop", "paper"):
+        study = load_study("finetune", scale)
+        for cell in study.cells.values():
+            assert not cell.choose or len({len(trials(study, cell, name, 1e-4)) for name in cell.entries}) == 1
+            if cell.lr:
+                assert max(cell.lr) <= 2e-4
