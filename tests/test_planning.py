@@ -85,6 +85,11 @@ def test_flops_are_those_counted(method, base):
     assert run_cost(config).flops == 7 * run_cost(config).step
 
 
+def test_flops_of_an_ascent_in_several_steps_and_of_none():
+    for config in (small("functional-sam", "method.options.ascent_steps=3"), small("random-sam"), small("vasso")):
+        assert run_cost(config).step == pytest.approx(counted(config), rel=1e-9)
+
+
 def test_flops_of_recomputation():
     config = small("sam", "model.checkpoint_blocks=true")
     assert run_cost(config).step == pytest.approx(counted(config), rel=1e-9)
@@ -122,6 +127,10 @@ CASES = [
     ("precond-functional-sam", ("model.checkpoint_blocks=true",)),
     ("logit-sam", ()),
     ("gsam", ()),
+    ("friendly-sam", ()),
+    ("random-sam", ("training.precision=float32",)),
+    ("functional-sam", ("method.options.ascent_steps=2", "training.micro_batch=4")),
+    ("sam", ("method.options.ascent_part=0.5", "training.micro_batch=4")),
     ("momentum-functional-sam", ("training.precision=float32",)),
     ("sam", ("training.precision=float64",)),
     ("functional-sam", ("model.dropout=0.1", "training.precision=float32")),

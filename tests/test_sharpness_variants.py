@@ -66,15 +66,6 @@ def test_what_a_random_direction_depends_on():
     assert not torch.equal(one, two)
 
 
-def test_a_run_draws_by_its_data_seed():
-    from functional_sam.config import compose
-    from functional_sam.training.loop import _seeded
-
-    assert _seeded(compose("language", "random-sam", overrides=["training.data_seed=7"]))["seed"] == 7
-    assert _seeded(compose("language", "random-sam", overrides=["training.data_seed=7", "method.options.seed=3"]))["seed"] == 3
-    assert "seed" not in _seeded(compose("language", "sam", overrides=["training.data_seed=7"]))
-
-
 # ---------------------------------------------------------------------- an average of gradients
 
 

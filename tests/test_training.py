@@ -60,6 +60,14 @@ RESUMED = {
 }
 
 
+def test_random_directions_are_of_the_data_seed(tmp_path):
+    """As all else that a step draws, unless the config says otherwise."""
+    seeds = []
+    for method, overrides in (("random-sam", {}), ("random-sam", {"method.options.seed": 3}), ("sam", {})):
+        seeds.append(loop._seeded(tiny(tmp_path, tmp_path, method, **{"training.data_seed": 7, **overrides})).get("seed"))
+    assert seeds == [7, 3, None]
+
+
 @pytest.mark.parametrize("case", RESUMED)
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(cache, tmp_path, monkeypatch, case):
     method, task, overrides = RESUMED[case]

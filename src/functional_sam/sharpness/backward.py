@@ -191,8 +191,9 @@ class SharpnessAware:
             step.base = {p: p.grad for p in self.model.parameters() if p.grad is not None}
             if any(replica.gradient_as_bucket_view for replica in passes.replicas):  # the next pass writes to the same memory
                 step.base = {p: g.clone() for p, g in step.base.items()}
-        grads = [g for g in (step.base.get(p, p.grad) for p in step.params) if g is not None]
-        self._ascend(step, grads if mix is None else mix.towards(step.params, grads), kept)
+        self._ascend(step, self._given(step), kept)
+        if self.options["ascent_steps"] > 1:
+            self._climb(step, step.batches, kept)
         if step.size == 0.0 or not any(step.radii.values()):  # eps = 0: the plain gradient
             if whole_step:
                 return kept  # which pass 1 left
@@ -209,8 +210,11 @@ class SharpnessAware:
             if kept:  # a loss that is not finite comes before the gradient that follows from it
                 self._perturbation.require_finite(float(self._passes.finish(kept)[0]), "loss")
             raise
-        if self.options["ascent_steps"] > 1:
-            self._climb(step, step.batches, kept)
+
+    def _given(self, step: Step) -> list[Tensor]:
+        """What the ascent points along; held by no name, since pass 2 is to find the memory of g free."""
+        grads = [g for g in (step.base.get(p, p.grad) for p in step.params) if g is not None]
+        return grads if self._mix is None else self._mix.towards(step.params, grads)
 
     def _ascend_ahead(self, step: Step) -> None:
         """Direction and size where there is no pass 1: along none, or along the gradient of a part, which leaves no trace."""
@@ -223,6 +227,7 @@ class SharpnessAware:
         g = plain_gradient(passes, batches)
         step.params = [p for p in step.params if p in g]
         self._perturbation.ascend(step, [g[p] for p in step.params], together=True)
+        del g  # its memory is the next pass's
         if self.options["ascent_steps"] > 1:
             self._climb(step, batches, None)
         passes.begin(step.batches)
@@ -232,7 +237,7 @@ class SharpnessAware:
         perturbation, k = self._perturbation, self.options["ascent_steps"]
         if step.size == 0.0 or not any(step.radii.values()):
             return
-        total = torch._foreach_div(step.directions, step.size)
+        total, step.directions = torch._foreach_div(step.directions, step.size), []
         for _ in range(k - 1):
             there = Step(batches, params=step.params, directions=list(total), size=float(k), radii=step.radii)
             with perturbation.applied(there), buffers_kept(self.model):
@@ -242,8 +247,10 @@ class SharpnessAware:
                     self._passes.gradient(batches, repeated=kept)
                     g = {p: p.grad for p in step.params if p.grad is not None}
                 perturbation.ascend(there, [g[p] if p in g else torch.zeros_like(p) for p in step.params], together=True)
+                del g
             if there.size > 0.0:
-                torch._foreach_add_(total, torch._foreach_div(there.directions, there.size))
+                torch._foreach_add_(total, there.directions, alpha=1.0 / there.size)
+            there.directions = []
         step.directions, step.size = list(total), float(k)
 
     # ------------------------------------------------------------------ state
