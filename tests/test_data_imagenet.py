@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from functional_sam.data import decoding, imagenet
 from functional_sam.data.images import _mnist_5k
 from functional_sam.data.order import indices
 from functional_sam.errors import UserError
-from functional_sam.tasks import prepare, prepared_sha256
+from functional_sam.tasks import prepare, prepared_sha256, ranks
+from functional_sam.training.distributed import Ranks
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +216,22 @@ def test_the_task_crops_in_training_alone(kept, source):
     assert torch.equal(images, kept.train_batch(0, 4, 0)[0])
     assert torch.equal(next(iter(task.held_out("test", 4, None)))[0], next(iter(kept.eval_batches("test", 4)))[0])
     assert compose("vision", overrides=[*overrides, "runtime.workers=2"]).hash == task.config.hash
+
+
+def test_of_several_processes_each_decodes_its_own_rows(kept, source, monkeypatch):
+    """What the training of rank 1 of 2 takes of a step is there, the rest is not decoded; labels are those of all."""
+    overrides = ["data.images=imagenet-1k", "model.patch=16", "model.width=16", "model.depth=1", "training.batch=6"]
+    overrides += [f"runtime.data={source}", f"runtime.cache={kept.directory.parents[1]}", "data.augment=inception"]
+    task = prepare(compose("vision", overrides=overrides))
+    whole = task.batch(2)
+    monkeypatch.setattr(ranks.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(ranks.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(ranks.dist, "get_world_size", lambda: 2)
+    process = SimpleNamespace(world=2, rank=1)
+    for mine, same in zip(Ranks.part(process, task.batch(2)), Ranks.part(process, whole), strict=True):
+        assert torch.equal(mine[0], same[0])
+        assert torch.equal(mine[1], same[1])
+    assert not task.rows(2)[0][:3].any()
 
 
 def test_refusals_of_inception_crops():
