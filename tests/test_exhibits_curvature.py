@@ -132,9 +132,8 @@ def test_densities_of_an_exhibit_are_those_of_the_known_eigenvalues(tmp_path):
     assert (G.density * width)[G.eigenvalue > 0.5].sum() == pytest.approx(0.5, abs=1e-6)  # two of its four eigenvalues
 
     exhibit = exhibits.draw("figure-4", overrides=overrides)
-    assert (
-        "tops, plain: language 0.50 ± 0.00, vision 0.67 ± 0.00, difference \N{MINUS SIGN}0.17" in exhibit.verdict
-    )  # 3 / 6, 4 / 6 at any scale
+    tops = exhibit.verdict.partition("tops, plain: ")[2]  # 3 / 6 and 4 / 6 at any scale
+    assert re.match(r"language 0.50 [^,]*, vision 0.67 [^,]*, difference .0.17", tops)
     tests = exhibit.frames["tests"].set_index(["measure", "geometry"])
     assert tests.loc[("traces", "adam"), ["language", "vision"]].to_list() == pytest.approx([1 / 8, 2 / 8])
     assert "smaller in language by all measures" in exhibit.caption

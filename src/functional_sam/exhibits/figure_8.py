@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 
 from functional_sam.config import Config, compose
 from functional_sam.exhibits import style
-from functional_sam.exhibits.markdown import interval, number
+from functional_sam.exhibits.markdown import MINUS, interval, number
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import Spec
@@ -213,8 +213,9 @@ def _legends(figure: Any, by_outputs: Axes, by_entropy: Axes, data: pd.DataFrame
 
 def _finding(tests: pd.DataFrame, models: dict[str, Fit]) -> str:
     base, both = models["targets, entropy"].r2, models["+ both"].r2
-    own = tests[tests.compared.isin(ADDED)].set_index("compared").p_holm
-    matter = [name for name in ADDED if own[name] < 1 - LEVEL]
+    own = tests[tests.compared.isin(ADDED)].set_index("compared")
+    signs = {name: "+" if own.estimate[name] > 0 else MINUS for name in ADDED}
+    matter = [f"{name} ({signs[name]})" for name in ADDED if own.p_holm[name] < 1 - LEVEL]
     if matter and both - base >= LEAST_R2:
         said = f"{' and '.join(matter)} matter{'s' if len(matter) == 1 else ''} beyond targets and entropy"
     else:
