@@ -308,13 +308,13 @@ def _caption(plan: Plan, data: pd.DataFrame, finding: str) -> str:
     gone = data[data.diverged].groupby("method").size()
     lost = ", ".join(f"{style.METHOD_LABEL[name]} {count}" for name, count in gone.items()) or "none"
     lrs, rhos = (", ".join(f"{value:g}" for value in values) for values in (spec.lr, spec.rho))
+    size = f"{config.training.batch} rows, {config.training.steps} steps in {config.training.precision}"
     return (
         f"{finding}. A run is broken where it diverged or ended more than {RISE:g} nats above the best of its width, seed and "
-        f"method; the frontier is interpolated in log rho, and the end of the grid counts where it lies beyond; decoders of depth {config.model.depth} on "
-        f"{TASKS[config.kind].data_name(config)}, {config.training.batch} rows, {config.training.steps} steps in "
-        f"{config.training.precision}, scale {spec.scale}, not the paper's models; lr {lrs}, rho {rhos}; diverged of {len(data)} "
-        f"runs: {lost}. Geometric means over n={len(spec.seeds)} seeds, below over learning rates too, 95 % t intervals, verdicts "
-        "by Holm over pairs and widths."
+        "method; the frontier is interpolated in log rho, and the end of the grid counts where it lies beyond; decoders of depth "
+        f"{config.model.depth} on {TASKS[config.kind].data_name(config)}, {size}, scale {spec.scale}, not the paper's models; lr "
+        f"{lrs}, rho {rhos}; diverged of {len(data)} runs: {lost}. Geometric means over n={len(spec.seeds)} seeds, below over "
+        "learning rates too, 95 % t intervals, verdicts by Holm over pairs and widths."
     )
 
 
