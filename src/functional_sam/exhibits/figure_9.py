@@ -206,7 +206,12 @@ def draw(plan: Plan) -> Exhibit:
     for axis, (field, label) in zip(bottom.subplots(1, len(labels)), labels.items(), strict=True):
         _against_width(axis, table, field, widths)
         axis.set_ylabel(label)
-    figure.legend(handles=_legend(plan.spec.methods), loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=3)
+    figure.legend(
+        handles=_legend(plan.spec.methods, bool((found.bound == ADAMW).any())),
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncol=3,
+    )
     finding = _finding(pairs)
     style.finding_above(figure, finding)
     frames = {"": data, "frontier": found, "pairs": pairs, "radii": table, "exponents": slopes}
@@ -264,13 +269,13 @@ def _line(axis: Axes, points: list[tuple[float, pd.Series, bool]], method: str) 
         axis.plot([x], [y], "o", color=color, markerfacecolor="white" if bounded else color, zorder=3)
 
 
-def _legend(methods: list[str]) -> list[Line2D]:
+def _legend(methods: list[str], adamw: bool) -> list[Line2D]:
     grey: dict[str, Any] = {"color": "#777777", "linestyle": "none"}
-    return [
+    marks = [
         *(Line2D([], [], color=style.METHOD_COLOR[name], marker="o", label=style.METHOD_LABEL[name]) for name in methods),
         Line2D([], [], marker="o", markerfacecolor="white", label="of some seeds a bound, the end of the grid", **grey),
-        Line2D([], [], marker="s", markersize=7, alpha=0.5, label="AdamW itself breaks", **grey),
     ]
+    return [*marks, Line2D([], [], marker="s", markersize=7, alpha=0.5, label="AdamW itself breaks", **grey)] if adamw else marks
 
 
 # ---------------------------------------------------------------------- words
@@ -303,13 +308,13 @@ def _caption(plan: Plan, data: pd.DataFrame, finding: str) -> str:
     gone = data[data.diverged].groupby("method").size()
     lost = ", ".join(f"{style.METHOD_LABEL[name]} {count}" for name, count in gone.items()) or "none"
     lrs, rhos = (", ".join(f"{value:g}" for value in values) for values in (spec.lr, spec.rho))
+    size = f"{config.training.batch} rows, {config.training.steps} steps in {config.training.precision}"
     return (
         f"{finding}. A run is broken where it diverged or ended more than {RISE:g} nats above the best of its width, seed and "
-        f"method, and the frontier is interpolated in log rho; decoders of depth {config.model.depth} on "
-        f"{TASKS[config.kind].data_name(config)}, {config.training.batch} rows, {config.training.steps} steps in "
-        f"{config.training.precision}, scale {spec.scale}, not the paper's models; lr {lrs}, rho {rhos}; diverged of {len(data)} "
-        f"runs: {lost}. Geometric means over n={len(spec.seeds)} seeds, below over learning rates too, 95 % t intervals, verdicts "
-        "by Holm over pairs and widths."
+        "method; the frontier is interpolated in log rho, and the end of the grid counts where it lies beyond; decoders of depth "
+        f"{config.model.depth} on {TASKS[config.kind].data_name(config)}, {size}, scale {spec.scale}, not the paper's models; lr "
+        f"{lrs}, rho {rhos}; diverged of {len(data)} runs: {lost}. Geometric means over n={len(spec.seeds)} seeds, below over "
+        "learning rates too, 95 % t intervals, verdicts by Holm over pairs and widths."
     )
 
 
