@@ -47,8 +47,8 @@ def rows_of(data: pd.DataFrame, other: str = "sam") -> str:
     lines = []
     for row in data.itertuples():
         n = f"{row.n}" + (f" ({row.diverged} diverged)" if row.diverged else "")
-        cells = [place(row), label(row.entry, row.label), f"{row.lr:g}{_edge(row, 'lr')}"]
-        cells += ["" if math.isnan(row.rho) else f"{row.rho:g}{_edge(row, 'rho')}", _dose(row.dose), n]
+        cells = [place(row), label(row.entry, row.label), f"{row.lr:g}{edge(row, 'lr')}"]
+        cells += ["" if math.isnan(row.rho) else f"{row.rho:g}{edge(row, 'rho')}", _dose(row.dose), n]
         cells.append(markdown.interval(row.test, Estimate(row.test, row.test_stderr, row.n).half_width))
         if second:
             cells += [with_verdict(row, "baseline"), with_verdict(row, other)]
@@ -72,7 +72,7 @@ def with_verdict(row: Any, other: str) -> str:
     return f"{differs(row, other)}, {word}" if word else ""
 
 
-def _edge(row: Any, key: str) -> str:
+def edge(row: Any, key: str) -> str:
     """A mark where the chosen value lies at an end of what was tried."""
     edges = dict(part.split(":") for part in str(row.edges).split()) if isinstance(row.edges, str) else {}
     return {"low": " (lowest tried)", "high": " (highest tried)"}.get(edges.get(key, ""), "")
