@@ -55,7 +55,7 @@ def test_each_method_meets_adamw_and_adamw_with_twice_the_steps(quick):
     assert list(data.index)[:3] == ["adamw", "adamw-double", "placebo"]
     assert math.isnan(data.minus_double["placebo"])
     assert data.verdict_baseline["placebo"] == ""
-    assert "moves AdamW's by +0.000 \N{PLUS-MINUS SIGN} 0.000" in exhibit.caption
+    assert "jittered by 1e-6: +0.000 \N{PLUS-MINUS SIGN} 0.000" in exhibit.caption
     data = data.drop("placebo")
     assert data.steps["adamw-double"] == 2 * data.steps["adamw"] == 2 * data.steps["sam"]
     assert data.trials.nunique() == 1

@@ -40,7 +40,7 @@ def draw(plan: Plan) -> Exhibit:
     tables.append(_signs(data))
     methods = data[~data.entry.isin([DOUBLE, PLACEBO])]
     equal = (_words(methods, other) for other in ("baseline", "double"))
-    finding = f"Test loss against AdamW at equal steps: {next(equal)}; at equal compute: {next(equal)}{_chance(data)}."
+    finding = f"Test loss against AdamW at equal steps: {next(equal)}{_chance(data)}; at equal compute: {next(equal)}."
     caption = f"{finding} {_setting(plan, data)}{left_out(plan)}"
     return Exhibit(plan, {"": data}, caption, f"{finding}{seen(data)}", markdown="\n".join(tables))
 
@@ -147,10 +147,10 @@ def _sign(found: Estimate) -> str:
 
 
 def _chance(data: pd.DataFrame) -> str:
-    """What the placebo did, which is what rounding alone does."""
+    """What the placebo did: differences that are no larger are chance."""
     found = [difference(_row(data, i)) for i in range(len(data)) if data.entry.iloc[i] == PLACEBO]
     each = [markdown.interval(one.mean, one.half_width, 3, sign=True) for one in found if one.n]
-    return f" (a change of the initial weights by 1e-6 moves AdamW's by {' and '.join(each)})" if each else ""
+    return f" (a placebo, AdamW's weights jittered by 1e-6: {' and '.join(each)})" if each else ""
 
 
 def _words(data: pd.DataFrame, other: str) -> str:
