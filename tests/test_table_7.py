@@ -52,7 +52,11 @@ def quick():
 def test_each_method_meets_adamw_and_adamw_with_twice_the_steps(quick):
     exhibit, source = quick
     data = exhibit.frame.set_index("entry")
-    assert list(data.index)[:2] == ["adamw", "adamw-double"]
+    assert list(data.index)[:3] == ["adamw", "adamw-double", "placebo"]
+    assert math.isnan(data.minus_double["placebo"])
+    assert data.verdict_baseline["placebo"] == ""
+    assert "jittered by 1e-6: +0.000 \N{PLUS-MINUS SIGN} 0.000" in exhibit.caption
+    data = data.drop("placebo")
     assert data.steps["adamw-double"] == 2 * data.steps["adamw"] == 2 * data.steps["sam"]
     assert data.trials.nunique() == 1
     assert math.isnan(data.minus_baseline["adamw"])
@@ -71,7 +75,7 @@ def test_each_method_meets_adamw_and_adamw_with_twice_the_steps(quick):
 
 
 def test_losses_are_one_family(quick):
-    data = quick[0].frame
+    data = quick[0].frame[quick[0].frame.entry != "placebo"]
     rows = [data.iloc[i] for i in range(len(data))]
     found = [difference(row, other) for other in ("baseline", "double") for row in rows]
     words = [row[f"verdict_{other}"] for other in ("baseline", "double") for row in rows]

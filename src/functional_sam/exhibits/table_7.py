@@ -7,7 +7,7 @@ import pandas as pd
 
 from functional_sam.config import Config
 from functional_sam.exhibits import markdown
-from functional_sam.exhibits.comparison import counted, label, left_out, plan, seen
+from functional_sam.exhibits.comparison import counted, edge, label, left_out, plan, seen
 from functional_sam.exhibits.comparison import headline as tally
 from functional_sam.exhibits.output import Exhibit, paper_directory
 from functional_sam.exhibits.plan import Plan
@@ -19,13 +19,16 @@ from functional_sam.tasks import TASKS
 
 __all__ = ["draw", "headline", "plan"]
 
-DOUBLE = "adamw-double"
+DOUBLE, PLACEBO = "adamw-double", "placebo"
 SCORES = {"bleu": "BLEU", "chrf": "chrF"}
 PUBLISHED = {"sam": "iwslt14-test-sam", "asam": "iwslt14-test-asam"}  # and Adam's, in paper/numbers.csv
 
 
 def draw(plan: Plan) -> Exhibit:
-    """One table a cell; Holm over the losses of both comparisons of all cells, and apart over those of each score."""
+    """One table a cell; Holm over the losses of both comparisons of all cells, and apart over those of each score.
+
+    The placebo, AdamW with weights that differ by rounding, is shown and not judged.
+    """
     margin = plan.content[0].study.margin
     data = pd.concat([_cell(one, plan.source) for one in plan.content], ignore_index=True)
     data = _judged(data, ["baseline", "double"], lower_is_better=True, margin=margin)
@@ -35,16 +38,16 @@ def draw(plan: Plan) -> Exhibit:
     for name, part in data.groupby("cell", sort=False):
         tables += [f"**{name}**\n", _rows(part)] if len(plan.content) > 1 else [_rows(part)]
     tables.append(_signs(data))
-    methods = data[data.entry != DOUBLE]
+    methods = data[~data.entry.isin([DOUBLE, PLACEBO])]
     equal = (_words(methods, other) for other in ("baseline", "double"))
-    finding = f"Test loss against AdamW at equal steps: {next(equal)}; at equal compute: {next(equal)}."
+    finding = f"Test loss against AdamW at equal steps: {next(equal)}{_chance(data)}; at equal compute: {next(equal)}."
     caption = f"{finding} {_setting(plan, data)}{left_out(plan)}"
     return Exhibit(plan, {"": data}, caption, f"{finding}{seen(data)}", markdown="\n".join(tables))
 
 
 def headline(data: pd.DataFrame) -> str:
     """How the losses compare, at equal steps and at equal compute, in a few words."""
-    methods = data[data.entry != DOUBLE]
+    methods = data[~data.entry.isin([DOUBLE, PLACEBO])]
     double = tally(methods.assign(verdict_baseline=methods.verdict_double))
     return f"at equal steps {tally(methods)}; at twice its steps {double}"
 
@@ -85,7 +88,8 @@ def _scores(configs: Sequence[Config], source: Source, score: str, best: bool) -
 
 def _judged(data: pd.DataFrame, others: Sequence[str], *, lower_is_better: bool, margin: float = 0.0) -> pd.DataFrame:
     """Verdicts of all differences of some columns as one family."""
-    places = [(row, other) for row in range(len(data)) for other in others if difference(_row(data, row), other).n]
+    rows = [row for row in range(len(data)) if data.entry.iloc[row] != PLACEBO]
+    places = [(row, other) for row in rows for other in others if difference(_row(data, row), other).n]
     found = [difference(_row(data, row), other) for row, other in places]
     words = dict(zip(places, judged(found, lower_is_better=lower_is_better, margin=margin), strict=True))
     for other in others:
@@ -107,12 +111,13 @@ def _rows(data: pd.DataFrame) -> str:
     for i in range(len(data)):
         row = _row(data, i)
         n = f"{row.n}" + (f" ({row.diverged} diverged)" if row.diverged else "")
-        cells = [label(row.entry, row.label), f"{row.lr:g}", "" if pd.isna(row.rho) else f"{row.rho:g}", n]
+        rho = "" if pd.isna(row.rho) else f"{row.rho:g}{edge(row, 'rho')}"
+        cells = [label(row.entry, row.label), f"{row.lr:g}{edge(row, 'lr')}", rho, n]
         cells.append(markdown.interval(row.test, Estimate(row.test, row.test_stderr, int(row.n)).half_width, 3))
         for other in ("baseline", "double"):
             found = difference(row, other)
             text = markdown.interval(found.mean, found.half_width, 3, sign=True) if found.n else ""
-            cells.append(f"{text}, {row[f'verdict_{other}']}" if text else "")
+            cells.append(", ".join(filter(None, (text, row[f"verdict_{other}"]))))
         for score in SCORES:
             found = difference(row, score)
             against = f" ({markdown.interval(found.mean, found.half_width, 2, sign=True)})" if found.n else ""
@@ -139,6 +144,13 @@ def _sign(found: Estimate) -> str:
     if abs(found.mean) < found.half_width:
         return "not told from zero"
     return "above" if found.mean > 0 else "below"
+
+
+def _chance(data: pd.DataFrame) -> str:
+    """What the placebo did: differences that are no larger are chance."""
+    found = [difference(_row(data, i)) for i in range(len(data)) if data.entry.iloc[i] == PLACEBO]
+    each = [markdown.interval(one.mean, one.half_width, 3, sign=True) for one in found if one.n]
+    return f" (a placebo, AdamW's weights jittered by 1e-6: {' and '.join(each)})" if each else ""
 
 
 def _words(data: pd.DataFrame, other: str) -> str:
