@@ -84,8 +84,8 @@ def test_a_missing_run_stops_the_drawing_and_names_the_command(tmp_path):
 
 
 def test_unknown_exhibit_and_scale():
-    with pytest.raises(UserError, match="unknown exhibit 'figure-11'; did you mean 'figure-1'"):
-        exhibits.needed("figure-11")
+    with pytest.raises(UserError, match="unknown exhibit 'figure_1'; did you mean 'figure-1'"):
+        exhibits.needed("figure_1")
     with pytest.raises(UserError, match="unknown scale 'quik'"):
         exhibits.needed("figure-1", "quik")
 
