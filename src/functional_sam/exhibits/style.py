@@ -48,6 +48,9 @@ METHOD_LABEL = {
     "momentum-sam": "Momentum-SAM",
     "momentum-functional-sam": "Momentum Functional-SAM",
     "tram": "TRAM",
+    "random-sam": "Random SAM",
+    "friendly-sam": "Friendly-SAM",
+    "vasso": "VaSSO",
     "adaptive-functional-sam": "Adaptive Functional-SAM",
     "fisher-functional-sam": "Fisher Functional-SAM",
 }
