@@ -175,6 +175,7 @@ def test_a_list_of_optimizers(method):
     close(results[1], results[0], 1e-12)
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="Muon is of torch 2.9")
 def test_muon_beside_adamw():
     """Momentum of both is read; Muon's matrices have no second moment, and a subset leaves them out."""
     model = make_model(dtype=torch.float32)
