@@ -47,10 +47,11 @@ def draw(plan: Plan) -> Exhibit:
     axes[0, 0].set_ylabel("test accuracy (%)")
     axes[1, 0].set_ylabel("gain over AdamW (points)")
     style.legend_above(figure, axes[0, 0], columns=4)
-    finding = _finding(data, kept)
-    share = _share(data)
-    caption = f"{finding} {setting(plan.content[0].configs[0], plan.spec.scale, data.n, 'a checkpoint')}{left_out(plan)}"
-    return Exhibit(plan, {"": data, "kept": kept}, caption, f"{finding}{share}", figure)
+    found = {name: _verdicts(data[data.checkpoint.eq(name)], title) for name, title in CHECKPOINTS.items()}
+    keeps = _kept(data, kept)
+    verdict = f"{found['best']} {found['last']} {keeps}{_share(data)}"
+    words = setting(plan.content[0].configs[0], plan.spec.scale, data.n, "a checkpoint")
+    return Exhibit(plan, {"": data, "kept": kept}, f"{found['best']} {keeps} {words}{left_out(plan)}", verdict, figure)
 
 
 def headline(data: pd.DataFrame) -> str:
@@ -118,12 +119,14 @@ def what_is_kept(planned: Sequence[Planned], source: Source) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _finding(data: pd.DataFrame, kept: pd.DataFrame) -> str:
-    sentences = []
-    for (noise, checkpoint), part in data[data.part.ne("activation")].groupby(["noise", "checkpoint"], sort=False):
-        own = part[part.verdict_longer.ne("")]
-        sentences.append(f"at {POINTS * noise:.0f} % noise, {CHECKPOINTS[str(checkpoint)]}: {counted(own)}")
-    finding = f"Against AdamW at equal epochs {'. '.join(sentences)}."
+def _verdicts(data: pd.DataFrame, checkpoint: str) -> str:
+    """Against AdamW at equal epochs, at one checkpoint."""
+    own = data[data.part.ne("activation") & data.verdict_longer.ne("")]
+    words = [f"at {POINTS * noise:.0f} % noise {counted(part)}" for noise, part in own.groupby("noise", sort=False)]
+    return f"Against AdamW, {checkpoint}, {' - '.join(words)}."
+
+
+def _kept(data: pd.DataFrame, kept: pd.DataFrame) -> str:
     activations = set(data[data.part.eq("activation")].cell)
     noisy = kept[kept.noise.gt(0) & kept.of.eq("sam") & kept.checkpoint.eq("best")]
     words = [
@@ -134,8 +137,8 @@ def _finding(data: pd.DataFrame, kept: pd.DataFrame) -> str:
         if math.isfinite(row.low)
     ]
     if not words:
-        return f"{finding} SAM's gain at the best checkpoint is not told from zero, so it cannot be said what is kept of it."
-    return f"{finding} Of SAM's gain at the best checkpoint is kept by {', '.join(words)}."
+        return "SAM's gain at the best checkpoint is not told from zero, so it cannot be said what is kept of it."
+    return f"Of SAM's gain at the best checkpoint is kept by {', '.join(words)}."
 
 
 def _share(data: pd.DataFrame) -> str:
