@@ -65,8 +65,7 @@ def test_a_domain_that_matters():
     tests = exhibit.frames["tests"].set_index("compared")
     assert tests.loc["domain", "estimate"] == pytest.approx(2.0, abs=0.2)
     assert tests.loc["domain", "p_holm"] < 0.001
-    assert "domain (+)" in exhibit.caption
-    assert "beyond targets and entropy" in exhibit.caption
+    assert "is larger in language" in exhibit.caption
 
 
 def test_contrasts_are_paired_by_seed():

@@ -133,7 +133,9 @@ def draw(plan: Plan) -> Exhibit:
         axes[task].set_title(style.TASK_LABEL.get(task, task))
     _bars(axes["bars"], tests)
     matrices = [Line2D([], [], color=style.MATRIX_COLOR[m], label=label) for m, label in style.MATRIX_LABEL.items()]
-    marks = [Line2D([], [], color="#555555", marker="v", linestyle="", label="its top and bottom eigenvalue (Lanczos)")]
+    marks = [
+        Line2D([], [], color="#555555", marker="v", linestyle="", label="top and bottom eigenvalue (Lanczos, mean over seeds)")
+    ]
     figure.tight_layout()
     figure.legend(handles=matrices + marks, loc="lower center", ncol=4, bbox_to_anchor=(0.5, 1.0))
     finding = _finding(tests)
@@ -192,10 +194,10 @@ def _finding(tests: pd.DataFrame) -> str:
         sides.append(
             "inconclusive" if row.p_holm >= 1 - LEVEL else "smaller in language" if row.difference < 0 else "larger in language"
         )
-        name = f"{PLAIN[row.measure]}, {row.geometry}"
-        words.append(f"{name} {number(row.language, 2)} against {number(row.vision, 2)}")
+        words.append(f"{PLAIN[row.measure]}, {row.geometry}, {number(row.language, 2)} against {number(row.vision, 2)}")
     if len(set(sides)) == 1:
-        return f"The functional half, language against vision: {sides[0]} by all measures ({'; '.join(words)})"
+        shown = "; ".join(word.replace(", plain,", "") for word in words if ", plain," in word)
+        return f"The functional half, language against vision: {sides[0]} by all measures ({shown})"
     return f"The functional half, language against vision: {'; '.join(f'{a}, {b}' for a, b in zip(words, sides, strict=True))}"
 
 

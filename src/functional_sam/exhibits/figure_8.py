@@ -7,11 +7,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from functional_sam.config import Config, compose
 from functional_sam.exhibits import style
-from functional_sam.exhibits.markdown import MINUS, interval, number
+from functional_sam.exhibits.markdown import interval, number
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import Spec
@@ -22,6 +23,7 @@ from functional_sam.study.regression import Fit, fit
 
 LEAST_R2 = 0.02  # that outputs and domain must add to matter (paper/PROTOCOL.md)
 ADDED = ("log outputs", "domain")
+TEMPERATURE_MARKERS, STEP_MARKERS = ("v", "o", "^"), ("o", "D")
 MODELS: dict[str, tuple[str, ...]] = {"targets, entropy": (), "+ outputs": ADDED[:1], "+ domain": ADDED[1:], "+ both": ADDED}
 
 
@@ -123,7 +125,9 @@ def draw(plan: Plan) -> Exhibit:
         _means(by_outputs, own[own.embedding_scale < 1], "outputs", "share_logit", color, "", marker="s")
         seen = data[(data.task == task) & (data.targets == data.targets.max())]
         for place, (_, part) in enumerate(seen.groupby("temperature")):
-            by_entropy.scatter(part.entropy, part.share_logit, s=7, marker="v.^"[place % 3], color=color, alpha=0.55, linewidths=0)
+            by_entropy.scatter(
+                part.entropy, part.share_logit, s=7, marker=TEMPERATURE_MARKERS[place % 3], color=color, alpha=0.55, linewidths=0
+            )
     _cosines(cosines, data)
     _explained(explained, models)
     by_outputs.set(xscale="log", xlabel="outputs (classes, or pieces of the vocabulary)", ylabel="logit share", ylim=(0, 1.02))
@@ -132,9 +136,9 @@ def draw(plan: Plan) -> Exhibit:
     by_entropy.set_title("All steps and temperatures: against entropy")
     cosines.set_title(r"Cosine of $\delta_{logit}$ and $\delta_{func}$ by initial embedding")
     explained.set_title(r"Variance of $\log\,|\delta_{logit}|/|\delta_{func}|$ explained by")
-    _legends(figure, by_outputs, by_entropy, data)
     finding = _finding(tests, models)
     figure.tight_layout()
+    _legends(figure, data)
     style.finding_above(figure, finding)
     return Exhibit(plan, {"": data, "tests": tests}, _caption(plan, data, finding), _verdict(tests, models), figure)
 
@@ -169,19 +173,14 @@ def _cosines(axis: Axes, data: pd.DataFrame) -> None:
     }
     for place, (name, part) in enumerate(groups.items()):
         color = style.TASK_COLOR[name.split(",")[0]]
-        for shift, step, marker in ((-0.12, own.step.min(), "o"), (0.12, own.step.max(), "D")):
+        for shift, step, marker in zip((-0.12, 0.12), (own.step.min(), own.step.max()), STEP_MARKERS, strict=True):
             found = estimate(list(part[part.step == step].groupby("seed").cosine.mean()))
             half = found.half_width if math.isfinite(found.half_width) else 0.0
             axis.errorbar([place + shift], [found.mean], [half], color=color, marker=marker, capsize=2)
     axis.axhline(0, color="#bbbbbb", linewidth=0.6, zorder=0)
     scale = small.embedding_scale.min() if len(small) else math.nan
     axis.set_xticks(range(3), ["vision,\nall classes", "language,\nembeddings x 1", f"language,\nembeddings x {scale:g}"])
-    marks = [
-        Line2D([], [], color="#555555", marker=marker, linestyle="", label=f"step {step:,}")
-        for marker, step in (("o", own.step.min()), ("D", own.step.max()))
-    ]
     axis.set(ylim=(-1.05, 1.05), ylabel="cosine")
-    axis.legend(handles=marks, loc="upper right")
 
 
 def _explained(axis: Axes, models: dict[str, Fit]) -> None:
@@ -195,32 +194,34 @@ def _explained(axis: Axes, models: dict[str, Fit]) -> None:
     axis.set(xlim=(0, 1.12), xlabel=r"$R^2$")
 
 
-def _legends(figure: Any, by_outputs: Axes, by_entropy: Axes, data: pd.DataFrame) -> None:
-    colors = [Line2D([], [], color=style.TASK_COLOR.get(t, "#777777"), label=style.TASK_LABEL.get(t, t)) for t in firsts_of(data)]
-    figure.legend(handles=colors, loc="upper center", ncol=2, bbox_to_anchor=(0.5, 1.03))
-    scale = data.embedding_scale.min()
-    hollow = Line2D(
-        [], [], color="#555555", marker="s", markerfacecolor="white", linestyle="", label=f"initial embeddings x {scale:g}"
-    )
-    by_outputs.legend(handles=[hollow], loc="lower left")
-    temperatures = sorted(set(data.temperature))
-    marks = [
-        Line2D([], [], color="#555555", marker="v.^"[place % 3], linestyle="", label=f"temperature {temperature:g}")
-        for place, temperature in enumerate(temperatures)
-    ]
-    by_entropy.legend(handles=marks, loc="lower right")
+def _legends(figure: Figure, data: pd.DataFrame) -> None:
+    """All marks above the panels: inside of one they would cover points."""
+
+    def grey(marker: str, label: str, face: str = "#555555") -> Line2D:
+        return Line2D([], [], color="#555555", marker=marker, markerfacecolor=face, linestyle="", label=label)
+
+    marks = [Line2D([], [], color=style.TASK_COLOR.get(t, "#777777"), label=style.TASK_LABEL.get(t, t)) for t in firsts_of(data)]
+    marks.append(grey("s", f"initial embeddings x {data.embedding_scale.min():g} (first panel)", "white"))
+    for marker, temperature in zip(TEMPERATURE_MARKERS, sorted(set(data.temperature)), strict=False):
+        marks.append(grey(marker, f"temperature {temperature:g} (second panel)"))
+    for marker, step in zip(STEP_MARKERS, (data.step.min(), data.step.max()), strict=True):
+        marks.append(grey(marker, f"step {step:,} (third panel)"))
+    figure.legend(handles=marks, loc="lower center", ncol=4, bbox_to_anchor=(0.5, 1.0))
 
 
 def _finding(tests: pd.DataFrame, models: dict[str, Fit]) -> str:
     base, both = models["targets, entropy"].r2, models["+ both"].r2
     own = tests[tests.compared.isin(ADDED)].set_index("compared")
-    signs = {name: "+" if own.estimate[name] > 0 else MINUS for name in ADDED}
-    matter = [f"{name} ({signs[name]})" for name in ADDED if own.p_holm[name] < 1 - LEVEL]
-    if matter and both - base >= LEAST_R2:
-        said = f"{' and '.join(matter)} matter{'s' if len(matter) == 1 else ''} beyond targets and entropy"
-    else:
-        said = "outputs and domain add nothing to targets and entropy"
-    return f"What drives the share: {said} (R2 {number(base, 2)}, with both {number(both, 2)})"
+    outputs_word, domain_word = (
+        ("" if own.p_holm[name] >= 1 - LEVEL else up if own.estimate[name] > 0 else down)
+        for name, up, down in (("log outputs", "grows", "falls"), ("domain", "larger", "smaller"))
+    )
+    explained = f"(R2 {number(base, 2)}, with both {number(both, 2)})"
+    if both - base < LEAST_R2 or not (outputs_word or domain_word):
+        return f"Given targets and entropy, outputs and domain add nothing to the logit share {explained}"
+    first = f"{outputs_word} with the number of outputs" if outputs_word else "is not seen to depend on the number of outputs"
+    second = f"is {domain_word} in language" if domain_word else "is not seen to depend on the domain"
+    return f"Given targets and entropy, the logit share {first} and {second} {explained}"
 
 
 def _caption(plan: Plan, data: pd.DataFrame, finding: str) -> str:
