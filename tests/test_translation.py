@@ -344,7 +344,7 @@ def test_iwslt14_is_planned():
     """By its settings alone: the data are on the hub, or nowhere."""
     found = need(compose("translation-iwslt14", "functional-sam", "paper"), gpu("a100-80"))
     assert found.layout is not None
-    assert found.cost.parameters == pytest.approx(36.7e6, rel=1e-3)
+    assert found.cost.parameters == pytest.approx(36.7e6, rel=2e-3)
     assert found.hours > 0
 
 
