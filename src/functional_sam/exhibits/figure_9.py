@@ -191,7 +191,8 @@ def draw(plan: Plan) -> Exhibit:
     slopes = exponents(table)
     style.use()
     figure = plt.figure(figsize=(style.PAGE, 4.3), layout="constrained")
-    top, bottom = np.ravel(figure.subfigures(2, 1))
+    parts: Any = figure.subfigures(2, 1)
+    top, bottom = parts
     widths = sorted(data.width.unique())
     above = top.subplots(1, len(widths), sharey=True, squeeze=False)[0]
     for axis, width in zip(above, widths, strict=True):

@@ -31,7 +31,7 @@ RANKED = {
     "entropy": "entropy",
     "logit_norm": "norm of the logits",
 }
-EXPLAINED, OWN, FLAT, OPEN = "mostly temperature", "mostly not temperature", "no flatness to explain", "inconclusive"
+EXPLAINED, OWN, FLAT, OPEN = "mostly temperature", "mostly not temperature", "flatness not told from zero", "inconclusive"
 READINGS = ("ranks as the loss", "ranks against the loss")
 
 

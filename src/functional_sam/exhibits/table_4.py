@@ -73,7 +73,7 @@ def headline(data: pd.DataFrame) -> str:
 
 
 def _flatness(row: Any) -> str:
-    words = "" if row.verdict == FLAT else f", {_fraction(row)} undone"
+    words = f", {_fraction(row)} undone" if row.b < 0 else ""
     return f"{interval(row.b, row.b_half, 3, sign=True)}{words} ({row.verdict})"
 
 
@@ -89,8 +89,7 @@ def _finding(found: pd.DataFrame) -> str:
     parts = []
     for name, claim in CLAIMS.items():
         row = own.loc[name]
-        refuted = row.verdict not in (claim, OPEN) and not (name == "functional-sam" and row.verdict == FLAT)
-        word = "as the paper says" if row.verdict == claim else "against the paper" if refuted else "open"
+        word = "as the paper says" if row.verdict == claim else "open" if row.verdict in (OPEN, FLAT) else "against the paper"
         parts.append(f"{style.METHOD_LABEL[name]} {_flatness(row)}: {word}")
     return f"Log tr H minus AdamW's and the fraction of it that a fitted temperature undoes: {'; '.join(parts)}"
 
@@ -191,7 +190,7 @@ def _undone(own: pd.DataFrame, found: pd.DataFrame) -> str:
         if method in by.index:
             row = by.loc[method]
             cells += [interval(row.b, row.b_half, 3, sign=True), interval(row.a, row.a_half, 3, sign=True)]
-            cells += [row.verdict if row.verdict == FLAT else f"{_fraction(row)}, {row.verdict}"]
+            cells += [f"{_fraction(row)}, {row.verdict}" if row.b < 0 else row.verdict]
         else:
             cells += ["", "", ""]
         rows.append(cells)
