@@ -65,11 +65,12 @@ def draw(plan: Plan) -> Exhibit:
     tasks = ", ".join(dict.fromkeys(several.task))
     left.set(xlabel=f"share of the training texts ({tasks})", ylabel="test metric minus AdamW's")
     right.set(xlabel=r"functional share $|\delta_{func}|/(|\delta_{func}|+|\delta_{logit}|)$, pretrained")
-    for task, own in common.groupby("task", sort=False):
-        right.annotate(
-            str(task), (own.share.iloc[0], 0.0), xycoords=("data", "axes fraction"), rotation=90, fontsize=6, xytext=(2, 4),
-            textcoords="offset points", color="#555555", va="bottom",
-        )  # fmt: skip
+    low, high = right.get_ylim()
+    right.set_ylim(low - 0.8 * (high - low), high)  # room for the names
+    for number, (task, own) in enumerate(common.groupby("task", sort=False)):
+        x, half, y = own.share.iloc[0], own.half_share.iloc[0], 0.02 + 0.025 * number
+        right.plot([x - half, x + half], [y, y], color="#999999", linewidth=0.8, transform=right.get_xaxis_transform())
+        right.text(x, 0.15, str(task), rotation=90, fontsize=6, ha="center", transform=right.get_xaxis_transform())
     style.legend_above(figure, right, columns=4)
     correlations = ranks(common)
     finding = _finding(several, common, correlations)
@@ -94,7 +95,7 @@ def ranks(common: pd.DataFrame) -> pd.DataFrame:
     """Spearman's correlation over tasks between functional share and gain, a row a method and radius; p is two-sided."""
     found = []
     for (entry, rho), own in common[common.rho.notna()].groupby(["entry", "rho"], sort=False):
-        result = stats.spearmanr(own.share, own.minus_baseline)
+        result = stats.spearmanr(own.share, own.minus_baseline.round(6))  # accuracies of few texts are equal but for rounding
         found.append({"entry": entry, "rho": rho, "tasks": len(own), "correlation": result.statistic, "p": result.pvalue})
     return pd.DataFrame(found)
 
@@ -116,9 +117,8 @@ def _points(axis: Axes, part: pd.DataFrame, x: str) -> None:
         halves = [difference(row).half_width for row in own.itertuples()]
         beside = number - (len(groups) - 1) / 2  # so that marks do not cover each other
         at = own[x] * (1 + 0.06 * beside) if x == "data_share" else own[x] + 0.006 * beside
-        across = None if x == "data_share" or number else own.half_share  # of the share: the same for every method
         axis.errorbar(
-            at, own.minus_baseline, halves, across, color=style.METHOD_COLOR[str(entry)], marker=MARKERS[radii.index(rho)],
+            at, own.minus_baseline, halves, color=style.METHOD_COLOR[str(entry)], marker=MARKERS[radii.index(rho)],
             linestyle="-" if x == "data_share" else "none", elinewidth=0.8, label=rf"{label(str(entry))}, $\rho$ = {rho:g}",
         )  # fmt: skip
 
@@ -143,5 +143,6 @@ def _setting(plan: Plan, data: pd.DataFrame) -> str:
     return (
         f"Scale {plan.spec.scale}: {TASKS[config.kind].model_name(config)}, {steps} steps of {config.training.batch} texts, rho as "
         f"given, nothing chosen; the functional share is that of the pretrained model with a fresh head on {config.measure.rows} "
-        f"validation texts, bars are 95 % intervals, of differences paired by seed, n = {n}, Holm's correction within the figure."
+        f"validation texts, grey its interval over heads; bars are 95 % intervals of differences paired by seed, n = {n}, Holm's "
+        "correction within the figure."
     )
