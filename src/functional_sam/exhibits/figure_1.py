@@ -16,7 +16,7 @@ from functional_sam.exhibits.markdown import interval, number
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import Spec
-from functional_sam.exhibits.words import by_targets, firsts, sizes
+from functional_sam.exhibits.words import answer, by_targets, firsts, sizes
 from functional_sam.records import Source
 from functional_sam.study.compare import Estimate, Verdict, estimate, holm, unpaired_difference, verdict
 
@@ -100,7 +100,9 @@ def draw(plan: Plan) -> Exhibit:
     finding = _finding(tests)
     figure.tight_layout()
     style.finding_above(figure, finding)
-    return Exhibit(plan, {"": data, "tests": tests}, _caption(plan, finding), _verdict(plan, data, tests), figure)
+    sides = {"language above": Verdict.BETTER, "vision above": Verdict.WORSE}
+    said = answer([sides.get(word, word) for word in tests.verdict], Verdict.BETTER)
+    return Exhibit(plan, {"": data, "tests": tests}, _caption(plan, finding), _verdict(plan, data, tests), figure, answer=said)
 
 
 def headline(data: pd.DataFrame) -> str:

@@ -13,8 +13,9 @@ from functional_sam.exhibits.comparison import counted, label, left_out, plan
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.vision import POINTS, accuracies, setting
+from functional_sam.exhibits.words import answer
 from functional_sam.records import Source
-from functional_sam.study.compare import Estimate, ratio
+from functional_sam.study.compare import Estimate, Verdict, ratio
 from functional_sam.study.report import difference, tested
 from functional_sam.study.tune import Planned
 
@@ -51,7 +52,9 @@ def draw(plan: Plan) -> Exhibit:
     keeps = _kept(data, kept)
     verdict = f"{found['best']} {found['last']} {keeps}{_share(data)}"
     words = setting(plan.content[0].configs[0], plan.spec.scale, data.n, "a checkpoint")
-    return Exhibit(plan, {"": data, "kept": kept}, f"{found['best']} {keeps} {words}{left_out(plan)}", verdict, figure)
+    sam = data[data.entry.eq("sam") & data.checkpoint.eq("best") & data.part.eq("noise") & data.noise.gt(0)]
+    frames, caption = {"": data, "kept": kept}, f"{found['best']} {keeps} {words}{left_out(plan)}"
+    return Exhibit(plan, frames, caption, verdict, figure, answer=answer(sam.verdict_baseline, Verdict.BETTER))
 
 
 def headline(data: pd.DataFrame) -> str:

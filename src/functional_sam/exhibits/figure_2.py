@@ -13,7 +13,7 @@ from functional_sam.exhibits.markdown import interval
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import Spec
-from functional_sam.exhibits.words import firsts, model, sizes
+from functional_sam.exhibits.words import answer, firsts, model, sizes
 from functional_sam.records import Source
 from functional_sam.study.compare import Estimate, Verdict, estimate, judged, paired_difference
 from functional_sam.tasks import TASKS
@@ -106,7 +106,8 @@ def draw(plan: Plan) -> Exhibit:
     style.legend_above(figure, axes[0, 0], columns=2)
     finding = _finding(found)
     style.finding_above(figure, finding)
-    return Exhibit(plan, {"": data, "comparisons": found}, _caption(plan, finding), _verdict(found), figure)
+    said = answer(found[(found.task == "language") & (found.against == "logit half")].verdict, Verdict.BETTER)
+    return Exhibit(plan, {"": data, "comparisons": found}, _caption(plan, finding), _verdict(found), figure, answer=said)
 
 
 def headline(data: pd.DataFrame) -> str:

@@ -16,9 +16,9 @@ from functional_sam.exhibits.markdown import interval, number
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import Spec
-from functional_sam.exhibits.words import by_targets, sizes
+from functional_sam.exhibits.words import answer, by_targets, sizes
 from functional_sam.records import Source
-from functional_sam.study.compare import LEVEL, estimate, holm, paired_difference
+from functional_sam.study.compare import LEVEL, Verdict, estimate, holm, paired_difference
 from functional_sam.study.regression import Fit, fit
 
 LEAST_R2 = 0.02  # that outputs and domain must add to matter (paper/PROTOCOL.md)
@@ -140,7 +140,13 @@ def draw(plan: Plan) -> Exhibit:
     figure.tight_layout()
     _legends(figure, data)
     style.finding_above(figure, finding)
-    return Exhibit(plan, {"": data, "tests": tests}, _caption(plan, data, finding), _verdict(tests, models), figure)
+    both = tests[tests.compared.isin(ADDED)]
+    words = [
+        Verdict.OPEN if r.p_holm >= 1 - LEVEL else Verdict.BETTER if r.estimate > 0 else Verdict.WORSE for r in both.itertuples()
+    ]
+    frames = {"": data, "tests": tests}
+    said = answer(words, Verdict.BETTER)
+    return Exhibit(plan, frames, _caption(plan, data, finding), _verdict(tests, models), figure, answer=said)
 
 
 def headline(data: pd.DataFrame) -> str:

@@ -17,7 +17,7 @@ from functional_sam.exhibits.markdown import significant
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import Spec
-from functional_sam.exhibits.words import firsts
+from functional_sam.exhibits.words import answer, firsts
 from functional_sam.records import Source
 from functional_sam.study.compare import Estimate, Verdict, estimate, judged
 from functional_sam.tasks import TASKS
@@ -216,7 +216,10 @@ def draw(plan: Plan) -> Exhibit:
     finding = _finding(pairs)
     style.finding_above(figure, finding)
     frames = {"": data, "frontier": found, "pairs": pairs, "radii": table, "exponents": slopes}
-    return Exhibit(plan, frames, _caption(plan, data, finding), _verdict(data, pairs, slopes), figure)
+    largest = pairs[(pairs.what == LEVEL) & (pairs.width == pairs.width.max())]
+    meant = {word: verdict for verdict, word in WORDS[LEVEL].items()}
+    said = answer([meant.get(word, word) for word in largest.verdict], Verdict.BETTER)
+    return Exhibit(plan, frames, _caption(plan, data, finding), _verdict(data, pairs, slopes), figure, answer=said)
 
 
 def headline(data: pd.DataFrame) -> str:

@@ -13,9 +13,9 @@ from functional_sam.exhibits.markdown import interval, number
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import Spec
-from functional_sam.exhibits.words import sizes
+from functional_sam.exhibits.words import answer, sizes
 from functional_sam.records import Source
-from functional_sam.study.compare import Estimate, estimate
+from functional_sam.study.compare import Estimate, Verdict, estimate
 
 GEOMETRIES = {"plain": "", "adam": " in Adam's geometry"}
 SHOWN = {
@@ -62,7 +62,13 @@ def draw(plan: Plan) -> Exhibit:
     data = pd.DataFrame([row for config, length in pairs for row in measures(config, plan.source, length)])
     found, taus = undone(data), kendall(data)
     frames = {"": data, "temperature": found, "kendall": taus}
-    return Exhibit(plan, frames, _caption(plan, data, found), _verdict(found, taus), markdown=_tables(plan, data, found, taus))
+    own = found[found.geometry == "plain"].set_index("method").verdict
+    words = [
+        Verdict.BETTER if own[m] == claim else Verdict.OPEN if own[m] in (OPEN, FLAT) else Verdict.WORSE
+        for m, claim in CLAIMS.items()
+    ]
+    said, tables = answer(words, Verdict.BETTER), _tables(plan, data, found, taus)
+    return Exhibit(plan, frames, _caption(plan, data, found), _verdict(found, taus), markdown=tables, answer=said)
 
 
 def headline(data: pd.DataFrame) -> str:

@@ -9,7 +9,8 @@ from functional_sam.exhibits.comparison import counted, edge, headline, label, l
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.vision import accuracies, percent, points, published, setting
-from functional_sam.study.compare import Estimate
+from functional_sam.exhibits.words import answer
+from functional_sam.study.compare import Estimate, Verdict
 
 __all__ = ["draw", "headline", "plan"]
 
@@ -29,7 +30,8 @@ def draw(plan: Plan) -> Exhibit:
     verdict = f"{finding} Against AdamW with twice the epochs: {apart}."
     caption = f"{finding} {setting(plan.content[0].configs[0], plan.spec.scale, data.n, 'the table')}{left_out(plan)}"
     tables = [rows(data), "\n**Published**, on other data, with other models and budgets\n", published(PUBLISHED)]
-    return Exhibit(plan, {"": data}, caption, verdict, markdown="\n".join(tables))
+    said = answer(data[data.entry == "sam"].verdict_baseline, Verdict.BETTER)
+    return Exhibit(plan, {"": data}, caption, verdict, markdown="\n".join(tables), answer=said)
 
 
 def rows(data: pd.DataFrame) -> str:

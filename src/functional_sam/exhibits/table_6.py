@@ -13,8 +13,9 @@ from functional_sam.exhibits.comparison import headline as tally
 from functional_sam.exhibits.output import Exhibit, paper_directory
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.published import Gain, gains
+from functional_sam.exhibits.words import answer
 from functional_sam.records import Source
-from functional_sam.study.compare import Estimate, estimate, paired_difference
+from functional_sam.study.compare import Estimate, Verdict, estimate, paired_difference
 from functional_sam.study.report import frame, judge
 from functional_sam.study.tune import Planned
 from functional_sam.tasks import TASKS
@@ -36,7 +37,8 @@ def draw(plan: Plan) -> Exhibit:
     blocks.append(_published(data))
     finding = _finding(at_home, away)
     caption = f"{finding} {_setting(plan, data)}{left_out(plan)}"
-    return Exhibit(plan, {"": data}, caption, finding, markdown="\n".join(blocks))
+    said = answer(at_home[at_home.entry == "sam"].verdict_baseline, Verdict.BETTER)
+    return Exhibit(plan, {"": data}, caption, finding, markdown="\n".join(blocks), answer=said)
 
 
 def headline(data: pd.DataFrame) -> str:

@@ -11,6 +11,7 @@ from functional_sam.exhibits.comparison import counted, edge, label, left_out, p
 from functional_sam.exhibits.comparison import headline as tally
 from functional_sam.exhibits.output import Exhibit, paper_directory
 from functional_sam.exhibits.plan import Plan
+from functional_sam.exhibits.words import answer
 from functional_sam.records import Source
 from functional_sam.study.compare import Estimate, Verdict, estimate, judged, paired_difference
 from functional_sam.study.report import difference, frame, tested
@@ -42,7 +43,8 @@ def draw(plan: Plan) -> Exhibit:
     equal = (_words(methods, other) for other in ("baseline", "double"))
     finding = f"Test loss against AdamW at equal steps: {next(equal)}{_chance(data)}; at equal compute: {next(equal)}."
     caption = f"{finding} {_setting(plan, data)}{left_out(plan)}"
-    return Exhibit(plan, {"": data}, caption, f"{finding}{seen(data)}", markdown="\n".join(tables))
+    said = answer(data[data.entry == "asam"].verdict_baseline, Verdict.BETTER)
+    return Exhibit(plan, {"": data}, caption, f"{finding}{seen(data)}", markdown="\n".join(tables), answer=said)
 
 
 def headline(data: pd.DataFrame) -> str:
