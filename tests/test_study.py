@@ -10,6 +10,7 @@ import pytest
 from made_up import MadeUp, bowl
 from scipy import stats
 
+from functional_sam.config import configs_directory, load, to_yaml
 from functional_sam.errors import UserError
 from functional_sam.study import design
 from functional_sam.study.compare import Estimate, Verdict, equivalent, estimate, holm, judged, paired_difference, verdict
@@ -244,6 +245,18 @@ def test_cells_can_be_named_on_the_command_line():
     assert {config.training.eval_batch for config in foreseen(study, study.part("fixed"))} == {8}
     with pytest.raises(UserError, match=r"fixed-23\.8M.*fixed-23\.9M"):
         load_study("language", "paper", ("cells=fixed-23.8M",))
+
+
+@pytest.mark.parametrize("name", [path.stem for path in (configs_directory() / "studies").glob("*.yaml")])
+def test_a_run_has_the_same_name_when_its_config_is_read_back(name, tmp_path):
+    """Also where a study says 1 for 1.0: its worker would else do another run."""
+    for scale in ("quick", "laptop", "paper"):
+        study = load_study(name, scale)
+        for cell in study.cells.values():
+            lr = Trial(((LR, 0.01),))
+            config = make(study, cell, cell.entries[-1], lr, 0, reported=True)
+            (tmp_path / "config.yaml").write_text(to_yaml(config))
+            assert load(tmp_path / "config.yaml").name == config.name
 
 
 def test_smallest_rate_within_one_standard_error():

@@ -5,7 +5,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -231,7 +231,9 @@ def put(config: Config, key: str, value: Any) -> None:
     owner = getattr(config, section, None)
     if owner is None or not hasattr(owner, rest):
         raise UserError(f"a study sets {key!r}, which no config has")
-    setattr(owner, rest, value)
+    real = next(one.type for one in fields(owner) if one.name == rest) in (float, float | None)
+    # 1 in a YAML is a whole number, and the same setting as 1.0: a run has one name.
+    setattr(owner, rest, float(value) if real and isinstance(value, int) else value)
 
 
 def _key(settings: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
