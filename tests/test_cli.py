@@ -48,7 +48,7 @@ def here(capsys, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["run", "figure-11"], "unknown exhibit 'figure-11'; did you mean 'figure-1'"),
+        (["run", "figure-99"], "unknown exhibit 'figure-99'; did you mean 'figure-9'"),
         (["draw", "figure-1", "--scale", "qick"], "unknown scale 'qick'; did you mean 'quick'"),
         (["plan", "figure-1", "training.stepz=1"], "did you mean 'training.steps'"),
         (["train", "--task", "language", "--method", "sum"], "did you mean 'sam'"),
@@ -67,9 +67,9 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, words, capsys):
 
 
 def test_a_process_ends_with_the_code_and_without_a_traceback():
-    done = command("draw", "figure-11")
+    done = command("draw", "figure-99")
     assert done.returncode == 2
-    assert done.stderr.startswith("functional-sam: unknown exhibit 'figure-11'")
+    assert done.stderr.startswith("functional-sam: unknown exhibit 'figure-99'")
     assert done.stderr.count("\n") == 1
 
 

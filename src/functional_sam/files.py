@@ -76,8 +76,11 @@ def write_text(path: Path, text: str) -> None:
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()  # hashlib.file_digest is of Python 3.11
     with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -117,7 +117,8 @@ class ImageData:
         """
         count = self.train_images(unique_images)
         chosen = indices(step, batch, count, seed)
-        return self._tensors("train", chosen)[0], self._train_labels(chosen, count, noise, seed)
+        images, labels = self._tensors("train", chosen)
+        return images, self._train_labels(chosen, count, noise, seed) if noise else labels
 
     def train_images(self, unique_images: int | None = None) -> int:
         """The number of training images: all, or the first so many. Raises UserError for more than there are."""

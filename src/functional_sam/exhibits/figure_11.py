@@ -78,9 +78,8 @@ def headline(data: pd.DataFrame) -> str:
     tally = []
     for word, phrase in PHRASES.items():
         own = hard[hard.verdict == str(word)]
-        names = ", ".join(f"{label(str(name))} {len(part)}" for name, part in own.groupby("entry", sort=False))
-        tally.append(f"{len(own)} {phrase}" + (f" ({names})" if names and word is not Verdict.OPEN else ""))
-    return f"loss increases of rounded, jittered or retrained weights against AdamW's: of {len(hard)} {', '.join(tally)}"
+        tally.append(f"{len(own)} {phrase}")
+    return f"of {len(hard)} loss increases {', '.join(tally)} against AdamW's"
 
 
 def _finished(config: Any, source: Source) -> bool:

@@ -144,8 +144,10 @@ def draw(plan: Plan) -> Exhibit:
 
 
 def headline(ends: pd.DataFrame) -> str:
-    """What figure and CSV say, in a few words."""
-    return _finding(compared(ends))
+    """The functional half's part in the trace of H, plain geometry, in a few words."""
+    tests = compared(ends)
+    row = next(tests[(tests.measure == "traces") & (tests.geometry == "plain")].itertuples())
+    return f"tr H_F / tr H: language {number(row.language, 2)}, vision {number(row.vision, 2)}"
 
 
 def _density(axis: Axes, data: pd.DataFrame, ends: pd.DataFrame) -> None:

@@ -82,7 +82,7 @@ def headline(data: pd.DataFrame) -> str:
     """How the comparisons with AdamW came out, and the rank correlation of gain and functional share, in a few words."""
     found = ranks(data[data.part == "tasks"])
     words = ", ".join(f"{label(row.entry)} {markdown.number(row.correlation, 2, sign=True)}" for row in found.itertuples())
-    return f"{comparison.headline(data)}; rank correlation of gain and functional share: {words}"
+    return f"rank correlation of gain and functional share: {words}"
 
 
 def functional_share(source: Source, config: Config) -> float:

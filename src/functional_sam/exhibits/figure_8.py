@@ -150,8 +150,11 @@ def draw(plan: Plan) -> Exhibit:
 
 
 def headline(data: pd.DataFrame) -> str:
-    """What figure and CSV say, in a few words."""
-    return _finding(judged_family(data), fits(data))
+    """What the two tests of the fit say, in a few words."""
+    own, models = judged_family(data).set_index("compared").loc[list(ADDED)], fits(data)
+    seen = " and ".join(name.removeprefix("log ") for name in ADDED if own.p_holm[name] < 1 - LEVEL) or "neither outputs nor domain"
+    base, both = (number(models[name].r2, 2) for name in ("targets, entropy", "+ both"))
+    return f"beside targets and entropy the share depends on {seen} (R2 {base}, with both {both})"
 
 
 def _paired(part: pd.DataFrame, other: pd.DataFrame) -> Any:

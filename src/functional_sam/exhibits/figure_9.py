@@ -223,8 +223,11 @@ def draw(plan: Plan) -> Exhibit:
 
 
 def headline(data: pd.DataFrame) -> str:
-    """What figure and CSV say, in a few words."""
-    return _finding(compared(frontier(data)))
+    """The radius that breaks training at the largest width, functional path over plain path, in a few words."""
+    pairs = compared(frontier(data))
+    own = pairs[(pairs.what == LEVEL) & (pairs.width == pairs.width.max())]
+    found = [f"{style.METHOD_LABEL[row.method]} {_times(row)}" for row in own.itertuples()]
+    return f"radius that breaks training, over the plain path's: {', '.join(found)}"
 
 
 def _against_lr(axis: Axes, found: pd.DataFrame, spec: Spec) -> None:

@@ -74,8 +74,8 @@ def draw(plan: Plan) -> Exhibit:
 def headline(data: pd.DataFrame) -> str:
     """What table and CSV say, in a few words."""
     own = undone(data).query("geometry == 'plain'").set_index("method")
-    parts = [f"{style.METHOD_LABEL[name]} {_flatness(own.loc[name])}" for name in CLAIMS]
-    return f"log tr H minus AdamW's, and what one temperature undoes of it: {'; '.join(parts)}"
+    parts = [f"{style.METHOD_LABEL[name]} {interval(own.b[name], own.b_half[name], 2, sign=True)}" for name in CLAIMS]
+    return f"log tr H minus AdamW's: {', '.join(parts)}; temperature undoes {number(own.fraction['sam'], 2)} of SAM's"
 
 
 def _flatness(row: Any) -> str:

@@ -22,6 +22,8 @@ from functional_sam.tasks import TASKS
 
 __all__ = ["draw", "headline", "plan"]
 
+PLACES = ("at home", "on other domains")  # where a run is tested
+
 DOUBLE = "adamw-double"
 
 
@@ -44,9 +46,9 @@ def draw(plan: Plan) -> Exhibit:
 def headline(data: pd.DataFrame) -> str:
     """How many comparisons came out how, in and outside the trained domain, in a few words."""
     home, away = data[~data.transfer], data[data.transfer]
-    found = tally(home) + (f"; on other domains {tally(away)}" if len(away) else "")
-    double = [str(word) for word in home.verdict_double if isinstance(word, str) and word]
-    return f"{found}; better than AdamW with twice the steps: {double.count('better')} of {len(double)}"
+    counts = [[str(word) for word in part.verdict_baseline if isinstance(word, str) and word] for part in (home, away)]
+    found = [f"{words.count('better')} of {len(words)} {where}" for words, where in zip(counts, PLACES, strict=True) if words]
+    return f"better than AdamW: {', '.join(found)}"
 
 
 def rows(planned: Sequence[Planned], source: Source) -> pd.DataFrame:
