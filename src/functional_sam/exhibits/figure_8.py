@@ -141,8 +141,10 @@ def draw(plan: Plan) -> Exhibit:
     _legends(figure, data)
     style.finding_above(figure, finding)
     both = tests[tests.compared.isin(ADDED)]
+    adds = models["+ both"].r2 - models["targets, entropy"].r2 >= LEAST_R2
     words = [
-        Verdict.OPEN if r.p_holm >= 1 - LEVEL else Verdict.BETTER if r.estimate > 0 else Verdict.WORSE for r in both.itertuples()
+        Verdict.OPEN if row.p_holm >= 1 - LEVEL or not adds else Verdict.BETTER if row.estimate > 0 else Verdict.WORSE
+        for row in both.itertuples()
     ]
     frames = {"": data, "tests": tests}
     said = answer(words, Verdict.BETTER)
@@ -152,7 +154,9 @@ def draw(plan: Plan) -> Exhibit:
 def headline(data: pd.DataFrame) -> str:
     """What the two tests of the fit say, in a few words."""
     own, models = judged_family(data).set_index("compared").loc[list(ADDED)], fits(data)
-    seen = " and ".join(name.removeprefix("log ") for name in ADDED if own.p_holm[name] < 1 - LEVEL) or "neither outputs nor domain"
+    adds = models["+ both"].r2 - models["targets, entropy"].r2 >= LEAST_R2
+    named = [name.removeprefix("log ") for name in ADDED if adds and own.p_holm[name] < 1 - LEVEL]
+    seen = " and ".join(named) or "neither outputs nor domain"
     base, both = (number(models[name].r2, 2) for name in ("targets, entropy", "+ both"))
     return f"beside targets and entropy the share depends on {seen} (R2 {base}, with both {both})"
 
