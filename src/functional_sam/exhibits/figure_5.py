@@ -25,15 +25,17 @@ def draw(plan: Plan) -> Exhibit:
     margin = plan.content[0].study.margin
     data = judge(frame(plan.content, plan.source), margin)
     data["epochs"] = data.units / data.unique_units
+    data["swept"] = data.rho.where(data.trials == 0)  # the radius where none was chosen: it names a row
     batch = data[(data.part == "batch") & (data.lr_over_centre.sub(1).abs() < 0.01)]
     radii = sorted(batch.rho.dropna().unique()) or [math.nan]
     style.use()
     columns = max(3, len(radii))
-    figure, axes = plt.subplots(2, columns, figsize=(style.PAGE, 4.4), squeeze=False)
+    tall = bool(data.part.isin(PARTS).any())
+    figure, axes = plt.subplots(1 + tall, columns, figsize=(style.PAGE, 4.4 if tall else 2.6), squeeze=False)
     for axis, rho in zip(axes[0], radii, strict=False):
         lines(axis, batch[batch.rho.eq(rho) | batch.entry.eq("placebo")], "batch")
         axis.set(title=rf"Batch, $\rho$ = {rho:g}", xlabel="rows of a step")
-    for axis, (part, title) in zip(axes[1], PARTS.items(), strict=False):
+    for axis, (part, title) in zip(axes[1:].flat, PARTS.items(), strict=False):
         x = "epochs" if part == "repeated" else "parameters"
         own = data[data.part == part]
         lines(axis, own[own.batch == own.batch.max()] if part == "fixed" else own, x)
@@ -50,8 +52,9 @@ def draw(plan: Plan) -> Exhibit:
         style.legend_above(figure, axes[0, 0], columns=4)
     style.finding_above(figure, sentence(headline(data)))
     caption = (
-        f"{sentence(headline(data))} Above nothing is chosen (AdamW's learning rate at each batch), below every method has "
-        f"as many trials; bars are 95 % intervals of paired differences; linear within {LINEAR:g} nats, logarithmic beyond. "
+        f"{sentence(headline(data))} {'Above n' if tall else 'N'}othing is chosen (AdamW's learning rate at each batch)"
+        f"{', below every method has as many trials' if tall else ''}; 95 % intervals of paired differences; linear within "
+        f"{LINEAR:g} nats, logarithmic beyond. "
         f"{setting(plan, data)}{left_out(plan)}"
     )
     tuned = data[data.part.isin(["fixed", "chinchilla"]) & data.entry.eq("precond-functional-sam")]
@@ -67,7 +70,12 @@ def headline(data: pd.DataFrame) -> str:
         f"Precond Functional-SAM minus AdamW {differs(row, 'baseline')} nats at {style.count(row.parameters)} parameters"
         for row in own.itertuples()
     ]
-    return found[0] if found else "no size is complete"
+    if found:
+        return found[0]
+    swept = data[(data.part == "batch") & data.rho.sub(0.05).abs().lt(1e-9) & data.entry.isin(["sam", "functional-sam"])]
+    swept = swept[swept.lr_over_centre.sub(1).abs().lt(0.01) & (swept.batch == swept.batch.max())]
+    words = ", ".join(f"{label(row.entry)} {differs(row, 'baseline')}" for row in swept.itertuples())
+    return f"minus AdamW at {swept.batch.iloc[0]} rows, rho 0.05: {words}" if words else "no size is complete"
 
 
 def lines(axis: Axes, part: pd.DataFrame, x: str) -> None:
