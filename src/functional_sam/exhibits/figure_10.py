@@ -13,7 +13,7 @@ from functional_sam.exhibits.comparison import counted, label, left_out, plan
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.vision import POINTS, accuracies, setting
-from functional_sam.exhibits.words import answer
+from functional_sam.exhibits.words import answer, sentence
 from functional_sam.records import Source
 from functional_sam.study.compare import Estimate, Verdict, ratio
 from functional_sam.study.report import difference, tested
@@ -48,6 +48,7 @@ def draw(plan: Plan) -> Exhibit:
     axes[0, 0].set_ylabel("test accuracy (%)")
     axes[1, 0].set_ylabel("gain over AdamW (points)")
     style.legend_above(figure, axes[0, 0], columns=4)
+    style.finding_above(figure, sentence(headline(data)))
     found = {name: _verdicts(data[data.checkpoint.eq(name)], title) for name, title in CHECKPOINTS.items()}
     keeps = _kept(data, kept)
     verdict = f"{found['best']} {found['last']} {keeps}{_share(data)}"

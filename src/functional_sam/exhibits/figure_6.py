@@ -12,6 +12,7 @@ from functional_sam.exhibits.comparison import counted, label
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import Spec
+from functional_sam.exhibits.words import sentence
 from functional_sam.records import Source
 from functional_sam.study.compare import estimate
 from functional_sam.study.design import load_study
@@ -72,6 +73,7 @@ def draw(plan: Plan) -> Exhibit:
         right.plot([x - half, x + half], [y, y], color="#999999", linewidth=0.8, transform=right.get_xaxis_transform())
         right.text(x, 0.15, str(task), rotation=90, fontsize=6, ha="center", transform=right.get_xaxis_transform())
     style.legend_above(figure, right, columns=4)
+    style.finding_above(figure, sentence(headline(data)))
     correlations = ranks(common)
     finding = _finding(several, common, correlations)
     caption = f"{finding} {_setting(plan, data)}{comparison.left_out(plan_of_cells(plan))}"
