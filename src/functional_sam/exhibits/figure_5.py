@@ -17,6 +17,7 @@ from functional_sam.study.report import difference, frame, judge
 __all__ = ["draw", "headline", "plan"]
 
 LINEAR = 0.01  # nats: within it the axes are linear
+BOTH = ("sam", "precond-functional-sam")  # the paper's worst and best
 PARTS = {"fixed": "Fixed length", "chinchilla": "20 tokens per parameter", "repeated": "Repeated data, best checkpoint"}
 
 
@@ -72,7 +73,7 @@ def headline(data: pd.DataFrame) -> str:
     ]
     if found:
         return found[0]
-    swept = data[(data.part == "batch") & data.rho.sub(0.05).abs().lt(1e-9) & data.entry.isin(["sam", "functional-sam"])]
+    swept = data[(data.part == "batch") & data.rho.sub(0.05).abs().lt(1e-9) & data.entry.isin(BOTH)]
     swept = swept[swept.lr_over_centre.sub(1).abs().lt(0.01) & (swept.batch == swept.batch.max())]
     words = ", ".join(f"{label(row.entry)} {differs(row, 'baseline')}" for row in swept.itertuples())
     return f"minus AdamW at {swept.batch.iloc[0]} rows, rho 0.05: {words}" if words else "no size is complete"
