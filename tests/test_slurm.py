@@ -250,8 +250,9 @@ def cluster(slurm, cache, tmp_path_factory):
 
     def over():
         act()
+        ended = [case.ended() for case in cases.values()]  # asked every time: SLURM forgets a job some minutes after its end
         drawn = all(record.read_bytes() != old for record, old in zip(records, before, strict=True))
-        return (drawn or submitted.returncode) and all(case.ended() for case in cases.values())
+        return (drawn or submitted.returncode) and all(ended)
 
     # What they should come to: the same run in this process, while theirs are at work.
     whole = Case(base / "runs-whole", "")
