@@ -203,6 +203,11 @@ def cluster(slurm, cache, tmp_path_factory):
     cases = {name: Case(base / f"runs-{name}", text) for name, text in texts.items()}
     quiet = Console(quiet=True)
 
+    records = [figure / "paper" / "figures" / "figure-1.json", one / "paper" / "tables" / "table-1.json"]
+    before = [
+        record.read_bytes() for record in records
+    ]  # before anything is submitted: the first may be drawn while the others still are
+
     # The figure by the command itself, as a user would; then the code is broken: what is queued must not notice.
     (figure / "jobs" / "clusters" / "mine.yaml").write_text(long + first + "array_parallelism: 2\n")
     command = [sys.executable, "-m", "functional_sam", "submit", "figure-1", "--cluster", "mine", "training.steps=6", *SMALL]
@@ -244,9 +249,6 @@ def cluster(slurm, cache, tmp_path_factory):
         elif case.done == {"down"} and case.scontrol("JobState") == "PENDING" and time.monotonic() > down[0] + 12:
             subprocess.run(["scontrol", "update", "nodename=node2", "state=resume"], check=True)
             case.done.add("up")
-
-    records = [figure / "paper" / "figures" / "figure-1.json", one / "paper" / "tables" / "table-1.json"]
-    before = [record.read_bytes() for record in records]
 
     def over():
         act()
