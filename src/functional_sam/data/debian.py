@@ -20,8 +20,6 @@ from functional_sam.data.sources import normalize
 from functional_sam.errors import UserError
 
 SUITE = "bookworm"
-MIRROR = "http://deb.debian.org/debian"
-KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"  # apt checks the signature of the lists by it
 LANGUAGES = ("de", "fr", "it")  # fetched together: a study of several cannot fail at the second one, nor mix releases
 NAME = "NAME"  # in the place of a package's own name
 _MINUTES = 10  # a stuck mirror must not hang a job for ever
@@ -39,14 +37,14 @@ class Lists:
 
 
 def downloaded(language: str, cache: Path, progress: Progress) -> Lists:
-    """The lists of SUITE from MIRROR, fetched once for LANGUAGES into `cache`. Raises UserError, with the ways out."""
+    """The lists of SUITE from where this machine's apt gets them, fetched once for LANGUAGES into `cache`. Raises UserError, with the ways out."""
 
     def build(directory: Path) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="debian-lists-") as name:
             lists = _fetch(Path(name), language, progress)
             for path in [path for path in sorted(lists.iterdir()) if f"dists_{SUITE}_" in path.name and path.is_file()]:
                 (directory / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes(), mtime=0))
-        return {"suite": SUITE, "mirror": MIRROR, "release": in_directory(directory, language).release}
+        return {"suite": SUITE, "release": in_directory(directory, language).release}
 
     directory = cache / f"debian-{SUITE}-lists"
     cached(directory, build, progress)
@@ -57,15 +55,10 @@ def _fetch(work: Path, language: str, progress: Progress) -> Path:
     """The directory that apt-get filled."""
     if shutil.which("apt-get") is None:
         raise _unavailable(language, "apt-get is not on this machine")
-    if not Path(KEYRING).is_file():
-        raise _unavailable(language, f"{KEYRING} is missing (apt-get install debian-archive-keyring)")
     work.chmod(0o755)  # apt run by root downloads as the user _apt, who must be able to enter
     (work / "lists" / "partial").mkdir(parents=True)
-    (work / "sources.list").write_text(f"deb [signed-by={KEYRING}] {MIRROR} {SUITE} main\n", encoding="utf-8")
     options = {
         "Dir::State::lists": work / "lists",
-        "Dir::Etc::sourcelist": work / "sources.list",
-        "Dir::Etc::sourceparts": "-",
         "Dir::Cache": work,
         "Acquire::Languages": ",".join(("en", *LANGUAGES)),
         "Acquire::GzipIndexes": "false",  # as plain text, whatever this machine keeps
@@ -93,9 +86,9 @@ def in_directory(directory: Path, language: str) -> Lists:
         raise UserError(f"runtime.data={directory}: no such directory; {_command(language)} fills one")
     found: dict[str, Path] = {}
     for what, pattern in {
-        f"Translation-{language}": f"*_main_i18n_Translation-{language}",
-        "Translation-en": "*_main_i18n_Translation-en",
-        "Packages": "*_main_binary-amd64_Packages",
+        f"Translation-{language}": f"_main_i18n_Translation-{language}",
+        "Translation-en": "_main_i18n_Translation-en",
+        "Packages": "_main_binary-amd64_Packages",
     }.items():
         paths = [path for ending in ("", ".gz") for path in sorted(directory.glob(f"*dists_{SUITE}{pattern}{ending}"))]
         if len(paths) != 1:
