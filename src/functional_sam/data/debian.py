@@ -37,7 +37,10 @@ class Lists:
 
 
 def downloaded(language: str, cache: Path, progress: Progress) -> Lists:
-    """The lists of SUITE from where this machine's apt gets them, fetched once for LANGUAGES into `cache`. Raises UserError, with the ways out."""
+    """The lists of SUITE, fetched once for LANGUAGES into `cache` from where apt is set to get them.
+
+    Raises UserError, with the ways out.
+    """
 
     def build(directory: Path) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="debian-lists-") as name:
