@@ -12,7 +12,7 @@ ALL := tables figures
 .PHONY: help setup slurm claims report methods benchmark test lint format clean $(EXHIBITS) $(ALL) $(foreach verb,draw plan check submit,$(addprefix $(verb)-,$(EXHIBITS) $(ALL)))
 
 help:  ## this list
-	@echo "make TARGET [SCALE=quick|laptop] [JOBS=processes] [FRESH=1]      times: 2 CPU cores, scale quick, after setup"
+	@echo "make TARGET [SCALE=quick|laptop] [JOBS=processes] [FRESH=1|RELEASED=1]      times: 2 CPU cores, scale quick, after setup"
 	@echo
 	@for file in configs/exhibits/*.yaml; do name=$${file##*/}; sed -n 's/^title: *//p; s/^time: *//p' $$file | \
 	    awk -v name=$${name%.yaml} 'NR == 1 { title = $$0 } NR == 2 { printf "  %-16s %s (%s)\n", name, title, $$0 }'; done
@@ -34,11 +34,11 @@ tables: $(READY)  ## every table (quick: 15 min); a larger scale is redrawn from
 figures: $(READY)  ## every figure, in the same way (quick: 20 min after make tables)
 
 $(EXHIBITS): $(READY)
-	@$(BIN)/functional-sam run $@ --scale $(SCALE) --jobs $(JOBS) $(if $(FRESH),--fresh)
+	@$(BIN)/functional-sam run $@ --scale $(SCALE) --jobs $(JOBS) $(if $(FRESH),--fresh) $(if $(RELEASED),--released)
 	@$(BIN)/functional-sam draw $@ --scale $(SCALE)
 
 $(ALL): $(READY)
-	@$(if $(FRESH)$(filter quick,$(SCALE)),$(BIN)/functional-sam run $@ --scale $(SCALE) --jobs $(JOBS) $(if $(FRESH),--fresh))
+	@$(if $(FRESH)$(RELEASED)$(filter quick,$(SCALE)),$(BIN)/functional-sam run $@ --scale $(SCALE) --jobs $(JOBS) $(if $(FRESH),--fresh) $(if $(RELEASED),--released))
 	@$(BIN)/functional-sam draw $@ --scale $(SCALE)
 
 $(addprefix draw-,$(EXHIBITS) $(ALL)): draw-%: $(READY)

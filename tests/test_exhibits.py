@@ -224,6 +224,19 @@ def test_check_compares_what_is_written(home):
         results.check_command(options())
 
 
+def test_released_runs_are_taken_and_never_checked_against_themselves(home, capsys):
+    do(exhibits.needed("figure-1"))
+    results.release_command(options())
+    (home / "runs").rename(home / "elsewhere")
+    assert runs.run_command(options(jobs=1, fresh=False, released=True)) == 0
+    assert "taken as they were released in results/runs/figure-1-quick.jsonl.gz" in capsys.readouterr().out
+    assert exhibits.fresh("figure-1").frame.equals(exhibits.draw("figure-1").frame)  # of run directories
+    with pytest.raises(UserError, match=r"6 of 6 runs are the released ones.*functional-sam run figure-1 --scale quick --fresh"):
+        results.check_command(options())
+    with pytest.raises(UserError, match="give one of them"):
+        runs.run_command(options(jobs=1, fresh=True, released=True))
+
+
 @pytest.mark.parametrize("name", ["figure-1", "figure-2", "figure-4", "figure-9", "table-4"])
 @pytest.mark.parametrize("scale", ["quick", "laptop"])
 def test_every_scale_has_a_tolerance_with_a_reason(name, scale):

@@ -194,6 +194,33 @@ def test_a_pack_gives_back_what_the_runs_hold(tmp_path, results):
     assert released.load_pack("table-1", "quick") is None
 
 
+def test_released_records_become_runs_that_release_as_the_same_file(tmp_path, results):
+    lines = [{"kind": "decompose", "step": 1, "gradient": {"share": 1 / 3}}]
+    first = record(tmp_path / "there", lines=lines, diff="secret", commit="c", machine="processor A")
+    second = record(tmp_path / "there", steps=20)
+    path = released.save_pack("figure-1", "quick", [first, second])
+    whole, pack = path.read_bytes(), released.load_pack("figure-1", "quick")
+    here = [
+        compose("language", "adamw", "quick", overrides=[f"training.steps={n}", f"runtime.runs={tmp_path}/here"])
+        for n in (10, 20, 30)
+    ]
+    begun = Run(here[1])
+    begun.open()
+    begun.restart_at(0)
+    begun.log("train", 1, loss=1.0)
+    begun.close()
+    (run,) = released.restore(pack, here)  # not the one that was begun here, nor the one that was not released
+    assert run.directory == Run(here[0]).directory
+    assert (run.done, run.released, run.summary()) == (True, True, {"step": 10, "seconds": 5.0, "loss": 3.0})
+    assert run.metrics() == lines
+    assert run.read("provenance.json")["machine"] == "processor A"
+    assert (begun.state, begun.released, Run(here[2]).state) == ("partial", False, "missing")
+    assert "(released)" in status(run).words(run)
+    assert measured(tmp_path / "here") == []  # the speed of another machine is none of this one's
+    assert released.restore(pack, here) == []
+    assert released.save_pack("figure-1", "quick", [run, second]).read_bytes() == whole
+
+
 def test_a_missing_file_of_a_run_is_named(tmp_path):
     run = record(tmp_path)
     with pytest.raises(UserError, match=r"curvature\.json is missing"):

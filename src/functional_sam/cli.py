@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     run = command("run", _of("runs", "run_command"), "do the missing runs of an exhibit")
     run.add_argument("--jobs", type=int, default=0, help="processes at a time (default: one per core)")
     run.add_argument("--fresh", action="store_true", help="move the exhibit's run directories aside first, and redo all")
+    run.add_argument("--released", action="store_true", help="take the runs that were released as they are, and do the rest")
     submit = command("submit", _of("submit", "submit_command"), "do the missing runs of an exhibit on a SLURM cluster, and draw it")
     submit.add_argument("--cluster", required=True, help="a file of jobs/clusters, by name or path")
     submit.add_argument("--dry-run", action="store_true", help="print the sbatch scripts, submit nothing")

@@ -11,9 +11,10 @@ from functional_sam.commands import console, wide
 from functional_sam.commands.scale import show_on
 from functional_sam.config import Config
 from functional_sam.errors import UserError
-from functional_sam.exhibits import needed
+from functional_sam.exhibits import members, needed, pack_name
 from functional_sam.jobs.queue import log_of, states
 from functional_sam.records import Run, Status, found_in, move_aside, status
+from functional_sam.records.released import load_pack, restore
 from functional_sam.tasks import prepared_sha256
 
 
@@ -103,6 +104,8 @@ def run_command(options: argparse.Namespace) -> int:
 
     if options.jobs < 0:
         raise UserError(f"--jobs {options.jobs}: a number of processes, or 0 for one per core")
+    if options.fresh and options.released:
+        raise UserError("--fresh redoes every run, --released trains no run that was released: give one of them")
     overrides = tuple(options.overrides)
     if options.fresh:
         runs = [Run(config) for config in needed(options.exhibit, options.scale, overrides)]
@@ -111,6 +114,8 @@ def run_command(options: argparse.Namespace) -> int:
             console.print(f"moved the runs that were there to {aside}", highlight=False, soft_wrap=True)
     while True:  # an exhibit may know more runs once the first are complete
         configs = needed(options.exhibit, options.scale, overrides)
+        if options.released and take_released(options.exhibit, options.scale, configs):
+            continue
         if all(Run(config).done for config in configs):
             found = statuses([Run(config) for config in configs])
             text = f"{options.exhibit}, scale {options.scale}: all {len(configs)} runs are complete"
@@ -121,6 +126,19 @@ def run_command(options: argparse.Namespace) -> int:
         if failed:
             show_failed(failed, len(configs))
             return 1
+
+
+def take_released(exhibit: str, scale: str, configs: list[Config]) -> int:
+    """Take those of the runs that were released and not begun here as they are; how many."""
+    packs = {pack_name(one, scale) for one in members(exhibit, scale)}
+    taken = 0
+    for pack in (load_pack(name, scale) for name in sorted(packs)):
+        if pack is not None:
+            count = len(restore(pack, configs))
+            taken += count
+            if count:
+                console.print(f"{count} runs taken as they were released in {pack.name}", highlight=False, soft_wrap=True)
+    return taken
 
 
 def show_failed(failed: list[tuple[Run, str]], of: int) -> None:

@@ -17,11 +17,12 @@ from typing import Any
 
 from functional_sam.config import Config, configs_directory
 from functional_sam.errors import UserError
-from functional_sam.files import atomic_file
+from functional_sam.files import atomic_file, write_text
 from functional_sam.records.code import ROOT
-from functional_sam.records.run import Run
+from functional_sam.records.run import RELEASED, Run
 
 LEFT_OUT = ("train",)  # kinds of lines of metrics.jsonl that no exhibit draws, and the most numerous
+NOT_RELEASED = "not released"  # in the place of uncommitted changes
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,32 @@ def save_pack(name: str, scale: str, runs: Iterable[Run], kept: Iterable[dict[st
     return path
 
 
+def restore(pack: Pack, configs: Iterable[Config]) -> list[Run]:
+    """Make run directories of released records, for those of configs that were released and not begun here; these runs.
+
+    Their provenance stays that of the machine that trained them, and a file RELEASED in each says what they are: `check` leaves
+    them out, for it would compare records with themselves. done.json is written last, as of any run.
+    """
+    restored = []
+    for run in (Run(config) for config in configs if pack.done(config)):
+        if run.state != "missing":
+            continue
+        line = pack.runs[run.config.name]
+        files = dict(line["files"])
+        done = files.pop("done.json")
+        run.open()
+        try:
+            write_text(run.directory / RELEASED, f"{pack.name}\n")
+            write_text(run.directory / "metrics.jsonl", "".join(json.dumps(one) + "\n" for one in line["metrics"]))
+            for name, content in files.items():
+                run.write(name, content)
+            run.write("done.json", done)
+        finally:
+            run.close()
+        restored.append(run)
+    return restored
+
+
 def _parts(lines: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """What says where a run comes from: of its beginning, and of each time it was resumed."""
     for line in lines:
@@ -131,8 +158,8 @@ def _line(run: Run) -> dict[str, Any]:
             if "--worker" in words:  # of a pool: one process did many runs
                 words = [word for word in words if "-" not in word.lstrip("-") or word == run.config.name]
             part["command"] = words
-        if part.get("diff"):
-            part["diff"] = f"not released; SHA-256 {hashlib.sha256(part['diff'].encode()).hexdigest()}"
+        if part.get("diff") and not part["diff"].startswith(NOT_RELEASED):  # else of a run that was released before
+            part["diff"] = f"{NOT_RELEASED}; SHA-256 {hashlib.sha256(part['diff'].encode()).hexdigest()}"
     return line
 
 

@@ -18,6 +18,7 @@ from functional_sam.config import Config, load, to_yaml
 from functional_sam.errors import UserError
 from functional_sam.files import atomic_file, explained, sync, write_text
 
+RELEASED = ".released"  # a file of a run that was not trained here: its records were taken from those that are released
 LOCK_WAIT = 0.5  # seconds: a reader that asks whether the run is locked holds the lock for an instant
 
 
@@ -40,6 +41,11 @@ class Run:
     def done(self) -> bool:
         """True when the run is complete: done.json is written last, whole."""
         return (self.directory / "done.json").is_file()
+
+    @property
+    def released(self) -> bool:
+        """True when the records were not made here but taken from the released ones."""
+        return (self.directory / RELEASED).is_file()
 
     @property
     def running(self) -> bool:

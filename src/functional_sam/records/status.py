@@ -27,6 +27,8 @@ class Status:
         if self.state == "running" and holder:
             job = f", job {holder['job']}" if "job" in holder else ""
             text += f" (process {holder['pid']} on {holder['host']}{job})"
+        if run.released:
+            text += " (released)"
         if self.diverged:
             text += " (diverged)"
         return f"{text}: {'; '.join(self.differs)}" if self.differs else text

@@ -58,7 +58,7 @@ def measured(root: Path, tasks: Iterable[str] = ("*",)) -> list[Measured]:
         try:
             run = Run(load(path), root)
             record = run.read("provenance.json")
-            if record.get("machine") != here or any("machine" in part for part in record.get("resumed", [])):
+            if run.released or record.get("machine") != here or any("machine" in part for part in record.get("resumed", [])):
                 continue
             lines = [run.summary()] if run.done else run.metrics("train")[-1:]
         except UserError:  # a directory that holds no run yet
