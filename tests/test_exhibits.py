@@ -9,6 +9,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
@@ -28,7 +29,7 @@ from functional_sam.study.compare import Estimate, Verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADLINE = "language against vision: language above at all 2 matched numbers of targets (0.69 against 0.59 at 2,048)"
-CELLS = 120 * 7  # 2 tasks, 3 seeds, 2 numbers of targets, 2 origins: gradient at 3 steps and adam at 2
+CELLS = 120 * 8  # 2 tasks, 3 seeds, 2 numbers of targets, 2 origins: gradient at 3 steps and adam at 2
 PROVENANCE = {"commit": "c", "diff": "", "versions": {}, "machine": "processor A, 2 cores", "code": {"sha256": "0", "files": {}}}
 
 
@@ -52,6 +53,8 @@ def do(configs, machine="processor A, 2 cores", of=share):
                 "loss": 3.0,
                 "norm": 9.0,
                 "entropy": 2.0,
+                "norm_gradient": 2.0,
+                "square_gradient": 1.0,
             }
             ascents = config.measure.ascents if step >= config.measure.adam_from else ["gradient"]
             lines.append({**about, **dict.fromkeys(ascents, origins)})
@@ -163,6 +166,20 @@ def test_figure_1_leaves_the_adam_ascent_out_where_it_is_noise(home):
         {1: 1.0, 10: 0.75, 100: 0.75}
     )  # sqrt(.36) against sqrt(.04); a negative square is zero
     assert exhibit.frame[exhibit.frame.origin == "same"].share_logit_without_noise.isna().all()
+
+
+def test_the_noise_scale_is_the_covariance_over_the_square_of_the_mean():
+    """Of vectors drawn for each target with a known mean and covariance, measured as runs are: a batch and its two halves."""
+    rng, n, mean, deviations = np.random.default_rng(0), 128, np.array([0.3, -0.2, 0.1]), np.array([1.0, 2.0, 0.5])
+    rows = []
+    for seed in range(400):
+        first, second = (mean + rng.normal(size=(n // 2, 3)) * deviations for _ in range(2))
+        whole = (first.mean(0) + second.mean(0)) / 2
+        part = 1.0 - first.mean(0) @ second.mean(0) / (whole @ whole)
+        rows.append({"task": "language", "seed": seed, "step": 9, "targets": n, "ascent": "gradient", "origin": "independent"})
+        rows[-1] |= {"norm_gradient": np.linalg.norm(whole), "noise_gradient": part}
+    found = figure_1.noise_scale(pd.DataFrame(rows), "language", "gradient")
+    assert found == pytest.approx((deviations**2).sum() / (mean**2).sum(), rel=0.1)
 
 
 def test_figure_1_says_nothing_where_seeds_differ_more_than_tasks(home):

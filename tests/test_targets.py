@@ -65,6 +65,9 @@ def test_shares_are_those_of_the_decomposition(cache, name, temperature):
         products = zip(*(getattr(half, f"delta_{part}") for half in halves), strict=True)
         inner = sum(float((a * b).sum()) for a, b in products)
         assert found["gradient"]["independent"][f"square_{part}"] == pytest.approx(inner, rel=1e-9)
+    flat = [torch.cat([g.flatten() for g in half.gradient]) for half in halves]
+    assert found["square_gradient"] == pytest.approx(float(flat[0] @ flat[1]), rel=1e-9)
+    assert found["norm_gradient"] == pytest.approx(float((flat[0] + flat[1]).norm()) / 2, rel=1e-9)
 
 
 def test_a_temperature_divides_the_logits_with_and_without_a_readout(cache):

@@ -23,6 +23,7 @@ from functional_sam.study.compare import Estimate, Verdict, estimate, holm, unpa
 MARGIN = 0.05  # of a share: what is called no difference (paper/PROTOCOL.md)
 PAIR = ("language", "vision")
 Dash = Any  # matplotlib's type of line
+NOISY = {"gradient": "g", "logit": "delta_logit", "func": "delta_func"}  # whose noise scale is said
 ASCENTS: dict[str, Dash] = {"gradient": "-", "adam": "--"}
 
 
@@ -59,11 +60,27 @@ def at_last(data: pd.DataFrame) -> pd.Series:
     return last
 
 
+def noise_scale(data: pd.DataFrame, task: str, part: str) -> float:
+    """tr Sigma / |E d|^2 in targets, at the end and the largest batch: there a batch of as many targets is as much noise as mean.
+
+    d is the gradient, or the part of the sharpness gradient along an independent eps; Sigma is its covariance for one target, by
+    n (|d|^2 - |E d|^2) on n targets. Both are means over seeds, of which the ratio is taken: nan where that of |E d|^2 came out
+    negative.
+    Source: McCandlish et al., An Empirical Model of Large-Batch Training, 2018, there for the gradient.
+    """
+    end = data[(data.task == task) & at_last(data) & (data.ascent == "gradient") & (data.origin == "independent")]
+    end = end[end.targets == end.targets.max()]
+    whole = end[f"norm_{part}"] ** 2
+    noise = float((whole * end[f"noise_{part}"]).mean())
+    mean = float(whole.mean()) - noise
+    return float(end.targets.iloc[0]) * noise / mean if mean > 0 else math.nan
+
+
 def draw(plan: Plan) -> Exhibit:
     """Above: share against targets at several times, and against time at matched targets. Below: the end of training."""
     data = by_targets(plan)
-    for part in ("func", "logit"):
-        data[f"noise_{part}"] = 1.0 - (data[f"norm_{part}_without_noise"] / data[f"norm_{part}"]) ** 2
+    for part in ("func", "logit", "gradient"):
+        data[f"noise_{part}"] = 1.0 - data.pop(f"square_{part}") / data[f"norm_{part}"] ** 2
     tests = compared(data)
     style.use()
     figure, ((times, steps), (origins, norms)) = plt.subplots(2, 2, figsize=(style.PAGE, 5.2))
@@ -85,7 +102,7 @@ def draw(plan: Plan) -> Exhibit:
         for origin, dash in (("same", "-"), ("independent", "--")):
             _line(origins, end[end.origin == origin], "targets", "share_logit", color, dash)
         _line(origins, end[end.origin == "independent"], "targets", "share_logit_without_noise", color, ":", "D")
-        for part, dash in (("func", "-"), ("logit", ":")):
+        for part, dash in (("func", "-"), ("logit", ":"), ("gradient", "--")):
             _line(norms, end[end.origin == "independent"], "targets", f"noise_{part}", color, dash, band=part == "func")
     for axis, label in ((times, "logit share"), (steps, "logit share"), (origins, "logit share"), (norms, "part that is noise")):
         axis.set(xscale="log", xlabel="targets of the measuring batch", ylabel=label)
@@ -95,7 +112,7 @@ def draw(plan: Plan) -> Exhibit:
     times.set_title(r"At several steps (numbers), $\epsilon$ from the same batch")
     steps.set_title(f"Through training, at {matched} targets of either task")
     origins.set_title("At the end: where $\\epsilon$ is from, and without noise")
-    norms.set_title(r"At the end: sampling noise in $|\delta|^2$, $\epsilon$ independent")
+    norms.set_title(r"At the end: sampling noise in $|\delta|^2$ and $|g|^2$, $\epsilon$ independent")
     _legends(figure, steps, origins, norms, list(firsts(plan.configs)))
     finding = _finding(tests)
     figure.tight_layout()
@@ -148,7 +165,8 @@ def _legends(figure: Figure, steps: Axes, origins: Axes, norms: Axes, tasks: lis
     steps.legend(handles=[grey("-", r"$\epsilon = g/|g|$ (SAM)"), grey("--", "Adam's ascent (Precond)")], loc="lower right")
     names = [grey("-", r"$\epsilon$ of the same batch"), grey("--", r"$\epsilon$ of an independent batch")]
     origins.legend(handles=[*names, grey(":", "the latter without sampling noise", "D")], loc="lower right")
-    norms.legend(handles=[grey("-", r"of $|\delta_{func}|^2$"), grey(":", r"of $|\delta_{logit}|^2$")], loc="upper center", ncol=2)
+    squares = [grey("-", r"of $|\delta_{func}|^2$"), grey(":", r"of $|\delta_{logit}|^2$"), grey("--", r"of $|g|^2$")]
+    norms.legend(handles=squares, loc="upper center", ncol=3, columnspacing=1.0)
 
 
 def _finding(tests: pd.DataFrame) -> str:
@@ -194,9 +212,14 @@ def _verdict(plan: Plan, data: pd.DataFrame, tests: pd.DataFrame) -> str:
         ]
         change = estimate(list((by[1] - by[0]).dropna()))
         noise.append(f"{task} {interval(change.mean, change.half_width, 2, sign=True)}")
+    scales = []
+    for task in firsts(plan.configs):
+        found = [f"{label} {number(noise_scale(data, task, part), 0)}" for part, label in NOISY.items()]
+        scales.append(f"{task} {', '.join(found)}")
     return (
         f"logit share at the end, language minus vision ({'; '.join(said)}); share without noise, most minus fewest targets: "
-        f"{', '.join(noise)} (n={len(plan.spec.seeds)}, 95 % t intervals, Holm over {len(tests)} comparisons)."
+        f"{', '.join(noise)} (n={len(plan.spec.seeds)}, 95 % t intervals, Holm over {len(tests)} comparisons). "
+        f"Noise scale at the end, in targets ({'; '.join(scales)})."
     )
 
 

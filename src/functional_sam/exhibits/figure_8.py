@@ -46,7 +46,9 @@ def settings_frame(plan: Plan) -> pd.DataFrame:
     """by_targets along eps of the same batch, with outputs and embedding_scale."""
     data = by_targets(plan, lambda config: {"outputs": outputs(config), "embedding_scale": config.model.embedding_scale})
     return (
-        data[data.origin == "same"].drop(columns=[name for name in data if name.endswith("_without_noise")]).reset_index(drop=True)
+        data[data.origin == "same"]
+        .drop(columns=[name for name in data if name.endswith(("_without_noise", "_gradient")) or name.startswith("square_")])
+        .reset_index(drop=True)
     )
 
 

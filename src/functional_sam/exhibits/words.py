@@ -1,5 +1,6 @@
 """Words and numbers that several exhibits share."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -75,7 +76,8 @@ def by_targets(plan: Plan, about: Callable[[Config], dict[str, Any]] = lambda _:
     """One row per task, seed, step, number of targets, temperature, ascent and origin of eps (the same batch, or another).
 
     share_logit is |delta_logit| / (|delta_logit| + |delta_func|). ..._without_noise: by the inner products of two half batches, of
-    which one that came out negative counts as zero; nan where eps is of the same batch. about: more columns of a run.
+    which one that came out negative counts as zero; nan where eps is of the same batch. square_...: these products as they are, of
+    the gradient too. about: more columns of a run.
     """
     rows = []
     for config in plan.configs:
@@ -83,13 +85,15 @@ def by_targets(plan: Plan, about: Callable[[Config], dict[str, Any]] = lambda _:
         for line in plan.source.metrics(config, "targets"):
             place = {key: line[key] for key in ("step", "targets", "temperature")}
             seen = {key: line[key] for key in ("loss", "entropy", "norm")}
+            # Records released before these were measured lack them; figure-8 draws without.
+            seen |= {key: line.get(key, math.nan) for key in ("norm_gradient", "square_gradient")}
             for ascent in config.measure.ascents:
                 for origin, found in line.get(ascent, {}).items():
                     rows.append({**own, **place, "ascent": ascent, "origin": origin, **seen, **found})
     data = pd.DataFrame(rows)
     data["share_logit"] = 1.0 - data.pop("share")
     for part in ("logit", "func"):
-        data[f"norm_{part}_without_noise"] = np.sqrt(data.pop(f"square_{part}").clip(lower=0.0))
+        data[f"norm_{part}_without_noise"] = np.sqrt(data[f"square_{part}"].clip(lower=0.0))
     data["share_logit_without_noise"] = data.norm_logit_without_noise / (
         data.norm_logit_without_noise + data.norm_func_without_noise
     )

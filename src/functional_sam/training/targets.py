@@ -5,6 +5,7 @@ first epoch, never trained on.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from functional_sam.curvature.linearization import Forward
 from functional_sam.losses import IGNORE
 from functional_sam.tasks import Batches, Task
 from functional_sam.tasks.batches import Batch, cut, joined, rows, split
-from functional_sam.vectors import unit
+from functional_sam.vectors import dot, unit
 from functional_sam.weights import is_sharded
 
 Place = Callable[[Any], Any]  # of batches, on the device and in the dtype of the parameters
@@ -68,8 +69,9 @@ def _measured(
     """Of a batch of two halves, with eps of the batch itself ("same") and of another of as many targets ("independent").
 
     By ascent and by where eps is from: share, norm_logit, norm_func, cosine on the whole batch; of "independent" the squares that
-    leave sampling noise out too (functional_sam.curvature.halves). "entropy", "norm": those of `logits_of`. The adam ascent
-    from measure.adam_from on. temperature divides the logits, of the loss too.
+    leave sampling noise out too (functional_sam.curvature.halves). The gradient itself: "norm_gradient" of the whole batch,
+    "square_gradient" the inner product of the halves', which is |E g|^2 without bias. "entropy", "norm": those of `logits_of`.
+    The adam ascent from measure.adam_from on. temperature divides the logits, of the loss too.
     """
     sharded, measure = is_sharded(model), task.config.measure
     method = "difference" if sharded else "exact"
@@ -84,6 +86,7 @@ def _measured(
     own = [(a + b) / 2 for a, b in zip(g_1, g_2, strict=True)]
     gradients = {"same": own, "independent": other.gradient()}
     found: dict[str, Any] = {"loss": float(loss_1 + loss_2) / 2, **logits_of(model, task, batches[0] + batches[1], temperature)}
+    found |= {"norm_gradient": math.sqrt(dot(own, own)), "square_gradient": dot(g_1, g_2)}
     if sharded:
         found["derivative"] = "difference"
     for ascent in measure.ascents:
