@@ -75,7 +75,8 @@ def home(tmp_path, monkeypatch):
 
 
 def options(**more):
-    return argparse.Namespace(**{"exhibit": "figure-1", "scale": "quick", "overrides": [], "no_notebook": True, **more})
+    given = {"exhibit": "figure-1", "scale": "quick", "overrides": [], "no_notebook": True, "unfinished": False}
+    return argparse.Namespace(**{**given, **more})
 
 
 # ---------------------------------------------------------------------- plans and sources
@@ -252,6 +253,28 @@ def test_released_runs_are_taken_and_never_checked_against_themselves(home, caps
         results.check_command(options())
     with pytest.raises(UserError, match="give one of them"):
         runs.run_command(options(jobs=1, fresh=True, released=True))
+
+
+def test_an_unfinished_exhibit_goes_on_from_its_released_runs(home, capsys):
+    configs = exhibits.needed("figure-1")
+    do(configs[:2])
+    with pytest.raises(exhibits.NotComplete):
+        results.release_command(options())
+    assert results.release_command(options(unfinished=True)) == 0
+    assert not (home / "results" / "figure-1-quick.csv").exists()  # nothing is drawn of it
+    with pytest.raises(exhibits.NotComplete, match="4 of 6 runs are not complete"):
+        exhibits.draw("figure-1")
+    (home / "runs").rename(home / "elsewhere")
+    assert runs.take_released("figure-1", "quick", configs) == 2
+    do(configs[2:3])
+    results.release_command(options(unfinished=True))  # the two and the one that came
+    assert set(released.load_pack("figure-1", "quick").runs) == {config.name for config in configs[:3]}
+    (home / "runs").rename(home / "elsewhere-too")
+    do(configs[3:])
+    results.release_command(options(unfinished=True))  # what is released stays
+    assert set(released.load_pack("figure-1", "quick").runs) == {config.name for config in configs}
+    assert len(exhibits.draw("figure-1").frame) == CELLS / 8
+    assert "`functional-sam run figure-1 --scale quick --released` goes on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["figure-1", "figure-2", "figure-4", "figure-9", "table-4"])

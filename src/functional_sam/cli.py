@@ -74,7 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     draw = command("draw", _each(_of("results", "draw_command")), "draw an exhibit from its records, through its notebook")
     draw.add_argument("--no-notebook", action="store_true", help="draw directly, without executing the notebook")
     command("check", _each(_of("results", "check_command")), "compare an exhibit drawn from the present runs with the released one")
-    command("release", _each(_of("results", "release_command")), "write results/ of an exhibit from the present runs")
+    release = command("release", _each(_of("results", "release_command")), "write results/ of an exhibit from the present runs")
+    text = "the records of every complete run, also where the exhibit cannot be drawn yet: `run --released` goes on from them"
+    release.add_argument("--unfinished", action="store_true", help=text)
 
     command(
         "claims", _of("results", "claims_command"), "README's tables of claims and commands, from what was drawn", exhibit=False

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from functional_sam.commands import console, wide
 from functional_sam.commands.runs import stale_words, statuses
+from functional_sam.config import Config
 from functional_sam.errors import UserError
 from functional_sam.exhibits import Plan, draw_plan, fresh, module_of, pack_name, planned, ready, sharing, write
 from functional_sam.exhibits.check import check, load_released, released_path
@@ -16,7 +17,7 @@ from functional_sam.exhibits.output import as_written, csv_text, stem
 from functional_sam.exhibits.spec import load_spec
 from functional_sam.files import write_text
 from functional_sam.records import Run, RunDirectories
-from functional_sam.records.released import load_pack, save_pack
+from functional_sam.records.released import Pack, load_pack, save_pack
 
 
 def draw_command(options: argparse.Namespace) -> int:
@@ -115,8 +116,10 @@ def refuse_released(plan: Plan) -> None:
 
 
 def release_command(options: argparse.Namespace) -> int:
-    """Write the released records and numbers of an exhibit from the present runs."""
+    """Write the released records and numbers of an exhibit from the present runs; of an unfinished one the records alone."""
     name, scale = options.exhibit, options.scale
+    if options.unfinished:
+        return release_unfinished(name, scale)
     plan = ready(name, scale)
     if not isinstance(plan.source, RunDirectories):
         raise UserError(f"{name} at scale {scale}: only complete runs can be released; functional-sam run {name} --scale {scale}")
@@ -138,18 +141,43 @@ def release_command(options: argparse.Namespace) -> int:
     return 0
 
 
-def to_release(name: str, scale: str) -> tuple[list[Run], list[dict[str, Any]]]:
-    """The runs here that exhibits sharing a pack can draw, and what the present pack holds for them beyond those."""
+def release_unfinished(name: str, scale: str) -> int:
+    """Add to the pack every complete run of the exhibits that share it, also those that no drawing shows yet.
+
+    With `run --released` another machine goes on from there.
+    """
+    pack = save_pack(pack_name(name, scale), scale, *to_release(name, scale, unfinished=True))
+    count = len((load_pack(pack_name(name, scale), scale) or Pack(pack, {})).runs)
+    console.print(
+        f"wrote {shown(pack)} ({count} runs, {pack.stat().st_size / 1000:.0f} kB); "
+        f"elsewhere `functional-sam run {name} --scale {scale} --released` goes on from it",
+        soft_wrap=True,
+    )
+    return 0
+
+
+def to_release(name: str, scale: str, unfinished: bool = False) -> tuple[list[Run], list[dict[str, Any]]]:
+    """The runs here that exhibits sharing a pack can draw, and what the present pack holds for them beyond those.
+
+    unfinished: every complete run that they need, drawn or not. Without it what was released unfinished stays as long as its
+    exhibit is not complete.
+    """
     here: dict[str, Run] = {}
     kept: dict[str, dict[str, Any]] = {}
     pack = load_pack(pack_name(name, scale), scale)
     for other in sharing(name, scale):
         plan = planned(other, scale)
-        here |= {config.name: Run(config) for config in plan.shown if plan.drawable}
+        here |= {config.name: Run(config) for config in _complete(plan, unfinished)}
         if pack is not None:
             plan = planned(other, scale, source=pack)
-            kept |= {config.name: pack.runs[config.name] for config in plan.shown if plan.drawable}
+            kept |= {config.name: pack.runs[config.name] for config in _complete(plan, True)}
     return list(here.values()), [line for run, line in kept.items() if run not in here]
+
+
+def _complete(plan: Plan, unfinished: bool) -> list[Config]:
+    """The runs that a drawing shows; unfinished: and all others that are complete."""
+    drawn = plan.shown if plan.drawable else []
+    return drawn + [config for config in plan.configs if unfinished and plan.source.done(config)]
 
 
 def shown(path: Path) -> Path:
