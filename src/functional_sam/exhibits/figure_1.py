@@ -108,7 +108,7 @@ def draw(plan: Plan) -> Exhibit:
         axis.set(xscale="log", xlabel="targets of the measuring batch", ylabel=label)
         axis.set_ylim(0.0, 1.02)
     steps.set_xlabel("AdamW step")
-    norms.set_ylim(0.0, 1.3)
+    norms.set_ylim(0.0, 1.5)
     times.set_title(r"At several steps (numbers), $\epsilon$ from the same batch")
     steps.set_title(f"Through training, at {matched} targets of either task")
     origins.set_title("At the end: where $\\epsilon$ is from, and without noise")
