@@ -304,7 +304,7 @@ def load(path: Path) -> Config:
         content = OmegaConf.load(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
-    return validated(_to_object(_merge(OmegaConf.structured(Config), content, str(path)), str(path)))
+    return validated(_to_object(_merge(_schema(), content, str(path)), str(path)))
 
 
 def to_yaml(config: Config) -> str:
