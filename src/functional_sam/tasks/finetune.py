@@ -10,7 +10,16 @@ from torch import Tensor
 
 from functional_sam.config import Config
 from functional_sam.data.cache import Progress
-from functional_sam.data.labelled import LabelledTexts, classes_of, labelled_directory, prepare_labelled, pretrained_directory
+from functional_sam.data.candidates import judged
+from functional_sam.data.labelled import (
+    LabelledTexts,
+    any_right,
+    classes_of,
+    has_candidates,
+    labelled_directory,
+    prepare_labelled,
+    pretrained_directory,
+)
 from functional_sam.data.shards import Watch
 from functional_sam.errors import UserError
 from functional_sam.losses import cross_entropy
@@ -30,12 +39,20 @@ SIZES = {
 }
 
 
+F1A = Metric("f1a", "F1 over all answers", lower_is_better=False)
+
+
 class FineTune(Task):
-    """Classes. A row of a batch is a text; batches are dicts of input_ids and attention_mask."""
+    """Classes. A row of a batch is a text; batches are dicts of input_ids and attention_mask.
+
+    Of COPA and ReCoRD, whose questions have candidate answers, a row is a candidate with the class "is right", and the accuracy is
+    of questions: of those whose most probable candidate is right (ReCoRD's EM; its F1 is recorded too).
+    """
 
     metric = Metric("accuracy", "accuracy", lower_is_better=False)
     unit = "texts"
     classes = True
+    any_right = False  # of a question with candidates any number may be right
     data: LabelledTexts
 
     @classmethod
@@ -49,6 +66,13 @@ class FineTune(Task):
             if bool(classes_of(name)) != cls.classes or (name != data.texts and classes_of(name) != classes_of(data.texts)):
                 what = "classes" if cls.classes else "grades"
                 raise UserError(f"{name} does not fit: kind {config.kind} has {what}, and those of data.transfer are the same")
+            if any_right(name) != cls.any_right:
+                raise UserError(
+                    f"{name} does not fit kind {config.kind}: any number of MultiRC's answers are right, "
+                    "which kind answers judges, and no other set's"
+                )
+        if data.transfer and any(has_candidates(name) for name in (data.texts, *data.transfer)):
+            raise UserError(f"data.transfer={data.transfer}: not for sets with candidate answers, nor to them")
         if model.checkpoint_blocks or data.noise or data.augment:
             raise UserError("model.checkpoint_blocks, data.noise and data.augment are not for fine-tuning")
 
@@ -135,13 +159,41 @@ class FineTune(Task):
                 found[f"{self.metric.name}_{name}"] = other[self.metric.name]
         return found
 
+    def scores(self, model: torch.nn.Module, inputs: Any) -> Tensor:
+        """[B, classes] whose softmax are the probabilities of the classes."""
+        logits: Tensor = self.forward(model, inputs)
+        return logits
+
     def _judged(self, model: torch.nn.Module, batches: Iterable[tuple[Any, ...]]) -> dict[str, float]:
+        if self.data.candidates:
+            return self._judged_by_question(model, batches)
+
         def sums(inputs: Any, labels: Tensor) -> tuple[float, ...]:
-            logits = self.forward(model, inputs)
+            logits = self.scores(model, inputs)
             return float(cross_entropy(logits, labels)[0]), int((logits.argmax(-1) == labels).sum()), len(labels)
 
         nats, right, texts = totals(model, batches, sums)
         return {"loss": nats / texts, "accuracy": right / texts, "texts": int(texts)}
+
+    def _judged_by_question(self, model: torch.nn.Module, batches: Iterable[tuple[Any, ...]]) -> dict[str, float]:
+        """Of candidates: the mean loss of one, and what is reported of their questions (data.candidates.judged)."""
+        parameter, found = next(model.parameters()), []
+        with torch.no_grad():
+            for batch, counts in shared(batches):
+                inputs, labels, questions, worths = placed(batch, parameter.device, parameter.dtype)
+                log_p = self.scores(model, inputs).float().log_softmax(-1)
+                columns = (log_p[:, 1] - log_p[:, 0], labels, worths, questions, -log_p.gather(1, labels[:, None])[:, 0])
+                found += list(zip(*(column.tolist() for column in columns), strict=True)) if counts else []
+        scores, labels, worths, questions, nats = zip(*gathered(found), strict=True)
+        own = judged(scores, [label == 1 for label in labels], worths, questions)
+        return {"loss": sum(nats) / len(nats), **own, "texts": len(nats), "questions": len(set(questions))}
+
+
+class Answers(FineTune):
+    """Candidates of which any number are right, each a yes or no of its own: MultiRC, judged by F1 over all of them (F1a)."""
+
+    metric = F1A
+    any_right = True
 
 
 class Grade(FineTune):
