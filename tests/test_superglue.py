@@ -15,7 +15,7 @@ from functional_sam.data import candidates, glue
 from functional_sam.data.candidates import Candidate, copa, judged, multirc, overlap, record
 from functional_sam.data.labelled import prepare_labelled
 from functional_sam.errors import UserError
-from functional_sam.exhibits import foreseen
+from functional_sam.study.design import load_study, make, trials
 from functional_sam.tasks import prepare
 from functional_sam.training import loop
 
@@ -274,10 +274,12 @@ def test_a_set_fits_one_kind_alone():
 
 
 def test_the_study_of_the_paper_has_all_of_superglue():
-    runs = foreseen("table-6", "paper")
+    study = load_study("finetune", "paper")
+    cells = [cell for cell in study.part("methods") if cell.task.startswith("roberta")]
+    runs = [make(study, cell, "sam", trials(study, cell, "sam", cell.lr[0])[0], 0) for cell in cells]
     kinds = {config.data.texts: config.kind for config in runs if str(config.data.texts).startswith("super-glue/")}
     assert set(kinds) == {name for name in glue.SETS if name.startswith("super-glue/")}
     assert [name for name, kind in kinds.items() if kind == "answers"] == ["super-glue/multirc"]
     long = {config.data.texts for config in runs if config.model.length == 512}
     assert long == {"super-glue/multirc", "super-glue/record"}  # whole passages
-    assert all(found.layout is not None for found, _ in planning.rows(runs[:200], planning.gpu("a100-80")))
+    assert all(found.layout is not None for found, _ in planning.rows(runs, planning.gpu("a100-80")))

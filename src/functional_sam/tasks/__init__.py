@@ -8,6 +8,7 @@ from functional_sam.tasks.batches import Batches
 from functional_sam.tasks.finetune import Answers, FineTune, Grade
 from functional_sam.tasks.language import Language
 from functional_sam.tasks.task import Metric, Task
+from functional_sam.tasks.text_to_text import TextToText, TextToTextAnswers
 from functional_sam.tasks.translation import Translation
 from functional_sam.tasks.vision import Vision
 
@@ -19,6 +20,8 @@ TASKS: dict[str, type[Task]] = {
     "finetune": FineTune,
     "answers": Answers,
     "grade": Grade,
+    "text-to-text": TextToText,
+    "text-to-text-answers": TextToTextAnswers,
     "translation": Translation,
 }
 
