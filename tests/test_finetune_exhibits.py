@@ -40,7 +40,7 @@ def value(config):
     """SAM gains the more, the larger a task's functional share; twice the steps gain .02; one method loses."""
     seed = config.training.init_seed
     gain = {"sam": 0.1 * SHARES.get(config.task, 0.2), "functional-sam": 0.01, "asam": -0.03}.get(config.method.name, 0.0)
-    gain += 0.02 if config.training.steps in (60, 100, 600) and config.method.name == "adamw" else 0.0
+    gain += 0.02 if config.training.steps in (60, 100) and config.method.name == "adamw" else 0.0
     gain -= 1e-3 * abs(math.log(max(config.optimizer.lr, 1e-9) / 2e-4))
     return 0.7 + gain + 0.05 * math.sin(seed) + 1e-4 * math.cos(7 * seed + len(config.method.name) + config.training.steps)
 
