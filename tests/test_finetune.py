@@ -130,6 +130,7 @@ def test_what_is_missing_is_named_with_its_remedy(monkeypatch, tmp_path):
         ("model.pretrained=null", "pretrained encoder"),
         ("data.share=0", "data.share=0"),
         ("model.pooling=max", "model.pooling"),
+        ("data.tokenizer=x", "not for an encoder"),
     ]:
         with pytest.raises(UserError, match=words):
             compose("question-type", "adamw", "quick", overrides=[override])

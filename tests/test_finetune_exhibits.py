@@ -125,7 +125,7 @@ def test_a_divergence_is_infinitely_bad_at_home_and_away():
     source.records[config.name] = (config, None)
     assert [table_6.tested_on([config], source, on) for on in ("movie-grade", "nyt-grade")] == [[-math.inf]] * 2
     data = draw_plan(planned("table-6", "quick", source=source)).frame
-    assert set(data[data.entry == "tram"].verdict_baseline) == {"worse (diverged)"}
+    assert set(data[(data.entry == "tram") & (data.task == "movie-grade")].verdict_baseline) == {"worse (diverged)"}
 
 
 @pytest.mark.parametrize("scale", ["quick", "laptop"])
@@ -160,5 +160,5 @@ def test_every_entry_has_as_many_trials_and_learning_rates_stay_where_they_were_
         study = load_study("finetune", scale)
         for cell in study.cells.values():
             assert not cell.choose or len({len(trials(study, cell, name, 1e-4)) for name in cell.entries}) == 1
-            if cell.lr:
+            if cell.lr and not cell.task.startswith(("language", "t5")):
                 assert max(cell.lr) <= 2e-4

@@ -2,6 +2,7 @@
 
 import json
 
+import huggingface_hub
 import numpy as np
 import pyarrow
 import pytest
@@ -13,6 +14,7 @@ from tiny_pretrained import save_tokenizer_of_t5
 from torch.utils.flop_counter import FlopCounterMode
 
 from functional_sam.config import compose
+from functional_sam.data.labelled import pretrained_directory
 from functional_sam.data.text_to_text import in_words
 from functional_sam.errors import UserError
 from functional_sam.losses import IGNORE, cross_entropy
@@ -496,5 +498,14 @@ def test_a_tokenizer_that_does_not_fit_is_refused(made, tmp_path):
     save_tokenizer_of_t5(tmp_path, ["a", "b"])
     with pytest.raises(UserError, match=r"spells two classes of super-glue/rte alike \(entailment, not_entailment\)"):
         prepare(config(made, "adamw", f"data.tokenizer={tmp_path}"))
+
+
+def test_a_name_of_the_hub_is_what_was_fetched_of_it(monkeypatch, tmp_path):
+    """Asked of the hub's own client, which knows where it keeps files; nothing is fetched."""
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *names: asked.append(names))
     with pytest.raises(UserError, match="hf download google/t5-v1_1-small"):
         prepare(compose("t5-small-superglue", "adamw", "paper"))
+    assert asked == [("google/t5-v1_1-small", "config.json")]
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: str(tmp_path / "config.json"))
+    assert pretrained_directory("google/t5-v1_1-small") == tmp_path

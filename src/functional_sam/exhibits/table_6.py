@@ -123,7 +123,9 @@ def _block(own: pd.DataFrame) -> str:
     first = own.iloc[0]
     unit = next(task.metric.label for task in TASKS.values() if task.metric.name == first.metric)
     base = label(first.entry, first.label)
-    columns = ["method", "lr", "rho", "dose", "n", unit, f"minus {base}, verdict", f"minus {base} with twice the steps, verdict"]
+    columns = ["method", "lr", "rho", "dose", "n", unit, f"minus {base}, verdict"]
+    double = own.minus_double.notna().any()
+    columns += [f"minus {base} with twice the steps, verdict"] if double else []
     lines = []
     for row in own.itertuples():
         cells = [label(row.entry, row.label), f"{row.lr:g}{edge(row, 'lr')}"]
@@ -131,11 +133,11 @@ def _block(own: pd.DataFrame) -> str:
         cells += ["" if math.isnan(row.dose) else markdown.significant(row.dose, 2)]
         cells.append(f"{row.n}" + (f" ({row.diverged} diverged)" if row.diverged else ""))
         cells.append(markdown.interval(row.test, Estimate(row.test, row.test_stderr, row.n).half_width))
-        lines.append([*cells, with_verdict(row, "baseline"), with_verdict(row, "double")])
+        lines.append([*cells, with_verdict(row, "baseline"), *([with_verdict(row, "double")] if double else [])])
     by = "" if first.tested_on == first.task else f" ({first.task})"
     what = "from scratch" if first.metric == SCRATCH else f"{first.data_share:.0%} of its texts"
     title = f"**{first.tested_on}**{by}, {what}, {own.steps.min()} steps of {first.batch}\n"
-    return f"{title}\n{markdown.table(columns, lines, text=columns[-2:])}"
+    return f"{title}\n{markdown.table(columns, lines, text=columns[6:])}"
 
 
 def _transfer(own: pd.DataFrame) -> str:

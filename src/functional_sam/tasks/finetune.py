@@ -61,6 +61,8 @@ class FineTune(Task):
         if model.kind != "encoder" or model.pretrained is None:
             raise UserError(f"model.kind={model.kind!r}, model.pretrained={model.pretrained}: fine-tuning has a pretrained encoder")
         cls.check_texts(config)
+        if config.data.tokenizer:
+            raise UserError("data.tokenizer is not for an encoder, which has its own beside its weights")
         if model.checkpoint_blocks or config.data.noise or config.data.augment:
             raise UserError("model.checkpoint_blocks, data.noise and data.augment are not for fine-tuning")
 
