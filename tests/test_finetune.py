@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from tiny_pretrained import SIZES, WORDS, save_bert
 
 from functional_sam import SharpnessAware
 from functional_sam.config import compose
@@ -18,31 +19,11 @@ from functional_sam.tasks import TASKS, prepare
 from functional_sam.tasks.finetune import squared_error
 from functional_sam.training.optimizers import optimizer_of
 
-WORDS = [f"w{i}" for i in range(40)]
-SIZES = ["model.width=16", "model.depth=2", "model.heads=2", "data.vocab=45"]
-
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
     """A small BERT with its tokenizer, as `transformers` saves them."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    directory = tmp_path_factory.mktemp("bert")
-    vocab = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    names = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(directory)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=45, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=512
-    )
-    BertModel(config, add_pooling_layer=False).save_pretrained(directory)
-    return directory
+    return save_bert(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture
@@ -149,6 +130,7 @@ def test_what_is_missing_is_named_with_its_remedy(monkeypatch, tmp_path):
         ("model.pretrained=null", "pretrained encoder"),
         ("data.share=0", "data.share=0"),
         ("model.pooling=max", "model.pooling"),
+        ("data.tokenizer=x", "not for an encoder"),
     ]:
         with pytest.raises(UserError, match=words):
             compose("question-type", "adamw", "quick", overrides=[override])

@@ -9,7 +9,7 @@ from conftest import make_model
 from functional_sam.config import compose
 from functional_sam.errors import UserError
 from functional_sam.records import Run
-from functional_sam.tasks import TASKS
+from functional_sam.tasks import TASKS, prepare
 from functional_sam.training import robustness as changes
 from functional_sam.training import train
 
@@ -97,3 +97,36 @@ def test_the_other_text_is_cut_by_the_same_tokenizer(tmp_path):
 def test_other_text_that_cannot_be(task, override, message):
     with pytest.raises(UserError, match=message):
         compose(task, "adamw", "quick", overrides=[override])
+
+
+def test_a_run_is_tested_on_text_of_another_kind_cut_by_its_own_tokenizer(cache):
+    """Against the loss of all its targets, row by row."""
+    given = [*TINY, "data.transfer=[technical]", "training.test_rows=12", f"runtime.cache={cache}"]
+    task = prepare(compose("language-0.006M", "adamw", "quick", overrides=given))
+    model = task.model().eval()
+    found = task.evaluate(model, "test")
+    assert set(found) == {"loss", "bits_per_byte", "tokens", "loss_technical", "bits_per_byte_technical"}
+    assert set(task.evaluate(model, "validation")) == {"loss", "bits_per_byte", "tokens"}
+    other = task.data.elsewhere(["technical"])
+    assert task.provenance["transfer"] == {"technical": other.sha256} != {"technical": task.data.sha256}
+    nats, tokens = 0.0, 0
+    with torch.no_grad():
+        for inputs, targets, _ in other.eval_batches("test", 1, 16, 12):
+            log_p = model(inputs).log_softmax(-1)[0]
+            own = [(place, int(target)) for place, target in enumerate(targets[0]) if target >= 0]
+            nats -= sum(float(log_p[place, target]) for place, target in own)
+            tokens += len(own)
+    assert found["loss_technical"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert found["loss_technical"] != found["loss"]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.transfer=[tecnical]", "did you mean 'technical'"),
+        ("data.transfer=[news]", "other packaged text than data.sources="),
+    ],
+)
+def test_transfer_is_to_other_text(override, words):
+    with pytest.raises(UserError, match=words):
+        compose("language-0.006M", "adamw", "quick", overrides=[override])

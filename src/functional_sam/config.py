@@ -27,10 +27,12 @@ SCHEMA = 2  # raised when the same settings come to mean another result: every r
 class ModelConfig:
     """The model of a run; the defaults are Nanodo's decoder, pre-LN and without biases."""
 
-    kind: str = "decoder"  # a model of the task's: decoder (language), vit or convnet (vision), encoder (finetune)
+    # Of the task's: decoder (language), vit or convnet (vision), encoder (finetune), marian (translation), t5 (text to text)
+    kind: str = "decoder"
     width: int = 512  # D, residual stream
     depth: int = 6  # N, blocks
     heads: int = 8  # H, must divide width
+    head_width: int | None = None  # of a t5: numbers of a head (its d_kv), whatever the width; none: width / heads
     mlp: int | None = None  # F, hidden units of the MLP; none: 4 * width
     length: int = 512  # L, tokens of a row
     patch: int = 4  # pixels, side of a patch; of a convnet, pixels from one output of its stem to the next: 1, 2 or 4
@@ -44,7 +46,9 @@ class ModelConfig:
     dropout: float = 0.0  # fraction of a block's outputs set to zero while training
     head_dtype: str = "float32"  # of the logits' matrix product under bf16; float32 to the letter of Nanodo
     checkpoint_blocks: bool = False  # recompute activations in backward: less memory, one more forward
-    pretrained: str | None = None  # an encoder: all-minilm-l6-v2 (of a package), or a directory as `transformers` saves one
+    # An encoder: all-minilm-l6-v2 (of a package); or, as a t5, a directory as `transformers` saves it, or a fetched name of the hub
+    pretrained: str | None = None
+    tied: bool = False  # of a t5: the embedding is its head too, as in the first T5; T5.1.1 has a head of its own
     frozen: int | None = None  # of an encoder: its embeddings and first so many layers are not trained; none: all is trained
     pooling: str = "mean"  # what an encoder's head reads: the mean over tokens that are no padding, or the first token
 
@@ -66,9 +70,11 @@ class DataConfig:
     unique_pairs: int | None = None  # of a translation task: train on the first so many pairs only, over and over; none: all
     files: int | None = None  # the first so many train files of c4 or imagenet-1k; none: all
     elsewhere: list[str] = field(default_factory=list)  # text of another kind, for measure.robustness: cut by the run's tokenizer
-    tokenizer: str | None = None  # a SentencePiece model for c4; none: trained on the start of its first file
+    # A SentencePiece model for c4; none: trained on the start of its first file. Of text-to-text a directory with a tokenizer.json;
+    # none: the pretrained model's
+    tokenizer: str | None = None
     texts: str | None = None  # texts with a label each, see data/labelled.py
-    transfer: list[str] = field(default_factory=list)  # other such texts, tested on without training: the same labels
+    transfer: list[str] = field(default_factory=list)  # tested on without training: texts with the same labels, or other sources
     share: float = 1.0  # of the training texts: the first so large a part, in the order of their hashes
     unique_texts: int | None = None  # train on the first so many texts only, over and over; none: all
 
@@ -96,6 +102,7 @@ class OptimizerConfig:
     beta2: float = 0.98
     eps: float = 1e-9
     momentum: float = 0.9  # of sgd
+    relative: bool = True  # of adafactor: a step is lr times the root mean square of the tensor that it changes; false: lr itself
     weight_decay: float = 0.1  # decoupled, but for sgd
     decay: str = "all"  # parameters that it acts on: all, or matrices (two or more dimensions: no biases, no norms)
     clip: float | None = None  # norm the gradient is clipped to, after the method; none: off, as in Nanodo
@@ -365,11 +372,12 @@ def validated(config: Config) -> Config:
         if value not in choices:
             raise nearest(f"value of {section}.{key}:", str(value), [choice for choice in choices if choice])
 
-    counts("model", 1, "width", "depth", "heads", "mlp", "length", "patch")
+    counts("model", 1, "width", "depth", "heads", "head_width", "mlp", "length", "patch")
     require(
         bool(model.stages) and min(model.stages) > 0, f"model.stages={model.stages}: a number of blocks, at least 1, for each stage"
     )
-    require(model.width % model.heads == 0, f"model.heads={model.heads} does not divide model.width={model.width}")
+    divides = model.head_width is not None or model.width % model.heads == 0
+    require(divides, f"model.heads={model.heads} does not divide model.width={model.width}")
     require(0 < model.embedding_scale < float("inf"), f"model.embedding_scale={model.embedding_scale}: above 0 and finite")
     require(0 <= model.dropout < 1, f"model.dropout={model.dropout}: a fraction, at least 0 and below 1")
     one_of("model", "head_dtype", "float32", "bfloat16")
@@ -385,6 +393,7 @@ def validated(config: Config) -> Config:
     require(0 <= data.noise <= 1, f"data.noise={data.noise}: a fraction of the labels, from 0 to 1")
     require(method.rho is None or 0 <= method.rho < float("inf"), f"method.rho={method.rho}: finite and >= 0")
     one_of("optimizer", "name", "adamw", "sgd", "adafactor")
+    require(optimizer.relative or optimizer.name == "adafactor", "optimizer.relative=False is for optimizer.name=adafactor")
     one_of("optimizer", "schedule", "cosine", "linear", "constant")
     one_of("optimizer", "decay", "all", "matrices")
     for key in ("lr", "warmup_steps", "weight_decay", "lr_start", "lr_end", "eps"):

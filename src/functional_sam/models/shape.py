@@ -78,6 +78,36 @@ class PairShape:
 
 
 @dataclass(frozen=True)
+class TextShape(PairShape):
+    """The sizes of a T5.1.1: pre-LN without biases, heads of `head` numbers, a gated MLP; L pieces are read and T written."""
+
+    head: int = 64
+    T: int = 1
+    tied: bool = False
+
+    @property
+    def attention(self) -> int:
+        return 4 * self.D * self.H * self.head + self.D
+
+    @property
+    def mlp(self) -> int:
+        return 3 * self.D * self.F + self.D
+
+    @property
+    def non_embedding(self) -> int:
+        """With the last norms and the biases by distance (32 for each head), of encoder and decoder."""
+        return super().non_embedding + 2 * (self.D + 32 * self.H)
+
+    @property
+    def parameters(self) -> int:
+        return self.non_embedding + self.V * self.D * (1 if self.tied else 2)
+
+    @property
+    def targets(self) -> int:
+        return self.T
+
+
+@dataclass(frozen=True)
 class EncoderShape(Shape):
     """The sizes of a BERT: biases everywhere, two LayerNorms with biases a block. V are the outputs of its new head."""
 

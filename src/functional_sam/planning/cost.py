@@ -9,7 +9,7 @@ scores, as a fused kernel that skips masked blocks may not do. Not counted: elem
 from dataclasses import dataclass
 
 from functional_sam.config import Config
-from functional_sam.models.shape import ConvShape, PairShape, Shape
+from functional_sam.models.shape import ConvShape, PairShape, Shape, TextShape
 from functional_sam.sharpness.methods import Cost, needs_cotangent, resolve
 from functional_sam.tasks import TASKS
 
@@ -99,5 +99,10 @@ def block_flops(s: Shape | PairShape) -> int:
 
     Of an encoder-decoder those of a block of the encoder and one of the decoder, which has a second attention.
     """
+    if isinstance(s, TextShape):
+        read, written, inner = s.L, s.T, s.H * s.head
+        encoder = 2 * read * (4 * s.D * inner + 3 * s.D * s.F) + 4 * read**2 * inner
+        decoder = 2 * written * (6 * s.D * inner + 3 * s.D * s.F) + 4 * read * s.D * inner + 4 * written * (written + read) * inner
+        return encoder + decoder
     attention, mlp = 2 * s.L * 4 * s.D**2 + 4 * s.L**2 * s.D, 2 * s.L * 2 * s.D * s.F
     return 3 * attention + 2 * mlp if isinstance(s, PairShape) else attention + mlp

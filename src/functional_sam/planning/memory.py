@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from functional_sam.config import Config
 from functional_sam.errors import UserError
 from functional_sam.head import CHUNK_BYTES, SWEEP_BYTES
-from functional_sam.models.shape import ConvShape, PairShape, Shape
+from functional_sam.models.shape import ConvShape, PairShape, Shape, TextShape
 from functional_sam.planning.cost import head_bytes, keeps_cotangent, of_method, parameter_bytes, shape
 from functional_sam.sharpness.methods import METHODS, needs_cotangent, resolve
 
@@ -84,6 +84,8 @@ def memory(config: Config, layout: Layout) -> Memory:
     shards = layout.gpus if layout.sharded else 1
     own = w * s.parameters / shards  # one copy of the parameters, on this GPU
 
+    if isinstance(s, TextShape):
+        return _of_text(config, layout, s, size, forwards)
     if isinstance(s, PairShape):
         return _of_pairs(config, layout, s, size, forwards)
 
@@ -174,6 +176,37 @@ def _of_pairs(config: Config, layout: Layout, s: PairShape, size: int, forwards:
     for activations, grown, work in ((graph, 0.0, 4.0 * logits + (size * s.targets * s.V * a if a == 2 else 0)), (0.0, own, 0.0)):
         moments = MOMENTS[config.optimizer.name] * own
         points.append(Memory(own + positions, own if there else grown, moments, copies, kept, activations, work))
+    return max(points, key=lambda point: point.total)
+
+
+def _of_text(config: Config, layout: Layout, s: TextShape, size: int, forwards: int) -> Memory:
+    """Of a T5 without a readout: replicas only, nothing recomputed, every row as long as the plan takes it to be.
+
+    I = H * head. Per piece, the graph of a branch holds its input and the normalized one 2 w D, the norm's scale w, its output a D
+    and a mask D. Attention: q, k, v and the output 4 a I, and a row of scores (softmax, mask, what is left) for each head, since a
+    bias that is trained keeps it from being fused. MLP: what is not linear in GELU's tanh form, and the gate, 7 a F, and a mask F.
+    """
+    (_, options), spent = resolve(config.method.name, config.method.options), of_method(config)
+    w = parameter_bytes(config)
+    a = 2 if config.training.precision == "bf16" else w
+    inner, own, logits = s.H * s.head, w * s.parameters, size * s.targets * s.V * w
+    mask = (w if layout.cpu else 1) if config.model.dropout else 0
+    dropped = mask + a if mask else 0  # what a dropout adds: its mask, and its output beside its input
+    branch = (2 * w + a + mask) * s.D + w
+    scores = (a + dropped) * s.H
+    mlp = branch + 6 * a * s.F + (dropped or a) * s.F
+    read = s.N * (branch + 4 * a * inner + scores * s.L + mlp) + 2 * w * s.D + 2 * mask * s.D
+    written = s.N * (2 * branch + 6 * a * inner + scores * (s.T + s.L) + mlp) + 2 * w * s.D + 2 * mask * s.D
+    cast = 2 * (s.parameters if a == 2 else 0)
+    graph = size * (s.L * (read + 2 * s.N * a * inner) + s.T * written) + cast
+    part = s.D * (5 * s.N + 2) / s.parameters if options["subset"] == "norm" else 1
+    copies = own * (spent.theta * part + spent.g + spent.carried)
+    kept = float((forwards - 1) * logits) if needs_cotangent(METHODS[config.method.name], options) else 0.0
+    there = forwards > 1 or layout.gpus > 1
+    points = []
+    for activations, grown, work in ((graph, 0.0, 4.0 * logits + (size * s.targets * s.V * a if a == 2 else 0)), (0.0, own, 0.0)):
+        moments = MOMENTS[config.optimizer.name] * own
+        points.append(Memory(own, own if there else grown, moments, copies, kept, activations, work))
     return max(points, key=lambda point: point.total)
 
 

@@ -5,9 +5,10 @@ import json
 from functional_sam.config import Config, nearest
 from functional_sam.data.cache import MANIFEST, Progress
 from functional_sam.tasks.batches import Batches
-from functional_sam.tasks.finetune import FineTune, Grade
+from functional_sam.tasks.finetune import Answers, FineTune, Grade
 from functional_sam.tasks.language import Language
 from functional_sam.tasks.task import Metric, Task
+from functional_sam.tasks.text_to_text import TextToText, TextToTextAnswers
 from functional_sam.tasks.translation import Translation
 from functional_sam.tasks.vision import Vision
 
@@ -17,7 +18,10 @@ TASKS: dict[str, type[Task]] = {
     "language": Language,
     "vision": Vision,
     "finetune": FineTune,
+    "answers": Answers,
     "grade": Grade,
+    "text-to-text": TextToText,
+    "text-to-text-answers": TextToTextAnswers,
     "translation": Translation,
 }
 

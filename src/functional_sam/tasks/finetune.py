@@ -1,7 +1,7 @@
 """Fine-tuning a pretrained encoder on labelled texts: classes (accuracy) or grades (Spearman's rank correlation)."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,21 @@ from torch import Tensor
 
 from functional_sam.config import Config
 from functional_sam.data.cache import Progress
-from functional_sam.data.labelled import LabelledTexts, classes_of, labelled_directory, prepare_labelled, pretrained_directory
+from functional_sam.data.candidates import judged
+from functional_sam.data.labelled import (
+    LabelledTexts,
+    any_right,
+    classes_of,
+    has_candidates,
+    labelled_directory,
+    prepare_labelled,
+    pretrained_directory,
+)
 from functional_sam.data.shards import Watch
 from functional_sam.errors import UserError
 from functional_sam.losses import cross_entropy
 from functional_sam.models.encoder import Encoder
-from functional_sam.models.shape import EncoderShape
+from functional_sam.models.shape import EncoderShape, TextShape
 from functional_sam.tasks.batches import Batch, placed
 from functional_sam.tasks.ranks import gathered, shared, totals
 from functional_sam.tasks.task import Metric, Task
@@ -30,41 +39,69 @@ SIZES = {
 }
 
 
+F1A = Metric("f1a", "F1 over all answers", lower_is_better=False)
+
+
 class FineTune(Task):
-    """Classes. A row of a batch is a text; batches are dicts of input_ids and attention_mask."""
+    """Classes. A row of a batch is a text; batches are dicts of input_ids and attention_mask.
+
+    Of COPA and ReCoRD, whose questions have candidate answers, a row is a candidate with the class "is right", and the accuracy is
+    of questions: of those whose most probable candidate is right (ReCoRD's EM; its F1 is recorded too).
+    """
 
     metric = Metric("accuracy", "accuracy", lower_is_better=False)
     unit = "texts"
     classes = True
+    any_right = False  # of a question with candidates any number may be right
     data: LabelledTexts
 
     @classmethod
     def check(cls, config: Config) -> None:
-        data, model = config.data, config.model
+        model = config.model
         if model.kind != "encoder" or model.pretrained is None:
             raise UserError(f"model.kind={model.kind!r}, model.pretrained={model.pretrained}: fine-tuning has a pretrained encoder")
+        cls.check_texts(config)
+        if config.data.tokenizer:
+            raise UserError("data.tokenizer is not for an encoder, which has its own beside its weights")
+        if model.checkpoint_blocks or config.data.noise or config.data.augment:
+            raise UserError("model.checkpoint_blocks, data.noise and data.augment are not for fine-tuning")
+
+    @classmethod
+    def check_texts(cls, config: Config) -> None:
+        """Raise UserError for texts that are unknown, or do not fit the kind of task or each other."""
+        data = config.data
         if data.texts is None:
             raise UserError("data.texts is needed: the labelled texts to fine-tune on")
         for name in (data.texts, *data.transfer):
             if bool(classes_of(name)) != cls.classes or (name != data.texts and classes_of(name) != classes_of(data.texts)):
                 what = "classes" if cls.classes else "grades"
                 raise UserError(f"{name} does not fit: kind {config.kind} has {what}, and those of data.transfer are the same")
-        if model.checkpoint_blocks or data.noise or data.augment:
-            raise UserError("model.checkpoint_blocks, data.noise and data.augment are not for fine-tuning")
+            if any_right(name) != cls.any_right:
+                raise UserError(
+                    f"{name} does not fit kind {config.kind}: any number of MultiRC's answers are right, "
+                    "which kind answers judges, and no other set's"
+                )
+        if data.transfer and any(has_candidates(name) for name in (data.texts, *data.transfer)):
+            raise UserError(f"data.transfer={data.transfer}: not for sets with candidate answers, nor to them")
 
     @classmethod
     def prepare(
         cls, config: Config, progress: Progress | None = None, processes: int = 0, watch: Watch | None = None
     ) -> LabelledTexts:
         assert config.data.texts is not None
-        prepared = _prepared(config.data.texts, config, progress)
+        prepared = cls.prepared(config.data.texts, config, progress)
         prepared.train_texts(config.data.share, config.data.unique_texts)
         return prepared
 
     @classmethod
     def data_directory(cls, config: Config) -> Path:
         assert config.data.texts is not None
-        return labelled_directory(*_wanted(config.data.texts, config))
+        return labelled_directory(*wanted(config.data.texts, config))
+
+    @classmethod
+    def prepared(cls, name: str, config: Config, progress: Progress | None = None) -> LabelledTexts:
+        """A set of texts as the model of the config reads them."""
+        return prepare_labelled(*wanted(name, config), progress)
 
     @classmethod
     def data_name(cls, config: Config) -> str:
@@ -78,27 +115,21 @@ class FineTune(Task):
         return f"{config.model.pretrained}{part}"
 
     @classmethod
-    def shape(cls, config: Config) -> EncoderShape:
+    def shape(cls, config: Config) -> EncoderShape | TextShape:
         m, classes = config.model, classes_of(str(config.data.texts))
         F = m.mlp or 4 * m.width
         return EncoderShape(m.width, m.depth, F, m.heads, m.length, len(classes) or 1, 0, 1, config.data.vocab, 512)
 
     def __init__(self, config: Config, progress: Progress | None = None):
         super().__init__(config, progress)
-        self.transfer = {name: _prepared(name, config, progress) for name in config.data.transfer}
+        self.transfer = {name: self.prepared(name, config, progress) for name in config.data.transfer}
         self.provenance["transfer"] = {name: texts.sha256 for name, texts in self.transfer.items()}
 
     def model(self) -> torch.nn.Module:
         """Raises UserError where the files of the pretrained model have other sizes than the config says."""
         m = self.config.model
         directory = pretrained_directory(str(m.pretrained))
-        theirs = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        ours = {"width": m.width, "depth": m.depth, "heads": m.heads, "mlp": m.mlp or 4 * m.width, "vocab": self.config.data.vocab}
-        for key, value in ours.items():
-            if theirs[SIZES[key]] != value:
-                raise UserError(
-                    f"{m.pretrained} has {SIZES[key]}={theirs[SIZES[key]]}: set {'data' if key == 'vocab' else 'model'}.{key} to it"
-                )
+        require_sizes(directory, self.config, SIZES)
         return Encoder(
             directory,
             self.shape(self.config).V,
@@ -135,13 +166,41 @@ class FineTune(Task):
                 found[f"{self.metric.name}_{name}"] = other[self.metric.name]
         return found
 
+    def scores(self, model: torch.nn.Module, inputs: Any) -> Tensor:
+        """[B, classes] whose softmax are the probabilities of the classes."""
+        logits: Tensor = self.forward(model, inputs)
+        return logits
+
     def _judged(self, model: torch.nn.Module, batches: Iterable[tuple[Any, ...]]) -> dict[str, float]:
+        if self.data.candidates:
+            return self._judged_by_question(model, batches)
+
         def sums(inputs: Any, labels: Tensor) -> tuple[float, ...]:
-            logits = self.forward(model, inputs)
+            logits = self.scores(model, inputs)
             return float(cross_entropy(logits, labels)[0]), int((logits.argmax(-1) == labels).sum()), len(labels)
 
         nats, right, texts = totals(model, batches, sums)
         return {"loss": nats / texts, "accuracy": right / texts, "texts": int(texts)}
+
+    def _judged_by_question(self, model: torch.nn.Module, batches: Iterable[tuple[Any, ...]]) -> dict[str, float]:
+        """Of candidates: the mean loss of one, and what is reported of their questions (data.candidates.judged)."""
+        parameter, found = next(model.parameters()), []
+        with torch.no_grad():
+            for batch, counts in shared(batches):
+                inputs, labels, questions, worths = placed(batch, parameter.device, parameter.dtype)
+                log_p = self.scores(model, inputs).float().log_softmax(-1)
+                columns = (log_p[:, 1] - log_p[:, 0], labels, worths, questions, -log_p.gather(1, labels[:, None])[:, 0])
+                found += list(zip(*(column.tolist() for column in columns), strict=True)) if counts else []
+        scores, labels, worths, questions, nats = zip(*gathered(found), strict=True)
+        own = judged(scores, [label == 1 for label in labels], worths, questions)
+        return {"loss": sum(nats) / len(nats), **own, "texts": len(nats), "questions": len(set(questions))}
+
+
+class Answers(FineTune):
+    """Candidates of which any number are right, each a yes or no of its own: MultiRC, judged by F1 over all of them (F1a)."""
+
+    metric = F1A
+    any_right = True
 
 
 class Grade(FineTune):
@@ -176,10 +235,20 @@ def squared_error(outputs: Tensor, grades: Tensor) -> tuple[Tensor, Tensor]:
     return (outputs[:, 0] - grades).square().sum(), torch.tensor(len(grades))
 
 
-def _wanted(name: str, config: Config) -> tuple[str, str, int, Path, str]:
+def require_sizes(directory: Path, config: Config, names: Mapping[str, str]) -> None:
+    """Raise UserError where a pretrained model has other sizes than the config says. names: ours -> those of its config.json."""
+    m = config.model
+    theirs = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    ours = {"width": m.width, "depth": m.depth, "heads": m.heads, "mlp": m.mlp or 4 * m.width, "vocab": config.data.vocab}
+    ours["head_width"] = m.head_width or m.width // m.heads
+    for key, name in names.items():
+        if theirs.get(name) != ours[key]:
+            section = "data" if key == "vocab" else "model"
+            raise UserError(f"{m.pretrained} has {name}={theirs.get(name)}: set {section}.{key} to it")
+
+
+def wanted(name: str, config: Config) -> tuple[str, str, int, Path, str]:
+    """What prepare_labelled is asked for."""
     location = "" if "/" not in name else config.runtime.data or config.data.hub or ""
-    return name, str(config.model.pretrained), config.model.length, Path(config.runtime.cache), location
-
-
-def _prepared(name: str, config: Config, progress: Progress | None) -> LabelledTexts:
-    return prepare_labelled(*_wanted(name, config), progress)
+    tokenizer = config.data.tokenizer or config.model.pretrained
+    return name, str(tokenizer), config.model.length, Path(config.runtime.cache), location

@@ -42,6 +42,12 @@ class Language(Task):
             check_sources(data.elsewhere)
         if data.elsewhere and "c4" in data.sources:
             raise UserError("data.elsewhere is for packaged text, not for c4")
+        if data.transfer:
+            check_sources(data.transfer)
+            if "c4" in data.sources or {*data.transfer} & {*data.sources}:
+                raise UserError(
+                    f"data.transfer={data.transfer}: other packaged text than data.sources={data.sources}, and not c4's"
+                )
         if data.noise or data.relabel or data.unique_images or config.model.activation != "gelu":
             raise UserError("data.noise, data.relabel, data.unique_images and model.activation are for images, not for text")
         if "c4" in data.sources:
@@ -58,9 +64,15 @@ class Language(Task):
         if wanted:
             return c4.prepare_c4(wanted, cache, progress, processes, watch)
         text = prepare_text(config.data.sources, config.data.vocab, cache, progress)
-        if config.data.elsewhere:  # now, not after the training that it is for
-            text.elsewhere(config.data.elsewhere, progress)
+        for sources in (config.data.elsewhere, *([name] for name in config.data.transfer)):
+            if sources:  # now, not after the training that it is for
+                text.elsewhere(sources, progress)
         return text
+
+    def __init__(self, config: Config, progress: Progress | None = None):
+        super().__init__(config, progress)
+        if config.data.transfer:
+            self.provenance["transfer"] = {name: self.data.elsewhere([name]).sha256 for name in config.data.transfer}
 
     @classmethod
     def data_directory(cls, config: Config) -> Path:
@@ -109,15 +121,26 @@ class Language(Task):
         return self.data.eval_batches(split, size, self.config.model.length, rows, windows)
 
     def elsewhere(self) -> Task | None:
-        if not self.config.data.elsewhere:
-            return None
+        return self._on(self.config.data.elsewhere) if self.config.data.elsewhere else None
+
+    def _on(self, sources: list[str]) -> "Language":
+        """The same task on other text, cut by this one's tokenizer."""
         other = copy.copy(self)
-        other.data = self.data.elsewhere(self.config.data.elsewhere)
+        other.data = self.data.elsewhere(sources)
         return other
 
     def evaluate(self, model: torch.nn.Module, split: str) -> dict[str, float]:
-        """Mean nats per token, and bits per byte of the text that the rows cover."""
+        """Mean nats per token, and bits per byte of the text that the rows cover.
 
+        With the test split also loss_SOURCE and bits_per_byte_SOURCE of each of data.transfer: its test split, untrained on.
+        """
+        found = self._judged(model, split)
+        for name in self.config.data.transfer if split == "test" else ():
+            other = self._on([name])._judged(model, split)
+            found |= {f"{key}_{name}": other[key] for key in ("loss", "bits_per_byte")}
+        return found
+
+    def _judged(self, model: torch.nn.Module, split: str) -> dict[str, float]:
         def sums(tokens: Tensor, targets: Tensor, covered: Tensor) -> tuple[float, ...]:
             loss, count = cross_entropy(self.forward(model, tokens), targets)
             return float(loss), int(count), int(covered.sum())

@@ -1,7 +1,7 @@
 """Translation from scratch: an encoder-decoder of `transformers`, made from a config, never loaded from the hub."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ from functional_sam.errors import UserError
 from functional_sam.losses import cross_entropy
 from functional_sam.models.shape import PairShape
 from functional_sam.tasks.batches import Batch, placed
+from functional_sam.tasks.encoder_decoder import EncoderDecoder, drawn
 from functional_sam.tasks.ranks import shared, totals
-from functional_sam.tasks.task import Metric, Task
+from functional_sam.tasks.task import Metric
 
 BEAMS = 4
 
 
-class Translation(Task):
+class Translation(EncoderDecoder):
     """Rows are pairs drawn at random, padded to the longest of the step. The test split is translated too, by beam search.
 
     The model is Marian's: post-LN, sinusoidal positions, one embedding for both sides and the head, biases. Its attention is SDPA.
@@ -48,8 +49,7 @@ class Translation(Task):
             raise UserError(f"model.kind={model.kind!r}: a task of kind translation has marian, an encoder-decoder")
         if model.width % 2:
             raise UserError(f"model.width={model.width}: sinusoidal positions need an even one")
-        if model.checkpoint_blocks or model.head_dtype != "float32":
-            raise UserError("model.checkpoint_blocks and model.head_dtype are not for marian")
+        cls.check_model(config)
         if data.noise or data.augment or data.unique_images or data.unique_tokens or data.held_out != "documents":
             raise UserError(
                 "data.noise, augment, unique_images, unique_tokens and held_out are not for pairs; data.unique_pairs is"
@@ -58,8 +58,6 @@ class Translation(Task):
             raise UserError("data.tokenizer is for c4: a translation task trains a joint vocabulary of its own")
         if not bitext.on_hub and (data.files or data.hub):
             raise UserError(f"data.files and data.hub are for a bitext of the hub, not for {bitext.name}")
-        if config.runtime.parallel == "fsdp":
-            raise UserError("runtime.parallel=fsdp: beam search calls encoder and decoder apart; train a marian with ddp")
 
     @classmethod
     def prepare(cls, config: Config, progress: Progress | None = None, processes: int = 0, watch: Watch | None = None) -> PairData:
@@ -87,13 +85,7 @@ class Translation(Task):
     def model(self) -> torch.nn.Module:
         from transformers import MarianMTModel  # slow to import, and only this task needs it
 
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.training.init_seed)
-            model: torch.nn.Module = MarianMTModel(marian_config(self.config))
-        return model.train()
-
-    def forward(self, model: torch.nn.Module, inputs: Any, readout: Callable[..., Any] | None = None) -> Any:
-        return model(**inputs, use_cache=False).logits
+        return drawn(lambda: MarianMTModel(marian_config(self.config)), self.config.training.init_seed)
 
     def rows(self, step: int) -> Batch:
         training, data = self.config.training, self.config.data
