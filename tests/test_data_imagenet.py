@@ -19,7 +19,7 @@ from functional_sam.data import decoding, imagenet
 from functional_sam.data.images import _mnist_5k
 from functional_sam.data.order import indices
 from functional_sam.errors import UserError
-from functional_sam.tasks import prepare, prepared_sha256, ranks
+from functional_sam.tasks import prepare, prepared_manifest, ranks
 from functional_sam.training.distributed import Ranks
 
 
@@ -110,7 +110,7 @@ def test_the_task_and_the_command(prepared, source, capsys):
     overrides += [f"runtime.data={source}", f"runtime.cache={cache}"]
     config = compose("vision", overrides=overrides)
     task = prepare(config)
-    assert task.data.sha256 == prepared.sha256 == prepared_sha256(config)
+    assert task.data.sha256 == prepared.sha256 == prepared_manifest(config)["sha256"]
     model = task.model()
     ((images, labels),) = task.batch(0)
     assert model(images).shape == (4, 1000)

@@ -20,7 +20,7 @@ from functional_sam.data.sources import read_sources
 from functional_sam.data.tokenizer import BOS, EOS, Tokenizer
 from functional_sam.errors import UserError
 from functional_sam.losses import IGNORE
-from functional_sam.tasks import prepare, prepared_sha256
+from functional_sam.tasks import prepare, prepared_manifest
 
 VOCAB, FILES = 600, 4
 
@@ -215,7 +215,7 @@ def test_the_task_trains_on_it(one_pass, source):
     """The language task unchanged; nothing is prepared again, and the source is needed no more."""
     config = small_run(source, one_pass.directory.parents[1])
     task = prepare(config)
-    assert task.data.sha256 == one_pass.sha256 == prepared_sha256(config) == task.provenance["sha256"]
+    assert task.data.sha256 == one_pass.sha256 == prepared_manifest(config)["sha256"] == task.provenance["sha256"]
     ((inputs, _),) = task.batch(3)
     assert torch.equal(inputs, one_pass.train_batch(3, 4, 128, 0)[0])
     assert task.evaluate(task.model(), "test")["tokens"] > 0
@@ -292,7 +292,7 @@ def test_the_command(one_pass, source, tmp_path, capsys):
     assert "2 of 2 files" in out
     assert "tokens/s" in out
     config = small_run(source, tmp_path, files=2)
-    assert prepared_sha256(config)[:16] in out
+    assert prepared_manifest(config)["sha256"][:16] in out
 
 
 def test_layout_on_the_hub(monkeypatch):

@@ -140,6 +140,19 @@ def test_time_from_runs_of_the_same_shape(tmp_path):
     ).seconds == pytest.approx(1.8)
 
 
+def test_the_same_text_is_the_same_data_whatever_the_last_bits_of_its_tokenizer():
+    """Two kinds of processor train tokenizers that cut alike and differ in the last bits of their scores."""
+    files = {name: {"bytes": 9, "sha256": name} for name in ("train.ids", "test.ids", "tokenizer.model")}
+    here = {"sha256": "h", "files": files}
+    there = {"sha256": "t", "files": {**files, "tokenizer.model": {"bytes": 9, "sha256": "of another machine"}}}
+    other = {"sha256": "o", "files": {**files, "test.ids": {"bytes": 9, "sha256": "other text"}}}
+    assert code.content(here) == code.content(there) != code.content(other)
+    assert code.differences({**HERE, "data": there}, code.content(here)) == []
+    assert code.differences({**HERE, "data": other}, code.content(here))[0].startswith("data ")
+    assert code.content({"data": "d", "sha256": "s"}) == "s"  # recorded before files were
+    assert code.content({}) == ""
+
+
 # ---------------------------------------------------------------------- released records
 
 

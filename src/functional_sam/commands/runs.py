@@ -13,9 +13,9 @@ from functional_sam.config import Config
 from functional_sam.errors import UserError
 from functional_sam.exhibits import members, needed, pack_name
 from functional_sam.jobs.queue import log_of, states
-from functional_sam.records import Run, Status, found_in, move_aside, status
+from functional_sam.records import Run, Status, content, found_in, move_aside, status
 from functional_sam.records.released import load_pack, restore
-from functional_sam.tasks import prepared_sha256
+from functional_sam.tasks import prepared_manifest
 
 
 def plan_command(options: argparse.Namespace) -> int:
@@ -156,13 +156,14 @@ def statuses(runs: list[Run]) -> list[tuple[Run, Status]]:
     """Each run with its status, the present data looked up once for each kind."""
     data: dict[str, str | None] = {}
 
-    def sha256(config: Config) -> str | None:
+    def present(config: Config) -> str | None:
         key = repr((config.kind, config.data, config.model.length, config.model.pretrained, config.runtime.cache))
         if key not in data:
-            data[key] = prepared_sha256(config)
+            manifest = prepared_manifest(config)
+            data[key] = content(manifest) if manifest else None
         return data[key]
 
-    return [(run, status(run, sha256(run.config))) for run in runs]
+    return [(run, status(run, present(run.config))) for run in runs]
 
 
 def stale_words(exhibit: str, found: list[tuple[Run, Status]]) -> str:

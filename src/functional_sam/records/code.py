@@ -4,6 +4,7 @@ import ast
 import functools
 import hashlib
 import importlib.metadata
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ ROOT = PACKAGE.parents[1]
 # config.py is not among them: it acts on a result through the resolved config alone, and that has its own hash.
 FLOOR = ("losses.py", "vectors.py", "ascents.py", "head.py", "weights.py")
 SOURCES = (*FLOOR, "models", "sharpness", "curvature", "tasks", "data", "training")
+TOKENIZER = "tokenizer.model"  # a file of prepared text
 # What only starts, stops and watches runs.
 CANNOT_CHANGE = ("training/attempt.py", "training/pool.py", "training/precision.py", "training/signals.py", "training/speed.py")
 
@@ -38,11 +40,11 @@ def digest(source: str) -> str:
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:12]
 
 
-def differences(record: dict[str, Any], data_sha256: str | None = None) -> list[str]:
+def differences(record: dict[str, Any], present: str | None = None) -> list[str]:
     """In words, what differs between what made a record and what is here: code, torch, data. Empty when nothing does.
 
-    record: a run's provenance.json; all parts of a run that was resumed elsewhere count. data_sha256: of the present data, None
-    when that is not prepared, and so cannot be compared. A record without a fingerprint is judged by what git says has changed
+    record: a run's provenance.json; all parts of a run that was resumed elsewhere count. present: `content` of the present data,
+    None when that is not prepared, and so cannot be compared. A record without a fingerprint is judged by what git says has changed
     since its commit.
     """
     found: list[str] = []
@@ -55,10 +57,22 @@ def differences(record: dict[str, Any], data_sha256: str | None = None) -> list[
         here = importlib.metadata.version("torch")
         if torch and torch.split("+")[0] != here.split("+")[0]:
             found.append(f"torch {torch}, here {here}")
-        data = part.get("data", {}).get("sha256", "")
-        if data and data_sha256 and data != data_sha256:
-            found.append(f"data {data[:8]}, here {data_sha256[:8]}")
+        data = content(part.get("data", {}))
+        if data and present and data != present:
+            found.append(f"data {data[:8]}, here {present[:8]}")
     return list(dict.fromkeys(found))
+
+
+def content(data: dict[str, Any]) -> str:
+    """What a run met of prepared data, as a digest: of all its files but a tokenizer's; "" where nothing is recorded.
+
+    data: a manifest, or the same in a provenance.json. A tokenizer trained on another kind of processor has scores whose last bits
+    differ, and cuts every text into the same pieces: what it made is compared, it is not. Where no files are listed, `sha256`.
+    """
+    files = {name: file["sha256"] for name, file in data.get("files", {}).items() if name != TOKENIZER}
+    if not files:
+        return str(data.get("sha256", ""))
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def _changed(there: dict[str, Any]) -> list[str]:

@@ -34,13 +34,13 @@ class Status:
         return f"{text}: {'; '.join(self.differs)}" if self.differs else text
 
 
-def status(run: Run, data_sha256: str | None = None) -> Status:
-    """The status of a run; data_sha256 of the present data, None when that is not prepared and cannot be compared."""
+def status(run: Run, present: str | None = None) -> Status:
+    """The status of a run; present: `content` of the present data, None when that is not prepared and cannot be compared."""
     state = run.state
     if state == "missing":
         return Status(state, 0, [])
     try:
-        differs = differences(run.read("provenance.json"), data_sha256)
+        differs = differences(run.read("provenance.json"), present)
     except UserError as error:
         differs = [] if state == "running" else [str(error)]
     lines = run.metrics("train")

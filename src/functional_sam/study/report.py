@@ -9,7 +9,7 @@ import pandas as pd
 
 from functional_sam.config import Config, RuntimeConfig
 from functional_sam.errors import UserError
-from functional_sam.records import Source
+from functional_sam.records import Source, content
 from functional_sam.sharpness.methods import cost
 from functional_sam.study.compare import Estimate, Verdict, estimate, judged, paired_difference
 from functional_sam.study.design import LR, RHO, Trial, has_radius
@@ -44,7 +44,7 @@ def check(planned: Sequence[Planned], source: Source) -> None:
             for config, twin in zip(configs, base, strict=True):
                 if differing := _differing(config, twin) - allowed:
                     raise UserError(f"{config.name} and {twin.name} are not paired: they differ in {', '.join(sorted(differing))}")
-                seen["data (SHA-256)"].add(source.read(config, "provenance.json")["data"]["sha256"])
+                seen["data (SHA-256)"].add(content(source.read(config, "provenance.json")["data"]))
                 summary = source.summary(config)
                 if not summary.get("diverged"):
                     if summary["step"] != config.training.steps:

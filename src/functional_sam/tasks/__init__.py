@@ -1,6 +1,7 @@
 """Tasks: a model, data, a loss, and what is measured on held-out data."""
 
 import json
+from typing import Any
 
 from functional_sam.config import Config, nearest
 from functional_sam.data.cache import MANIFEST, Progress
@@ -12,7 +13,7 @@ from functional_sam.tasks.text_to_text import TextToText, TextToTextAnswers
 from functional_sam.tasks.translation import Translation
 from functional_sam.tasks.vision import Vision
 
-__all__ = ["TASKS", "Batches", "Metric", "Task", "check", "prepare", "prepared_sha256"]
+__all__ = ["TASKS", "Batches", "Metric", "Task", "check", "prepare", "prepared_manifest"]
 
 TASKS: dict[str, type[Task]] = {
     "language": Language,
@@ -39,11 +40,11 @@ def prepare(config: Config, progress: Progress | None = None) -> Task:
     return TASKS[config.kind](config, progress)
 
 
-def prepared_sha256(config: Config) -> str | None:
-    """SHA-256 of the data a config would train on, None where it is not prepared yet; nothing is prepared here."""
+def prepared_manifest(config: Config) -> dict[str, Any] | None:
+    """The manifest of the data a config would train on, None where it is not prepared yet; nothing is prepared here."""
     try:
         manifest = (TASKS[config.kind].data_directory(config) / MANIFEST).read_text(encoding="utf-8")
-        sha256: str = json.loads(manifest)["sha256"]
-    except (OSError, ValueError, KeyError):
+        found: dict[str, Any] = json.loads(manifest)
+    except (OSError, ValueError):
         return None
-    return sha256
+    return found
