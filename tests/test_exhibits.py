@@ -246,8 +246,13 @@ def test_released_runs_are_taken_and_never_checked_against_themselves(home, caps
     do(exhibits.needed("figure-1"))
     results.release_command(options())
     (home / "runs").rename(home / "elsewhere")
+    runs.plan_command(options(cluster=None))
+    said = "6 of the missing ones are released: `functional-sam run figure-1 --scale quick --released` takes them"
+    assert said in capsys.readouterr().out
     assert runs.run_command(options(jobs=1, fresh=False, released=True)) == 0
-    assert "taken as they were released in results/runs/figure-1-quick.jsonl.gz" in capsys.readouterr().out
+    assert "6 runs taken as they were released in results/runs/figure-1-quick.jsonl.gz" in capsys.readouterr().out
+    runs.plan_command(options(cluster=None))
+    assert "are released" not in capsys.readouterr().out
     assert exhibits.fresh("figure-1").frame.equals(exhibits.draw("figure-1").frame)  # of run directories
     with pytest.raises(UserError, match=r"6 of 6 runs are the released ones.*functional-sam run figure-1 --scale quick --fresh"):
         results.check_command(options())

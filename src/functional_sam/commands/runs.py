@@ -14,7 +14,7 @@ from functional_sam.errors import UserError
 from functional_sam.exhibits import members, needed, pack_name
 from functional_sam.jobs.queue import log_of, states
 from functional_sam.records import Run, Status, content, found_in, move_aside, status
-from functional_sam.records.released import load_pack, restore
+from functional_sam.records.released import Pack, load_pack, restore
 from functional_sam.tasks import prepared_manifest
 
 
@@ -61,6 +61,13 @@ def plan_command(options: argparse.Namespace) -> int:
             (f"estimated time left on this machine: {text}" if known else "time left: unknown, no run of this shape was done here")
             + (f"; unknown for {unknown} whose shape was never run here" if known and unknown else ""),
             soft_wrap=True,
+        )
+    packs = packs_of(options.exhibit, options.scale)
+    waiting = sum(now.state == "missing" and any(pack.done(run.config) for pack in packs) for run, now in found)
+    if waiting:
+        command = f"functional-sam run {options.exhibit} --scale {options.scale} --released"
+        console.print(
+            f"{waiting} of the missing ones are released: `{command}` takes them as they are, and does the rest", soft_wrap=True
         )
     if options.cluster:
         show_on(configs, options.cluster)
@@ -130,15 +137,19 @@ def run_command(options: argparse.Namespace) -> int:
 
 def take_released(exhibit: str, scale: str, configs: list[Config]) -> int:
     """Take those of the runs that were released and not begun here as they are; how many."""
-    packs = {pack_name(one, scale) for one in members(exhibit, scale)}
     taken = 0
-    for pack in (load_pack(name, scale) for name in sorted(packs)):
-        if pack is not None:
-            count = len(restore(pack, configs))
-            taken += count
-            if count:
-                console.print(f"{count} runs taken as they were released in {pack.name}", highlight=False, soft_wrap=True)
+    for pack in packs_of(exhibit, scale):
+        count = len(restore(pack, configs))
+        taken += count
+        if count:
+            console.print(f"{count} runs taken as they were released in {pack.name}", highlight=False, soft_wrap=True)
     return taken
+
+
+def packs_of(exhibit: str, scale: str) -> list[Pack]:
+    """The released records that hold runs of an exhibit, or of all tables or figures."""
+    packs = (load_pack(name, scale) for name in sorted({pack_name(one, scale) for one in members(exhibit, scale)}))
+    return [pack for pack in packs if pack is not None]
 
 
 def show_failed(failed: list[tuple[Run, str]], of: int) -> None:
