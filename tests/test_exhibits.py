@@ -247,7 +247,7 @@ def test_released_runs_are_taken_and_never_checked_against_themselves(home, caps
     results.release_command(options())
     (home / "runs").rename(home / "elsewhere")
     runs.plan_command(options(cluster=None))
-    said = "6 of the missing ones are released: `functional-sam run figure-1 --scale quick --released` takes them"
+    said = "6 of them are released: `functional-sam run figure-1 --scale quick --released` takes them"
     assert said in capsys.readouterr().out
     assert runs.run_command(options(jobs=1, fresh=False, released=True)) == 0
     assert "6 runs taken as they were released in results/runs/figure-1-quick.jsonl.gz" in capsys.readouterr().out

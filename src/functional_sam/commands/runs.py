@@ -66,9 +66,7 @@ def plan_command(options: argparse.Namespace) -> int:
     waiting = sum(now.state == "missing" and any(pack.done(run.config) for pack in packs) for run, now in found)
     if waiting:
         command = f"functional-sam run {options.exhibit} --scale {options.scale} --released"
-        console.print(
-            f"{waiting} of the missing ones are released: `{command}` takes them as they are, and does the rest", soft_wrap=True
-        )
+        console.print(f"{waiting} of them are released: `{command}` takes them as they are, and does the rest", soft_wrap=True)
     if options.cluster:
         show_on(configs, options.cluster)
     return 0
