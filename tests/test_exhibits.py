@@ -262,6 +262,8 @@ def test_released_runs_are_taken_and_never_checked_against_themselves(home, caps
 
 def test_an_unfinished_exhibit_goes_on_from_its_released_runs(home, capsys):
     configs = exhibits.needed("figure-1")
+    with pytest.raises(UserError, match="no run is complete"):
+        results.release_command(options(unfinished=True))
     do(configs[:2])
     with pytest.raises(exhibits.NotComplete):
         results.release_command(options())

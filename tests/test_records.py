@@ -231,7 +231,13 @@ def test_released_records_become_runs_that_release_as_the_same_file(tmp_path, re
     assert "(released)" in status(run).words(run)
     assert measured(tmp_path / "here") == []  # the speed of another machine is none of this one's
     assert released.restore(pack, here) == []
+    (run.directory / "done.json").unlink()  # cut off while it was taken: taken again
+    assert [one.directory for one in released.restore(pack, here)] == [run.directory]
     assert released.save_pack("figure-1", "quick", [run, second]).read_bytes() == whole
+    run.open()
+    run.restart_at(0)  # what is trained here is this machine's
+    run.close()
+    assert not run.released
 
 
 def test_a_missing_file_of_a_run_is_named(tmp_path):

@@ -17,7 +17,7 @@ from functional_sam.exhibits.output import as_written, csv_text, stem
 from functional_sam.exhibits.spec import load_spec
 from functional_sam.files import write_text
 from functional_sam.records import Run, RunDirectories
-from functional_sam.records.released import Pack, load_pack, save_pack
+from functional_sam.records.released import load_pack, save_pack
 
 
 def draw_command(options: argparse.Namespace) -> int:
@@ -85,8 +85,8 @@ def check_command(options: argparse.Namespace) -> int:
     """Compare the exhibit drawn from the present runs with the released one; 1 when a cell differs by more than its tolerance."""
     name, scale = options.exhibit, options.scale
     released, tolerance = load_released(load_spec(name, scale))
-    frame = as_written(fresh(name, scale, tuple(options.overrides)).frame)
     refuse_released(planned(name, scale, tuple(options.overrides)))
+    frame = as_written(fresh(name, scale, tuple(options.overrides)).frame)
     found = check(frame, released, tolerance)
     csv, yaml = released_path(name, scale), f"configs/exhibits/{name}.yaml"
     if found.mismatches:
@@ -144,12 +144,14 @@ def release_command(options: argparse.Namespace) -> int:
 def release_unfinished(name: str, scale: str) -> int:
     """Add to the pack every complete run of the exhibits that share it, also those that no drawing shows yet.
 
-    With `run --released` another machine goes on from there.
+    With `run --released` another machine goes on from there. Raises UserError where none is complete.
     """
-    pack = save_pack(pack_name(name, scale), scale, *to_release(name, scale, unfinished=True))
-    count = len((load_pack(pack_name(name, scale), scale) or Pack(pack, {})).runs)
+    runs, kept = to_release(name, scale, unfinished=True)
+    if not runs:
+        raise UserError(f"{name} at scale {scale}: no run is complete; make them with: functional-sam run {name} --scale {scale}")
+    pack = save_pack(pack_name(name, scale), scale, runs, kept)
     console.print(
-        f"wrote {shown(pack)} ({count} runs, {pack.stat().st_size / 1000:.0f} kB); "
+        f"wrote {shown(pack)} ({len(runs) + len(kept)} runs, {pack.stat().st_size / 1000:.0f} kB); "
         f"elsewhere `functional-sam run {name} --scale {scale} --released` goes on from it",
         soft_wrap=True,
     )

@@ -114,12 +114,12 @@ def save_pack(name: str, scale: str, runs: Iterable[Run], kept: Iterable[dict[st
 def restore(pack: Pack, configs: Iterable[Config]) -> list[Run]:
     """Make run directories of released records, for those of configs that were released and not begun here; these runs.
 
-    Their provenance stays that of the machine that trained them, and a file RELEASED in each says what they are: `check` leaves
-    them out, for it would compare records with themselves. done.json is written last, as of any run.
+    Their provenance stays that of the machine that trained them, and a file RELEASED in each says what they are: `check` refuses
+    them, for it would compare records with themselves. done.json is written last, as of any run: one cut off is taken again.
     """
     restored = []
     for run in (Run(config) for config in configs if pack.done(config)):
-        if run.state != "missing":
+        if run.state != "missing" and not (run.state == "partial" and run.released):
             continue
         line = pack.runs[run.config.name]
         files = dict(line["files"])

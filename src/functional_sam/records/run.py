@@ -155,6 +155,7 @@ class Run:
 
     def restart_at(self, step: int) -> None:
         """Drop the lines after `step` (they will be measured again) and open metrics.jsonl to append."""
+        (self.directory / RELEASED).unlink(missing_ok=True)  # from here on it is trained here
         path = self.directory / "metrics.jsonl"
         kept = [line for line in self._lines() if line["step"] <= step]
         with atomic_file(path) as temporary:
