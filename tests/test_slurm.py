@@ -195,8 +195,8 @@ def cluster(slurm, cache, tmp_path_factory):
     slow, slower = (f"environment: {{TEST_PAUSE: '{pause}', PYTHONPATH: {base / 'slow'}}}\n" for pause in (0.4, 1.2))
     broken = f"environment: {{TEST_BREAK: '1', PYTHONPATH: {base / 'slow'}}}\n"
     first, last = "sbatch: {nodelist: node1}\n", "sbatch: {nodelist: node2}\n"
-    # SLURM looks at its limits every 30 seconds and signals so much earlier: after 130 to 160 of the 180 seconds. Python has started by
-    # then even where all of these start at once, and 150 steps of 1.2 seconds have not ended.
+    # SLURM looks at its limits every 30 seconds and signals so much earlier: after 130 to 160 of 180 seconds. By then Python has
+    # started, even where all of these start at once, and 150 steps of 1.2 seconds have not ended.
     limit = "time: 3\nsignal_delay: 20\n"
     long = "time: 10\n"
     texts = {
