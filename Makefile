@@ -52,7 +52,7 @@ $(addprefix check-,$(EXHIBITS) $(ALL)): check-%: $(READY)
 
 $(addprefix submit-,$(EXHIBITS) $(ALL)): submit-%: $(READY)
 	@test -n "$(CLUSTER)" || { echo "make: which cluster? make $@ CLUSTER=NAME, a file of jobs/clusters (see jobs/README.md)"; exit 2; }
-	@$(BIN)/functional-sam submit $* --scale $(SCALE) --cluster $(CLUSTER)
+	@$(BIN)/functional-sam submit $* --scale $(SCALE) --cluster $(CLUSTER) $(if $(RELEASED),--released)
 
 slurm:  ## a SLURM on this machine, for its tests and to try submissions (Debian, root; 10 s)
 	@jobs/local-slurm/local-slurm install

@@ -121,3 +121,13 @@ def pytest_collection_modifyitems(config, items):
     """Several workers (pytest -n): the files that take longest first, so that none of them is left for the end."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A directory in which runs/, paper/ and results/ are made; the configs are the checkout's."""
+    monkeypatch.setattr("functional_sam.exhibits.output.paper_directory", lambda: tmp_path / "paper")
+    for place in ("records.released", "exhibits.check"):
+        monkeypatch.setattr(f"functional_sam.{place}.results_directory", lambda: tmp_path / "results")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

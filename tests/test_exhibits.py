@@ -1,8 +1,7 @@
-"""Plans and drawings from a source that is passed, the one writer, an exhibit's YAML, the comparison with what was released."""
+"""Plans and drawings from a source that is passed, the one writer, an exhibit's YAML, words, marks and notebooks."""
 
 import argparse
 import itertools
-import json
 import re
 import subprocess
 from pathlib import Path
@@ -12,72 +11,21 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from made_up_figure import HEADLINE, do, options
 from scipy import stats
 
 from functional_sam import METHODS, exhibits
 from functional_sam.commands import results, runs
-from functional_sam.config import to_yaml
 from functional_sam.errors import UserError
 from functional_sam.exhibits import claims, figure_1, notebooks, style, words
 from functional_sam.exhibits.check import check
 from functional_sam.exhibits.markdown import MARKS, interval, marked, number, significant, table
-from functional_sam.exhibits.output import as_written, csv_text
 from functional_sam.exhibits.spec import load_spec, scales
 from functional_sam.files import write_text
-from functional_sam.records import Run, RunDirectories, released
+from functional_sam.records import Run, released
 from functional_sam.study.compare import Estimate, Verdict
 
 ROOT = Path(__file__).resolve().parents[1]
-HEADLINE = "language against vision: language above at all 2 matched numbers of targets (0.69 against 0.59 at 2,048)"
-CELLS = 120 * 8  # 2 tasks, 3 seeds, 2 numbers of targets, 2 origins: gradient at 3 steps and adam at 2
-PROVENANCE = {"commit": "c", "diff": "", "versions": {}, "machine": "processor A, 2 cores", "code": {"sha256": "0", "files": {}}}
-
-
-def share(config, step):
-    return 0.2 + 0.01 * config.training.init_seed + 0.001 * step + (0.1 if config.task == "vision" else 0.0)
-
-
-def do(configs, machine="processor A, 2 cores", of=share):
-    """Finished runs of figure-1 with made-up shares at three steps and two numbers of targets, where their configs say."""
-    for config in configs:
-        run = Run(config)
-        lines = []
-        for step, targets in itertools.product((1, 10, 100), (512, 2048)):
-            same = {"share": of(config, step), "norm_logit": 0.5, "norm_func": 0.4, "cosine": 0.1}
-            origins = {"same": same, "independent": {**same, "square_logit": 0.36, "square_func": -0.1 if step == 1 else 0.04}}
-            about = {
-                "kind": "targets",
-                "step": step,
-                "targets": targets,
-                "temperature": 1.0,
-                "loss": 3.0,
-                "norm": 9.0,
-                "entropy": 2.0,
-                "norm_gradient": 2.0,
-                "square_gradient": 1.0,
-            }
-            ascents = config.measure.ascents if step >= config.measure.adam_from else ["gradient"]
-            lines.append({**about, **dict.fromkeys(ascents, origins)})
-        write_text(run.directory / "config.yaml", to_yaml(config))
-        write_text(run.directory / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-        run.write("provenance.json", {**PROVENANCE, "machine": machine, "data": {"data": "d", "sha256": "s"}})
-        run.write("done.json", {"step": config.training.steps, "seconds": 1.0, "loss": 3.0})
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    """A directory in which runs/, paper/ and results/ are made; the configs are the checkout's."""
-    monkeypatch.setattr("functional_sam.exhibits.output.paper_directory", lambda: tmp_path / "paper")
-    for place in ("records.released", "exhibits.check"):
-        monkeypatch.setattr(f"functional_sam.{place}.results_directory", lambda: tmp_path / "results")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def options(**more):
-    given = {"exhibit": "figure-1", "scale": "quick", "overrides": [], "no_notebook": True, "unfinished": False}
-    return argparse.Namespace(**{**given, **more})
-
 
 # ---------------------------------------------------------------------- plans and sources
 
@@ -114,24 +62,6 @@ def test_a_drawing_does_not_plan_again(home, monkeypatch):
     exhibit = exhibits.draw_plan(plan)
     assert exhibit.plan is plan
     assert not (home / "paper").exists()  # in memory
-
-
-def test_what_is_drawn_from_released_records_is_the_same_to_the_byte(home):
-    do(exhibits.needed("figure-1"))
-    results.release_command(options())
-    here = exhibits.ready("figure-1")
-    (home / "runs").rename(home / "elsewhere")
-    there = exhibits.ready("figure-1")
-    assert isinstance(here.source, RunDirectories)
-    assert there.source.name == "results/runs/figure-1-quick.jsonl.gz"
-    (home / "elsewhere").rename(home / "runs")
-    files = [exhibits.write(exhibits.draw_plan(plan), home / name) for plan, name in ((here, "a/paper"), (there, "b/paper"))]
-    assert [path.name for path in files[0]] == [f"figure-1{end}" for end in (".pdf", ".png", ".csv", "-tests.csv", ".json")]
-    for ours, theirs in zip(*files, strict=True):
-        assert ours.read_bytes() == theirs.read_bytes(), ours.name
-    record = json.loads(files[0][-1].read_text())
-    assert record["files"][0] == "paper/figures/figure-1.pdf"
-    assert [run["run"] for run in record["runs"]] == [config.name for config in here.configs]
 
 
 def test_runs_are_preferred_where_they_hold_as_much(home):
@@ -190,98 +120,6 @@ def test_figure_1_says_nothing_where_seeds_differ_more_than_tasks(home):
     )
     tests = exhibits.draw("figure-1").frames["tests"]
     assert set(tests.verdict) == {"inconclusive"}
-
-
-# ---------------------------------------------------------------------- against what was released
-
-
-def line_of(plan_or_none=None, overridden=False):
-    plan = plan_or_none or exhibits.ready("figure-1")
-    return results.against_released(plan, as_written(exhibits.draw_plan(plan).frame), overridden)
-
-
-def test_the_last_line_of_a_drawing(home, capsys):
-    configs = exhibits.needed("figure-1")
-    do(configs)
-    assert "not compared with a released result" in line_of()
-    results.release_command(options())
-    same = f"figure-1: yours {HEADLINE}; released {HEADLINE}; all {CELLS} cells"
-    assert line_of() == same + " the same to the last digit"
-    do(configs, of=lambda config, step: share(config, step) + 0.001)
-    assert line_of().endswith(f"all {CELLS} cells within the tolerance")
-    do(configs, "processor B, 64 cores", lambda config, step: share(config, step) + 0.03 * (config.task == "vision"))
-    found = line_of()
-    assert "\n" not in found
-    assert f"60 of {CELLS} cells not within the tolerance (furthest: task vision, seed 0, step" in found
-    assert found.endswith("training amplifies it (released on processor A, yours on processor B)")
-    capsys.readouterr()
-    assert results.draw_command(options()) == 0  # never a failure
-    assert capsys.readouterr().out.splitlines()[-1] == found
-    assert results.check_command(options()) == 1  # the strict one
-    do(configs, of=lambda config, step: share(config, step) + 0.03)
-    assert "No known reason" in line_of()
-    pack = home / "results" / "runs" / "figure-1-quick.jsonl.gz"
-    whole = pack.read_bytes()
-    released.save_pack("figure-1", "quick", [Run(config) for config in configs[:1]])
-    assert line_of().endswith("Known reason: the released runs had other settings, or are of an earlier version")
-    pack.write_bytes(whole)
-    assert "settings of the command line" in line_of(overridden=True)
-    for config in configs:
-        (Run(config).directory / "done.json").unlink()
-    assert line_of().startswith("figure-1: drawn from the released results in results/runs/figure-1-quick.jsonl.gz")
-
-
-def test_check_compares_what_is_written(home):
-    do(exhibits.needed("figure-1"))
-    results.release_command(options())
-    assert results.check_command(options()) == 0
-    csv = home / "results" / "figure-1-quick.csv"
-    assert csv.read_text() == csv_text(exhibits.draw("figure-1").frame)
-    write_text(csv, csv.read_text().replace("seed", "sead"))
-    with pytest.raises(UserError, match=r"configs/exhibits/figure-1.yaml, tolerance: columns without a tolerance: sead"):
-        results.check_command(options())
-
-
-def test_released_runs_are_taken_and_never_checked_against_themselves(home, capsys):
-    do(exhibits.needed("figure-1"))
-    results.release_command(options())
-    (home / "runs").rename(home / "elsewhere")
-    runs.plan_command(options(cluster=None))
-    said = "6 of them are released: `functional-sam run figure-1 --scale quick --released` takes them"
-    assert said in capsys.readouterr().out
-    assert runs.run_command(options(jobs=1, fresh=False, released=True)) == 0
-    assert "6 runs taken as they were released in results/runs/figure-1-quick.jsonl.gz" in capsys.readouterr().out
-    runs.plan_command(options(cluster=None))
-    assert "are released" not in capsys.readouterr().out
-    assert exhibits.fresh("figure-1").frame.equals(exhibits.draw("figure-1").frame)  # of run directories
-    with pytest.raises(UserError, match=r"6 of 6 runs are the released ones.*functional-sam run figure-1 --scale quick --fresh"):
-        results.check_command(options())
-    with pytest.raises(UserError, match="give one of them"):
-        runs.run_command(options(jobs=1, fresh=True, released=True))
-
-
-def test_an_unfinished_exhibit_goes_on_from_its_released_runs(home, capsys):
-    configs = exhibits.needed("figure-1")
-    with pytest.raises(UserError, match="no run is complete"):
-        results.release_command(options(unfinished=True))
-    do(configs[:2])
-    with pytest.raises(exhibits.NotComplete):
-        results.release_command(options())
-    assert results.release_command(options(unfinished=True)) == 0
-    assert not (home / "results" / "figure-1-quick.csv").exists()  # nothing is drawn of it
-    with pytest.raises(exhibits.NotComplete, match="4 of 6 runs are not complete"):
-        exhibits.draw("figure-1")
-    (home / "runs").rename(home / "elsewhere")
-    assert runs.take_released("figure-1", "quick", configs) == 2
-    do(configs[2:3])
-    results.release_command(options(unfinished=True))  # the two and the one that came
-    assert set(released.load_pack("figure-1", "quick").runs) == {config.name for config in configs[:3]}
-    (home / "runs").rename(home / "elsewhere-too")
-    do(configs[3:])
-    results.release_command(options(unfinished=True))  # what is released stays
-    assert set(released.load_pack("figure-1", "quick").runs) == {config.name for config in configs}
-    assert len(exhibits.draw("figure-1").frame) == CELLS / 8
-    assert "`functional-sam run figure-1 --scale quick --released` goes on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["figure-1", "figure-2", "figure-4", "figure-9", "table-4"])

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from any_task import with_one_mask
 from scipy import stats
 from tiny_pretrained import SIZES, WORDS, save_bert
 
@@ -206,15 +207,8 @@ def test_what_is_frozen_stays_and_biases_do_not_decay(method, pretrained, texts,
 def test_the_library_takes_it_as_it_is(task, pretrained, texts, tmp_path):
     """Dropout is on: two passes at the same weights agree only with one mask; micro-batches that are padded apart are one batch."""
     task = prepare(config_of(pretrained, tmp_path, "training.precision=float64", task=task, method="sam"))
-    model = task.model().double()
-    optimizer = optimizer_of(task.config.optimizer, task, model)
-    sharpness = SharpnessAware(model, optimizer, "sam", loss_fn=task.loss_fn, forward=task.forward)
-    sharpness.check(task.batch(0))
-    losses = []
-    for _ in range(2):
-        losses.append(float(sharpness.backward(task.batch(0))))
-        optimizer.zero_grad()
-    assert losses[0] != losses[1]  # dropout is on
+    sharpness = with_one_mask(task, "sam")
+    model, optimizer = sharpness.model, sharpness.optimizer
     model.eval()
     gradients = []
     inputs, labels = task.rows(0)

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow
 import pytest
 import torch
+from any_task import killed_and_resumed, timeless, with_one_mask
 from memory_simulation import Storages
 from pyarrow import parquet
 from test_superglue import question_of
@@ -284,15 +285,7 @@ def test_methods_are_their_definitions(method, tied, made):
 
 
 def test_both_passes_have_the_same_dropout(task):
-    model = task.model().double()
-    optimizer = optimizer_of(task.config.optimizer, task, model)
-    sharpness = SharpnessAware(model, optimizer, "functional-sam", loss_fn=task.loss_fn, forward=task.forward)
-    sharpness.check(task.batch(0))
-    losses = []
-    for _ in range(2):
-        losses.append(float(sharpness.backward(task.batch(0))))
-        optimizer.zero_grad()
-    assert losses[0] != losses[1]
+    with_one_mask(task, "functional-sam")
 
 
 def test_a_step_of_adafactor_is_the_learning_rate_whatever_the_weights_are(task, made):
@@ -419,28 +412,11 @@ def test_the_study_of_the_paper_is_planned_as_published():
 # ---------------------------------------------------------------------- runs
 
 
-class Killed(Exception):
-    """Stands for the end of the process."""
-
-
-def test_a_resumed_run_equals_an_uninterrupted_one(made, tmp_path, monkeypatch):
+def test_a_resumed_run_equals_an_uninterrupted_one(made, tmp_path):
     own = config(made, "functional-sam", "runtime.checkpoint_every=2", "training.test=true", "measure.doses=2", "measure.points=1")
     whole = loop.train(own, tmp_path / "whole")
-    save = loop.save
-
-    def dying(*arguments):
-        save(*arguments)
-        if arguments[1] == 2:
-            raise Killed
-
-    monkeypatch.setattr(loop, "save", dying)
-    with pytest.raises(Killed):
-        loop.train(own, tmp_path / "cut")
-    monkeypatch.setattr(loop, "save", save)
-    again = loop.train(own, tmp_path / "cut")
-    assert [{k: v for k, v in line.items() if k != "seconds"} for line in whole.metrics()] == [
-        {k: v for k, v in line.items() if k != "seconds"} for line in again.metrics()
-    ]
+    again = killed_and_resumed(own, tmp_path / "cut", step=2)
+    assert [timeless(line) for line in whole.metrics()] == [timeless(line) for line in again.metrics()]
     assert {"loss", "accuracy", "test_accuracy", "test_loss", "test_texts"} <= set(whole.summary())
     (line,) = whole.metrics("decompose")
     assert 0 < line["gradient"]["share"] < 1

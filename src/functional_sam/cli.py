@@ -67,10 +67,12 @@ def _parser() -> argparse.ArgumentParser:
     run = command("run", _of("runs", "run_command"), "do the missing runs of an exhibit")
     run.add_argument("--jobs", type=int, default=0, help="processes at a time (default: one per core)")
     run.add_argument("--fresh", action="store_true", help="move the exhibit's run directories aside first, and redo all")
-    run.add_argument("--released", action="store_true", help="take the runs that were released as they are, and do the rest")
+    released = "take the runs that were released as they are, and do the rest"
+    run.add_argument("--released", action="store_true", help=released)
     submit = command("submit", _of("submit", "submit_command"), "do the missing runs of an exhibit on a SLURM cluster, and draw it")
     submit.add_argument("--cluster", required=True, help="a file of jobs/clusters, by name or path")
     submit.add_argument("--dry-run", action="store_true", help="print the sbatch scripts, submit nothing")
+    submit.add_argument("--released", action="store_true", help=released)
     draw = command("draw", _each(_of("results", "draw_command")), "draw an exhibit from its records, through its notebook")
     draw.add_argument("--no-notebook", action="store_true", help="draw directly, without executing the notebook")
     command("check", _each(_of("results", "check_command")), "compare an exhibit drawn from the present runs with the released one")

@@ -11,10 +11,9 @@ from functional_sam.commands import console, wide
 from functional_sam.commands.scale import show_on
 from functional_sam.config import Config
 from functional_sam.errors import UserError
-from functional_sam.exhibits import members, needed, pack_name
+from functional_sam.exhibits import needed, packs_of, take_released
 from functional_sam.jobs.queue import log_of, states
 from functional_sam.records import Run, Status, content, found_in, move_aside, status
-from functional_sam.records.released import Pack, load_pack, restore
 from functional_sam.tasks import prepared_manifest
 
 
@@ -117,10 +116,15 @@ def run_command(options: argparse.Namespace) -> int:
         aside = move_aside(runs, runs[0].directory.parent)
         if aside is not None:
             console.print(f"moved the runs that were there to {aside}", highlight=False, soft_wrap=True)
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True)
+
     while True:  # an exhibit may know more runs once the first are complete
-        configs = needed(options.exhibit, options.scale, overrides)
-        if options.released and take_released(options.exhibit, options.scale, configs):
-            continue
+        if options.released:
+            configs = take_released(options.exhibit, options.scale, overrides, say)
+        else:
+            configs = needed(options.exhibit, options.scale, overrides)
         if all(Run(config).done for config in configs):
             found = statuses([Run(config) for config in configs])
             text = f"{options.exhibit}, scale {options.scale}: all {len(configs)} runs are complete"
@@ -131,23 +135,6 @@ def run_command(options: argparse.Namespace) -> int:
         if failed:
             show_failed(failed, len(configs))
             return 1
-
-
-def take_released(exhibit: str, scale: str, configs: list[Config]) -> int:
-    """Take those of the runs that were released and not begun here as they are; how many."""
-    taken = 0
-    for pack in packs_of(exhibit, scale):
-        count = len(restore(pack, configs))
-        taken += count
-        if count:
-            console.print(f"{count} runs taken as they were released in {pack.name}", highlight=False, soft_wrap=True)
-    return taken
-
-
-def packs_of(exhibit: str, scale: str) -> list[Pack]:
-    """The released records that hold runs of an exhibit, or of all tables or figures."""
-    packs = (load_pack(name, scale) for name in sorted({pack_name(one, scale) for one in members(exhibit, scale)}))
-    return [pack for pack in packs if pack is not None]
 
 
 def show_failed(failed: list[tuple[Run, str]], of: int) -> None:

@@ -5,6 +5,7 @@ Nothing here trains. A missing run stops the drawing and names the command that 
 
 import dataclasses
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -15,7 +16,7 @@ from functional_sam.exhibits.output import Exhibit, as_written, write
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import load_spec, scales
 from functional_sam.records import Run, RunDirectories, Source
-from functional_sam.records.released import load_pack
+from functional_sam.records.released import Pack, load_pack, restore
 from functional_sam.study import tune
 from functional_sam.study.design import load_study
 
@@ -32,8 +33,10 @@ __all__ = [
     "known",
     "members",
     "needed",
+    "packs_of",
     "planned",
     "ready",
+    "take_released",
     "write",
 ]
 
@@ -85,6 +88,27 @@ def needed(name: str, scale: str = "quick", overrides: tuple[str, ...] = ()) -> 
     for one in members(name, scale):
         found |= {config.name: config for config in planned(one, scale, overrides).configs}
     return list(found.values())
+
+
+def packs_of(name: str, scale: str) -> list[Pack]:
+    """The released records that hold runs of an exhibit, or of all tables or figures."""
+    packs = (load_pack(one, scale) for one in sorted({pack_name(member, scale) for member in members(name, scale)}))
+    return [pack for pack in packs if pack is not None]
+
+
+def take_released(name: str, scale: str, overrides: tuple[str, ...], tell: Callable[[str], None]) -> list[Config]:
+    """`needed`, once those of the runs that were released and not begun here are taken as they are; `tell` hears how many.
+
+    Runs that follow from what released ones found are named then too.
+    """
+    while True:
+        configs = needed(name, scale, overrides)
+        taken = {pack.name: len(restore(pack, configs)) for pack in packs_of(name, scale)}
+        for pack, count in taken.items():
+            if count:
+                tell(f"{count} runs taken as they were released in {pack}")
+        if not any(taken.values()):
+            return configs
 
 
 def foreseen(name: str, scale: str = "quick") -> list[Config]:

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from functional_sam.config import Config
 from functional_sam.errors import UserError
-from functional_sam.exhibits import needed
+from functional_sam.exhibits import needed, packs_of, take_released
 from functional_sam.jobs.profile import PATIENCE, Profile, check_site, load_profile
 from functional_sam.jobs.queue import states
 from functional_sam.jobs.snapshot import snapshot
@@ -20,19 +20,23 @@ PLACES = ("runtime.runs", "runtime.cache")  # directories: a job runs elsewhere 
 LIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING", "STOPPED", "REQUEUE_HOLD")
 
 
-def submit(exhibit: str, scale: str, cluster: str, overrides: list[str], dry_run: bool, console: Console) -> None:
+def submit(
+    exhibit: str, scale: str, cluster: str, overrides: list[str], dry_run: bool, console: Console, released: bool = False
+) -> None:
     """Submit the missing runs of an exhibit and the job that draws it, or print their scripts.
 
+    released: runs that were released are taken as they are, now and as later stages name more; a dry run only counts them.
     Raises UserError for a profile that cannot be, an absent SLURM, an unknown partition, runs that are queued already, or what
     sbatch refuses; nothing is queued then.
     """
     profile = load_profile(cluster)
     overrides = [_absolute(override) for override in overrides]
     configs = needed(exhibit, scale, tuple(overrides))
-    missing = [config for config in configs if not Run(config).done]
+    packs = packs_of(exhibit, scale) if released else []
+    missing = [config for config in configs if not Run(config).done and not any(pack.done(config) for pack in packs)]
     runs = Path(configs[0].runtime.runs).resolve()
     directory = _unused(runs / ".jobs", exhibit)
-    submission = Submission(directory, exhibit, scale, overrides, profile)
+    submission = Submission(directory, exhibit, scale, overrides, profile, released)
     scripts = submission.scripts(len(missing))
     if dry_run:
         for title, script in zip(("the runs", "after them"), scripts[-2:] if missing else ["", *scripts], strict=True):
@@ -44,6 +48,9 @@ def submit(exhibit: str, scale: str, cluster: str, overrides: list[str], dry_run
     check_site(profile, cluster)
     _refuse_queued(missing, runs)
     _try(scripts[0], profile)
+    if released:  # what the site or sbatch refuses leaves nothing behind: only now
+        configs = take_released(exhibit, scale, tuple(overrides), lambda line: console.print(line, highlight=False, soft_wrap=True))
+        missing = [config for config in configs if not Run(config).done]
     for config in {repr((c.task, c.data, c.runtime.cache)): c for c in missing}.values():  # here, where there is a network
         prepare(config, lambda line: console.print(line, style="dim", highlight=False))
     snapshot(directory / "code")

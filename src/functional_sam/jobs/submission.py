@@ -18,7 +18,7 @@ from submitit.slurm import slurm
 
 from functional_sam.config import Config, to_yaml
 from functional_sam.errors import RESUMABLE, UserError
-from functional_sam.exhibits import needed
+from functional_sam.exhibits import needed, take_released
 from functional_sam.files import write_text
 from functional_sam.jobs.profile import PATIENCE, Profile
 from functional_sam.jobs.queue import jobs
@@ -47,12 +47,14 @@ class Submission:
     scale: str
     overrides: list[str]
     profile: Profile
+    released: bool = False  # runs that were released are taken as they are, at every stage
 
     @classmethod
     def load(cls, directory: Path) -> "Submission":
         """From submission.json."""
         content: dict[str, Any] = json.loads((directory / "submission.json").read_text(encoding="utf-8"))
-        return cls(directory, content["exhibit"], content["scale"], content["overrides"], Profile(**content["profile"]))
+        profile = Profile(**content.pop("profile"))
+        return cls(directory=directory, profile=profile, **content)
 
     def save(self) -> None:
         """Write submission.json."""
@@ -62,7 +64,9 @@ class Submission:
 
     def missing(self, after: int = 0) -> list[Config]:
         """The runs that are not complete. Raises UserError when one of stage `after` or before is among them."""
-        missing = [config for config in needed(self.exhibit, self.scale, tuple(self.overrides)) if not Run(config).done]
+        asked = (self.exhibit, self.scale, tuple(self.overrides))
+        configs = take_released(*asked, print) if self.released else needed(*asked)
+        missing = [config for config in configs if not Run(config).done]
         tried = {name for stage in range(1, after + 1) for name in jobs(self.stage(stage)).values()}
         for config in missing:
             if config.name in tried:

@@ -1,0 +1,50 @@
+"""figure-1 of runs that were never trained: made-up shares, written as run directories where their configs say."""
+
+import argparse
+import itertools
+import json
+
+from functional_sam.config import to_yaml
+from functional_sam.files import write_text
+from functional_sam.records import Run
+
+HEADLINE = "language against vision: language above at all 2 matched numbers of targets (0.69 against 0.59 at 2,048)"
+CELLS = 120 * 8  # 2 tasks, 3 seeds, 2 numbers of targets, 2 origins: gradient at 3 steps and adam at 2
+PROVENANCE = {"commit": "c", "diff": "", "versions": {}, "machine": "processor A, 2 cores", "code": {"sha256": "0", "files": {}}}
+
+
+def share(config, step):
+    return 0.2 + 0.01 * config.training.init_seed + 0.001 * step + (0.1 if config.task == "vision" else 0.0)
+
+
+def do(configs, machine="processor A, 2 cores", of=share):
+    """Finished runs of figure-1 with made-up shares at three steps and two numbers of targets, where their configs say."""
+    for config in configs:
+        run = Run(config)
+        lines = []
+        for step, targets in itertools.product((1, 10, 100), (512, 2048)):
+            same = {"share": of(config, step), "norm_logit": 0.5, "norm_func": 0.4, "cosine": 0.1}
+            origins = {"same": same, "independent": {**same, "square_logit": 0.36, "square_func": -0.1 if step == 1 else 0.04}}
+            about = {
+                "kind": "targets",
+                "step": step,
+                "targets": targets,
+                "temperature": 1.0,
+                "loss": 3.0,
+                "norm": 9.0,
+                "entropy": 2.0,
+                "norm_gradient": 2.0,
+                "square_gradient": 1.0,
+            }
+            ascents = config.measure.ascents if step >= config.measure.adam_from else ["gradient"]
+            lines.append({**about, **dict.fromkeys(ascents, origins)})
+        write_text(run.directory / "config.yaml", to_yaml(config))
+        write_text(run.directory / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        run.write("provenance.json", {**PROVENANCE, "machine": machine, "data": {"data": "d", "sha256": "s"}})
+        run.write("done.json", {"step": config.training.steps, "seconds": 1.0, "loss": 3.0})
+
+
+def options(**more):
+    """The command line of a command on figure-1."""
+    given = {"exhibit": "figure-1", "scale": "quick", "overrides": [], "no_notebook": True, "unfinished": False}
+    return argparse.Namespace(**{**given, **more})
