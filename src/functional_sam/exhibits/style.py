@@ -75,7 +75,8 @@ MATRIX_LABEL = {"hessian": "$H$", "gauss_newton": "$H_G$", "functional": "$H_F$"
 TASK_COLOR = {"language": "#332288", "vision": "#CC6677"}
 TASK_COLOR |= {"language-23.9M": "#44AA99", "language-42.5M": "#999933", "language-117.9M": "#AA4499", "language-1208M": "#661100"}
 TASK_LABEL = {"language": "Language", "vision": "Vision"}
-TASK_LABEL |= {f"language-{size}": f"Language, {size}" for size in ("23.9M", "42.5M", "117.9M")} | {"language-1208M": "Language, 1.2B"}
+TASK_LABEL |= {f"language-{size}": f"Language, {size}" for size in ("23.9M", "42.5M", "117.9M")}
+TASK_LABEL["language-1208M"] = "Language, 1.2B"
 
 
 def use() -> None:
