@@ -211,7 +211,8 @@ def _verdict(plan: Plan, data: pd.DataFrame, tests: pd.DataFrame) -> str:
             for targets in (end.targets.min(), end.targets.max())
         ]
         change = estimate(list((by[1] - by[0]).dropna()))
-        noise.append(f"{task} {interval(change.mean, change.half_width, 2, sign=True)}")
+        one = " (one seed)" if change.n == 1 else ""
+        noise.append(f"{task} {interval(change.mean, change.half_width, 2, sign=True)}{one}")
     scales = []
     for task in firsts(plan.configs):
         found = [f"{label} {number(noise_scale(data, task, part), 0)}" for part, label in NOISY.items()]
