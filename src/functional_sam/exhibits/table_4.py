@@ -1,6 +1,7 @@
 """table-4: is the flatness spurious? Curvature of each method's final weights as trained, and at the temperature that fits best."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ SHOWN = {
     "trace_functional": "tr H_F",
     "norm_func": "|delta_func|",
 }
+OUTLYING = 8  # times the median of a column: GSAM at a radius that broke it had 700 times
 CLAIMS = {"sam": EXPLAINED, "functional-sam": OWN}  # of the paper
 
 
@@ -170,13 +172,19 @@ def _measured(own: pd.DataFrame) -> str:
 
 
 def _scaled(name: str, values: Sequence[Estimate]) -> tuple[str, list[str]]:
-    """A column in a unit of 1000^k in which its largest mean has one to three digits before the point, and three in all."""
+    """A column in a unit of 1000^k in which its largest mean has one to three digits before the point, and three in all.
+
+    A mean over OUTLYING times the median, of a method that broke, does not choose the unit; it has no digit after the point.
+    """
     sizes = [abs(one.mean) for one in values if math.isfinite(one.mean) and one.mean]
-    power = math.floor(math.log10(max(sizes))) if sizes else 0
+    limit = OUTLYING * statistics.median(sizes) if sizes else math.inf
+    power = math.floor(math.log10(max(size for size in sizes if size <= limit))) if sizes else 0
     unit = 3 * (power // 3)
     digits = 4 if name == SHOWN["loss"] else 2 - (power - unit)
     head = name if not unit else f"{name} (1e{unit})"
-    return head, [interval(one.mean / 10**unit, one.half_width / 10**unit, digits) for one in values]
+    return head, [
+        interval(one.mean / 10**unit, one.half_width / 10**unit, 0 if abs(one.mean) > limit else digits) for one in values
+    ]
 
 
 def _undone(own: pd.DataFrame, found: pd.DataFrame) -> str:
