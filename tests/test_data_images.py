@@ -61,7 +61,7 @@ def test_idx_by_hand(tmp_path: Path) -> None:
         (gzip.compress(idx(np.zeros((3, 3), dtype=np.uint8)))[:-9], "cut short"),
         (b"plain", "gzip"),
     ],
-    ids=["too few values", "floats", "empty", "cut short", "not gzip"],  # not by its bytes: gzip's hold the time, and differ by worker
+    ids=["too few values", "floats", "empty", "cut short", "not gzip"],  # its bytes hold the time: other names in every worker
 )
 def test_idx_that_is_not_whole(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "a.gz").write_bytes(content)
