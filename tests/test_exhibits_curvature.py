@@ -13,10 +13,10 @@ from scipy import stats
 from functional_sam import exhibits
 from functional_sam.config import compose
 from functional_sam.curvature import CurvatureProducts, decompose, scaled
-from functional_sam.exhibits import figure_2, figure_4, flatness
+from functional_sam.exhibits import figure_2, figure_4, flatness, table_4
 from functional_sam.exhibits.spec import load_spec
 from functional_sam.records import Run
-from functional_sam.study.compare import paired_difference
+from functional_sam.study.compare import Estimate, paired_difference
 from functional_sam.tasks import prepare
 from functional_sam.training import loop
 from functional_sam.training.measure import MATRICES, final_curvature
@@ -324,3 +324,9 @@ def test_measuring_leaves_the_model_as_it_was(cache):
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
     assert torch.equal(random, torch.get_rng_state())
+
+
+def test_a_method_that_broke_does_not_choose_the_unit_of_a_column():
+    head, cells = table_4._scaled("top of H", [Estimate(mean, 0.1, 5) for mean in (1.93, 1.18, 1.36, 1430.2)])
+    assert head == "top of H"
+    assert [cell.split()[0] for cell in cells] == ["1.93", "1.18", "1.36", "1430"]

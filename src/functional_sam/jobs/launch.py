@@ -33,7 +33,7 @@ def submit(
     overrides = [_absolute(override) for override in overrides]
     configs = needed(exhibit, scale, tuple(overrides))
     packs = packs_of(exhibit, scale) if released else []
-    missing = [config for config in configs if not Run(config).done and not any(pack.done(config) for pack in packs)]
+    missing = [c for c in configs if not Run(c).done and not (Run(c).state == "missing" and any(pack.done(c) for pack in packs))]
     runs = Path(configs[0].runtime.runs).resolve()
     directory = _unused(runs / ".jobs", exhibit)
     submission = Submission(directory, exhibit, scale, overrides, profile, released)
