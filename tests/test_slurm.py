@@ -20,10 +20,12 @@ from rich.console import Console
 from functional_sam.cli import main
 from functional_sam.config import load
 from functional_sam.errors import UserError
+from functional_sam.exhibits import needed
 from functional_sam.jobs.launch import submit
 from functional_sam.jobs.queue import log_of, states
 from functional_sam.jobs.submission import Submission
 from functional_sam.records import Run
+from functional_sam.records.released import save_pack
 from functional_sam.training.loop import TIMES, train
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1000)]
@@ -210,7 +212,10 @@ def cluster(slurm, cache, tmp_path_factory):
     cases = {name: Case(base / f"runs-{name}", text) for name, text in texts.items()}
     quiet = Console(quiet=True)
 
-    records = [figure / "paper" / "figures" / "figure-1.json", one / "paper" / "tables" / "table-1.json"]
+    rest = checkout(base / "rest", cache, {"exhibits/figure-1": FIGURE})
+
+    records = [project / "paper" / "figures" / "figure-1.json" for project in (figure, rest)]
+    records.append(one / "paper" / "tables" / "table-1.json")
     before = [
         record.read_bytes() for record in records
     ]  # before anything is submitted: the first may be drawn while the others still are
@@ -234,6 +239,14 @@ def cluster(slurm, cache, tmp_path_factory):
 
         (base / "chain.yaml").write_text(long + first)
         submit("table-1", "quick", str(base / "chain.yaml"), ["training.steps=6", *SMALL], False, quiet)
+
+        # One of two runs is released: the cluster does the other.
+        patch.chdir(rest)
+        kept = needed("figure-1", "quick", ("training.steps=6", *SMALL))[0]
+        train(kept)
+        save_pack("figure-1", "quick", [Run(kept)])
+        shutil.rmtree(rest / "runs")
+        submit("figure-1", "quick", str(base / "chain.yaml"), ["training.steps=6", *SMALL], False, quiet, released=True)
 
     down = []  # when
 
@@ -269,7 +282,7 @@ def cluster(slurm, cache, tmp_path_factory):
     config.runtime.threads, config.runtime.cache = 1, str(cache)
     train(config, whole.runs)
     wait(over, PATIENCE)
-    return {"base": base, "one": one, "figure": figure, "submitted": submitted, "whole": whole, **cases}
+    return {"base": base, "one": one, "figure": figure, "rest": rest, "kept": kept, "submitted": submitted, "whole": whole, **cases}
 
 
 def metrics(case):
@@ -298,6 +311,18 @@ def test_runs_that_are_known_only_later_are_submitted_by_the_cluster(cluster):
     assert "wrote paper/tables/table-1.md" in log.read_text()
     record = json.loads((cluster["one"] / "paper" / "tables" / "table-1.json").read_text())
     assert {entry["run"] for entry in record["runs"]} == {name for stage in stages for name in stage["runs"].values()}
+
+
+def test_the_cluster_does_the_rest_of_what_is_released(cluster):
+    """One run of two is taken from the pack where submit is called, the other is queued; the figure holds both."""
+    rest, kept = cluster["rest"], cluster["kept"].name
+    (directory,) = rest.glob("runs/.jobs/*")
+    stage = json.loads((directory / "stage-1" / "jobs.json").read_text())
+    assert len(stage["runs"]) == 1
+    assert kept not in stage["runs"].values()
+    record = json.loads((rest / "paper" / "figures" / "figure-1.json").read_text())
+    assert {entry["run"] for entry in record["runs"]} == {kept, *stage["runs"].values()}
+    assert not (directory / "stage-2").exists()
 
 
 def test_the_script_is_the_one_of_the_dry_run(cluster):

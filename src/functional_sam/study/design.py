@@ -76,6 +76,7 @@ class Study:
     entries: dict[str, Entry] = field(default_factory=dict)
     cells: dict[str, Cell] = field(default_factory=dict)  # in the order in which they are best done
     settings: dict[str, Any] = field(default_factory=dict)  # on the config of every run
+    inherit: list[str] = field(default_factory=list)  # keys, such as weight decay, that entries take from the baseline's choice
     overrides: tuple[str, ...] = ()  # of the command line, on every run's config
     only: tuple[str, ...] = ()  # of the command line: the cells it is about; none: all
 
@@ -172,17 +173,26 @@ def has_radius(study: Study, name: str) -> bool:
     return METHODS[study.entries[name].method or name].ascent is not None
 
 
+def inherited_keys(study: Study, cell: Cell) -> list[str]:
+    """What the other entries of a cell wait for: keys that the baseline chooses and they take."""
+    grid = cell.grids.get(cell.entries[0], study.entries[cell.entries[0]].grid)
+    return [key for key in study.inherit if key in grid] if cell.choose else []
+
+
 def tuned(study: Study, cell: Cell, name: str) -> bool:
     """Whether an entry is tuned in the cell; a placebo takes the centre as it is."""
     return name == cell.entries[0] or has_radius(study, name) or name in cell.grids or bool(study.entries[name].grid)
 
 
-def trials(study: Study, cell: Cell, name: str, centre: float) -> list[Trial]:
-    """What is tried of an entry: every multiple of the centre with every combination of its grid, radii included."""
+def trials(study: Study, cell: Cell, name: str, centre: float, inherited: tuple[tuple[str, float], ...] = ()) -> list[Trial]:
+    """What is tried of an entry: every multiple of the centre with every combination of its grid, radii included.
+
+    inherited: what the entry has of the baseline's choice, unless its own grid has it.
+    """
     entry = study.entries[name]
     if not tuned(study, cell, name):
-        return [Trial(((LR, centre),))]
-    grid = dict(cell.grids.get(name, entry.grid))
+        return [Trial(((LR, centre), *inherited))]
+    grid = {key: [value] for key, value in inherited} | cell.grids.get(name, entry.grid)
     if has_radius(study, name) and RHO not in grid and cell.rho:
         grid[RHO] = [rounded(rho * entry.rho_scale) for rho in cell.rho]
     axes = {LR: [rounded(factor * centre) for factor in cell.around_of.get(name, cell.around)], **grid}

@@ -1,7 +1,8 @@
 """Tune and plan: the runs of a cell known so far, in three stages, and what was chosen.
 
 1. The centre: the baseline's learning rate, by the mean over the tuning seeds; its grid grows while the best is at an end.
-2. The trials: each entry at multiples of the centre, with its own grid (rho, or weight decay), the same number for every entry.
+2. The trials: each entry at multiples of the centre, with its own grid (rho, or weight decay), the same number for every entry;
+   the baseline first where the others take something of its choice, such as the weight decay.
 3. The report: the chosen trial of each entry on other seeds; or, where nothing is chosen, every trial on them.
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 from functional_sam.config import Config
 from functional_sam.records import Source
 from functional_sam.study.compare import paired_difference
-from functional_sam.study.design import LR, Cell, Study, Trial, make, rounded, trials, tuned, tuning_seeds
+from functional_sam.study.design import LR, Cell, Study, Trial, inherited_keys, make, rounded, trials, tuned, tuning_seeds
 from functional_sam.tasks import TASKS
 
 
@@ -91,12 +92,13 @@ def plan_cell(study: Study, cell: Cell, source: Source) -> Planned:
     if centre.best is not None:
         lr = centre.best.get(LR)
         assert lr is not None
-        tried = {name: trials(study, cell, name, lr) for name in cell.entries}
         if cell.choose:
-            for name, of in tried.items():
-                searches[name] = search(study, cell, name, of, source) if tuned(study, cell, name) else Search(of, [], [], of[0])
-            known = all(one.best is not None for one in searches.values())
-            tried = {name: [one.best] for name, one in searches.items() if one.best is not None} if known else {}
+            searches = search_all(study, cell, lr, source)
+            chosen = {name: [one.best] for name, one in searches.items() if one.best is not None}
+            known = len(chosen) == len(cell.entries)
+            tried = chosen if known else {}
+        else:
+            tried = {name: trials(study, cell, name, lr) for name in cell.entries}
         for name, of in tried.items():
             for trial in of:
                 reported[name, trial] = [
@@ -106,6 +108,21 @@ def plan_cell(study: Study, cell: Cell, source: Source) -> Planned:
     one = Planned(study, cell, centre, searches, reported, False)
     complete = known and all(source.done(config) for config in one.configs)
     return Planned(study, cell, centre, searches, reported, complete)
+
+
+def search_all(study: Study, cell: Cell, lr: float, source: Source) -> dict[str, Search]:
+    """The search of every entry; of the baseline alone while the others wait for its choice."""
+    found: dict[str, Search] = {}
+    inherited: tuple[tuple[str, float], ...] = ()
+    for place, name in enumerate(cell.entries):
+        of = trials(study, cell, name, lr, inherited)
+        found[name] = search(study, cell, name, of, source) if tuned(study, cell, name) else Search(of, [], [], of[0])
+        if place == 0 and (keys := inherited_keys(study, cell)):
+            best = found[name].best
+            if best is None:
+                break
+            inherited = tuple((key, value) for key, value in best.values if key in keys)
+    return found
 
 
 def plan_cells(study: Study, cells: Sequence[Cell], source: Source) -> list[Planned]:
