@@ -113,6 +113,12 @@ def test_the_noise_scale_is_the_covariance_over_the_square_of_the_mean():
     assert found == pytest.approx((deviations**2).sum() / (mean**2).sum(), rel=0.1)
 
 
+def test_the_part_that_is_noise_is_a_ratio_of_means():
+    """|d|^2 of 4 and 16, of which 3 and -1 are the mean's: 3 of 10; the mean of the seeds' own ratios would be another."""
+    data = pd.DataFrame({"norm_func": [2.0, 4.0], "noise_func": [1 - 3 / 4, 1 + 1 / 16]})
+    assert figure_1.noise(data, "func") == pytest.approx(1 - (3 - 1) / (4 + 16))
+
+
 def test_figure_1_says_nothing_where_seeds_differ_more_than_tasks(home):
     do(
         exhibits.needed("figure-1"),
@@ -173,6 +179,10 @@ def test_the_table_of_claims():
     both = "figure-2 ([laptop](paper/figures/figure-2-laptop.png), [quick](paper/figures/figure-2.png))"
     assert f"| large | **holds** | {both} |" in text
     assert claims.table(FACTS, {("figure-2", "quick"): {**RECORD, "answer": "inconclusive"}}).count("| inconclusive |") == 1
+    untested = {**larger, "answer": "not tested"}
+    text = claims.table(FACTS, {("figure-2", "quick"): {**RECORD, "answer": "mixed"}, ("figure-2", "laptop"): untested})
+    assert f"| \\|g\\| is small | **mixed** | {both} |" in text  # of the largest scale that asks the claim
+    assert "| large | not tested |" in claims.table(FACTS, {("figure-2", "laptop"): untested})
 
 
 def test_the_table_of_commands():
@@ -251,11 +261,12 @@ def test_a_verdict_in_a_cell_is_marked(cell, mark):
     [
         (["worse", "worse (diverged)"], "holds"),
         (["worse", "inconclusive", "no difference", ""], "holds in 1 of 3"),
-        (["better", "inconclusive"], "opposite"),
+        (["better", "better"], "opposite"),
+        (["better", "inconclusive"], "opposite in 1 of 2"),
         (["better", "worse"], "mixed"),
         (["no difference", "no difference"], "not seen"),
         (["no difference", "inconclusive"], "inconclusive"),
-        ([float("nan"), ""], "inconclusive"),
+        ([float("nan"), ""], "not tested"),
     ],
 )
 def test_what_comparisons_say_to_a_claim_of_worse(verdicts, expected):

@@ -76,3 +76,13 @@ def test_contrasts_are_paired_by_seed():
     tests = exhibit.frames["tests"].set_index("compared")
     assert tests.loc["vision, 640 minus 10 outputs", "estimate"] == pytest.approx((many - few).mean())
     assert "language, embeddings of 0.1 minus 1" in tests.index
+
+
+def test_a_share_that_falls_with_outputs_is_never_said_to_hold():
+    """It grows with outputs at equal entropy, and falls as it is: both are asked."""
+    exhibit = drawn(lambda config, targets, entropy: 0.6 * math.log(figure_8.outputs(config)) - 1.5 * entropy)
+    tests = exhibit.frames["tests"].set_index("compared")
+    assert tests.loc["log outputs", "estimate"] > 0 > tests.loc["vision, 640 minus 10 outputs", "estimate"]
+    assert exhibit.answer == "mixed"
+    shares = [figure_8.at_end(exhibit.frame).query("task == 'vision' and outputs == @n").share_logit.mean() for n in (10, 640)]
+    assert exhibit.headline.startswith(f"logit share at 10 and 640 classes {shares[0]:.2f} and {shares[1]:.2f}; ")

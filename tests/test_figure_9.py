@@ -77,7 +77,11 @@ def test_pairs_are_compared_and_judged(exhibit):
     slopes = exhibit.frames["pairs"].query("what == 'slope in log width'").set_index("method")
     assert slopes.difference["functional-sam"] == pytest.approx(0.5, abs=0.01)
     assert slopes.verdict["functional-sam"] == "grows with width"
-    assert pairs.loc[("precond-functional-sam", "log radius", 48), "difference"] == pytest.approx(math.log(3 / math.sqrt(0.3)))
+    row = pairs.loc[("precond-functional-sam", "log radius", 48)]
+    assert row.difference == pytest.approx(math.log(3 / math.sqrt(0.3)))
+    assert row.bound == AT_LEAST  # it breaks nowhere on the grid
+    assert "Precond Functional-SAM at least 5.5" in figure_9.headline(exhibit.frame)  # a bound has no interval
+    assert pairs.loc[("functional-sam", "log radius", 48), "bound"] == ""
 
 
 def test_two_bounds_on_one_side_are_no_comparison():

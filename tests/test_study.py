@@ -71,6 +71,8 @@ def test_detectable_effect_is_found_as_often_as_it_says():
         ([-0.1, -0.11, -0.12], False, Verdict.WORSE),
         ([0.1, -0.1, 0.2], True, Verdict.OPEN),
         ([0.0001, -0.0001, 0.0], True, Verdict.SAME),
+        ([0.0, 0.0, 0.0], True, Verdict.OPEN),  # nothing was seen that could have differed
+        ([0.00625] * 3, False, Verdict.OPEN),  # one text of 160 in every seed is no spread
         ([math.inf, 0.1, 0.1], True, Verdict.LOST),
         ([-math.inf, 0.1, 0.1], True, Verdict.WON),
         ([-5.0], True, Verdict.OPEN),
@@ -129,10 +131,11 @@ def test_every_cell_gives_equal_trials_and_keeps_seeds_apart(scale):
 
 def test_stages_follow_each_other(study):
     cell, source = study.cells["fixed-0.014M"], MadeUp(bowl())
-    centre, tried, reported = finish(study, cell, source)
-    assert {config.method.name for config in centre} == {"adamw"}
-    assert {config.training.init_seed for config in centre + tried} == set(study.tuning_seeds)
-    assert not any(config.training.test for config in centre + tried)
+    centre, first, tried, reported = finish(study, cell, source)
+    assert {config.method.name for config in centre + first} == {"adamw"}
+    assert "adamw" not in {config.method.name for config in tried}
+    assert {config.training.init_seed for config in centre + first + tried} == set(study.tuning_seeds)
+    assert not any(config.training.test for config in centre + first + tried)
     assert {config.training.init_seed for config in reported} == set(cell.seeds)
     assert len(reported) == len(cell.entries) * len(cell.seeds)
     one = plan_cell(study, cell, source)
@@ -141,6 +144,26 @@ def test_stages_follow_each_other(study):
     assert one.searches["sam"].best.get(RHO) == 0.05
     assert one.searches["sam"].edges == {"method.rho": "high"}
     assert [config.training.init_seed for config in reported] == sorted(config.training.init_seed for config in reported)
+
+
+def test_methods_take_the_weight_decay_that_the_baseline_chose(study):
+    """Their trials are as many as before, all at its choice; a placebo has it too, an entry with a grid of its own keeps that."""
+
+    def loss(config):
+        return bowl()(config) - (config.optimizer.weight_decay == 0.3)
+
+    study.entries["sam"].grid = {"optimizer.weight_decay": [0.1], RHO: [0.005, 0.05]}
+    cell = dataclasses.replace(study.cells["fixed-0.014M"], entries=["adamw", "placebo", "sam", "functional-sam"])
+    source = MadeUp(loss)
+    finish(study, cell, source)
+    one = plan_cell(study, cell, source)
+    taken = {name: {c.optimizer.weight_decay for c in configs} for (name, _), configs in one.reported.items()}
+    assert taken == {"adamw": {0.3}, "placebo": {0.3}, "sam": {0.1}, "functional-sam": {0.3}}
+    assert {c.optimizer.weight_decay for c in one.searches["functional-sam"].configs} == {0.3}
+    assert len(one.searches["functional-sam"].trials) == len(one.searches["adamw"].trials)
+    assert len(foreseen(study, [cell])) == len(one.configs)
+    study.inherit = []
+    assert {c.optimizer.weight_decay for c in plan_cell(study, cell, source).searches["functional-sam"].configs} == {0.1}
 
 
 def test_the_centre_grows_its_grid_until_the_best_is_inside(study):
@@ -196,7 +219,10 @@ def test_one_learning_rate_is_given_and_not_run(study):
     one = plan_cell(study, cell, MadeUp(bowl()))
     assert one.centre.best == Trial(((LR, 0.02),))
     assert not one.centre.configs
-    assert all(search.configs for search in one.searches.values())
+    assert list(one.searches) == ["adamw"]  # the others wait for its weight decay
+    assert one.searches["adamw"].configs
+    study.inherit = []
+    assert list(plan_cell(study, cell, MadeUp(bowl())).searches) == cell.entries
 
 
 def test_nothing_is_chosen_in_a_sweep(study):

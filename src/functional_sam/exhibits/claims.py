@@ -10,7 +10,7 @@ from functional_sam.config import configs_directory, read_yaml
 from functional_sam.errors import UserError
 from functional_sam.exhibits import SCALES, known, markdown
 from functional_sam.exhibits.output import paper_directory
-from functional_sam.exhibits.words import sentence
+from functional_sam.exhibits.words import NOT_TESTED, sentence
 from functional_sam.files import write_text
 
 Records = Mapping[tuple[str, str], Mapping[str, Any]]  # (exhibit, scale) -> content of its .json
@@ -24,10 +24,10 @@ COLUMNS = ("claim", "here", "verdict", "exhibit")
 
 
 def table(claims: Facts, records: Records) -> str:
-    """A row an exhibit that was drawn, of its largest scale: the claim, what is found here, whether the claim holds, links."""
+    """A row an exhibit that was drawn: claim, finding, verdict and links, of the largest scale that tests the claim."""
     rows = []
     for name, scales in drawn(records).items():
-        record = list(scales.values())[-1]
+        record = max(scales.values(), key=lambda one: one.get("answer") != NOT_TESTED)  # of equal ones the first, the largest scale
         links = ", ".join(f"[{scale}]({shown(one)})" for scale, one in reversed(scales.items()))
         rows.append((claims[name]["claim"], record["headline"], verdict(record), f"{name} ({links})"))
     return markdown.table(COLUMNS, rows, text=COLUMNS).strip()
@@ -55,7 +55,7 @@ def picture(claims: Facts, records: Records) -> str:
 def verdict(record: Mapping[str, Any]) -> str:
     """What a record answers to its claim, in bold where it is settled; of an exhibit that tests none: descriptive."""
     answer = record.get("answer") or "descriptive"
-    return answer if answer in ("inconclusive", "descriptive") else f"**{answer}**"
+    return answer if answer in ("inconclusive", "descriptive", NOT_TESTED) else f"**{answer}**"
 
 
 def drawn(records: Records) -> dict[str, dict[str, Mapping[str, Any]]]:

@@ -43,10 +43,12 @@ def rows_of(data: pd.DataFrame, other: str = "sam") -> str:
     unit = next(task.metric.label for task in TASKS.values() if task.metric.name == data.metric.iloc[0])
     second = f"minus_{other}" in data and f"verdict_{other}" in data
     columns = ["setting", "method", "against AdamW", "minus AdamW", f"against {label(other)}", unit, "lr, rho", "dose", "n"]
-    lines = []
+    differing = data.groupby("cell").weight_decay.nunique() > 1
+    decays, lines = set(differing[differing].index), []
     for row in data.itertuples():
         n = f"{row.n}" + (f" ({row.diverged} diverged)" if row.diverged else "")
         chosen = f"{row.lr:g}{edge(row, 'lr')}" + ("" if math.isnan(row.rho) else f", {row.rho:g}{edge(row, 'rho')}")
+        chosen += f", decay {row.weight_decay:g}" if row.cell in decays else ""
         cells = [place(row), label(row.entry, row.label), row.verdict_baseline, differs(row, "baseline")]
         cells += [with_verdict(row, other)] if second else []
         cells.append(markdown.interval(row.test, Estimate(row.test, row.test_stderr, row.n).half_width))
@@ -137,6 +139,13 @@ def left_out(plan: Plan) -> str:
     have = {one.cell.name for one in plan.content}
     left = [cell.name for cell in study.part(*plan.spec.parts) if cell.name not in have]
     return f" Not shown, their runs are not complete: {', '.join(left)}." if left else ""
+
+
+def same_runs(planned: Sequence[Planned]) -> dict[str, str]:
+    """Cell -> an earlier cell whose reported runs are its own, as fixed length is where it is 20 tokens a parameter."""
+    first: dict[frozenset[str], str] = {}
+    found = {one.cell.name: frozenset(c.name for configs in one.reported.values() for c in configs) for one in planned}
+    return {name: first[runs] for name, runs in found.items() if first.setdefault(runs, name) != name}
 
 
 def of_part(planned: Sequence[Planned], *parts: str) -> list[Planned]:

@@ -70,10 +70,17 @@ def noise_scale(data: pd.DataFrame, task: str, part: str) -> float:
     """
     end = data[(data.task == task) & at_last(data) & (data.ascent == "gradient") & (data.origin == "independent")]
     end = end[end.targets == end.targets.max()]
-    whole = end[f"norm_{part}"] ** 2
-    noise = float((whole * end[f"noise_{part}"]).mean())
-    mean = float(whole.mean()) - noise
-    return float(end.targets.iloc[0]) * noise / mean if mean > 0 else math.nan
+    found = noise(end, part)
+    return float(end.targets.iloc[0]) * found / (1.0 - found) if found < 1 else math.nan
+
+
+def noise(data: pd.DataFrame, part: str) -> float:
+    """The part of |d|^2 that is sampling noise: means over seeds, of which the ratio is taken.
+
+    Above 1 where the inner product of the half batches, which has the mean |E d|^2, came out negative.
+    """
+    whole = data[f"norm_{part}"] ** 2
+    return float((whole * data[f"noise_{part}"]).mean() / whole.mean())
 
 
 def draw(plan: Plan) -> Exhibit:
@@ -103,7 +110,8 @@ def draw(plan: Plan) -> Exhibit:
             _line(origins, end[end.origin == origin], "targets", "share_logit", color, dash)
         _line(origins, end[end.origin == "independent"], "targets", "share_logit_without_noise", color, ":", "D")
         for part, dash in (("func", "-"), ("logit", ":"), ("gradient", "--")):
-            _line(norms, end[end.origin == "independent"], "targets", f"noise_{part}", color, dash, band=part == "func")
+            found = {targets: noise(own, part) for targets, own in end[end.origin == "independent"].groupby("targets")}
+            norms.plot(list(found), list(found.values()), color=color, linestyle=dash, marker="o", markersize=3)
     for axis, label in ((times, "logit share"), (steps, "logit share"), (origins, "logit share"), (norms, "part that is noise")):
         axis.set(xscale="log", xlabel="targets of the measuring batch", ylabel=label)
         axis.set_ylim(0.0, 1.02)
@@ -124,7 +132,14 @@ def draw(plan: Plan) -> Exhibit:
 
 def headline(data: pd.DataFrame) -> str:
     """What figure and CSV say, in a few words."""
-    return _finding(compared(data)).lower().removeprefix("logit share at the end, ")
+    found = _finding(compared(data)).lower().removeprefix("logit share at the end, ")
+    end = data[at_last(data) & (data.ascent == "gradient") & (data.origin == "independent")]
+    matched = set.intersection(*(set(end[end.task == task].targets) for task in PAIR)) if len(end) else set()
+    if not matched:
+        return found
+    own = end[end.targets == max(matched)].groupby("task").share_logit_without_noise.mean()
+    numbers = " against ".join(number(own[task], 2) for task in PAIR)
+    return f"{found}; without sampling noise {numbers} at {max(matched):,}"
 
 
 def _line(

@@ -53,9 +53,10 @@ def draw(plan: Plan) -> Exhibit:
     keeps = _kept(data, kept)
     verdict = f"{found['best']} {found['last']} {keeps}{_share(data)}"
     words = setting(plan.content[0].configs[0], plan.spec.scale, data.n, "a checkpoint")
-    sam = data[data.entry.eq("sam") & data.checkpoint.eq("best") & data.part.eq("noise") & data.noise.gt(0)]
+    claimed = data[data.checkpoint.eq("best") & data.part.eq("noise") & data.noise.gt(0)]
+    claimed = claimed[claimed.entry.isin(["sam", "functional-sam"])]
     frames, caption = {"": data, "kept": kept}, f"{found['best']} {keeps} {words}{left_out(plan)}"
-    return Exhibit(plan, frames, caption, verdict, figure, answer=answer(sam.verdict_baseline, Verdict.BETTER))
+    return Exhibit(plan, frames, caption, verdict, figure, answer=answer(claimed.verdict_baseline, Verdict.BETTER))
 
 
 def headline(data: pd.DataFrame) -> str:

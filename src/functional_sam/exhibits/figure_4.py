@@ -17,9 +17,9 @@ from functional_sam.exhibits.markdown import interval, number
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import Spec
-from functional_sam.exhibits.words import sizes
+from functional_sam.exhibits.words import answer, sizes
 from functional_sam.records import Source
-from functional_sam.study.compare import LEVEL, Estimate, estimate, holm, unpaired_difference
+from functional_sam.study.compare import LEVEL, Estimate, Verdict, estimate, holm, unpaired_difference
 
 GEOMETRIES = {"plain": "plain", "adam": "Adam's geometry"}
 MEASURES = {"traces": r"tr $H_F$ / tr $H$", "tops": r"top $H_F$ / top $H_G$"}
@@ -140,14 +140,21 @@ def draw(plan: Plan) -> Exhibit:
     figure.legend(handles=matrices + marks, loc="lower center", ncol=4, bbox_to_anchor=(0.5, 1.0))
     finding = _finding(tests)
     style.finding_above(figure, finding)
-    return Exhibit(plan, {"": ends, "density": densities, "tests": tests}, _caption(plan, ends, finding), _verdict(tests), figure)
+    smaller = [  # in language, as the paper's explanation has it
+        Verdict.OPEN if p >= 1 - LEVEL else Verdict.BETTER if difference < 0 else Verdict.WORSE
+        for p, difference in zip(tests.p_holm, tests.difference, strict=True)
+    ]
+    frames = {"": ends, "density": densities, "tests": tests}
+    said = answer(smaller, Verdict.BETTER)
+    return Exhibit(plan, frames, _caption(plan, ends, finding), _verdict(tests), figure, answer=said)
 
 
 def headline(ends: pd.DataFrame) -> str:
     """The functional half's part in the trace of H, plain geometry, in a few words."""
     tests = compared(ends)
     row = next(tests[(tests.measure == "traces") & (tests.geometry == "plain")].itertuples())
-    return f"tr H_F / tr H: language {number(row.language, 2)}, vision {number(row.vision, 2)}"
+    sides = (f"{task} {interval(getattr(row, task), getattr(row, f'{task}_half_width'), 2)}" for task in PAIR)
+    return f"tr H_F / tr H: {', '.join(sides)}"
 
 
 def _density(axis: Axes, data: pd.DataFrame, ends: pd.DataFrame) -> None:

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from functional_sam.exhibits import style
-from functional_sam.exhibits.comparison import counted, differs, label, left_out, plan, seen, setting
+from functional_sam.exhibits.comparison import counted, differs, label, left_out, plan, same_runs, seen, setting
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.words import answer, sentence
@@ -24,7 +24,11 @@ PARTS = {"fixed": "Fixed length", "chinchilla": "20 tokens per parameter", "repe
 def draw(plan: Plan) -> Exhibit:
     """Above the batch, one panel a radius; below size in both regimes, and epochs. Bars are 95 % intervals; placebo in grey."""
     margin = plan.content[0].study.margin
-    data = judge(frame(plan.content, plan.source), margin)
+    twins = same_runs(plan.content)
+    own = judge(frame([one for one in plan.content if one.cell.name not in twins], plan.source), margin)
+    parts = {one.cell.name: one.cell.part for one in plan.content}
+    again = [own[own.cell == first].assign(cell=name, part=parts[name]) for name, first in twins.items()]
+    data = pd.concat([own, *again], ignore_index=True)
     data["epochs"] = data.units / data.unique_units
     data["swept"] = data.rho.where(data.trials == 0)  # the radius where none was chosen: it names a row
     batch = data[(data.part == "batch") & (data.lr_over_centre.sub(1).abs() < 0.01)]
@@ -34,7 +38,8 @@ def draw(plan: Plan) -> Exhibit:
     tall = bool(data.part.isin(PARTS).any())
     figure, axes = plt.subplots(1 + tall, columns, figsize=(style.PAGE, 4.4 if tall else 2.6), squeeze=False)
     for axis, rho in zip(axes[0], radii, strict=False):
-        lines(axis, batch[batch.rho.eq(rho) | batch.entry.eq("placebo")], "batch")
+        with_methods = batch[batch.rho.eq(rho)]
+        lines(axis, pd.concat([with_methods, batch[batch.entry.eq("placebo") & batch.batch.isin(with_methods.batch)]]), "batch")
         axis.set(title=rf"Batch, $\rho$ = {rho:g}", xlabel="rows of a step")
     for axis, (part, title) in zip(axes[1:].flat, PARTS.items(), strict=False):
         x = "epochs" if part == "repeated" else "parameters"
@@ -58,7 +63,7 @@ def draw(plan: Plan) -> Exhibit:
         f"{LINEAR:g} nats, logarithmic beyond. "
         f"{setting(plan, data)}{left_out(plan)}"
     )
-    tuned = data[data.part.isin(["fixed", "chinchilla"]) & data.entry.eq("precond-functional-sam")]
+    tuned = own[own.part.isin(["fixed", "chinchilla"]) & own.entry.eq("precond-functional-sam")]
     found = answer(tuned.verdict_baseline, Verdict.BETTER)
     return Exhibit(plan, {"": data}, caption, _finding(data, batch), figure, answer=found)
 

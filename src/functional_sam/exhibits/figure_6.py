@@ -1,5 +1,7 @@
 """figure-6: what fine-tuning gains, against the share of the data, and against the functional share of the pretrained model."""
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
@@ -12,9 +14,9 @@ from functional_sam.exhibits.comparison import counted, label
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import Spec
-from functional_sam.exhibits.words import sentence
+from functional_sam.exhibits.words import answer, sentence
 from functional_sam.records import Source
-from functional_sam.study.compare import estimate
+from functional_sam.study.compare import Verdict, estimate
 from functional_sam.study.design import load_study
 from functional_sam.study.report import difference, frame, judge
 from functional_sam.study.tune import Planned
@@ -77,14 +79,36 @@ def draw(plan: Plan) -> Exhibit:
     correlations = ranks(common)
     finding = _finding(several, common, correlations)
     caption = f"{finding} {_setting(plan, data)}{comparison.left_out(plan_of_cells(plan))}"
-    return Exhibit(plan, {"": data, "ranks": correlations}, caption, finding, figure)
+    said = answer([_little_against_much(data)], Verdict.BETTER)
+    return Exhibit(plan, {"": data, "ranks": correlations}, caption, finding, figure, answer=said)
 
 
 def headline(data: pd.DataFrame) -> str:
-    """How the comparisons with AdamW came out, and the rank correlation of gain and functional share, in a few words."""
+    """SAM's gain with the least and the most of the data, and the rank correlation of gain and functional share, in a few words."""
+    ends = [
+        f"with {row.data_share:.0%} of {row.task} {markdown.interval(row.minus_baseline, difference(row).half_width, 3, sign=True)}"
+        for row in (_ends(data) if len(data) else ())
+    ]
     found = ranks(data[data.part == "tasks"])
     words = ", ".join(f"{label(row.entry)} {markdown.number(row.correlation, 2, sign=True)}" for row in found.itertuples())
-    return f"rank correlation of gain and functional share: {words}"
+    return f"SAM minus AdamW {', '.join(ends)}; rank correlation of gain and functional share: {words}"
+
+
+def _ends(data: pd.DataFrame) -> list[Any]:
+    """SAM's rows with the least and with the most of the data, at the smallest radius."""
+    own = data[data.task.isin(data[data.part == "share"].task) & data.entry.eq("sam")]
+    rows = list(own[own.rho == own.rho.min()].sort_values("data_share").itertuples())
+    return [rows[0], rows[-1]] if len(rows) > 1 else []
+
+
+def _little_against_much(data: pd.DataFrame) -> Verdict | str:
+    """Whether SAM gains more with the least of the data, by the protocol's rule: open where the intervals overlap."""
+    if not (ends := _ends(data)):
+        return ""
+    least, most = (difference(row) for row in ends)
+    if abs(least.mean - most.mean) <= least.half_width + most.half_width:
+        return Verdict.OPEN
+    return Verdict.BETTER if least.mean > most.mean else Verdict.WORSE
 
 
 def functional_share(source: Source, config: Config) -> float:

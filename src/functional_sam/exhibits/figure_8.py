@@ -16,7 +16,7 @@ from functional_sam.exhibits.markdown import interval, number
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import Spec
-from functional_sam.exhibits.words import answer, by_targets, sizes
+from functional_sam.exhibits.words import answer, by_targets, sentence, sizes
 from functional_sam.records import Source
 from functional_sam.study.compare import LEVEL, Verdict, estimate, holm, paired_difference
 from functional_sam.study.regression import Fit, fit
@@ -138,16 +138,17 @@ def draw(plan: Plan) -> Exhibit:
     by_entropy.set_title("All steps and temperatures: against entropy")
     cosines.set_title(r"Cosine of $\delta_{logit}$ and $\delta_{func}$ by initial embedding")
     explained.set_title(r"Variance of $\log\,|\delta_{logit}|/|\delta_{func}|$ explained by")
-    finding = _finding(tests, models)
+    finding = f"{sentence(_plainly(data))} {_finding(tests, models)}"
     figure.tight_layout()
     _legends(figure, data)
     style.finding_above(figure, finding)
-    both = tests[tests.compared.isin(ADDED)]
     adds = models["+ both"].r2 - models["targets, entropy"].r2 >= LEAST_R2
+    asked = tests[tests.compared.isin(ADDED) & adds | tests.compared.str.endswith("outputs") & ~tests.compared.isin(ADDED)]
     words = [
-        Verdict.OPEN if row.p_holm >= 1 - LEVEL or not adds else Verdict.BETTER if row.estimate > 0 else Verdict.WORSE
-        for row in both.itertuples()
+        Verdict.OPEN if row.p_holm >= 1 - LEVEL else Verdict.BETTER if row.estimate > 0 else Verdict.WORSE
+        for row in asked.itertuples()
     ]
+    words += [] if adds else [Verdict.OPEN] * len(ADDED)
     frames = {"": data, "tests": tests}
     said = answer(words, Verdict.BETTER)
     return Exhibit(plan, frames, _caption(plan, data, finding), _verdict(tests, models), figure, answer=said)
@@ -160,7 +161,16 @@ def headline(data: pd.DataFrame) -> str:
     named = [name.removeprefix("log ") for name in ADDED if adds and own.p_holm[name] < 1 - LEVEL]
     seen = " and ".join(named) or "neither outputs nor domain"
     base, both = (number(models[name].r2, 2) for name in ("targets, entropy", "+ both"))
-    return f"beside targets and entropy the share depends on {seen} (R2 {base}, with both {both})"
+    return f"{_plainly(data)}; beside targets and entropy it depends on {seen} (R2 {base}, with both {both})"
+
+
+def _plainly(data: pd.DataFrame) -> str:
+    """The share of fewest and most classes of the same images, as it is."""
+    own = at_end(data)
+    own = own[own.task.eq("vision") & own.embedding_scale.eq(1)]
+    least, most = own.outputs.min(), own.outputs.max()
+    shares = (number(own[own.outputs == count].share_logit.mean(), 2) for count in (least, most))
+    return f"logit share at {least} and {most} classes {' and '.join(shares)}"
 
 
 def _paired(part: pd.DataFrame, other: pd.DataFrame) -> Any:

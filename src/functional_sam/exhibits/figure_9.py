@@ -115,18 +115,22 @@ def compared(found: pd.DataFrame) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for name, other in PAIRS.items():
         values = {}  # (width, seed) -> F
+        sides: dict[int, set[str]] = {}  # width -> on which sides F is only bounded
         for (width, seed), part in found.groupby(["width", "seed"]):
             ours, theirs = (part[part.method == method].set_index("lr") for method in (name, other))
-            gaps = [
-                math.log(ours.rho_b[lr] / theirs.rho_b[lr])
+            both = [
+                lr
                 for lr in ours.index
                 if not (ours.bound[lr] == theirs.bound[lr] != BETWEEN) and ADAMW not in (ours.bound[lr], theirs.bound[lr])
             ]
-            if gaps:
-                values[width, seed] = float(np.mean(gaps))
+            if both:
+                values[width, seed] = float(np.mean([math.log(ours.rho_b[lr] / theirs.rho_b[lr]) for lr in both]))
+                sides.setdefault(width, set()).update(_side(ours.bound[lr], theirs.bound[lr]) for lr in both)
         widths = sorted({width for width, _ in values})
         for width in widths:
             rows.append(_row(name, other, LEVEL, width, [value for (at, _), value in values.items() if at == width]))
+            open_sides = sides[width] - {BETWEEN}
+            rows[-1]["bound"] = "about" if len(open_sides) > 1 else next(iter(open_sides), BETWEEN)
         slopes = [slope({width: value for (width, at), value in values.items() if at == seed}) for seed in found.seed.unique()]
         rows.append(_row(name, other, SLOPE, math.nan, [one for one in slopes if not math.isnan(one)]))
     result = pd.DataFrame(rows)
@@ -136,6 +140,13 @@ def compared(found: pd.DataFrame) -> pd.DataFrame:
         words = judged([Estimate(r.difference, r.stderr, r.n) for r in family.itertuples()], lower_is_better=False, margin=margin)
         result.loc[family.index, "verdict"] = [WORDS[str(kind)].get(word, str(Verdict.OPEN)) for word in words]
     return result
+
+
+def _side(ours: str, theirs: str) -> str:
+    """On which side the ratio of two radii is bounded, where one of them is a bound."""
+    if ours == AT_MOST or theirs == AT_LEAST:
+        return AT_MOST
+    return AT_LEAST if ours == AT_LEAST or theirs == AT_MOST else BETWEEN
 
 
 def _row(name: str, other: str, what: str, width: float, values: list[float]) -> dict[str, Any]:
@@ -289,9 +300,11 @@ def _legend(methods: list[str], adamw: bool) -> list[Line2D]:
 
 
 def _times(row: Any) -> str:
-    """A difference of logarithms as a factor with its interval."""
+    """A difference of logarithms as a factor with its interval; a bound has none, for what it bounds is not known."""
     if not row.n:
         return "not compared"
+    if isinstance(row.bound, str) and row.bound:
+        return f"{row.bound} {significant(math.exp(row.difference), 2)}"
     low, high = (significant(math.exp(row.difference + sign * row.half_width), 2) for sign in (-1, 1))
     ends = f" [{low}, {high}]" if math.isfinite(row.half_width) else ""
     return f"{significant(math.exp(row.difference), 2)}{ends}"

@@ -5,7 +5,7 @@ from typing import Any
 import pandas as pd
 
 from functional_sam.exhibits import markdown
-from functional_sam.exhibits.comparison import counted, label, left_out, place, plan, seen, setting, with_verdict
+from functional_sam.exhibits.comparison import counted, label, left_out, place, plan, same_runs, seen, setting, with_verdict
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.words import answer, sentence, tally
@@ -20,8 +20,12 @@ SHOWN = ("sam", "functional-sam")
 def draw(plan: Plan) -> Exhibit:
     """One row a cell; Holm over the differences of the two methods to AdamW."""
     margin = plan.content[0].study.margin
-    data = frame(plan.content, plan.source)
+    twins = same_runs(plan.content)
+    data = frame([one for one in plan.content if one.cell.name not in twins], plan.source)
     data = data[data.entry.isin(["adamw", *SHOWN])].reset_index(drop=True)
+    parts = {one.cell.name: one.cell.part for one in plan.content}
+    for name, first in twins.items():  # one comparison is one, in whichever regime
+        data.loc[data.cell == first, "part"] += f", {parts[name]}"
     data = judge(judge(data, margin), margin, "sam")
     cells = "; ".join(f"{name}: {counted(part)}" for name, part in data.groupby("cell", sort=False))
     caption = f"{sentence(headline(data))}{seen(data)} {setting(plan, data)}{left_out(plan)}"

@@ -13,6 +13,8 @@ from functional_sam.exhibits.style import named
 from functional_sam.study.compare import Verdict
 from functional_sam.tasks import TASKS
 
+NOT_TESTED = "not tested"
+
 
 def sizes(configs: Sequence[Config]) -> str:
     """What was trained on each task, one clause a task."""
@@ -109,19 +111,20 @@ def at_the_end(data: pd.DataFrame, task: str) -> pd.DataFrame:
 def answer(verdicts: Iterable[object], wanted: Verdict) -> str:
     """What comparisons say to a claim of better (or worse): all of them are asked; empty and missing verdicts are none.
 
-    holds: so in every one. holds in k of n: in some, the opposite in none. opposite: the opposite in some, so in none.
-    mixed: both are there. not seen: no difference in every one. Else inconclusive.
+    holds: so in every one; holds in k of n: in some, the opposite in none; opposite, opposite in k of n: the other way round.
+    mixed: both are there. not seen: no difference in every one. not tested: nothing is asked. Else inconclusive.
     """
     words = [Verdict(word) for word in verdicts if isinstance(word, str) and word]
+    if not words:
+        return NOT_TESTED
     sign = wanted.sign
     agree, against = (sum(word.sign == value for word in words) for value in (sign, -sign))
     if agree and against:
         return "mixed"
-    if agree:
-        return "holds" if agree == len(words) else f"holds in {agree} of {len(words)}"
-    if against:
-        return "opposite"
-    return "not seen" if words and all(word == Verdict.SAME for word in words) else "inconclusive"
+    for word, count in (("holds", agree), ("opposite", against)):
+        if count:
+            return word if count == len(words) else f"{word} in {count} of {len(words)}"
+    return "not seen" if all(word == Verdict.SAME for word in words) else "inconclusive"
 
 
 def tally(verdicts: Iterable[object]) -> str:

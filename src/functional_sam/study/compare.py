@@ -36,11 +36,12 @@ class Estimate:
 
     @property
     def p(self) -> float:
-        """Two-sided p of "the mean is zero", Student's t; 1 where it cannot be tested."""
-        if self.n < 2 or not math.isfinite(self.mean) or not math.isfinite(self.stderr):
+        """Two-sided p of "the mean is zero", Student's t; 1 where it cannot be tested.
+
+        A spread of zero is no evidence: it is that of a count which a few seeds share, or of a metric that saw nothing.
+        """
+        if self.n < 2 or not math.isfinite(self.mean) or not math.isfinite(self.stderr) or self.stderr == 0.0:
             return 1.0
-        if self.stderr == 0.0:
-            return float(self.mean == 0.0)
         return float(2 * stats.t.sf(abs(self.mean) / self.stderr, self.size - 1))
 
     @property
@@ -113,8 +114,11 @@ def ratio(values: Sequence[float], others: Sequence[float]) -> tuple[float, floa
 
 
 def equivalent(difference: Estimate, margin: float) -> bool:
-    """Whether the difference is smaller than the margin in size: two one-sided t tests of 5 %, the 90 % interval within it."""
-    if difference.n < 2 or not math.isfinite(difference.mean) or not math.isfinite(difference.stderr):
+    """Whether the difference is smaller than the margin in size: two one-sided t tests of 5 %, the 90 % interval within it.
+
+    Not where its spread is zero, as of an accuracy that every run has: nothing was seen that could have differed.
+    """
+    if difference.n < 2 or not math.isfinite(difference.mean) or not math.isfinite(difference.stderr) or not difference.stderr:
         return False
     return abs(difference.mean) + float(_t(LEVEL, difference.size)) * difference.stderr < margin
 
