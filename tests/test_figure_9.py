@@ -27,7 +27,7 @@ def test_the_frontier_of_one_line(losses, radius, bound):
 
 def breaks_at(method, width, seed):
     """SAM earlier with width, its functional twin always at the same radius."""
-    return 0.9 * (1 + 0.003 * math.sin(5 * seed + width)) * ((width / 16) ** -0.5 if method == "sam" else 1.0)
+    return 0.9 * (1 + 0.003 * math.sin(5 * seed + width + len(method))) * ((width / 16) ** -0.5 if method == "sam" else 1.0)
 
 
 def loss(config):

@@ -27,7 +27,7 @@ def table(claims: Facts, records: Records) -> str:
     """A row an exhibit that was drawn: claim, finding, verdict and links, of the largest scale that tests the claim."""
     rows = []
     for name, scales in drawn(records).items():
-        record = max(scales.values(), key=lambda one: one.get("answer") != NOT_TESTED)  # of equal ones the first, the largest scale
+        record = max(reversed(scales.values()), key=lambda one: one.get("answer") != NOT_TESTED)  # of equal ones the largest scale
         links = ", ".join(f"[{scale}]({shown(one)})" for scale, one in reversed(scales.items()))
         rows.append((claims[name]["claim"], record["headline"], verdict(record), f"{name} ({links})"))
     return markdown.table(COLUMNS, rows, text=COLUMNS).strip()

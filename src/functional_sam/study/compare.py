@@ -73,7 +73,8 @@ def estimate(values: Sequence[float]) -> Estimate:
     n = len(array)
     if n < 2 or not np.isfinite(array).all():
         return Estimate(float(array.mean()) if n else math.nan, math.nan, n)
-    return Estimate(float(array.mean()), float(array.std(ddof=1) / math.sqrt(n)), n)
+    equal = np.ptp(array) <= 1e-12 * np.abs(array).max()  # but for rounding, as differences of counts are
+    return Estimate(float(array.mean()), 0.0 if equal else float(array.std(ddof=1) / math.sqrt(n)), n)
 
 
 def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Estimate:
