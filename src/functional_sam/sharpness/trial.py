@@ -26,7 +26,7 @@ def trial(sharpness: Any, batches: Sequence[Batch]) -> None:
     theta = [(name, p, _local(p).clone()) for name, p in model.named_parameters()]
     buffers = [(name, b, _local(b).clone()) for name, b in model.named_buffers()]
     state, rng, stepped = _copied(sharpness.state_dict()), passes.random_state(), seen.steps
-    keep_u, dose = passes.keep_u, sharpness.dose
+    keep_u, dose, due = passes.keep_u, sharpness.dose, seen._due
 
     def undo() -> None:
         for _, tensor, value in theta + buffers:
@@ -54,6 +54,7 @@ def trial(sharpness: Any, batches: Sequence[Batch]) -> None:
                 "of the global generators (torch, numpy.random, random). A generator of its own, or a state that it changes, "
                 "makes pass 2 another function than pass 1"
             )
+        undo()
         perturbation.steps, perturbation.fixed = 0, TINY
         sharpness.backward(batches)
         require_untouched()
@@ -69,7 +70,7 @@ def trial(sharpness: Any, batches: Sequence[Batch]) -> None:
         sharpness.backward(batches)
         require_untouched()
     finally:
-        perturbation.fixed, passes.keep_u, sharpness.dose = None, keep_u, dose
+        perturbation.fixed, passes.keep_u, sharpness.dose, seen._due = None, keep_u, dose, due
         undo()
         sharpness.load_state_dict(state)
 
