@@ -109,6 +109,8 @@ class SharpnessAware:
             restore_buffers()
             for p in self.model.parameters():
                 p.grad = None
+            if self._mix is not None:
+                self._mix.drop()
             raise
         self._passes.watched = None
         self._seen.left_gradients()

@@ -42,6 +42,10 @@ class Kept:
     returned: Tensor | None = None  # by a model whose readout returned `loss`
 
 
+def _forward(model: torch.nn.Module, inputs: Any, **readout: Any) -> Any:
+    return model(inputs, **readout)
+
+
 class Passes:
     """Runs passes for one model, loss and forward function; SharpnessAware explains the arguments."""
 
@@ -54,7 +58,7 @@ class Passes:
         keep_dtype: torch.dtype | None,
     ):
         self.model, self.loss_fn, self.keep_dtype = model, loss_fn, keep_dtype
-        self.forward: Callable[..., Any] = forward or (lambda model, inputs, **readout: model(inputs, **readout))
+        self.forward: Callable[..., Any] = forward or _forward
         takes_readout = forward is None or "readout" in inspect.signature(forward).parameters
         possible = bool(getattr(unwrapped(model), "has_readout", False)) and takes_readout and loss_fn is cross_entropy
         if keep in ("hidden", "u") and not possible:

@@ -22,6 +22,8 @@ def trial(sharpness: Any, batches: Sequence[Batch]) -> None:
     """
     passes, perturbation, seen, model = sharpness._passes, sharpness._perturbation, sharpness._seen, sharpness.model
     seen.require_a_step(model)
+    if sharpness._mix is not None:
+        sharpness._mix.drop()
     reshard(model)  # after a forward of the caller's own the parameters of FSDP2 are not the ones that it trains
     theta = [(name, p, _local(p).clone()) for name, p in model.named_parameters()]
     buffers = [(name, b, _local(b).clone()) for name, b in model.named_buffers()]
