@@ -187,7 +187,7 @@ class SharpnessAware:
             if correction != 1.0:
                 torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], correction)
         if mix is not None:
-            mix.measure(passes, step, kept)
+            mix.measure(passes, perturbation, step, kept)
         step.params = [p for p in step.radii if p.grad is not None]
         if mix is not None or path == "penalty":
             step.base = {p: p.grad for p in self.model.parameters() if p.grad is not None}

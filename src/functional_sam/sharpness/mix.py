@@ -4,6 +4,7 @@ A Mix may also set the radius (tram) or let a step go without its own perturbed 
 """
 
 import contextlib
+import math
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ class Mix:
         """Called before pass 1; whether this step, `due` by its number and radius, has a perturbed pass."""
         return due
 
-    def measure(self, passes: Passes, step: Step, kept: Sequence[Kept]) -> None:
+    def measure(self, passes: Passes, perturbation: Perturbation, step: Step, kept: Sequence[Kept]) -> None:
         """Called after pass 1 of a step with a perturbed pass, which it may give other radii."""
 
     def towards(self, params: Sequence[Tensor], grads: list[Tensor]) -> list[Tensor]:
@@ -282,7 +283,7 @@ class TrustRegion(Mix):
         for p, value in self.old.items():
             p.copy_(value)
 
-    def measure(self, passes: Passes, step: Step, kept: Sequence[Kept]) -> None:
+    def measure(self, passes: Passes, perturbation: Perturbation, step: Step, kept: Sequence[Kept]) -> None:
         total, count = zip(
             *(
                 divergence(there, here, self.old, targets)
@@ -293,6 +294,9 @@ class TrustRegion(Mix):
         moved, valid = passes.sum_over_ranks(torch.stack(total).sum(), torch.stack(count).sum())
         # Rounding may leave a divergence of about -1e-8 between logits that are the same.
         factor = max(moved / max(valid, 1.0), 0.0)
+        if not math.isfinite(factor):
+            perturbation.require_finite(float(passes.finish(kept)[0]), "loss")  # from which it may follow
+            perturbation.require_finite(factor, "divergence, which sets the radius,")
         step.radii = {p: radius * factor for p, radius in step.radii.items()}
         self._there = []
         for memory in kept:
