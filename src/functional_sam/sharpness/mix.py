@@ -17,7 +17,7 @@ from functional_sam.errors import UserError
 from functional_sam.moments import owners
 from functional_sam.sharpness.divergence import divergence, noisy_inputs
 from functional_sam.sharpness.passes import Kept, Passes
-from functional_sam.sharpness.perturbation import Perturbation, Step
+from functional_sam.sharpness.perturbation import Perturbation, Step, complete
 from functional_sam.vectors import dot, norm
 from functional_sam.weights import buffers_kept, unwrapped
 
@@ -66,7 +66,8 @@ class Mix:
         pass
 
     def _both(self, base: Gradients) -> tuple[list[Tensor], list[Tensor]]:
-        """(g, g') as lists over the parameters that have both."""
+        """(g, g') as lists over the parameters that have either; the other is zero, and is there afterwards."""
+        complete(self.model, base)
         pairs = [(g, p.grad) for p, g in base.items() if p.grad is not None]
         return [g for g, _ in pairs], [there for _, there in pairs]
 

@@ -23,7 +23,7 @@ from functional_sam.head import differentiable_cotangent
 from functional_sam.losses import cross_entropy
 from functional_sam.sharpness.methods import coefficients
 from functional_sam.sharpness.passes import Kept, LossFn, Passes
-from functional_sam.sharpness.perturbation import AT_PERTURBED, Perturbation, Step
+from functional_sam.sharpness.perturbation import AT_PERTURBED, Perturbation, Step, complete
 from functional_sam.vectors import norm
 from functional_sam.weights import buffers_kept
 
@@ -65,8 +65,9 @@ def difference(passes: Passes, perturbation: Perturbation, step: Step, kept: lis
             passes.gradient(step.batches, repeated=kept, sync=step.sync)
         else:
             passes.pull(step.batches, kept, theta, weight_kept=functional - logit, weight_here=logit, sync=step.sync)
+    complete(passes.model, g)
     there = [p.grad for p in g if p.grad is not None]
-    here = [g[p] for p in g if p.grad is not None]
+    here = list(g.values())
     # The difference first: factor is large, and its terms nearly cancel.
     if functional == logit:
         torch._foreach_mul_(there, logit)

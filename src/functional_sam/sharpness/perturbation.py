@@ -41,6 +41,15 @@ class Step:
     radii: dict[Tensor, float] = field(default_factory=dict)
 
 
+def complete(model: torch.nn.Module, base: dict[Tensor, Tensor]) -> None:
+    """Zeros where one of g (`base`) and g' (.grad) is missing: of a parameter that is used at one of the two weights only."""
+    for p in model.parameters():
+        if p.grad is None and p in base:
+            p.grad = torch.zeros_like(base[p])
+        elif p.grad is not None and p not in base:
+            base[p] = torch.zeros_like(p.grad)
+
+
 class Perturbation:
     """Radii, directions and the weights' way there and back, for one model, optimizer and method.
 
