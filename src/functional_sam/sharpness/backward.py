@@ -104,6 +104,7 @@ class SharpnessAware:
         try:
             g = plain_gradient(self._passes, batches) if measure_dose else None
             loss = self._backward(batches)
+            dose = None if g is None else dose_of(self.model, g, self._mix.beside() if self._mix is not None else {})
         except BaseException:
             self._perturbation.steps -= 1
             restore_buffers()
@@ -112,10 +113,8 @@ class SharpnessAware:
             if self._mix is not None:
                 self._mix.drop()
             raise
-        self._passes.watched = None
+        self._passes.watched, self.dose = None, dose
         self._seen.left_gradients()
-        if g is not None:
-            self.dose = dose_of(self.model, g, self._mix.beside() if self._mix is not None else {})
         return loss
 
     def check(self, batches: Sequence[Batch]) -> None:
