@@ -66,6 +66,19 @@ def test_a_gradient_that_was_clipped_in_place_is_still_its_own():
     close(theta_of(model), stepped(theta, combine(1.0, combine(0.5 - W, g, W, there), 0.0, g)))
 
 
+def test_a_step_that_takes_its_gradient_by_a_closure():
+    """As Lightning does: the hook before the step comes before the gradient."""
+    model = make_model()
+    optimizer = sgd(model)
+    sharpness = SharpnessAware(model, optimizer, "wsam", rho=0.3)
+    for step in range(2):
+        theta = theta_of(model)
+        g, there = oracle(model, theta, make_batch(seed=step), rho=0.3)
+        optimizer.step(lambda step=step: sharpness.backward([make_batch(seed=step)]))
+        close(theta_of(model), stepped(theta, combine(1.0 - W, g, W, there)))
+        optimizer.zero_grad()
+
+
 def test_a_failed_step_leaves_no_correction():
     model = make_model()
     optimizer = sgd(model)

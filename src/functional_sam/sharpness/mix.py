@@ -168,6 +168,7 @@ class WeightedSharpness(Mix):
     @torch.no_grad()
     def _correct(self, optimizer: torch.optim.Optimizer) -> None:
         for p, group in owners(optimizer).items():
+            self._left.pop(p, None)  # still there after a step that took its gradient itself, by a closure
             if p in self.pending:
                 p.add_(self.pending.pop(p), alpha=-float(group["lr"]) * self.weight)
 
