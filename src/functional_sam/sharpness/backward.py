@@ -94,6 +94,7 @@ class SharpnessAware:
         Whatever is raised, by us or by the caller's model: weights and buffers are restored first, and .grad is left empty.
         """
         _require_micro_batches(batches)
+        _require_gradients_on()
         self._seen.require_a_step(self.model)
         if self._seen.steps and not self._moments_known:
             require_moments(self.method, self.options, self.model, self._perturbation.optimizer, stepped=True)
@@ -123,6 +124,7 @@ class SharpnessAware:
         Raises UserError, with what is wrong, unless two passes at the same weights agree, rho -> 0 gives the plain gradient, and a
         step of `backward` leaves the weights bit for bit and the optimizer alone. Under DDP and FSDP2 all ranks call it.
         """
+        _require_gradients_on()
         trial(self, batches)
 
     def reshard(self) -> None:
@@ -289,6 +291,11 @@ def first_part(batches: Sequence[Batch], part: float) -> Sequence[Batch]:
             f"cut the step into {math.ceil(1 / part - 1e-9)} or a multiple of it"
         )
     return batches[: round(number)]
+
+
+def _require_gradients_on() -> None:
+    if not torch.is_grad_enabled():
+        raise UserError("called under torch.no_grad() or torch.inference_mode(): there is no gradient there, call it outside")
 
 
 def _require_micro_batches(batches: object) -> None:
