@@ -1,6 +1,8 @@
 """Lightning's automatic optimization: the loop of SharpnessAware written by hand, and without a radius the stock loop."""
 
+import copy
 import os
+import pickle
 
 import lightning
 import pytest
@@ -169,3 +171,28 @@ def two_processes(rank):
 @pytest.mark.slow
 def test_two_processes_equal_one(server):
     gloo(2, two_processes)
+
+
+def test_micro_batches_of_a_fit_that_was_stopped_go_into_no_other():
+    """Stopped after the second of three: what waits is dropped, as the stock loop zeroes what it has accumulated."""
+
+    class Stop(lightning.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            trainer.should_stop = batch_idx == 1
+
+    words = {"method": "sam", "rho": 0.3}
+    model, _ = fitted(Ours(0.0, **words), max_epochs=1, min_epochs=0, accumulate_grad_batches=3, callbacks=[Stop()])
+    assert len(model.waiting) == 2
+    fitted(model, accumulate_grad_batches=3)
+    expected, losses = by_hand(3, dropout=0.0, **words)
+    assert list(dict.fromkeys(model.losses)) == pytest.approx(losses, rel=1e-5)
+    close(theta_of(model), theta_of(expected), 1e-6)
+
+
+def test_a_module_that_was_fitted_is_copied_and_pickled():
+    model, _ = fitted(Ours(method="looksam", rho=0.3), max_epochs=1)
+    for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        close(theta_of(made), theta_of(model), 0)
+        assert made.sharpness is None
+        fitted(made, max_epochs=1)
+    assert model.sharpness is not None

@@ -113,3 +113,17 @@ def test_after_an_error_the_set_up_is_as_it_was():
     model.zero_grad()
     SharpnessAware(model, optimizer, "sam", rho=0.3).backward([make_batch()])
     close(gradients(model), found, 0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_may_be_called_twice_and_after_a_gradient_that_was_dropped(method):
+    model = make_model()
+    sharpness = SharpnessAware(model, adamw(model), method, rho=0.2)
+    for _ in range(2):
+        sharpness.check([make_batch()])
+    sharpness.backward([make_batch()])
+    model.zero_grad()
+    sharpness.check([make_batch()])
+    sharpness.backward([make_batch()])
+    with pytest.raises(UserError, match="twice without a step"):
+        sharpness.backward([make_batch()])

@@ -130,3 +130,54 @@ def test_noise_carries_no_weights():
     sharpness = SharpnessAware(model, optimizer, "tram", divergence="noise")
     sharpness.backward([make_batch()])
     assert sharpness.state_dict()["mix"] == {"old": {}}
+
+
+class Masked(torch.nn.Module):
+    """Four classes of which the last is masked out, or three; every `bad` call of forward returns what is not finite."""
+
+    def __init__(self, masked):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        self.masked, self.calls, self.bad = masked, 0, {}
+
+    def forward(self, x):
+        self.calls += 1
+        z = self.net(x) * self.bad.get(self.calls, 1.0)
+        return torch.cat([z, torch.full_like(z[..., :1], float("-inf"))], -1) if self.masked else z
+
+
+def test_classes_that_are_masked_out_do_not_count():
+    """0 log 0 = 0: the radius, and all that follows, is that of the model without them."""
+    torch.manual_seed(0)
+    batches = [(torch.randn(16, 5, dtype=torch.float64), torch.randint(3, (16,))) for _ in range(3)]
+    results = []
+    for masked in (False, True):
+        model = make_model(Masked, masked=masked)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        sharpness = SharpnessAware(model, optimizer, "tram", rho=10.0)
+        for batch in batches:
+            sharpness.backward([batch], measure_dose=True)
+            results.append((sharpness.dose, gradients(model)))
+            optimizer.step()
+    for (dose, found), (expected_dose, expected) in zip(results[:3], results[3:], strict=True):
+        assert dose == pytest.approx(expected_dose, rel=1e-9, abs=1e-14)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    assert results[2][0] > 1e-3
+
+
+def test_a_divergence_that_is_not_finite_is_an_error():
+    """At the earlier weights alone, in the second step; and a loss that is not finite is named before it."""
+    batch = (torch.randn(16, 5, dtype=torch.float64), torch.randint(3, (16,)))
+    for call, what in ((2, "divergence"), (3, "loss")):
+        model = make_model(Masked, masked=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        sharpness = SharpnessAware(model, optimizer, "tram", rho=10.0)
+        sharpness.backward([batch])
+        optimizer.step()
+        before = [p.detach().clone() for p in model.parameters()]
+        model.bad = {call: float("nan")}
+        with pytest.raises(FloatingPointError, match=f"step 2, pass 1 .* the {what}.* is not finite"):
+            sharpness.backward([batch])
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+        assert not gradients(model)

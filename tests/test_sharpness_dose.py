@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 from conftest import TinyModel, TinyReadout, make_batch, make_model, parts_of, warmed_up
+from test_sharpness_edges import Complex
 from test_sharpness_oracle import theta_of
 from torch.nn import functional as F
 
 from functional_sam import METHODS, SharpnessAware
+from functional_sam.vectors import dot, norm
 
 
 class Normalized(torch.nn.Module):
@@ -140,3 +142,41 @@ def test_a_failed_step_has_no_dose():
     assert sharpness.steps == 1
     assert not torch.equal(rng, torch.get_rng_state())  # the step itself has drawn
     assert all(torch.equal(p.nan_to_num(7), before[n].nan_to_num(7)) for n, p in theta_of(model).items())
+
+
+@pytest.mark.parametrize("method", ["sam", "functional-sam", "gnp", "wsam", "momentum-sam"])
+def test_the_dose_of_complex_parameters_is_that_of_their_pairs(method):
+    batches = [(torch.randn(6, 4, dtype=torch.float64), torch.randint(3, (6,))) for _ in range(3)]
+    doses = []
+    for pairs in (True, False):
+        model = Complex(pairs)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+        sharpness = SharpnessAware(model, optimizer, method, rho=0.3)
+        sharpness.check(batches[:1])
+        for batch in batches:
+            sharpness.backward([batch], measure_dose=True)
+            doses.append(sharpness.dose)
+            optimizer.step()
+    assert doses[2] > 0.01
+    assert doses[3:] == pytest.approx(doses[:3], rel=1e-10, abs=1e-14)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_inner_product_of_complex_tensors_is_that_of_their_pairs(fast):
+    x, y = torch.randn(3, 4, dtype=torch.complex128), torch.randn(4, 3, dtype=torch.complex128).T.conj()
+    expected = float((x.real * y.real + x.imag * y.imag).sum())
+    assert dot([x], [y], fast=fast) == pytest.approx(expected)
+    assert dot([x], [x], fast=fast) == pytest.approx(norm([x], fast=fast) ** 2)
+
+
+def test_a_dose_that_fails_is_a_step_that_fails(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("out of memory")
+
+    model, _, sharpness = build(TinyModel, "sam")
+    monkeypatch.setattr("functional_sam.sharpness.backward.dose_of", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        sharpness.backward(parts_at(0), measure_dose=True)
+    assert sharpness.steps == 0
+    assert all(p.grad is None for p in model.parameters())
+    sharpness.backward(parts_at(0))

@@ -175,6 +175,23 @@ def test_a_list_of_optimizers(method):
     close(results[1], results[0], 1e-12)
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_hyperparameter_of_the_optimizers_own_that_is_called_rho(beside):
+    """Adadelta's decay, 0.9, is no radius, and that of a group of the AdamW beside it is one."""
+    model = make_model()
+    ours, theirs = ([n for n, p in model.named_parameters() if (p.ndim == 1) == vector] for vector in (True, False))
+    radii = {**dict.fromkeys(ours, 0.05), **dict.fromkeys(theirs, 0.4 if beside else 0.05)}
+    named = dict(model.named_parameters())
+    if beside:
+        group = {"params": [named[n] for n in theirs], "rho": 0.4}
+        optimizer = [torch.optim.Adadelta([named[n] for n in ours]), torch.optim.AdamW([group])]
+    else:
+        optimizer = torch.optim.Adadelta(model.parameters())
+    _, expected = oracle(model, theta_of(model), make_batch(), path="sam", rho=radii)
+    SharpnessAware(model, optimizer, "sam", rho=0.05).backward([make_batch()])
+    close(gradients(model), expected)
+
+
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="Muon is of torch 2.9")
 def test_muon_beside_adamw():
     """Momentum of both is read; Muon's matrices have no second moment, and a subset leaves them out."""

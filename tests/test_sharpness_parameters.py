@@ -154,3 +154,23 @@ def test_the_kept_cotangent_may_be_bf16():
     sharpness = SharpnessAware(model, adamw(model), "functional-sam", rho=0.3, keep_dtype=torch.bfloat16)
     sharpness.backward([make_batch()])
     assert 0 < relative(gradients(model), expected) < 0.01
+
+
+@pytest.mark.parametrize("options", [{"per": "layer"}, {"per": "element", "eta": 0.0}])
+def test_adaptive_ascents_of_adapters_at_their_start(options):
+    """B = 0, and so A has no gradient: T g = 0 everywhere, and what is left is the plain gradient, B's."""
+
+    class Adapter(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.A, self.B = torch.nn.Parameter(torch.randn(2, 4)), torch.nn.Parameter(torch.zeros(3, 2))
+
+        def forward(self, x):
+            return x.tanh()[..., :3] + x @ self.A.T @ self.B.T
+
+    model = make_model(Adapter)
+    inputs, targets = torch.randn(6, 4, dtype=torch.float64), torch.randint(3, (6,))
+    expected = torch.autograd.grad(F.cross_entropy(model(inputs), targets), [model.A, model.B])
+    SharpnessAware(model, adamw(model), "asam", rho=0.3, **options).backward([(inputs, targets)])
+    assert expected[1].norm() > 0.1
+    close(gradients(model), dict(zip("AB", expected, strict=True)))

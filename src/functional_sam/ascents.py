@@ -82,6 +82,7 @@ def adaptive(
     """ASAM: d = T^2 g, size = |T g|, T = |w| + eta for weights (two or more dimensions), 1 otherwise.
 
     per="layer": T = (1 + eta) |w|_2, one number a tensor, for weights.
+    Where T may be zero g is not overwritten: a size of zero leaves it, the plain gradient.
     Source: Kwon et al. 2021, eq. 7 and section 5 (eta 0.01); by layer Mueller et al. 2023, as in their code.
     """
     scaled, result = [], []
@@ -91,11 +92,11 @@ def adaptive(
             result.append(g)
         elif per == "layer":
             length = (1.0 + eta) * norm([p.detach()], fast=True)
-            scaled.append(g.mul_(length) if consume else g * length)
+            scaled.append(g.mul_(length) if consume and length else g * length)
             result.append(scaled[-1] * length)
         else:
             scale = p.detach().abs().add_(eta)
-            scaled.append(g.mul_(scale) if consume else g * scale)
+            scaled.append(g.mul_(scale) if consume and eta else g * scale)
             result.append(scale.mul_(scaled[-1]))
     return result, norm(scaled, fast=True)
 

@@ -76,6 +76,11 @@ def owners(optimizer: Any) -> dict[Tensor, dict[str, Any]]:
     return {p: group for group in optimizer.param_groups for p in group["params"]}
 
 
+def has_rho_of_its_own(optimizer: Any) -> bool:
+    """Whether "rho" names a hyperparameter of this optimizer (Adadelta's decay), which in its groups is no radius then."""
+    return "rho" in getattr(optimizer, "defaults", {})
+
+
 def first_moment(optimizer: Any, p: Tensor) -> Tensor | None:
     """m, up to a common factor; None before the first step."""
     state = _state(optimizer, p)

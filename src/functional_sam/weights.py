@@ -99,14 +99,23 @@ def buffers_kept(model: torch.nn.Module, keep: bool = True) -> Iterator[None]:
             restore()
 
 
-def buffers_saved(model: torch.nn.Module) -> Callable[[], None]:
-    """A function that puts the buffers back as they are now; of none where no module, by its own flag, is in training."""
-    buffers = list(model.buffers()) if any(module.training for module in model.modules()) else []
-    copies = [buffer.detach().clone() for buffer in buffers]
+def buffers_saved(model: torch.nn.Module, always: bool = False) -> Callable[[], None]:
+    """A function that puts the buffers back as they are now, in the tensors that hold them now, which forward may replace.
+
+    Of none where no module, by its own flag, is in training, unless `always`.
+    """
+    modules = [module for module in model.modules() if module._buffers]
+    if not (always or any(module.training for module in model.modules())):
+        modules = []
+    places = [(module._buffers, dict(module._buffers)) for module in modules]
+    copies = {buffer: buffer.detach().clone() for _, held in places for buffer in held.values() if buffer is not None}
 
     @torch.no_grad()
     def restore() -> None:
-        for buffer, copy in zip(buffers, copies, strict=True):
+        for buffers, held in places:
+            if any(buffers.get(name) is not buffer for name, buffer in held.items()):
+                buffers.update(held)
+        for buffer, copy in copies.items():
             buffer.copy_(copy)
 
     return restore

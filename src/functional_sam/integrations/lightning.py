@@ -32,6 +32,14 @@ class SharpnessAwareModule(Base):  # type: ignore[misc]
         inputs, targets = batch
         return inputs, targets
 
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.waiting = ()  # of a fit that was stopped between two steps
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to a fit, which the next one makes anew."""
+        return {**super().__getstate__(), "sharpness": None, "waiting": ()}
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.waiting = (*self.waiting, self.micro_batch(batch))
         for replica in replicas(self.trainer.strategy.model):

@@ -94,6 +94,7 @@ class SharpnessAware:
         Whatever is raised, by us or by the caller's model: weights and buffers are restored first, and .grad is left empty.
         """
         _require_micro_batches(batches)
+        _require_gradients_on()
         self._seen.require_a_step(self.model)
         if self._seen.steps and not self._moments_known:
             require_moments(self.method, self.options, self.model, self._perturbation.optimizer, stepped=True)
@@ -104,16 +105,17 @@ class SharpnessAware:
         try:
             g = plain_gradient(self._passes, batches) if measure_dose else None
             loss = self._backward(batches)
+            dose = None if g is None else dose_of(self.model, g, self._mix.beside() if self._mix is not None else {})
         except BaseException:
             self._perturbation.steps -= 1
             restore_buffers()
             for p in self.model.parameters():
                 p.grad = None
+            if self._mix is not None:
+                self._mix.drop()
             raise
-        self._passes.watched = None
+        self._passes.watched, self.dose = None, dose
         self._seen.left_gradients()
-        if g is not None:
-            self.dose = dose_of(self.model, g, self._mix.beside() if self._mix is not None else {})
         return loss
 
     def check(self, batches: Sequence[Batch]) -> None:
@@ -122,6 +124,7 @@ class SharpnessAware:
         Raises UserError, with what is wrong, unless two passes at the same weights agree, rho -> 0 gives the plain gradient, and a
         step of `backward` leaves the weights bit for bit and the optimizer alone. Under DDP and FSDP2 all ranks call it.
         """
+        _require_gradients_on()
         trial(self, batches)
 
     def reshard(self) -> None:
@@ -185,7 +188,7 @@ class SharpnessAware:
             if correction != 1.0:
                 torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], correction)
         if mix is not None:
-            mix.measure(passes, step, kept)
+            mix.measure(passes, perturbation, step, kept)
         step.params = [p for p in step.radii if p.grad is not None]
         if mix is not None or path == "penalty":
             step.base = {p: p.grad for p in self.model.parameters() if p.grad is not None}
@@ -288,6 +291,11 @@ def first_part(batches: Sequence[Batch], part: float) -> Sequence[Batch]:
             f"cut the step into {math.ceil(1 / part - 1e-9)} or a multiple of it"
         )
     return batches[: round(number)]
+
+
+def _require_gradients_on() -> None:
+    if not torch.is_grad_enabled():
+        raise UserError("called under torch.no_grad() or torch.inference_mode(): there is no gradient there, call it outside")
 
 
 def _require_micro_batches(batches: object) -> None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from functional_sam.errors import UserError
-from functional_sam.moments import owners, require_state
+from functional_sam.moments import has_rho_of_its_own, owners, parts_of, require_state
 from functional_sam.sharpness.methods import Method
 from functional_sam.weights import is_sharded, process_group, replicas, unwrapped
 
@@ -23,8 +23,9 @@ def check(method: Method, options: dict[str, Any], model: torch.nn.Module, optim
     require_the_models_own(model, optimizer)
     if any(p.is_complex() for p in model.parameters()):
         _require_complex(method, options)
-    for group in optimizer.param_groups:
-        radius(group.get("rho", 0.0), "in a parameter group")
+    for part in parts_of(optimizer):
+        for group in [] if has_rho_of_its_own(part) else part.param_groups:
+            radius(group.get("rho", 0.0), "in a parameter group")
     if options["lr_max"] is None:
         options["lr_max"] = max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
     if options["rho_schedule"] == "lr" and options["lr_max"] <= options["lr_min"]:

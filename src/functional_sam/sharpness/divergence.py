@@ -30,7 +30,8 @@ def divergence(there: Kept, here: Kept, old: dict[Tensor, Tensor], targets: Any)
             moved = (before(rows) - now(rows)).square().sum(-1) / 2
         else:
             log_p, log_q = before(rows).log_softmax(-1), now(rows).log_softmax(-1)
-            moved = (log_p.exp() * log_p.sub(log_q)).sum(-1)
+            p = log_p.exp()
+            moved = (p * log_p.sub(log_q)).masked_fill_(p == 0, 0.0).sum(-1)  # 0 log 0 = 0: classes that are masked out
         total = total.to(moved.device) + moved.where(valid[rows].to(moved.device), 0.0).double().sum()
     return total, valid.sum().to(total.device)
 

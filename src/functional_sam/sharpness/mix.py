@@ -5,6 +5,8 @@ A Mix may also set the radius (tram) or let a step go without its own perturbed 
 
 import contextlib
 import math
+import warnings
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +17,7 @@ from functional_sam.errors import UserError
 from functional_sam.moments import owners
 from functional_sam.sharpness.divergence import divergence, noisy_inputs
 from functional_sam.sharpness.passes import Kept, Passes
-from functional_sam.sharpness.perturbation import Perturbation, Step
+from functional_sam.sharpness.perturbation import Perturbation, Step, complete
 from functional_sam.vectors import dot, norm
 from functional_sam.weights import buffers_kept, unwrapped
 
@@ -34,7 +36,7 @@ class Mix:
         """Called before pass 1; whether this step, `due` by its number and radius, has a perturbed pass."""
         return due
 
-    def measure(self, passes: Passes, step: Step, kept: Sequence[Kept]) -> None:
+    def measure(self, passes: Passes, perturbation: Perturbation, step: Step, kept: Sequence[Kept]) -> None:
         """Called after pass 1 of a step with a perturbed pass, which it may give other radii."""
 
     def towards(self, params: Sequence[Tensor], grads: list[Tensor]) -> list[Tensor]:
@@ -54,6 +56,9 @@ class Mix:
         """What the coming optimizer.step() will apply beside .grad, in its units."""
         return {}
 
+    def drop(self) -> None:
+        """Called when .grad is given up: what goes with it goes too."""
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 
@@ -61,7 +66,8 @@ class Mix:
         pass
 
     def _both(self, base: Gradients) -> tuple[list[Tensor], list[Tensor]]:
-        """(g, g') as lists over the parameters that have both."""
+        """(g, g') as lists over the parameters that have either; the other is zero, and is there afterwards."""
+        complete(self.model, base)
         pairs = [(g, p.grad) for p, g in base.items() if p.grad is not None]
         return [g for g, _ in pairs], [there for _, there in pairs]
 
@@ -96,21 +102,36 @@ class WeightedSharpness(Mix):
 
     decoupled (as published): .grad = g, and when optimizer.step() has made its step, theta -= lr w (g' - g), as decoupled weight
     decay does: the optimizer's moments see g alone. Whatever is done to .grad between the two, clipping above all, does not
-    reach that correction (the published code clips g and g' each); a step that is left out leaves the correction out too,
-    for the next backward replaces it. decoupled=False: g + w (g' - g) goes to .grad, where clipping sees all of it.
+    reach that correction (the published code clips g and g' each). It goes with the tensors that backward left in .grad, changed
+    in place or not: where there are none any more (zero_grad) it is left out, and where others are, with a warning.
+    decoupled=False: g + w (g' - g) goes to .grad, where clipping sees all of it.
     Source: Yue et al. 2023 (rho 0.05, gamma 0.9, decoupled), Algorithm 1.
     """
 
     def __init__(self, model: torch.nn.Module, optimizer: Any, options: dict[str, Any]) -> None:
         super().__init__(model, optimizer, options)
         self.weight = self.options["gamma"] / (1.0 - self.options["gamma"])
-        self.pending: Gradients = {}
+        self.pending: Gradients = {}  # g' - g
+        self._left: Gradients = {}  # g, the tensors that go with it; not known of what a state brought
+        self._listen()
+
+    def _listen(self) -> None:
         if self.options["decoupled"]:
-            optimizer.register_step_post_hook(self._correct)
+            here = weakref.ref(self)  # an object that nobody holds has nothing to apply
+            self.optimizer.register_step_pre_hook(lambda optimizer, *_: _tell(here(), optimizer, before=True))
+            self.optimizer.register_step_post_hook(lambda optimizer, *_: _tell(here(), optimizer, before=False))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, whose optimizer has come without hooks."""
+        self.__dict__.update(state)
+        self._listen()
 
     def prepare(self, passes: Passes, perturbation: Perturbation, step: Step, due: bool) -> bool:
-        self.pending = {}
+        self.drop()
         return due
+
+    def drop(self) -> None:
+        self.pending, self._left = {}, {}
 
     def combine(self, base: Gradients) -> None:
         g, there = self._both(base)
@@ -121,22 +142,33 @@ class WeightedSharpness(Mix):
                 p.grad = base[p]
             stepped = owners(self.optimizer)
             self.pending = {p: correction for p, correction in corrections.items() if p in stepped}
+            self._left = {p: base[p] for p in self.pending}
         else:
             torch._foreach_mul_(there, self.weight)
             torch._foreach_add_(there, g)
 
     def done(self, perturbation: Perturbation) -> None:
-        size = norm(list(self.pending.values()), fast=True)  # not in .grad, where the core looks
-        if not math.isfinite(size):
-            self.pending = {}
-        perturbation.require_finite(size, "gradient")
+        perturbation.require_finite(norm(list(self.pending.values()), fast=True), "gradient")  # not in .grad, where the core looks
 
     def beside(self) -> Gradients:
         return {p: correction * self.weight for p, correction in self.pending.items()}
 
+    def _check(self, optimizer: torch.optim.Optimizer) -> None:
+        """Before a step: drop the correction where .grad is no longer what backward left."""
+        others = [p for p in owners(optimizer) if p in self._left and p.grad is not self._left.pop(p)]
+        if any(p.grad is not None for p in others):
+            warnings.warn(
+                "wsam: .grad is not what its backward left, so this step is made without the correction that goes with it. If the "
+                "gradient was dropped on purpose, all is well; to change it, do so in place, or give decoupled=False",
+                stacklevel=2,
+            )
+        for p in others:
+            del self.pending[p]
+
     @torch.no_grad()
-    def _correct(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _correct(self, optimizer: torch.optim.Optimizer) -> None:
         for p, group in owners(optimizer).items():
+            self._left.pop(p, None)  # still there after a step that took its gradient itself, by a closure
             if p in self.pending:
                 p.add_(self.pending.pop(p), alpha=-float(group["lr"]) * self.weight)
 
@@ -145,7 +177,13 @@ class WeightedSharpness(Mix):
         return {"pending": named(self.model, self.pending)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.drop()
         self.pending = unnamed(self.model, state["pending"])
+
+
+def _tell(mix: WeightedSharpness | None, optimizer: torch.optim.Optimizer, before: bool) -> None:
+    if mix is not None:
+        (mix._check if before else mix._correct)(optimizer)
 
 
 class SurrogateGap(Mix):
@@ -247,7 +285,7 @@ class TrustRegion(Mix):
         for p, value in self.old.items():
             p.copy_(value)
 
-    def measure(self, passes: Passes, step: Step, kept: Sequence[Kept]) -> None:
+    def measure(self, passes: Passes, perturbation: Perturbation, step: Step, kept: Sequence[Kept]) -> None:
         total, count = zip(
             *(
                 divergence(there, here, self.old, targets)
@@ -258,6 +296,9 @@ class TrustRegion(Mix):
         moved, valid = passes.sum_over_ranks(torch.stack(total).sum(), torch.stack(count).sum())
         # Rounding may leave a divergence of about -1e-8 between logits that are the same.
         factor = max(moved / max(valid, 1.0), 0.0)
+        if not math.isfinite(factor):
+            perturbation.require_finite(float(passes.finish(kept)[0]), "loss")  # from which it may follow
+            perturbation.require_finite(factor, "divergence, which sets the radius,")
         step.radii = {p: radius * factor for p, radius in step.radii.items()}
         self._there = []
         for memory in kept:

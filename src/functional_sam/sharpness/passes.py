@@ -42,6 +42,10 @@ class Kept:
     returned: Tensor | None = None  # by a model whose readout returned `loss`
 
 
+def _forward(model: torch.nn.Module, inputs: Any, **readout: Any) -> Any:
+    return model(inputs, **readout)
+
+
 class Passes:
     """Runs passes for one model, loss and forward function; SharpnessAware explains the arguments."""
 
@@ -54,7 +58,7 @@ class Passes:
         keep_dtype: torch.dtype | None,
     ):
         self.model, self.loss_fn, self.keep_dtype = model, loss_fn, keep_dtype
-        self.forward: Callable[..., Any] = forward or (lambda model, inputs, **readout: model(inputs, **readout))
+        self.forward: Callable[..., Any] = forward or _forward
         takes_readout = forward is None or "readout" in inspect.signature(forward).parameters
         possible = bool(getattr(unwrapped(model), "has_readout", False)) and takes_readout and loss_fn is cross_entropy
         if keep in ("hidden", "u") and not possible:
@@ -90,6 +94,8 @@ class Passes:
                         f"targets are a {type(targets).__name__}: the default loss takes a tensor of class indices; for one "
                         "without targets give loss_fn=, which gets them as they are"
                     )
+                if not targets.is_floating_point() and targets.dtype not in (torch.int64, torch.uint8):
+                    raise UserError(f"targets are {targets.dtype}: class indices are int64, targets.long()")
         # Soft labels need whole logits.
         self.fused = self.may_fuse and not any(targets.is_floating_point() for _, targets in batches)
         self.num_targets = sum(targets.numel() for _, targets in batches) if self.fused else 0  # of this process
@@ -252,7 +258,12 @@ class Passes:
             first_step.require_logits(logits, targets, self.loss_fn)
         with torch.enable_grad():
             leaf = logits.detach().requires_grad_()
-            result = self.loss_fn(leaf, targets)
+            try:
+                result = self.loss_fn(leaf, targets)
+            except RuntimeError as error:
+                if "a leaf Variable that requires grad is being used in an in-place operation" in str(error):
+                    raise UserError("loss_fn changes its logits in place: let it work on a copy, logits.clone()") from error
+                raise
             if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Tensor) and result[0].ndim == 0):
                 raise UserError(
                     f"loss_fn returned a {type(result).__name__}: expected (sum over valid targets, number of valid targets); "

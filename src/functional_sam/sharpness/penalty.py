@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from functional_sam.errors import UserError
 from functional_sam.head import differentiable_cotangent
 from functional_sam.losses import cross_entropy
 from functional_sam.sharpness.methods import coefficients
 from functional_sam.sharpness.passes import Kept, LossFn, Passes
-from functional_sam.sharpness.perturbation import AT_PERTURBED, Perturbation, Step
+from functional_sam.sharpness.perturbation import AT_PERTURBED, Perturbation, Step, complete
 from functional_sam.vectors import norm
-from functional_sam.weights import buffers_kept
+from functional_sam.weights import buffers_kept, unwrapped
 
 
 def penalty(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kept] | None) -> list[Kept]:
@@ -65,8 +66,9 @@ def difference(passes: Passes, perturbation: Perturbation, step: Step, kept: lis
             passes.gradient(step.batches, repeated=kept, sync=step.sync)
         else:
             passes.pull(step.batches, kept, theta, weight_kept=functional - logit, weight_here=logit, sync=step.sync)
+    complete(passes.model, g)
     there = [p.grad for p in g if p.grad is not None]
-    here = [g[p] for p in g if p.grad is not None]
+    here = list(g.values())
     # The difference first: factor is large, and its terms nearly cancel.
     if functional == logit:
         torch._foreach_mul_(there, logit)
@@ -94,6 +96,7 @@ def exact(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kep
         eps = torch._foreach_mul(step.directions, [step.radii[p] / step.size for p in step.params])
     along = dict(zip(step.params, eps, strict=True))
     step.directions = []
+    reached: set[Tensor] = set()
     assert passes.divisor is not None
     with _second_order(), buffers_kept(passes.model):
         for i, (inputs, targets) in enumerate(step.batches):
@@ -101,12 +104,12 @@ def exact(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kep
             z = passes.forward(passes.model, inputs)
             if functional == logit:
                 u = _cotangent(passes.loss_fn, z, targets, passes.divisor)
-                (part,) = _along(_pull(z, params, u), params, along, [params])
+                (part,) = _along(_pull(z, params, u, reached), params, along, [params])
                 torch._foreach_add_(total, part, alpha=functional)
                 continue
             u = _cotangent(passes.loss_fn, z.detach(), targets, passes.divisor).detach().requires_grad_()
             wanted = [params if functional else [], [u] if logit else []]
-            part, (*Jeps,) = _along(_pull(z, params, u), params, along, wanted, keep=bool(logit))
+            part, (*Jeps,) = _along(_pull(z, params, u, reached), params, along, wanted, keep=bool(logit))
             if functional:
                 torch._foreach_add_(total, part, alpha=functional)
             if logit:
@@ -114,6 +117,7 @@ def exact(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kep
                 (BJeps,) = torch.autograd.grad(_cotangent(passes.loss_fn, leaf, targets, passes.divisor), leaf, Jeps[0])
                 part = list(torch.autograd.grad(z, params, BJeps, allow_unused=True, materialize_grads=True))
                 torch._foreach_add_(total, part, alpha=logit)
+    _require_reached(passes.model, step.base, reached)
     with torch.no_grad():
         to_dose(total, step.base.values(), perturbation.options["dose"])
         torch._foreach_add_(total, list(step.base.values()))
@@ -121,9 +125,21 @@ def exact(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kep
         p.grad = value
 
 
-def _pull(z: Tensor, params: Sequence[Tensor], u: Tensor) -> list[Tensor]:
-    """J^T u as a graph over theta and u; zeros for parameters that z does not see."""
-    return list(torch.autograd.grad(z, params, u, create_graph=True, allow_unused=True, materialize_grads=True))
+def _pull(z: Tensor, params: Sequence[Tensor], u: Tensor, reached: set[Tensor]) -> list[Tensor]:
+    """J^T u as a graph over theta and u; zeros for parameters that z does not see. Adds those that it does to `reached`."""
+    grads = torch.autograd.grad(z, params, u, create_graph=True, allow_unused=True)
+    reached.update(p for p, g in zip(params, grads, strict=True) if g is not None)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]
+
+
+def _require_reached(model: torch.nn.Module, g: dict[Tensor, Tensor], reached: set[Tensor]) -> None:
+    """Raise UserError where .backward() has found a gradient and autograd.grad nothing: its correction would be zero."""
+    for name, p in unwrapped(model).named_parameters():
+        if p in g and p not in reached and g[p].any():
+            raise UserError(
+                f"{name} has a gradient and no second derivative: it is in a block of activation checkpointing with "
+                "use_reentrant=True, which autograd.grad does not enter. Use use_reentrant=False, or derivative='difference'"
+            )
 
 
 def _along(

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from functional_sam.ascents import ASCENTS
-from functional_sam.moments import owners
+from functional_sam.moments import has_rho_of_its_own, owners, parts_of
 from functional_sam.sharpness.checks import chosen, radius
 from functional_sam.sharpness.methods import Method
 from functional_sam.sharpness.passes import Batch, Kept
@@ -41,6 +41,15 @@ class Step:
     radii: dict[Tensor, float] = field(default_factory=dict)
 
 
+def complete(model: torch.nn.Module, base: dict[Tensor, Tensor]) -> None:
+    """Zeros where one of g (`base`) and g' (.grad) is missing: of a parameter that is used at one of the two weights only."""
+    for p in model.parameters():
+        if p.grad is None and p in base:
+            p.grad = torch.zeros_like(base[p])
+        elif p.grad is not None and p not in base:
+            base[p] = torch.zeros_like(p.grad)
+
+
 class Perturbation:
     """Radii, directions and the weights' way there and back, for one model, optimizer and method.
 
@@ -56,17 +65,20 @@ class Perturbation:
         self._theta: dict[Tensor, Tensor] = {}  # memory of the copies, kept from step to step
 
     def radii(self) -> dict[Tensor, float]:
-        """Radius of this step for each parameter that may be perturbed: rho (or its group's "rho") under the schedule.
+        """Radius of this step for each parameter that may be perturbed: rho, or its group's "rho", under the schedule.
+
+        The "rho" of an optimizer that has a hyperparameter of that name (Adadelta) is that one, and no radius.
 
         constant rho; warmup rho * min(1, step / warmup_steps); lr rho_min + (rho - rho_min) (lr - lr_min) / (lr_max - lr_min),
         the fraction held in [0, 1]. A rho that is a function is called with the number of steps before this one.
         """
         options, result = self.options, {}
         general = radius(self.rho(self.steps - 1), f"of step {self.steps - 1}") if callable(self.rho) else self.rho
+        own = {p for part in parts_of(self.optimizer) if has_rho_of_its_own(part) for p in owners(part)}
         for p, group in owners(self.optimizer).items():
             if self.chosen is not None and p not in self.chosen:
                 continue
-            rho = float(group.get("rho", general))
+            rho = float(general if p in own else group.get("rho", general))
             if options["rho_schedule"] == "warmup":
                 rho *= min(1.0, self.steps / options["warmup_steps"])
             elif options["rho_schedule"] == "lr":

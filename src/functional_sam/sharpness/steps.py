@@ -17,10 +17,18 @@ class StepsSeen:
         self.steps = 0
         self._optimizer, self._due = optimizer, False
         self._watched = all(hasattr(part, "_optimizer_step_post_hooks") for part in parts_of(optimizer))
+        self._listen()
+
+    def _listen(self) -> None:
         if self._watched:
             here = weakref.ref(self)
-            optimizer.register_step_pre_hook(lambda *_: _tell(here(), before=True))
-            optimizer.register_step_post_hook(lambda *_: _tell(here(), before=False))
+            self._optimizer.register_step_pre_hook(lambda *_: _tell(here(), before=True))
+            self._optimizer.register_step_post_hook(lambda *_: _tell(here(), before=False))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, whose optimizer has come without hooks."""
+        self.__dict__.update(state)
+        self._listen()
 
     def left_gradients(self) -> None:
         """Called when .grad holds a step's gradient."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from functional_sam.errors import UserError
 from functional_sam.sharpness.dose import dose_of, plain_gradient
 from functional_sam.sharpness.passes import Batch
-from functional_sam.weights import reshard
+from functional_sam.weights import buffers_saved, reshard
 
 TOLERANCE = 1e-3  # of the gradient's norm: far above rounding (also of bf16, which repeats itself), far below another dropout mask
 TINY = 1e-300  # a radius that moves no weight
@@ -22,16 +22,19 @@ def trial(sharpness: Any, batches: Sequence[Batch]) -> None:
     """
     passes, perturbation, seen, model = sharpness._passes, sharpness._perturbation, sharpness._seen, sharpness.model
     seen.require_a_step(model)
+    if sharpness._mix is not None:
+        sharpness._mix.drop()
     reshard(model)  # after a forward of the caller's own the parameters of FSDP2 are not the ones that it trains
     theta = [(name, p, _local(p).clone()) for name, p in model.named_parameters()]
-    buffers = [(name, b, _local(b).clone()) for name, b in model.named_buffers()]
+    restore_buffers = buffers_saved(model, always=True)
     state, rng, stepped = _copied(sharpness.state_dict()), passes.random_state(), seen.steps
-    keep_u, dose = passes.keep_u, sharpness.dose
+    keep_u, dose, due = passes.keep_u, sharpness.dose, seen._due
 
     def undo() -> None:
-        for _, tensor, value in theta + buffers:
-            if not torch.equal(_local(tensor), value):
-                _local(tensor).copy_(value)
+        for _, p, value in theta:
+            if not torch.equal(_local(p), value):
+                _local(p).copy_(value)
+        restore_buffers()
         passes.set_random_state(rng)
         for p in model.parameters():
             p.grad = None
@@ -54,6 +57,7 @@ def trial(sharpness: Any, batches: Sequence[Batch]) -> None:
                 "of the global generators (torch, numpy.random, random). A generator of its own, or a state that it changes, "
                 "makes pass 2 another function than pass 1"
             )
+        undo()
         perturbation.steps, perturbation.fixed = 0, TINY
         sharpness.backward(batches)
         require_untouched()
@@ -69,7 +73,7 @@ def trial(sharpness: Any, batches: Sequence[Batch]) -> None:
         sharpness.backward(batches)
         require_untouched()
     finally:
-        perturbation.fixed, passes.keep_u, sharpness.dose = None, keep_u, dose
+        perturbation.fixed, passes.keep_u, sharpness.dose, seen._due = None, keep_u, dose, due
         undo()
         sharpness.load_state_dict(state)
 
