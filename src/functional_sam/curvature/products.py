@@ -17,7 +17,7 @@ from functional_sam.curvature.difference import Differences, required
 from functional_sam.curvature.functions import FastSecondDerivatives
 from functional_sam.curvature.geometry import AdamGeometry, adam_scales
 from functional_sam.curvature.groups import Selection, select
-from functional_sam.curvature.linearization import Forward, Linearization
+from functional_sam.curvature.linearization import ChangedInPlace, Forward, Linearization
 from functional_sam.curvature.operators import Names, Operator, Vector
 from functional_sam.curvature.outer import LossFn, OnHead
 from functional_sam.errors import UserError
@@ -230,20 +230,15 @@ class CurvatureProducts:
     def _linearized(self, i: int, inputs: Any, targets: Any) -> Linearization:
         """The graph of one batch, kept as retain says."""
         room = self.memory_budget - sum(batch.num_bytes for batch in self._kept.values())
-        auto = self.retain == "auto"
-        measure = auto and not self._full
-        with drawing_nothing(self._device), FastSecondDerivatives():
-            batch = Linearization(
-                self.model,
-                self.forward,
-                self.readout,
-                self.loss_fn,
-                self.parameters,
-                inputs,
-                targets,
-                float("inf") if self.retain is True else room,
-                measure,
-            )
+        measure = self.retain == "auto" and not self._full
+        options = self.model, self.forward, self.readout, self.loss_fn, self.parameters, inputs, targets
+        keep_bytes = float("inf") if self.retain is True else room
+        with drawing_nothing(self._device):
+            try:
+                with FastSecondDerivatives():
+                    batch = Linearization(*options, keep_bytes)
+            except ChangedInPlace:  # which PyTorch's own functions, that save less, may allow
+                batch = Linearization(*options, keep_bytes)
         if measure and batch.num_bytes > room:
             batch.drop_cotangent()
             self._full = batch.num_bytes > room
