@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from functional_sam.curvature.functions import tangents_only
-from functional_sam.curvature.outer import CrossEntropyOnLogits, LossFn, OnHead, OnLogits, Outer, Tangents, pull_back
+from functional_sam.curvature.outer import CrossEntropyOnLogits, LossFn, OnHead, OnLogits, Outer, Tangents, by_classes, pull_back
 from functional_sam.errors import UserError
-from functional_sam.losses import cross_entropy
+from functional_sam.losses import require_logits
 
 Forward = Callable[..., Any]  # (model, inputs), and readout= of a model that has one
 
@@ -51,15 +51,17 @@ class Linearization:
         held = _Held(model)
         with torch.autograd.graph.saved_tensors_hooks(held.pack, held.unpack):
             outer: Outer
-            if readout:
+            if readout and by_classes(loss_fn, targets):
                 h, weight = forward(model, inputs, readout=lambda h, weight: (h, weight))
                 by_weight = weight.requires_grad and (not weight.is_leaf or any(weight is p for p in parameters))
                 outputs = [h] * h.requires_grad + [weight] * by_weight
                 outer = OnHead(h, weight, targets, h.requires_grad, by_weight, keep_bytes)
             else:
                 z = forward(model, inputs)
+                require_logits(z, targets, loss_fn)
                 outputs = [z] * z.requires_grad
-                outer = CrossEntropyOnLogits(z, targets) if loss_fn is cross_entropy else OnLogits(z, targets, loss_fn)
+                closed = by_classes(loss_fn, targets)
+                outer = CrossEntropyOnLogits(z, targets) if closed else OnLogits(z, targets, loss_fn)
             self.loss, self.count = outer.loss, outer.count
             self.state = _State(outer)
             # No graph of y -> c but this one, or its backward would also run through the loss.

@@ -19,7 +19,7 @@ from functional_sam.curvature.geometry import AdamGeometry, adam_scales
 from functional_sam.curvature.groups import Selection, select
 from functional_sam.curvature.linearization import ChangedInPlace, Forward, Linearization
 from functional_sam.curvature.operators import Names, Operator, Vector
-from functional_sam.curvature.outer import LossFn, OnHead
+from functional_sam.curvature.outer import LossFn, OnHead, by_classes, summed
 from functional_sam.errors import UserError
 from functional_sam.losses import cross_entropy
 from functional_sam.weights import is_sharded
@@ -50,18 +50,20 @@ class CurvatureProducts:
     in units of one gradient, H_G v costs about 1.2, H_F v 1.5, H v 1.9, split 2.3, and 1.3 more without a graph kept (as measured:
     README.md). Graphs of weights that have changed since are made anew. `release()` frees them; they go with this object anyway.
 
-    A model with has_readout (functional_sam.models) under the default loss_fn, and a forward that takes readout=, if one is given,
-    never makes logits beyond a chunk of rows, but for their softmax where that fits the budget. Any other
-    holds them three times, as its plain gradient does.
+    A model with has_readout (functional_sam.models) under the default loss_fn, class indices as targets and a forward that takes
+    readout=, if one is given, never makes logits beyond a chunk of rows, but for their softmax where that fits the budget. Any
+    other holds them three times, as its plain gradient does.
 
     method="difference" takes central differences of gradients instead; that is the way for a model sharded by FSDP2. Its costs,
     its parallel meaning and its error estimate (`error`) are those of functional_sam.curvature.difference.Differences.
 
     The code runs eagerly, without autocast and with an attention of its own, for the fused one has no second derivative. A model
     inside DDP is given without its wrapper.
-    Raises UserError for no batch or no valid target; for parameters that are frozen, in half precision or not found; for a v of
-    other shapes; for sharded parameters with method="exact"; and, at each product, for a model or batches that are not the same at
-    every pass: active dropout, batch normalization in training mode, random numbers drawn in forward, a shuffled loader.
+    Targets of the default loss are one class index a row of logits [..., V], or probabilities [..., V].
+    Raises UserError for no batch or no valid target; for logits that are not the targets' and a loss_fn that returns a mean alone;
+    for parameters that are frozen, in half precision or not found; for a v of other shapes; for sharded parameters
+    with method="exact"; and, at each product, for a model or batches that are not the same at every pass: active
+    dropout, batch normalization in training mode, random numbers drawn in forward, a shuffled loader.
     """
 
     def __init__(
@@ -117,12 +119,12 @@ class CurvatureProducts:
         with second_order(self.model, self._device.type), torch.no_grad():
             for inputs, targets in self.batches:
                 with drawing_nothing(self._device):
-                    if self.readout:
+                    if self.readout and by_classes(self.loss_fn, targets):
                         h, weight = self.forward(self.model, inputs, readout=lambda h, weight: (h, weight))
                         head = OnHead(h, weight, targets, by_h=False, by_weight=False, keep_bytes=0)
                         part, valid = head.loss, head.count
                     else:
-                        part, valid = self.loss_fn(self.forward(self.model, inputs), targets)
+                        part, valid = summed(self.loss_fn, self.forward(self.model, inputs), targets)
                 total, count = total + float(part), count + float(valid)
         return self.parameters[0].new_tensor(total / required(count))
 
