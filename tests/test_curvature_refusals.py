@@ -5,6 +5,7 @@ import torch
 from test_curvature import case, central_difference, decoder, directions, error, flat, seeded, sentences
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from functional_sam.curvature import CurvatureProducts
 from functional_sam.curvature.context import second_order
@@ -132,3 +133,27 @@ def test_soft_labels(model):
     v = directions(products)
     assert float(products.loss()) == pytest.approx(float(loss().detach()), rel=1e-13)
     assert error(products.hessian(v), central_difference(gradient, products.parameters, v, h=1e-4)) < 1e-8
+
+
+def test_reentrant_checkpointing_is_refused():
+    """With nothing trained before the block autograd.grad is silent, and gives zeros for all of it."""
+
+    class Blocks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.frozen, self.block = nn.Linear(4, 4).requires_grad_(False), nn.Sequential(nn.Linear(4, 8), nn.Tanh())
+            self.head, self.reentrant = nn.Linear(8, 3), True
+
+        def forward(self, x):
+            return self.head(checkpoint(self.block, self.frozen(x).requires_grad_(), use_reentrant=self.reentrant))
+
+    model = Blocks().double()
+    batch = torch.randn(5, 4, dtype=torch.float64, generator=seeded()), torch.arange(5) % 3
+    products, differences = (CurvatureProducts(model, [batch], method=method) for method in ("exact", "difference"))
+    with pytest.raises(UserError, match="use_reentrant=False"):
+        products.gradient()
+    v = directions(products)
+    reference = differences.functional(v)
+    model.reentrant = False
+    assert error(products.functional(v), reference) < 1e-8
+    assert flat(reference[:2]).norm() > 0

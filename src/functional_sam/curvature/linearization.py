@@ -62,6 +62,7 @@ class Linearization:
                 outputs = [z] * z.requires_grad
                 closed = by_classes(loss_fn, targets)
                 outer = CrossEntropyOnLogits(z, targets) if closed else OnLogits(z, targets, loss_fn)
+            _require_no_reentrant_checkpoint(outputs)
             self.loss, self.count = outer.loss, outer.count
             self.state = _State(outer)
             # No graph of y -> c but this one, or its backward would also run through the loss.
@@ -111,6 +112,22 @@ class Linearization:
         dc = self.state.outer.second(dy, logit=True, functional=False)
         self.state.dy = []
         return pull_back(self.outputs, self.parameters, dc, retain_graph=keep)
+
+
+def _require_no_reentrant_checkpoint(outputs: Sequence[Tensor]) -> None:
+    """Raise UserError for a graph of which autograd.grad does not enter a part: it gives zeros where it does not raise."""
+    pending, seen = [output.grad_fn for output in outputs], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        if type(node).__name__ == "CheckpointFunctionBackward":
+            raise UserError(
+                "curvature of a model with blocks under checkpoint(..., use_reentrant=True), which have no second derivative: "
+                "use_reentrant=False, no checkpointing, or method='difference'"
+            )
+        seen.add(node)
+        pending += [following for following, _ in node.next_functions]
 
 
 class _State:

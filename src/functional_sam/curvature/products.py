@@ -61,8 +61,8 @@ class CurvatureProducts:
     inside DDP is given without its wrapper.
     Targets of the default loss are one class index a row of logits [..., V], or probabilities [..., V].
     Raises UserError for no batch or no valid target; for logits that are not the targets' and a loss_fn that returns a mean alone;
-    for parameters that are frozen, in half precision or not found; for a v of other shapes; for sharded parameters
-    with method="exact"; and, at each product, for a model or batches that are not the same at every pass: active
+    for parameters that are frozen, in half precision or not found; for a v of other shapes; for sharded parameters or reentrant
+    checkpointing with method="exact"; and, at each product, for a model or batches that are not the same at every pass: active
     dropout, batch normalization in training mode, random numbers drawn in forward, a shuffled loader.
     """
 
