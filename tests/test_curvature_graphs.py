@@ -360,3 +360,14 @@ def test_a_batch_changed_under_its_graph_is_refused():
         products.hessian(v)
     products.release()
     assert error(products.hessian(v), CurvatureProducts(model, [(x, y)]).hessian(v)) < 1e-13
+
+
+def test_a_buffer_of_integers_changes_the_graph():
+    model = moved(InPlace(lambda a, b: (a * model.power).tanh() * b).double())
+    model.register_buffer("power", torch.tensor(1))
+    batches = [(torch.randn(6, 4, dtype=torch.float64, generator=seeded()), torch.arange(6) % 3)]
+    products = CurvatureProducts(model, batches)
+    v = directions(products)
+    products.hessian(v)
+    model.power.fill_(3)
+    assert error(products.hessian(v), CurvatureProducts(model, batches).hessian(v)) < 1e-13

@@ -249,12 +249,13 @@ class CurvatureProducts:
         return batch
 
     def _drop_stale(self) -> None:
-        """Forget the graphs of weights that have changed, in whatever way, since they were made."""
+        """Forget the graphs of weights and buffers that have changed, in whatever way, since they were made."""
         floating = (buffer for buffer in self.model.buffers() if buffer.is_floating_point())
         tensors = list(dict.fromkeys([*self.parameters, *self.model.parameters(), *floating]))
         with torch.no_grad():
             norms = torch.stack([n.double() for n in torch._foreach_norm(tensors)]).tolist()
-        stamp = [norms, [(t.data_ptr(), t._version) for t in tensors], self.model.training]
+        everything = [*tensors, *self.model.buffers()]  # of integers and booleans this alone tells
+        stamp = [norms, [(t.data_ptr(), t._version) for t in everything], self.model.training]
         if stamp != self._stamp:
             self.release()
             self._stamp = stamp
