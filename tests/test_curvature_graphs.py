@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from functional_sam import head
 from functional_sam.curvature import CurvatureProducts, functions, outer
+from functional_sam.errors import UserError
 from functional_sam.losses import IGNORE
 
 NAMES = ("hessian", "gauss_newton", "functional")
@@ -291,3 +292,82 @@ def test_quick_functions_reach_modules():
         functions._FASTER = original
     for name, reference in zip(NAMES, seen, strict=True):
         assert error(getattr(quick, name)(v), reference) < 1e-12
+
+
+class InPlace(nn.Module):
+    """A model that changes in place what a quick function returned, or calls it by keywords."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 3)
+        self.function = function
+
+    def forward(self, x):
+        return self.head(self.function(self.a(x), self.b(x)))
+
+
+def silu_ignored(a, b):
+    F.silu(a, inplace=True)
+    return a * b
+
+
+@pytest.mark.parametrize("retain", ["auto", True, False])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda a, b: F.gelu(a).add_(b),
+        lambda a, b: F.silu(a).mul_(b),
+        lambda a, b: F.layer_norm(a, (8,)).add_(b),
+        lambda a, b: F.layer_norm(a, (8,), torch.full_like(a[0], 1.3)).add_(b),
+        lambda a, b: F.gelu(input=a) * b,
+        lambda a, b: torch.layer_norm(a, normalized_shape=(8,), cudnn_enable=False) * b,
+        lambda a, b: F.scaled_dot_product_attention(query=a, key=b, value=a, is_causal=True),
+        silu_ignored,
+    ],
+)
+def test_quick_functions_are_called_and_changed_as_pytorch_s(function, retain):
+    model = moved(InPlace(function).double())
+    x, y = torch.randn(6, 4, dtype=torch.float64, generator=seeded()), torch.arange(6) % 3
+    products = CurvatureProducts(model, [(x, y)], retain=retain)
+    gradient = lambda: torch.autograd.grad(F.cross_entropy(model(x), y), products.parameters)  # noqa: E731
+    v = directions(products)
+    assert error(products.gradient(), gradient()) < 1e-13
+    assert error(products.hessian(v), central_difference(gradient, products.parameters, v, h=1e-4)) < 1e-8
+
+
+@pytest.mark.parametrize("retain", ["auto", True, False])
+def test_what_pytorch_refuses_in_place_is_refused(retain):
+    def twice(a, b):
+        y = a.exp()
+        y += b
+        return y
+
+    x, y = torch.randn(6, 4, dtype=torch.float64, generator=seeded()), torch.arange(6) % 3
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        F.cross_entropy(InPlace(twice).double()(x), y).backward()
+    with pytest.raises(UserError, match=r"shape \[6, 8\].*in place"):
+        CurvatureProducts(InPlace(twice).double(), [(x, y)], retain=retain).gradient()
+
+
+def test_a_batch_changed_under_its_graph_is_refused():
+    x, y = torch.randn(6, 4, dtype=torch.float64, generator=seeded()), torch.arange(6) % 3
+    model = moved(InPlace(lambda a, b: a.tanh() * b).double())
+    products = CurvatureProducts(model, [(x, y)])
+    v = directions(products)
+    products.hessian(v)
+    x.add_(0.1)
+    with pytest.raises(UserError, match=r"shape \[6, 4\].*release\(\)"):
+        products.hessian(v)
+    products.release()
+    assert error(products.hessian(v), CurvatureProducts(model, [(x, y)]).hessian(v)) < 1e-13
+
+
+def test_a_buffer_of_integers_changes_the_graph():
+    model = moved(InPlace(lambda a, b: (a * model.power).tanh() * b).double())
+    model.register_buffer("power", torch.tensor(1))
+    batches = [(torch.randn(6, 4, dtype=torch.float64, generator=seeded()), torch.arange(6) % 3)]
+    products = CurvatureProducts(model, batches)
+    v = directions(products)
+    products.hessian(v)
+    model.power.fill_(3)
+    assert error(products.hessian(v), CurvatureProducts(model, batches).hessian(v)) < 1e-13

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from test_curvature import case, decoder, directions, error, flat, seeded
+from test_curvature import case, central_difference, decoder, directions, error, flat, seeded, sentences
 from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from functional_sam.curvature import CurvatureProducts
 from functional_sam.curvature.context import second_order
@@ -97,3 +99,61 @@ def test_user_errors():
     }.items():
         with pytest.raises(UserError, match=words):
             build()
+
+
+@pytest.mark.parametrize("method", ["exact", "difference"])
+def test_logits_that_are_not_the_targets_are_refused(method):
+    """Classes in the second dimension, too many targets, no tensor, a mean: by each of the three that look at logits."""
+    columns, linear = nn.Conv1d(5, 3, 1).double(), nn.Linear(5, 3).double()
+    x, y = torch.randn(4, 5, dtype=torch.float64, generator=seeded()), torch.arange(4) % 3
+    sequences = torch.randn(4, 5, 6, dtype=torch.float64, generator=seeded()), torch.arange(24).view(4, 6) % 3
+    words, following = sentences(2)
+    for expected, model, batch, options in (
+        ("LAST dimension", columns, sequences, {}),
+        ("one class index a row", linear, (x, y.repeat(2)), {}),
+        ("one class index a row", decoder(), (words, following[:, :-1]), {}),
+        ("targets is a NoneType", linear, (x, None), {}),
+        ("returned a dict", linear, (x, y), {"forward": lambda model, x: {"logits": model(x)}}),
+        ("returned a Tensor: expected .SUM", linear, (x, y), {"loss_fn": F.cross_entropy}),
+    ):
+        products = CurvatureProducts(model, [batch], method=method, **options)
+        for call in (products.loss, products.loss_and_gradient, lambda p=products: p.hessian(directions(p))):
+            with pytest.raises(UserError, match=expected):
+                call()
+
+
+@pytest.mark.parametrize("model", [nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double(), decoder()])
+def test_soft_labels(model):
+    """With a readout and without, against central differences of the plain gradient."""
+    x = sentences(2)[0] if hasattr(model, "has_readout") else torch.randn(4, 5, dtype=torch.float64, generator=seeded())
+    soft = torch.randn(model(x).shape, dtype=torch.float64, generator=seeded(1)).softmax(-1)
+    products = CurvatureProducts(model, [(x, soft)])
+    loss = lambda: -(model(x).log_softmax(-1) * soft).sum(-1).mean()  # noqa: E731
+    gradient = lambda: torch.autograd.grad(loss(), products.parameters)  # noqa: E731
+    v = directions(products)
+    assert float(products.loss()) == pytest.approx(float(loss().detach()), rel=1e-13)
+    assert error(products.hessian(v), central_difference(gradient, products.parameters, v, h=1e-4)) < 1e-8
+
+
+def test_reentrant_checkpointing_is_refused():
+    """With nothing trained before the block autograd.grad is silent, and gives zeros for all of it."""
+
+    class Blocks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.frozen, self.block = nn.Linear(4, 4).requires_grad_(False), nn.Sequential(nn.Linear(4, 8), nn.Tanh())
+            self.head, self.reentrant = nn.Linear(8, 3), True
+
+        def forward(self, x):
+            return self.head(checkpoint(self.block, self.frozen(x).requires_grad_(), use_reentrant=self.reentrant))
+
+    model = Blocks().double()
+    batch = torch.randn(5, 4, dtype=torch.float64, generator=seeded()), torch.arange(5) % 3
+    products, differences = (CurvatureProducts(model, [batch], method=method) for method in ("exact", "difference"))
+    with pytest.raises(UserError, match="use_reentrant=False"):
+        products.gradient()
+    v = directions(products)
+    reference = differences.functional(v)
+    model.reentrant = False
+    assert error(products.functional(v), reference) < 1e-8
+    assert flat(reference[:2]).norm() > 0

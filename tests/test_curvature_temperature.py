@@ -7,6 +7,7 @@ from scipy.optimize import minimize_scalar
 from torch.nn import functional as F
 
 from functional_sam.curvature import CurvatureProducts, fit_scale, scaled
+from functional_sam.errors import UserError
 
 
 def called(model, inputs, readout=None):
@@ -66,3 +67,30 @@ def test_products_with_scaled_logits(kind):
     for name in ("hessian", "gauss_newton", "functional"):
         for a, b in zip(getattr(ours, name)(v), getattr(theirs, name)(v), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_a_masked_vocabulary_is_a_smaller_one():
+    """Logits of -inf add nothing, against the same logits without their columns."""
+    model, (inputs, targets) = make_model(vocab=11), make_batch()
+    targets = targets % 8
+    mask = torch.zeros(11, dtype=torch.float64).index_fill(0, torch.arange(8, 11), -torch.inf)
+    masked = fit_scale(model, [(inputs, targets)], lambda module, x: 0.3 * module(x) + mask)
+    smaller = fit_scale(model, [(inputs, targets)], lambda module, x: 0.3 * module(x)[..., :8])
+    assert masked.scale == pytest.approx(smaller.scale, rel=1e-9)
+    assert masked.fitted_loss == pytest.approx(smaller.fitted_loss, rel=1e-12)
+    with pytest.raises(FloatingPointError, match="no temperature"):
+        fit_scale(model, [(inputs, targets + 3)], lambda module, x: module(x) + mask)
+
+
+def test_training_mode_and_other_logits_are_refused():
+    x, y = torch.randn(6, 4), torch.arange(6) % 3
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+    with pytest.raises(UserError, match=r"BatchNorm1d.*model\.eval\(\)"):
+        fit_scale(model, [(x, y)])
+    assert model[1].num_batches_tracked == 0
+    with pytest.raises(UserError, match="random numbers"):
+        fit_scale(model.eval(), [(x, y)], lambda module, x: F.dropout(module(x), 0.1))
+    with pytest.raises(UserError, match="one class index a row"):
+        fit_scale(model, [(x, y[:3])])
+    with pytest.raises(UserError, match="no valid target"):
+        fit_scale(model, [(x, torch.full_like(y, -100))])

@@ -14,18 +14,23 @@ from functional_sam.errors import UserError
 from functional_sam.weights import moved
 
 
-@contextlib.contextmanager
-def second_order(model: nn.Module, device: str) -> Iterator[None]:
-    """Eager, gradients on, autocast off, plain attention.
-
-    Raises UserError for active dropout and for batch normalization in training mode, which make each product one of another loss.
-    """
+def require_evaluation(model: nn.Module) -> None:
+    """Raise UserError for active dropout and batch normalization in training mode, which make each pass one of another loss."""
     for name, module in model.named_modules():
         random = any("drop" in key and isinstance(value, float) and value > 0 for key, value in vars(module).items())
         random = random or (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0)
         if module.training and (random or isinstance(module, _BatchNorm)):
             kind = type(module).__name__
             raise UserError(f"curvature of a model in training mode with an active {kind} ({name!r}): call model.eval() first")
+
+
+@contextlib.contextmanager
+def second_order(model: nn.Module, device: str) -> Iterator[None]:
+    """Eager, gradients on, autocast off, plain attention.
+
+    Raises UserError as require_evaluation does.
+    """
+    require_evaluation(model)
     # Only compiled code needs telling, and torch._dynamo, slow to import, is there if any was.
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
     with eager, torch.enable_grad(), torch.autocast(device, enabled=False), sdpa_kernel(SDPBackend.MATH):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from functional_sam.curvature.batches import Batch
 from functional_sam.curvature.context import drawing_nothing, moved_along, second_order
-from functional_sam.curvature.outer import LossFn
+from functional_sam.curvature.outer import LossFn, summed
 from functional_sam.errors import UserError
 from functional_sam.vectors import length, norm
 
@@ -55,8 +55,8 @@ class Differences:
         loss, count = 0.0, 0.0
         with second_order(self.model, self._device.type), torch.no_grad():
             for inputs, targets in self.batches:
-                summed, valid = self.loss_fn(self._logits(inputs), targets)
-                loss, count = loss + float(summed), count + float(valid)
+                part, valid = summed(self.loss_fn, self._logits(inputs), targets)
+                loss, count = loss + float(part), count + float(valid)
         loss, count = self._over_ranks(loss, count)
         return self._scalar(loss / required(count))
 
@@ -65,10 +65,10 @@ class Differences:
         total, loss, count = self._zeros(), 0.0, 0.0
         with self._gradients_apart():
             for inputs, targets in self.batches:
-                summed, valid = self.loss_fn(self._logits(inputs), targets)
-                torch.autograd.backward(summed)
+                part, valid = summed(self.loss_fn, self._logits(inputs), targets)
+                torch.autograd.backward(part)
                 torch._foreach_add_(total, self._take())
-                loss, count = loss + float(summed.detach()), count + float(valid)
+                loss, count = loss + float(part.detach()), count + float(valid)
         loss, count = self._over_ranks(loss, count)
         return self._scalar(loss / required(count)), self._mean(total, count)
 
@@ -77,8 +77,8 @@ class Differences:
 
         def prepared(inputs: Any, targets: Any) -> tuple[Callable[[], None], float]:
             with torch.no_grad():
-                valid = float(self.loss_fn(self._logits(inputs), targets)[1])
-            return lambda: torch.autograd.backward(self.loss_fn(self._logits(inputs), targets)[0]), valid
+                valid = float(summed(self.loss_fn, self._logits(inputs), targets)[1])
+            return lambda: torch.autograd.backward(summed(self.loss_fn, self._logits(inputs), targets)[0]), valid
 
         return self._difference(v, prepared)
 
@@ -101,7 +101,7 @@ class Differences:
                 du = fine.mul_(4 / 3).sub_(coarse, alpha=1 / 3)
                 size += float(du.norm(dtype=torch.float64)) ** 2
                 z = self._logits(inputs)
-                count += float(self.loss_fn(z.detach(), targets)[1])
+                count += float(summed(self.loss_fn, z.detach(), targets)[1])
                 torch.autograd.backward(z, du)
                 torch._foreach_add_(total, self._take())
         count, size, gap = self._over_ranks(count, size, gap)
@@ -154,7 +154,7 @@ class Differences:
         with torch.no_grad():
             z = self._logits(inputs)
         leaf = z.detach().requires_grad_()
-        total, valid = self.loss_fn(leaf, targets)
+        total, valid = summed(self.loss_fn, leaf, targets)
         (u,) = torch.autograd.grad(total, leaf)
         return u, float(valid)
 
@@ -179,11 +179,11 @@ class Differences:
         return total
 
     def _over_ranks(self, *numbers: float) -> list[float]:
-        summed = torch.tensor(numbers, dtype=torch.float64, device=self._device)
+        sums = torch.tensor(numbers, dtype=torch.float64, device=self._device)
         for mesh in self.meshes:
             for i in range(mesh.ndim):
-                dist.all_reduce(summed, group=mesh.get_group(i))
-        return [float(number) for number in summed]
+                dist.all_reduce(sums, group=mesh.get_group(i))
+        return [float(number) for number in sums]
 
     def _zeros(self) -> list[Tensor]:
         return [torch.zeros_like(p) for p in self.parameters]

@@ -2,11 +2,13 @@
 
 PyTorch differentiates the backward of these op by op: about forty passes over memory for a GELU, where three suffice once the two
 derivatives at x are at hand. In a Hessian product of a small transformer those passes take longer than the matrix products.
+Arguments have PyTorch's names. More is saved than there, so that a model may change in place what is needed here, n for one: then
+CurvatureProducts takes PyTorch's own.
 g a cotangent of the output, r a cotangent of the gradient by the input; each Grad is differentiable once and no more.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,48 +53,56 @@ def _checkpointed() -> bool:
 # --- y = f(x), element by element -----------------------------------------------------------------------------------------
 
 
-def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """x Phi(x), or its tanh form."""
-    with torch.no_grad():
-        if approximate == "tanh":
-            k, a = math.sqrt(2 / math.pi), 0.044715
-            square = x * x
-            inner = k * (x + a * square * x)
-            slope = k * (1 + 3 * a * square)  # of inner
-            half, sech2 = 0.5 * (1 + inner.tanh()), inner.cosh().pow(-2)
-            first = half + 0.5 * x * sech2 * slope
-            second = sech2 * (slope + 3 * a * k * square - x * (2 * half - 1) * slope * slope)
-        else:
-            phi = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-            first = 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * phi
-            second = phi * (2 - x * x)
-        y = F.gelu(x, approximate=approximate)
-    result: Tensor = _Pointwise.apply(x, y, first, second)  # type: ignore[no-untyped-call]
+    result: Tensor = _Pointwise.apply(input, _gelu_tanh if approximate == "tanh" else _gelu)  # type: ignore[no-untyped-call]
     return result
 
 
-def silu(x: Tensor, inplace: bool = False) -> Tensor:
-    """x sigmoid(x)."""
-    with torch.no_grad():
-        s = x.sigmoid()
-        y, first = x * s, s * (1 + x * (1 - s))
-        second = s * (1 - s) * (2 + x * (1 - 2 * s))
-    result: Tensor = _Pointwise.apply(x, y, first, second)  # type: ignore[no-untyped-call]
+def silu(input: Tensor, inplace: bool = False) -> Tensor:
+    """x sigmoid(x); what works in place is left to PyTorch."""
+    if inplace:
+        return F.silu(input, inplace=True)
+    result: Tensor = _Pointwise.apply(input, _silu)  # type: ignore[no-untyped-call]
     return result
+
+
+def _gelu(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """f, f' and f'' at x, as the two below."""
+    phi = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    first = 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * phi
+    return F.gelu(x), first, phi * (2 - x * x)
+
+
+def _gelu_tanh(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    k, a = math.sqrt(2 / math.pi), 0.044715
+    square = x * x
+    inner = k * (x + a * square * x)
+    slope = k * (1 + 3 * a * square)  # of inner
+    half, sech2 = 0.5 * (1 + inner.tanh()), inner.cosh().pow(-2)
+    first = half + 0.5 * x * sech2 * slope
+    second = sech2 * (slope + 3 * a * k * square - x * (2 * half - 1) * slope * slope)
+    return F.gelu(x, approximate="tanh"), first, second
+
+
+def _silu(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    s = x.sigmoid()
+    return x * s, s * (1 + x * (1 - s)), s * (1 - s) * (2 + x * (1 - 2 * s))
 
 
 class _Pointwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+        y, first, second = function(x)
         ctx.save_for_backward(x, first, second)
-        return y.view_as(y)
+        return y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         x, first, second = ctx.saved_tensors
         if not torch.is_grad_enabled():  # no graph is asked for, here as in the others below
-            return g * first, None, None, None
-        return _PointwiseGrad.apply(g, x, first, second), None, None, None  # type: ignore[no-untyped-call]
+            return g * first, None
+        return _PointwiseGrad.apply(g, x, first, second), None  # type: ignore[no-untyped-call]
 
 
 class _PointwiseGrad(torch.autograd.Function):
@@ -113,13 +123,17 @@ class _PointwiseGrad(torch.autograd.Function):
 
 
 def layer_norm(
-    x: Tensor, shape: list[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *_: Any
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
 ) -> Tensor:
     """LayerNorm, its scale and shift outside."""
-    width = math.prod(shape)
-    rows = x.reshape(*x.shape[: x.ndim - len(shape)], width)
+    rows = input.reshape(*input.shape[: input.ndim - len(normalized_shape)], math.prod(normalized_shape))
     n: Tensor = _Normal.apply(rows, eps)  # type: ignore[no-untyped-call]
-    n = n.view(x.shape)
+    n = n.view(input.shape)
     n = n if weight is None else n * weight
     return n if bias is None else n + bias
 
@@ -170,9 +184,9 @@ class _NormalGrad(torch.autograd.Function):
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
@@ -182,10 +196,10 @@ def attention(
     """softmax(q k^T scale) v; what has a mask of its own, dropout or grouped heads is left to PyTorch."""
     if attn_mask is not None or dropout_p or enable_gqa:
         options = {"scale": scale, "enable_gqa": enable_gqa}
-        return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, **options)  # type: ignore[arg-type]
-    scores = (q * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)) @ k.mT
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)  # type: ignore[arg-type]
+    scores = (query * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)) @ key.mT
     p: Tensor = _Softmax.apply(scores, is_causal)  # type: ignore[no-untyped-call]
-    return p @ v
+    return p @ value
 
 
 class _Softmax(torch.autograd.Function):

@@ -15,7 +15,6 @@ and one backward through the forward makes H_G v = J^T (d2L/dz2) J v of the firs
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,8 +22,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from functional_sam.curvature.functions import tangents_only
-from functional_sam.curvature.outer import CrossEntropyOnLogits, LossFn, OnHead, OnLogits, Outer, Tangents, pull_back
-from functional_sam.losses import cross_entropy
+from functional_sam.curvature.outer import CrossEntropyOnLogits, LossFn, OnHead, OnLogits, Outer, Tangents, by_classes, pull_back
+from functional_sam.errors import UserError
+from functional_sam.losses import require_logits
 
 Forward = Callable[..., Any]  # (model, inputs), and readout= of a model that has one
 
@@ -32,7 +32,8 @@ Forward = Callable[..., Any]  # (model, inputs), and readout= of a model that ha
 class Linearization:
     """Products for one batch, its sums not yet divided by the number of targets.
 
-    keep_bytes: what it may hold of u. measure: whether to find num_bytes, what it holds in all but the parameters.
+    keep_bytes: what it may hold of u. num_bytes: what it holds in all but the parameters.
+    Raises ChangedInPlace, at any time, for a graph one of whose tensors has been written to since.
     """
 
     def __init__(
@@ -45,21 +46,23 @@ class Linearization:
         inputs: Any,
         targets: Any,
         keep_bytes: float,
-        measure: bool,
     ) -> None:
         self.parameters = list(parameters)
-        held = _Held(model) if measure else None
-        with torch.autograd.graph.saved_tensors_hooks(held.pack, held.unpack) if held else nullcontext():
+        held = _Held(model)
+        with torch.autograd.graph.saved_tensors_hooks(held.pack, held.unpack):
             outer: Outer
-            if readout:
+            if readout and by_classes(loss_fn, targets):
                 h, weight = forward(model, inputs, readout=lambda h, weight: (h, weight))
                 by_weight = weight.requires_grad and (not weight.is_leaf or any(weight is p for p in parameters))
                 outputs = [h] * h.requires_grad + [weight] * by_weight
                 outer = OnHead(h, weight, targets, h.requires_grad, by_weight, keep_bytes)
             else:
                 z = forward(model, inputs)
+                require_logits(z, targets, loss_fn)
                 outputs = [z] * z.requires_grad
-                outer = CrossEntropyOnLogits(z, targets) if loss_fn is cross_entropy else OnLogits(z, targets, loss_fn)
+                closed = by_classes(loss_fn, targets)
+                outer = CrossEntropyOnLogits(z, targets) if closed else OnLogits(z, targets, loss_fn)
+            _require_no_reentrant_checkpoint(outputs)
             self.loss, self.count = outer.loss, outer.count
             self.state = _State(outer)
             # No graph of y -> c but this one, or its backward would also run through the loss.
@@ -67,7 +70,7 @@ class Linearization:
             self.g = pull_back(outputs, self.parameters, self.c, create_graph=True)
         # The place of the outputs in the graph is enough: logits need not be held for it.
         self.outputs = [get_gradient_edge(output) for output in outputs]
-        self._graph_bytes = held.num_bytes if held else 0
+        self._graph_bytes = held.num_bytes
 
     @property
     def num_bytes(self) -> int:
@@ -111,6 +114,22 @@ class Linearization:
         return pull_back(self.outputs, self.parameters, dc, retain_graph=keep)
 
 
+def _require_no_reentrant_checkpoint(outputs: Sequence[Tensor]) -> None:
+    """Raise UserError for a graph of which autograd.grad does not enter a part: it gives zeros where it does not raise."""
+    pending, seen = [output.grad_fn for output in outputs], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        if type(node).__name__ == "CheckpointFunctionBackward":
+            raise UserError(
+                "curvature of a model with blocks under checkpoint(..., use_reentrant=True), which have no second derivative: "
+                "use_reentrant=False, no checkpointing, or method='difference'"
+            )
+        seen.add(node)
+        pending += [following for following, _ in node.next_functions]
+
+
 class _State:
     """What Node is to answer with, and the dy it was asked with. It holds no graph, or Node and graph would never be freed."""
 
@@ -135,21 +154,33 @@ class _Node(torch.autograd.Function):
         return None, *state.outer.second(dy, state.logit, functional=True)
 
 
+class ChangedInPlace(UserError):
+    """A tensor that a graph has saved was written to afterwards."""
+
+
 class _Held:
-    """Counts what a graph saves, each storage once, parameters and buffers not."""
+    """Counts what a graph saves, each storage once, parameters and buffers not, and sees to it that nothing of it is changed."""
 
     def __init__(self, model: nn.Module) -> None:
         self.num_bytes = 0
         self.seen = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
 
-    def pack(self, tensor: Tensor) -> Tensor:
+    def pack(self, tensor: Tensor) -> tuple[Tensor, int]:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self.seen:
             self.seen.add(storage.data_ptr())
             self.num_bytes += storage.nbytes()
-        # Detached, for an output that its own node holds would keep itself alive; autograd gives it its history back.
-        return tensor.detach()
+        # Detached, for an output that its own node holds would keep itself alive; autograd gives it its history back. With hooks
+        # autograd does not look at versions itself.
+        return tensor.detach(), tensor._version
 
     @staticmethod
-    def unpack(tensor: Tensor) -> Tensor:
+    def unpack(saved: tuple[Tensor, int]) -> Tensor:
+        tensor, version = saved
+        if tensor._version != version:
+            raise ChangedInPlace(
+                f"a tensor of shape {list(tensor.shape)} that the derivatives need was changed in place: by forward after its use "
+                "(y = y + x in the place of y += x), or, in a batch whose graph is kept, between two products (release() first). "
+                "method='difference' allows the former"
+            )
         return tensor

@@ -3,8 +3,8 @@
 N targets, D width, V classes; y the outputs, c = dL/dy, dy a tangent of y. Two kinds of outputs:
 
 OnLogits   y = z, the logits. c = u, and dc = (d2L/dz2) dz = q, which is the logit half of the Hessian; there is no other.
-           CrossEntropyOnLogits is the same for cross-entropy.
-OnHead     y = (h, W), z = h W^T, for cross-entropy. With p = softmax(z) and u = p - onehot(target), both zero for an ignored
+           CrossEntropyOnLogits is the same for cross-entropy with class indices.
+OnHead     y = (h, W), z = h W^T, for the same. With p = softmax(z) and u = p - onehot(target), both zero for an ignored
            target, c = (u W, u^T h). Along (dh, dW), dz = dh W^T + h dW^T, q = p * dz - p (p . dz), and
 
                dc = (q W, q^T h) + (u dW, u^T dh)
@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from functional_sam.errors import UserError
 from functional_sam.head import chunks, hessian_product, softmax_of, to_cotangent
-from functional_sam.losses import IGNORE
+from functional_sam.losses import IGNORE, cross_entropy, require_logits, require_rows
 
 LossFn = Callable[[Tensor, Any], tuple[Tensor, Tensor]]
 Tangents = Sequence[Tensor | None]  # None is zero
@@ -51,7 +52,7 @@ class OnLogits:
 
     def __init__(self, z: Tensor, targets: Any, loss_fn: LossFn) -> None:
         self.z = z.detach().requires_grad_()
-        total, self.count = loss_fn(self.z, targets)
+        total, self.count = summed(loss_fn, self.z, targets)
         self.loss = total.detach()
         (self.u,) = pull_back([total], [self.z], create_graph=True)
 
@@ -100,6 +101,7 @@ class OnHead:
     """Cross-entropy of h W^T, [N, D] by [V, D]. u is kept if it takes no more than keep_bytes, and made again otherwise."""
 
     def __init__(self, h: Tensor, weight: Tensor, targets: Tensor, by_h: bool, by_weight: bool, keep_bytes: float) -> None:
+        require_rows(h.shape[:-1], h.shape[:-1] + weight.shape[:1], targets)
         self.by_h, self.by_weight, self.shape = by_h, by_weight, h.shape
         self.h_ND, self.W_VD = h.detach().reshape(-1, h.shape[-1]), weight.detach().to(h.dtype)
         self.targets_N = targets.reshape(-1)
@@ -161,6 +163,20 @@ class OnHead:
     def _outputs(self, by_h_ND: Tensor | None, by_W_VD: Tensor | None) -> list[Tensor]:
         by_h = [] if by_h_ND is None else [by_h_ND.view(self.shape)]
         return by_h + ([] if by_W_VD is None else [by_W_VD])
+
+
+def summed(loss_fn: LossFn, z: Any, targets: Any) -> tuple[Tensor, Tensor]:
+    """loss_fn(z, targets). Raises UserError for a z that is no tensor of logits or not the targets', and for a mean alone."""
+    require_logits(z, targets, loss_fn)
+    result = loss_fn(z, targets)
+    if not (isinstance(result, tuple) and len(result) == 2):
+        raise UserError(f"loss_fn returned a {type(result).__name__}: expected (SUM over valid targets, number of valid targets)")
+    return result
+
+
+def by_classes(loss_fn: LossFn, targets: Any) -> bool:
+    """Whether the loss is cross-entropy with class indices, whose derivatives are known in closed form here."""
+    return loss_fn is cross_entropy and not (isinstance(targets, Tensor) and targets.is_floating_point())
 
 
 def pull_back(

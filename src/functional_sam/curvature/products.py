@@ -17,9 +17,9 @@ from functional_sam.curvature.difference import Differences, required
 from functional_sam.curvature.functions import FastSecondDerivatives
 from functional_sam.curvature.geometry import AdamGeometry, adam_scales
 from functional_sam.curvature.groups import Selection, select
-from functional_sam.curvature.linearization import Forward, Linearization
+from functional_sam.curvature.linearization import ChangedInPlace, Forward, Linearization
 from functional_sam.curvature.operators import Names, Operator, Vector
-from functional_sam.curvature.outer import LossFn, OnHead
+from functional_sam.curvature.outer import LossFn, OnHead, by_classes, summed
 from functional_sam.errors import UserError
 from functional_sam.losses import cross_entropy
 from functional_sam.weights import is_sharded
@@ -50,18 +50,20 @@ class CurvatureProducts:
     in units of one gradient, H_G v costs about 1.2, H_F v 1.5, H v 1.9, split 2.3, and 1.3 more without a graph kept (as measured:
     README.md). Graphs of weights that have changed since are made anew. `release()` frees them; they go with this object anyway.
 
-    A model with has_readout (functional_sam.models) under the default loss_fn, and a forward that takes readout=, if one is given,
-    never makes logits beyond a chunk of rows, but for their softmax where that fits the budget. Any other
-    holds them three times, as its plain gradient does.
+    A model with has_readout (functional_sam.models) under the default loss_fn, class indices as targets and a forward that takes
+    readout=, if one is given, never makes logits beyond a chunk of rows, but for their softmax where that fits the budget. Any
+    other holds them three times, as its plain gradient does.
 
     method="difference" takes central differences of gradients instead; that is the way for a model sharded by FSDP2. Its costs,
     its parallel meaning and its error estimate (`error`) are those of functional_sam.curvature.difference.Differences.
 
     The code runs eagerly, without autocast and with an attention of its own, for the fused one has no second derivative. A model
     inside DDP is given without its wrapper.
-    Raises UserError for no batch or no valid target; for parameters that are frozen, in half precision or not found; for a v of
-    other shapes; for sharded parameters with method="exact"; and, at each product, for a model or batches that are not the same at
-    every pass: active dropout, batch normalization in training mode, random numbers drawn in forward, a shuffled loader.
+    Targets of the default loss are one class index a row of logits [..., V], or probabilities [..., V].
+    Raises UserError for no batch or no valid target; for logits that are not the targets' and a loss_fn that returns a mean alone;
+    for parameters that are frozen, in half precision or not found; for a v of other shapes; for sharded parameters or reentrant
+    checkpointing with method="exact"; and, at each product, for a model or batches that are not the same at every pass: active
+    dropout, batch normalization in training mode, random numbers drawn in forward, a shuffled loader.
     """
 
     def __init__(
@@ -117,12 +119,12 @@ class CurvatureProducts:
         with second_order(self.model, self._device.type), torch.no_grad():
             for inputs, targets in self.batches:
                 with drawing_nothing(self._device):
-                    if self.readout:
+                    if self.readout and by_classes(self.loss_fn, targets):
                         h, weight = self.forward(self.model, inputs, readout=lambda h, weight: (h, weight))
                         head = OnHead(h, weight, targets, by_h=False, by_weight=False, keep_bytes=0)
                         part, valid = head.loss, head.count
                     else:
-                        part, valid = self.loss_fn(self.forward(self.model, inputs), targets)
+                        part, valid = summed(self.loss_fn, self.forward(self.model, inputs), targets)
                 total, count = total + float(part), count + float(valid)
         return self.parameters[0].new_tensor(total / required(count))
 
@@ -230,20 +232,15 @@ class CurvatureProducts:
     def _linearized(self, i: int, inputs: Any, targets: Any) -> Linearization:
         """The graph of one batch, kept as retain says."""
         room = self.memory_budget - sum(batch.num_bytes for batch in self._kept.values())
-        auto = self.retain == "auto"
-        measure = auto and not self._full
-        with drawing_nothing(self._device), FastSecondDerivatives():
-            batch = Linearization(
-                self.model,
-                self.forward,
-                self.readout,
-                self.loss_fn,
-                self.parameters,
-                inputs,
-                targets,
-                float("inf") if self.retain is True else room,
-                measure,
-            )
+        measure = self.retain == "auto" and not self._full
+        options = self.model, self.forward, self.readout, self.loss_fn, self.parameters, inputs, targets
+        keep_bytes = float("inf") if self.retain is True else room
+        with drawing_nothing(self._device):
+            try:
+                with FastSecondDerivatives():
+                    batch = Linearization(*options, keep_bytes)
+            except ChangedInPlace:  # which PyTorch's own functions, that save less, may allow
+                batch = Linearization(*options, keep_bytes)
         if measure and batch.num_bytes > room:
             batch.drop_cotangent()
             self._full = batch.num_bytes > room
@@ -252,12 +249,13 @@ class CurvatureProducts:
         return batch
 
     def _drop_stale(self) -> None:
-        """Forget the graphs of weights that have changed, in whatever way, since they were made."""
+        """Forget the graphs of weights and buffers that have changed, in whatever way, since they were made."""
         floating = (buffer for buffer in self.model.buffers() if buffer.is_floating_point())
         tensors = list(dict.fromkeys([*self.parameters, *self.model.parameters(), *floating]))
         with torch.no_grad():
             norms = torch.stack([n.double() for n in torch._foreach_norm(tensors)]).tolist()
-        stamp = [norms, [(t.data_ptr(), t._version) for t in tensors], self.model.training]
+        everything = [*tensors, *self.model.buffers()]  # of integers and booleans this alone tells
+        stamp = [norms, [(t.data_ptr(), t._version) for t in everything], self.model.training]
         if stamp != self._stamp:
             self.release()
             self._stamp = stamp

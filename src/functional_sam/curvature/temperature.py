@@ -17,7 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from functional_sam.curvature.batches import Batch, Batches
+from functional_sam.curvature.context import drawing_nothing, require_evaluation
+from functional_sam.curvature.difference import required
 from functional_sam.curvature.linearization import Forward
+from functional_sam.losses import cross_entropy, require_logits
 
 BOUNDS = (
     1 / 64,
@@ -39,15 +42,17 @@ class Scale:
 def fit_scale(model: nn.Module, batches: Iterable[Batch], forward: Forward | None = None, tolerance: float = 1e-8) -> Scale:
     """The s that minimizes the loss of s z on the batches, in float64: Newton's steps, halving a bracket where they leave it.
 
-    batches: (inputs, targets) of class indices, those below zero not counted. tolerance: of s, relative.
-    Raises FloatingPointError for logits that are not finite, UserError for no batch.
+    batches: (inputs, targets) of class indices, those below zero not counted. A logit of -inf is a class that is never expected.
+    tolerance: of s, relative. Raises FloatingPointError for other logits that are not finite, UserError for no batch or target, for
+    logits that are not the targets', and for a model in training mode whose passes differ or move its statistics.
     """
+    require_evaluation(model)
     call = forward or (lambda module, inputs: module(inputs))
     pairs, (low, high), s = Batches(batches), BOUNDS, 1.0
     first_loss, num_passes = math.nan, 0
     while True:
         loss, slope, curvature = _derivatives(model, pairs, call, s)
-        if not math.isfinite(loss):
+        if not all(map(math.isfinite, (loss, slope, curvature))):
             raise FloatingPointError(f"the loss of {s:g} times the logits is {loss}: no temperature can be fitted")
         num_passes += 1
         first_loss = loss if num_passes == 1 else first_loss
@@ -76,14 +81,18 @@ def _derivatives(model: nn.Module, batches: Batches, forward: Forward, s: float)
     sums, count = torch.zeros(3, dtype=torch.float64), 0
     with torch.no_grad():
         for inputs, targets in batches:
+            with drawing_nothing(targets.device):
+                z: Tensor = forward(model, inputs)
+            require_logits(z, targets, cross_entropy)
             kept = targets.flatten() >= 0
-            z: Tensor = forward(model, inputs).flatten(0, -2)[kept].double()
+            z = z.flatten(0, -2)[kept].double()
             wanted = targets.flatten()[kept].unsqueeze(-1)
             log_p = (s * z).log_softmax(-1)
             p = log_p.exp()
-            mean = (p * z).sum(-1, keepdim=True)
-            parts = (-log_p.gather(-1, wanted), mean - z.gather(-1, wanted), p * (z - mean).square())
+            expected = z.where(p > 0, 0.0)  # for 0 * -inf is nan
+            mean = (p * expected).sum(-1, keepdim=True)
+            parts = (-log_p.gather(-1, wanted), mean - z.gather(-1, wanted), p * (expected - mean).square())
             sums += torch.stack([part.sum() for part in parts]).cpu()
             count += len(z)
-    loss, slope, curvature = (sums / count).tolist()
+    loss, slope, curvature = (sums / required(count)).tolist()
     return loss, slope, curvature

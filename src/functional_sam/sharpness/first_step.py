@@ -58,36 +58,6 @@ def require_gradients(params: Iterable[Tensor]) -> None:
         raise UserError("sparse gradients are not supported: build the embedding with sparse=False")
 
 
-def require_logits(z: Any, targets: Any, loss_fn: Callable[..., Any]) -> None:
-    """Raise UserError unless forward returned a tensor, and for the default loss one whose rows are the targets'."""
-    if not isinstance(z, Tensor):
-        hint = "forward=lambda model, inputs: model(inputs).logits" if hasattr(z, "logits") else "let forward return logits alone"
-        raise UserError(f"forward returned a {type(z).__name__}, not a tensor of logits: {hint}")
-    if loss_fn is cross_entropy:
-        require_rows(z.shape[:-1], z.shape, targets)
-
-
-def require_rows(rows: torch.Size, logits: torch.Size, targets: Tensor) -> None:
-    """Raise UserError unless targets are one class a row of logits [..., V], or probabilities [..., V].
-
-    A flat tensor of as many rows, and dimensions of size 1, are understood.
-    """
-    given = f"logits {list(logits)} and targets {list(targets.shape)}"
-    if targets.is_floating_point():
-        if targets.shape != logits:
-            raise UserError(
-                f"{given} of {targets.dtype}: targets are class indices [...], or probabilities of the logits' own shape [..., V]; "
-                "for another loss give loss_fn="
-            )
-        return
-    one, other = ([n for n in shape if n != 1] for shape in (rows, targets.shape))
-    if math.prod(one) == math.prod(other) and (one == other or len(one) <= 1 or len(other) <= 1):
-        return
-    if len(logits) > 2 and targets.shape == logits[:1] + logits[2:]:
-        raise UserError(f"{given}: classes are the LAST dimension here; forward=lambda model, inputs: model(inputs).movedim(1, -1)")
-    raise UserError(f"{given}: logits [..., V] need targets [...], one class index a row (-100 is ignored)")
-
-
 def require_sum(loss_fn: Callable[..., Any], z: Tensor, targets: Any, total: Tensor, count: Any) -> None:
     """Raise UserError for a loss_fn with parameters of its own, and for one that returns a mean beside a count.
 

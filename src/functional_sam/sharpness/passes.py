@@ -19,7 +19,7 @@ from torch import Tensor
 
 from functional_sam.errors import UserError
 from functional_sam.head import compute_dtype, pull_back
-from functional_sam.losses import IGNORE, cross_entropy, num_valid
+from functional_sam.losses import IGNORE, cross_entropy, num_valid, require_logits, require_rows
 from functional_sam.sharpness import first_step
 from functional_sam.sharpness.randomness import Randomness, random_state, set_random_state
 from functional_sam.weights import is_sharded, local_bytes, process_group, replicas, reshard, unwrapped
@@ -255,7 +255,7 @@ class Passes:
     def _cotangent(self, logits: Tensor, targets: Tensor, memory: Kept) -> Tensor:
         """dL/dlogits of a micro-batch, L its part of the step's mean loss."""
         if self.watched is not None:
-            first_step.require_logits(logits, targets, self.loss_fn)
+            require_logits(logits, targets, self.loss_fn)
         with torch.enable_grad():
             leaf = logits.detach().requires_grad_()
             try:
@@ -306,7 +306,7 @@ class Passes:
     ) -> Tensor:
         """The scaled loss here; `earlier`: the micro-batches before. Keeps u, or (h, weight), from which it is built again."""
         if self.watched is not None:
-            first_step.require_rows(h.shape[:-1], h.shape[:-1] + weight.shape[:1], targets)
+            require_rows(h.shape[:-1], h.shape[:-1] + weight.shape[:1], targets)
         if remember and self._keeps_u(h, weight):
             # The one place where u is ever whole: it saves a third of the head's work in the next pass.
             memory.u = torch.empty(targets.numel(), len(weight), dtype=self.keep_dtype or compute_dtype(h), device=h.device)
