@@ -206,7 +206,8 @@ def _caption(plan: Plan, finding: str) -> str:
     return (
         f"{finding}. Logit share is |delta_logit| / (|delta_logit| + |delta_func|), delta_logit = H_G eps, delta_func = H_F eps, "
         "eps a unit vector, on batches of the rows that training would have met next, under Adam's ascent from step "
-        f"{plan.configs[0].measure.adam_from} on; without noise: inner products of two half batches in place of squared norms; "
+        f"{plan.configs[0].measure.adam_from} on; without noise: inner products of two half batches in place of squared norms "
+        "(a negative one says that all is noise, and more); "
         f"scale {plan.spec.scale}, not the paper's: {sizes(plan.configs)}. "
         f"Means over n={n} seeds{more}, bands are 95 % t intervals, Holm's correction over both ascents "
         "and all matched numbers."
