@@ -1,9 +1,14 @@
 """Pretrained models: all of their weights are from the files, or they are refused with the value and the way out."""
 
+import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
-from tiny_pretrained import save_bert
+from tiny_pretrained import WORDS, save_bert
 
+from functional_sam.data import packages
+from functional_sam.data.labelled import prepare_labelled
+from functional_sam.data.labels import TEXTS, Labelled
 from functional_sam.errors import UserError
 from functional_sam.models.encoder import Encoder
 from functional_sam.models.t5 import pretrained_t5, t5
@@ -54,3 +59,49 @@ def test_tied_weights_and_a_pooler_of_theirs_are_not_missed(tied, tmp_path):
     BertModel.from_pretrained(tmp_path).save_pretrained(tmp_path)  # with a pooler
     assert "pooler.dense.weight" in load_file(tmp_path / "model.safetensors")
     Encoder(tmp_path, 2)
+
+
+# ---------------------------------------------------------------------- what it reads
+
+
+@pytest.fixture
+def pairs(monkeypatch):
+    """Made-up pairs of texts, and made-up single ones."""
+    draw = np.random.RandomState(0)
+    texts = [" ".join(draw.choice(WORDS, size=draw.randint(2, 7))) for _ in range(240)]
+    for name, rows in (
+        ("made-up-pairs", [(*pair, float(i % 2)) for i, pair in enumerate(zip(texts[::2], texts[1::2], strict=True))]),
+        ("made-up", [(text, None, float(i % 2)) for i, text in enumerate(texts)]),
+    ):
+        monkeypatch.setitem(TEXTS, name, Labelled(lambda rows=rows: rows, ("a", "b")))
+        monkeypatch.setitem(packages.HOLDS, name, packages.Package("made-up", "1"))
+
+
+def test_a_bert_is_told_the_two_texts_of_a_pair_apart(pairs, tmp_path):
+    """By the ids of its own tokenizer, cut and padded with the tokens."""
+    bert = save_bert(tmp_path / "bert", segments=True)
+    data = prepare_labelled("made-up-pairs", str(bert), 10, tmp_path / "cache")
+    inputs, _ = data.train_batch(0, 32, 0)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    separators = (ids == 3).long()
+    assert (separators.sum(1) == 2).all()
+    expected = (separators.cumsum(1) - separators).clamp(max=1) * mask  # 1 after the first separator
+    assert torch.equal(inputs["token_type_ids"], expected)
+    assert ids.shape[1] == 10
+    assert 0 < mask.float().mean() < 1
+    model = Encoder(bert, 2, dropout=0.0).eval()
+    with torch.no_grad():
+        h = model.encoder(input_ids=ids, attention_mask=mask, token_type_ids=expected).last_hidden_state
+        pooled = (h * mask[..., None]).sum(1) / mask[..., None].sum(1)
+        torch.testing.assert_close(model(**inputs), model.head(pooled))
+        assert not torch.allclose(model(**inputs), model(ids, mask))
+
+
+@pytest.mark.parametrize(("name", "segments"), [("made-up", True), ("made-up-pairs", False)])
+def test_other_texts_are_read_as_before(name, segments, pairs, tmp_path):
+    bert = save_bert(tmp_path / "bert", segments=segments)
+    inputs, _ = prepare_labelled(name, str(bert), 10, tmp_path / "cache").train_batch(0, 32, 0)
+    assert set(inputs) == {"input_ids", "attention_mask"}
+    model = Encoder(bert, 2).eval()
+    with torch.no_grad():
+        assert torch.equal(model(**inputs), model(**inputs, token_type_ids=torch.zeros_like(inputs["input_ids"])))

@@ -13,7 +13,7 @@ HEAD_STD = 0.02  # of BERT's and RoBERTa's own initialization
 
 
 class Encoder(nn.Module):
-    """input_ids, attention_mask [B, L] -> logits [B, C].
+    """input_ids, attention_mask [B, L], and token_type_ids of pairs that have them (none: all 0) -> logits [B, C].
 
     directory: as `transformers` saves a model, with all of its weights but a pooler's. outputs: C. pooling: "mean", of the last
     hidden states over tokens that are no padding (as all-MiniLM was trained to be read), or "first", the first token's (BERT,
@@ -55,8 +55,9 @@ class Encoder(nn.Module):
         found: nn.Module = self.encoder.get_input_embeddings()
         return found
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        h_BLD = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        h_BLD = self.encoder(**given).last_hidden_state
         if self.pooling == "first":
             pooled_BD = h_BLD[:, 0]
         else:

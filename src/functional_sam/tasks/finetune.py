@@ -43,7 +43,7 @@ F1A = Metric("f1a", "F1 over all answers", lower_is_better=False)
 
 
 class FineTune(Task):
-    """Classes. A row of a batch is a text; batches are dicts of input_ids and attention_mask.
+    """Classes. A row of a batch is a text; batches are dicts of input_ids, attention_mask and, of BERT's pairs, token_type_ids.
 
     Of COPA and ReCoRD, whose questions have candidate answers, a row is a candidate with the class "is right", and the accuracy is
     of questions: of those whose most probable candidate is right (ReCoRD's EM; its F1 is recorded too).
