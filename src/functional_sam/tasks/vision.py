@@ -54,8 +54,11 @@ class Vision(Task):
             )
         if (data.files or data.hub) and data.images != "imagenet-1k":
             raise UserError(f"data.files and data.hub are for data.images=imagenet-1k, not for {data.images}")
-        if data.relabel and (data.noise or data.images == "imagenet-1k"):
-            raise UserError("data.relabel is for small images whose labels have no data.noise")
+        if data.relabel and (data.noise or data.augment or data.images == "imagenet-1k"):
+            raise UserError(
+                f"data.relabel={data.relabel}: the label says how an image is turned, moved and mirrored, so data.augment and "
+                "data.noise are null and 0, and data.images is not imagenet-1k"
+            )
         if model.embedding_scale != 1:
             raise UserError(f"model.embedding_scale={model.embedding_scale} is for a decoder, whose head is tied to its embedding")
         if data.unique_tokens or data.held_out != "documents" or data.elsewhere:
