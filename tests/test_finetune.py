@@ -17,8 +17,10 @@ from functional_sam.data.labels import TEXTS, Labelled
 from functional_sam.errors import UserError
 from functional_sam.models.encoder import Encoder
 from functional_sam.tasks import TASKS, prepare
+from functional_sam.tasks.batches import placed
 from functional_sam.tasks.finetune import squared_error
 from functional_sam.training.optimizers import optimizer_of
+from functional_sam.training.targets import fresh_batches, shares_by_targets
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +222,21 @@ def test_the_library_takes_it_as_it_is(task, pretrained, texts, tmp_path):
         gradients.append([p.grad.clone() for p in model.parameters()])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("task", ["question-type", "movie-grade"])
+def test_sharpness_is_measured_by_targets_too(task, pretrained, texts, tmp_path):
+    """Rows of several steps are padded to several lengths."""
+    task = prepare(config_of(pretrained, tmp_path, "measure.micro_batch=3", "training.precision=float64", task=task))
+    (batches,) = fresh_batches(task, [24])
+    assert len({inputs["input_ids"].shape[1] for inputs, _ in batches}) > 1
+    assert [len(targets) for _, targets in batches] == [3, 3, 2] * 3
+    after = task.config.training.steps
+    assert torch.equal(torch.cat([t for _, t in batches]), torch.cat([task.rows(after + i)[1] for i in range(3)]))
+    model = task.model().double()
+    place = lambda batches: placed(batches, torch.device("cpu"), torch.float64)  # noqa: E731
+    (found,) = shares_by_targets(model, optimizer_of(task.config.optimizer, task, model), task, place, 1, [24])
+    assert 0 < found["gradient"]["independent"]["share"] <= 1
 
 
 # ---------------------------------------------------------------------- grades
