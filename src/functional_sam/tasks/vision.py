@@ -18,7 +18,7 @@ from functional_sam.losses import cross_entropy
 from functional_sam.models import ConvNet, ViT
 from functional_sam.models.convnet import STEMS
 from functional_sam.models.shape import ConvShape, Shape
-from functional_sam.tasks.batches import Batch
+from functional_sam.tasks.batches import Batch, Batches, split
 from functional_sam.tasks.ranks import own, totals
 from functional_sam.tasks.task import Metric, Task
 
@@ -142,10 +142,17 @@ class Vision(Task):
         )
 
     def rows(self, step: int) -> Batch:
+        return self._rows(step)
+
+    def batch(self, step: int) -> Batches:
+        """The step's micro-batches, to train on: of inception crops, those of other processes are black."""
+        return split(self._rows(step, own(self.config.training.batch)), self.config.micro_batch)
+
+    def _rows(self, step: int, own: slice | None = None) -> Batch:
         training, data = self.config.training, self.config.data
         drawn = (step, training.batch, training.data_seed, data.unique_images, data.noise)
         if isinstance(self.data, imagenet.EncodedImageNet):
-            return self.data.train_batch(*drawn, own=own(training.batch))
+            return self.data.train_batch(*drawn, own=own)
         images, labels = self.data.train_batch(*drawn)
         if data.augment == "crop-flip":
             generator = torch.Generator().manual_seed(seed_of("augment", training.data_seed, step))
