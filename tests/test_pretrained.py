@@ -1,17 +1,21 @@
 """Pretrained models: all of their weights are from the files, or they are refused with the value and the way out."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_pretrained import WORDS, save_bert
+from tiny_pretrained import SIZES, WORDS, save_bert
 
+from functional_sam.config import compose
 from functional_sam.data import packages
 from functional_sam.data.labelled import prepare_labelled
 from functional_sam.data.labels import TEXTS, Labelled
 from functional_sam.errors import UserError
 from functional_sam.models.encoder import Encoder
 from functional_sam.models.t5 import pretrained_t5, t5
+from functional_sam.tasks.finetune import FineTune
 
 T5_SIZES = {"vocab_size": 60, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
 
@@ -105,3 +109,26 @@ def test_other_texts_are_read_as_before(name, segments, pairs, tmp_path):
     model = Encoder(bert, 2).eval()
     with torch.no_grad():
         assert torch.equal(model(**inputs), model(**inputs, token_type_ids=torch.zeros_like(inputs["input_ids"])))
+
+
+def test_a_length_fits_positions_and_special_tokens(pairs, tmp_path):
+    """RoBERTa's positions begin after that of padding: 514 are 512."""
+    bert = save_bert(tmp_path / "bert")
+    own = json.loads((bert / "config.json").read_text())
+    for model_type, most in (("bert", 514), ("roberta", 512)):
+        (bert / "config.json").write_text(
+            json.dumps(own | {"model_type": model_type, "max_position_embeddings": 514, "pad_token_id": 1})
+        )
+        for length in (most, most + 1):
+            given = [f"model.pretrained={bert}", "data.texts=made-up", f"model.length={length}", "data.transfer=[]", *SIZES]
+            config = compose("question-type", overrides=[*given, f"runtime.cache={tmp_path}"])
+            if length == most:
+                FineTune.prepare(config)
+                continue
+            with pytest.raises(UserError, match=f"model.length={length}: at most {most}, the positions of"):
+                FineTune.prepare(config)
+    for name, least in (("made-up", 3), ("made-up-pairs", 4)):
+        with pytest.raises(UserError, match=f"model.length={least - 1}: at least {least}"):
+            prepare_labelled(name, str(bert), least - 1, tmp_path)
+        inputs, _ = prepare_labelled(name, str(bert), least, tmp_path).train_batch(0, 32, 0)
+        assert inputs["input_ids"].shape[1] == least

@@ -282,6 +282,9 @@ def write_parts(parts: dict[str, list[Row]], pretrained: str, length: int, direc
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory(pretrained), local_files_only=True)
+    least = tokenizer.num_special_tokens_to_add(pair=any(row[1] is not None for rows in parts.values() for row in rows)) + 1
+    if length < least:
+        raise UserError(f"model.length={length}: at least {least}, for {least - 1} tokens of a row are the tokenizer's own")
     for split, rows in parts.items():
         texts = [text for text, _, _ in rows]
         pairs = [second for _, second, _ in rows] if rows and rows[0][1] is not None else None

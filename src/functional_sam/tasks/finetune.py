@@ -39,6 +39,8 @@ SIZES = {
 }
 
 
+OFFSET = ("roberta", "xlm-roberta", "camembert")  # whose first position comes after that of padding
+
 F1A = Metric("f1a", "F1 over all answers", lower_is_better=False)
 
 
@@ -101,6 +103,7 @@ class FineTune(Task):
     @classmethod
     def prepared(cls, name: str, config: Config, progress: Progress | None = None) -> LabelledTexts:
         """A set of texts as the model of the config reads them."""
+        require_positions(pretrained_directory(str(config.model.pretrained)), config)
         return prepare_labelled(*wanted(name, config), progress)
 
     @classmethod
@@ -245,6 +248,15 @@ def require_sizes(directory: Path, config: Config, names: Mapping[str, str]) -> 
         if theirs.get(name) != ours[key]:
             section = "data" if key == "vocab" else "model"
             raise UserError(f"{m.pretrained} has {name}={theirs.get(name)}: set {section}.{key} to it")
+
+
+def require_positions(directory: Path, config: Config) -> None:
+    """Raise UserError where a row may have more tokens than an encoder has positions; RoBERTa does not use its first ones."""
+    theirs = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    left_out = theirs.get("pad_token_id", 1) + 1 if theirs.get("model_type") in OFFSET else 0
+    most = theirs.get("max_position_embeddings", config.model.length + left_out) - left_out
+    if config.model.length > most:
+        raise UserError(f"model.length={config.model.length}: at most {most}, the positions of {config.model.pretrained}")
 
 
 def wanted(name: str, config: Config) -> tuple[str, str, int, Path, str]:
