@@ -10,10 +10,10 @@ from tiny_pretrained import SIZES, WORDS, save_bert
 
 from functional_sam.config import compose
 from functional_sam.data import packages
-from functional_sam.data.labelled import prepare_labelled
+from functional_sam.data.labelled import padded, prepare_labelled
 from functional_sam.data.labels import TEXTS, Labelled
 from functional_sam.errors import UserError
-from functional_sam.models.encoder import Encoder
+from functional_sam.models.encoder import SUPPORTED, Encoder
 from functional_sam.models.t5 import pretrained_t5, t5
 from functional_sam.tasks.finetune import FineTune
 
@@ -63,6 +63,25 @@ def test_tied_weights_and_a_pooler_of_theirs_are_not_missed(tied, tmp_path):
     BertModel.from_pretrained(tmp_path).save_pretrained(tmp_path)  # with a pooler
     assert "pooler.dense.weight" in load_file(tmp_path / "model.safetensors")
     Encoder(tmp_path, 2)
+
+
+def test_only_encoders_like_bert_are_taken(tmp_path):
+    """Others have no pooler to leave out, or call dropout and layers by other names."""
+    from transformers import AutoConfig, AutoModel
+
+    sizes = {"vocab_size": 45, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    for model_type in (*SUPPORTED, "electra", "deberta-v2", "distilbert"):
+        more = {"pad_token_id": 1} if model_type in SUPPORTED else {}
+        if model_type == "distilbert":
+            own = AutoConfig.for_model(model_type, vocab_size=45, dim=16, n_layers=2, n_heads=2, hidden_dim=32)
+        else:
+            own = AutoConfig.for_model(model_type, **sizes, **more)
+        AutoModel.from_config(own).save_pretrained(tmp_path / model_type)
+        if model_type in SUPPORTED:
+            assert Encoder(tmp_path / model_type, 2, frozen=1)(**padded([np.array([2, 7, 3])], 1)).shape == (1, 2)
+        else:
+            with pytest.raises(UserError, match=f"is a {model_type}: an encoder is one of bert, camembert"):
+                Encoder(tmp_path / model_type, 2)
 
 
 # ---------------------------------------------------------------------- what it reads

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from functional_sam.errors import UserError
 from functional_sam.models.pretrained import loaded
 
+SUPPORTED = ("bert", "camembert", "roberta", "xlm-roberta")  # whose settings and layers have BERT's names
 HEAD_STD = 0.02  # of BERT's and RoBERTa's own initialization
 
 
@@ -36,6 +37,8 @@ class Encoder(nn.Module):
         config = AutoConfig.from_pretrained(
             directory, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, local_files_only=True
         )
+        if config.model_type not in SUPPORTED:
+            raise UserError(f"{directory} is a {config.model_type}: an encoder is one of {', '.join(SUPPORTED)}")
         self.encoder: Any = loaded(AutoModel, directory, config=config, add_pooling_layer=False)
         self.pooling, self.dropout = pooling, nn.Dropout(dropout)
         self.head = nn.Linear(config.hidden_size, outputs)
