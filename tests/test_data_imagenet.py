@@ -21,6 +21,7 @@ from functional_sam.data.order import indices
 from functional_sam.errors import UserError
 from functional_sam.tasks import prepare, prepared_manifest, ranks
 from functional_sam.training.distributed import Ranks
+from functional_sam.training.targets import fresh_batches
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +224,7 @@ def test_of_several_processes_each_decodes_its_own_rows(kept, source, monkeypatc
     overrides = ["data.images=imagenet-1k", "model.patch=16", "model.width=16", "model.depth=1", "training.batch=6"]
     overrides += [f"runtime.data={source}", f"runtime.cache={kept.directory.parents[1]}", "data.augment=inception"]
     task = prepare(compose("vision", overrides=overrides))
-    whole = task.batch(2)
+    whole, measured = task.batch(2), fresh_batches(task, [8])[0]
     monkeypatch.setattr(ranks.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(ranks.dist, "get_rank", lambda: 1)
     monkeypatch.setattr(ranks.dist, "get_world_size", lambda: 2)
@@ -231,7 +232,10 @@ def test_of_several_processes_each_decodes_its_own_rows(kept, source, monkeypatc
     for mine, same in zip(Ranks.part(process, task.batch(2)), Ranks.part(process, whole), strict=True):
         assert torch.equal(mine[0], same[0])
         assert torch.equal(mine[1], same[1])
-    assert not task.rows(2)[0][:3].any()
+    assert not task.batch(2)[0][0][:3].any()
+    for mine, same in zip(fresh_batches(task, [8])[0], measured, strict=True):  # what is measured is all there, in each process
+        assert torch.equal(mine[0], same[0])
+        assert mine[0].flatten(1).any(1).all()
 
 
 def test_refusals_of_inception_crops():

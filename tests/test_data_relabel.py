@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from functional_sam.config import compose
 from functional_sam.data.images import prepare_images
 from functional_sam.data.relabel import MOVE, WAYS, changed, ways_of
 from functional_sam.errors import UserError
@@ -55,3 +56,10 @@ def test_ways_are_an_examples_own_and_evenly_drawn():
 def test_a_number_of_classes_that_cannot_be(cache):
     with pytest.raises(UserError, match=r"data.relabel=20: of 10 classes can be made 10, 40, 160, 640"):
         prepare_images("mnist-5k", cache).relabel(20)
+
+
+@pytest.mark.parametrize("other", ["data.augment=crop-flip", "data.noise=0.1", "data.images=imagenet-1k"])
+def test_what_would_make_its_labels_wrong_is_refused(other):
+    """A mirrored image has another label than one that is not."""
+    with pytest.raises(UserError, match=rf"data.relabel=640: .*{other.partition('=')[0]}"):
+        compose("vision", overrides=["data.relabel=640", other])

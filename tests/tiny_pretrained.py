@@ -8,16 +8,18 @@ WORDS = [f"w{i}" for i in range(40)]
 SIZES = ["model.width=16", "model.depth=2", "model.heads=2", "data.vocab=45"]  # of save_bert's, as overrides
 
 
-def save_bert(directory, words=WORDS):
-    """A BERT of two layers whose words are `words`, in `directory`."""
+def save_bert(directory, words=WORDS, segments=False):
+    """A BERT of two layers whose words are `words`, in `directory`. segments: its tokenizer tells the texts of a pair apart."""
     names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(names)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    second = ":1" if segments else ""
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]", pair=f"[CLS] $A [SEP] $B{second} [SEP]{second}", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(directory)
+    own = ["input_ids", *(["token_type_ids"] if segments else []), "attention_mask"]
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=own, **special).save_pretrained(directory)
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     config = BertConfig(vocab_size=len(names), max_position_embeddings=512, **sizes)

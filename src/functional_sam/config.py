@@ -96,7 +96,7 @@ class OptimizerConfig:
     lr: float = 1.6e-3  # peak
     schedule: str = "cosine"  # cosine or linear, to lr_end, or constant; each after a linear warm-up
     lr_start: float = 0.1  # fraction of lr at step 0
-    lr_end: float = 0.1  # fraction of lr at the last step
+    lr_end: float = 0.1  # fraction of lr that the schedule would reach one step after the last
     warmup_steps: int = 1000
     beta1: float = 0.9  # of adamw
     beta2: float = 0.98
@@ -403,6 +403,9 @@ def validated(config: Config) -> Config:
         require(0 <= getattr(optimizer, key) < 1, f"optimizer.{key}={getattr(optimizer, key)}: at least 0 and below 1")
     require(optimizer.clip is None or optimizer.clip > 0, f"optimizer.clip={optimizer.clip}: a norm above 0, or null for none")
     counts("training", 1, "steps", "batch", "micro_batch", "eval_every", "eval_rows", "test_rows", "eval_batch")
+    for key in ("init_seed", "data_seed"):
+        value = getattr(training, key)
+        require(0 <= value < 2**32, f"training.{key}={value}: a seed, from 0 to {2**32 - 1}")
     require(
         training.batch % config.micro_batch == 0,
         f"training.micro_batch={training.micro_batch} does not divide training.batch={training.batch}",

@@ -17,14 +17,14 @@ from functional_sam.data import candidates, glue
 from functional_sam.data.cache import Progress, cached, digest, silent, write_array
 from functional_sam.data.labels import TEXTS, Row
 from functional_sam.data.order import indices
-from functional_sam.data.packages import HOLDS, MINILM
+from functional_sam.data.packages import HOLDS, MINILM, pinned
 from functional_sam.errors import UserError
 from functional_sam.files import sha256
 
-FORMAT = 1  # raise it when the same name gives other files
+FORMAT = 2  # raise it when the same name gives other files
 SPLITS = ("train", "validation", "test")
 
-Inputs = dict[str, Tensor]  # input_ids and attention_mask, int64 [B, L]
+Inputs = dict[str, Tensor]  # input_ids, attention_mask and, of pairs that a BERT tells apart, token_type_ids: int64 [B, L]
 
 
 @dataclass(frozen=True)
@@ -131,14 +131,18 @@ class LabelledTexts:
         questions, worths = (np.fromfile(self.directory / f"{split}.{name}", dtype=dtype) for name, dtype in kinds)
         return questions, worths
 
-    def _open(self, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _open(self, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
         kinds = (("ids", np.uint32), ("ends", np.int64), ("labels", np.float32))
         ids, ends, labels = (np.fromfile(self.directory / f"{split}.{name}", dtype=dtype) for name, dtype in kinds)
-        return ids, ends, labels
+        types = f"{split}.types"
+        return ids, ends, labels, np.fromfile(self.directory / types, np.uint8) if types in self.manifest["files"] else None
 
     def _rows(self, split: str, chosen: np.ndarray) -> tuple[Inputs, Tensor]:
-        ids, ends, labels = self._parts[split]
-        return padded([ids[ends[i] : ends[i + 1]] for i in chosen], self.manifest["pad"]), self._labels(labels[chosen])
+        ids, ends, labels, types = self._parts[split]
+        inputs = padded([ids[ends[i] : ends[i + 1]] for i in chosen], self.manifest["pad"])
+        if types is not None:
+            inputs["token_type_ids"] = padded([types[ends[i] : ends[i + 1]] for i in chosen], 0)["input_ids"]
+        return inputs, self._labels(labels[chosen])
 
     def _labels(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values.astype(np.int64) if self.manifest["classes"] else values)
@@ -204,7 +208,7 @@ def labelled_directory(
     """Where prepare_labelled keeps its result."""
     if not tokenizer:
         tokenizer = sha256(tokenizer_directory(pretrained) / "tokenizer.json")
-    key = digest([FORMAT, name, length, tokenizer, location, *([change.key] if change else [])])
+    key = digest([FORMAT, name, pinned([name]), length, tokenizer, location, *([change.key] if change else [])])
     return Path(cache_dir) / f"labelled-{name.replace('/', '-')}-{length}-{key[:12]}"
 
 
@@ -234,6 +238,7 @@ def divided(rows: Iterable[Row], test: Iterable[Row] | None, classes: bool) -> t
     if test is not None:
         kept, _ = unique(test, classes)
         parts["test"] = [kept[key] for key in sorted(kept)]
+        left_out["in the test"] = len(merged.keys() & kept.keys())
         merged = {key: row for key, row in merged.items() if key not in kept}
     for key in sorted(merged):
         parts[split_of(key, test is None)].append(merged[key])
@@ -271,21 +276,33 @@ def split_of(key: str, with_test: bool = True) -> str:
 
 
 def write_parts(parts: dict[str, list[Row]], pretrained: str, length: int, directory: Path) -> dict[str, Any]:
-    """Write ids, ends and labels of each split into `directory`; return what the manifest says of them."""
+    """Write ids, ends and labels of each split into `directory`; return what the manifest says of them.
+
+    Of pairs also types, which of the two texts each token is of (0 or 1), where the tokenizer tells (BERT's do, RoBERTa's do not).
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory(pretrained), local_files_only=True)
+    least = tokenizer.num_special_tokens_to_add(pair=any(row[1] is not None for rows in parts.values() for row in rows)) + 1
+    if length < least:
+        raise UserError(f"model.length={length}: at least {least}, for {least - 1} tokens of a row are the tokenizer's own")
     for split, rows in parts.items():
         texts = [text for text, _, _ in rows]
         pairs = [second for _, second, _ in rows] if rows and rows[0][1] is not None else None
-        encoded = tokenizer(texts, pairs, truncation=True, max_length=length)["input_ids"] if rows else []
-        write_array(
-            directory / f"{split}.ids", np.concatenate([np.empty(0, np.uint32), *(np.array(e, np.uint32) for e in encoded)])
-        )
-        write_array(directory / f"{split}.ends", np.cumsum([0, *map(len, encoded)], dtype=np.int64))
+        encoded = tokenizer(texts, pairs, truncation=True, max_length=length) if rows else {"input_ids": []}
+        ids, types = (_flat(encoded.get(key, []), dtype) for key, dtype in (("input_ids", np.uint32), ("token_type_ids", np.uint8)))
+        write_array(directory / f"{split}.ids", ids)
+        write_array(directory / f"{split}.ends", np.cumsum([0, *map(len, encoded["input_ids"])], dtype=np.int64))
+        if types.any():
+            write_array(directory / f"{split}.types", types)
         write_array(directory / f"{split}.labels", np.array([label for _, _, label in rows], dtype=np.float32))
     return {
         "texts": {split: len(rows) for split, rows in parts.items()},
         "pad": int(tokenizer.pad_token_id),
         "text_sha256": digest({split: [list(row) for row in rows] for split, rows in parts.items()}),
     }
+
+
+def _flat(rows: Sequence[Sequence[int]], dtype: Any) -> np.ndarray:
+    """One row after the other."""
+    return np.concatenate([np.empty(0, dtype), *(np.array(row, dtype) for row in rows)])

@@ -1,7 +1,5 @@
 """A pretrained encoder of `transformers`, with a new head."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from functional_sam.errors import UserError
+from functional_sam.models.pretrained import loaded
 
+SUPPORTED = ("bert", "camembert", "roberta", "xlm-roberta")  # whose settings and layers have BERT's names
 HEAD_STD = 0.02  # of BERT's and RoBERTa's own initialization
 
 
 class Encoder(nn.Module):
-    """input_ids, attention_mask [B, L] -> logits [B, C].
+    """input_ids, attention_mask [B, L], and token_type_ids of pairs that have them (none: all 0) -> logits [B, C].
 
-    directory: as `transformers` saves a model; nothing is downloaded. outputs: C. pooling: "mean", of the last hidden states over
-    tokens that are no padding (as all-MiniLM was trained to be read), or "first", the first token's (BERT, RoBERTa).
-    dropout: in the encoder (hidden states and attention) and before the head. frozen: embeddings and the first so many layers are
-    not trained; None: all is. generator: of the head's weights; its bias is zero.
+    directory: as `transformers` saves a model, with all of its weights but a pooler's. outputs: C. pooling: "mean", of the last
+    hidden states over tokens that are no padding (as all-MiniLM was trained to be read), or "first", the first token's (BERT,
+    RoBERTa). dropout: in the encoder (hidden states and attention) and before the head. frozen: embeddings and the first so many
+    layers are not trained; None: all is. generator: of the head's weights; its bias is zero.
     """
 
     def __init__(
@@ -37,10 +37,9 @@ class Encoder(nn.Module):
         config = AutoConfig.from_pretrained(
             directory, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, local_files_only=True
         )
-        with _quiet():
-            self.encoder: Any = AutoModel.from_pretrained(
-                directory, config=config, add_pooling_layer=False, dtype=torch.float32, local_files_only=True
-            )
+        if config.model_type not in SUPPORTED:
+            raise UserError(f"{directory} is a {config.model_type}: an encoder is one of {', '.join(SUPPORTED)}")
+        self.encoder: Any = loaded(AutoModel, directory, config=config, add_pooling_layer=False)
         self.pooling, self.dropout = pooling, nn.Dropout(dropout)
         self.head = nn.Linear(config.hidden_size, outputs)
         with torch.no_grad():
@@ -59,8 +58,9 @@ class Encoder(nn.Module):
         found: nn.Module = self.encoder.get_input_embeddings()
         return found
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        h_BLD = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        h_BLD = self.encoder(**given).last_hidden_state
         if self.pooling == "first":
             pooled_BD = h_BLD[:, 0]
         else:
@@ -68,19 +68,3 @@ class Encoder(nn.Module):
             pooled_BD = (h_BLD * mask_BL1).sum(1) / mask_BL1.sum(1)
         logits: Tensor = self.head(self.dropout(pooled_BD))
         return logits
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bar, and no report of the weights that are not used: another head than ours, on purpose."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

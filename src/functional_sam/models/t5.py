@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from functional_sam.errors import UserError
+from functional_sam.models.pretrained import loaded
 
 KIND = "gated-gelu"  # the MLP of T5.1.1
 
@@ -29,15 +30,13 @@ def t5(sizes: dict[str, Any], tied: bool, dropout: float) -> nn.Module:
 
 
 def pretrained_t5(directory: Path, tied: bool, dropout: float) -> nn.Module:
-    """The one in a directory, as `transformers` saves it; nothing is downloaded. Raises UserError for another sort of T5."""
+    """The one in a directory, as `transformers` saves it. Raises UserError for another sort of T5, or where weights are missing."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config.from_pretrained(directory, dropout_rate=dropout, local_files_only=True)
     if config.feed_forward_proj != KIND:
         raise UserError(f"{directory} has feed_forward_proj={config.feed_forward_proj}: a t5 is T5.1.1 here, which has {KIND}")
-    model: nn.Module = T5ForConditionalGeneration.from_pretrained(
-        directory, config=config, dtype=torch.float32, local_files_only=True
-    )
+    model: nn.Module = loaded(T5ForConditionalGeneration, directory, config=config)
     theirs = model.lm_head.weight is model.shared.weight  # type: ignore[union-attr]
     if theirs != tied or config.scale_decoder_outputs != tied:
         raise UserError(

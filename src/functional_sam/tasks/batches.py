@@ -1,5 +1,6 @@
 """A micro-batch is (inputs, targets): trees of tensors (dicts, tuples, ...), an example a row along dimension 0 of each leaf."""
 
+import itertools
 from typing import Any, TypeVar
 
 import torch
@@ -31,6 +32,12 @@ def joined(batches: list[Tree]) -> Tree:
     """All rows in one."""
     whole: Tree = tree_map(lambda *leaves: torch.cat(leaves), *batches)
     return whole
+
+
+def runs(batches: list[Tree]) -> list[Tree]:
+    """Those that follow each other joined, where their rows have the same shapes: texts of two steps are padded to two lengths."""
+    alike = itertools.groupby(batches, key=lambda batch: [leaf.shape[1:] for leaf in tree_leaves(batch)])
+    return [joined(list(group)) for _, group in alike]
 
 
 def placed(batch: Tree, device: torch.device, dtype: torch.dtype) -> Tree:

@@ -39,11 +39,13 @@ SIZES = {
 }
 
 
+OFFSET = ("roberta", "xlm-roberta", "camembert")  # whose first position comes after that of padding
+
 F1A = Metric("f1a", "F1 over all answers", lower_is_better=False)
 
 
 class FineTune(Task):
-    """Classes. A row of a batch is a text; batches are dicts of input_ids and attention_mask.
+    """Classes. A row of a batch is a text; batches are dicts of input_ids, attention_mask and, of BERT's pairs, token_type_ids.
 
     Of COPA and ReCoRD, whose questions have candidate answers, a row is a candidate with the class "is right", and the accuracy is
     of questions: of those whose most probable candidate is right (ReCoRD's EM; its F1 is recorded too).
@@ -101,6 +103,7 @@ class FineTune(Task):
     @classmethod
     def prepared(cls, name: str, config: Config, progress: Progress | None = None) -> LabelledTexts:
         """A set of texts as the model of the config reads them."""
+        require_positions(pretrained_directory(str(config.model.pretrained)), config)
         return prepare_labelled(*wanted(name, config), progress)
 
     @classmethod
@@ -224,8 +227,8 @@ class Grade(FineTune):
                 found += list(zip(outputs.tolist(), grades.tolist(), strict=True)) if counts else []
         pairs = gathered(found)
         error = sum((output - grade) ** 2 for output, grade in pairs) / len(pairs)
-        # Outputs that are all the same order nothing: a correlation of zero.
-        same = len({output for output, _ in pairs}) < 2
+        # Outputs or grades that are all the same order nothing: a correlation of zero.
+        same = any(len(set(values)) < 2 for values in zip(*pairs, strict=True))
         rank = 0.0 if same else float(stats.spearmanr(*zip(*pairs, strict=True)).statistic)
         return {"loss": error, "spearman": rank, "texts": len(pairs)}
 
@@ -245,6 +248,15 @@ def require_sizes(directory: Path, config: Config, names: Mapping[str, str]) -> 
         if theirs.get(name) != ours[key]:
             section = "data" if key == "vocab" else "model"
             raise UserError(f"{m.pretrained} has {name}={theirs.get(name)}: set {section}.{key} to it")
+
+
+def require_positions(directory: Path, config: Config) -> None:
+    """Raise UserError where a row may have more tokens than an encoder has positions; RoBERTa does not use its first ones."""
+    theirs = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    left_out = theirs.get("pad_token_id", 1) + 1 if theirs.get("model_type") in OFFSET else 0
+    most = theirs.get("max_position_embeddings", config.model.length + left_out) - left_out
+    if config.model.length > most:
+        raise UserError(f"model.length={config.model.length}: at most {most}, the positions of {config.model.pretrained}")
 
 
 def wanted(name: str, config: Config) -> tuple[str, str, int, Path, str]:

@@ -33,8 +33,8 @@ ANSWER = 8  # pieces of the longest answer that plans count with; not_entailment
 class TextToText(EncoderDecoder, FineTune):
     """A text is judged by the likelihood of each class's name, all pieces and EOS, nothing generated: the likeliest is the answer.
 
-    Training is cross-entropy per piece of the right name; the loss of an evaluation is nats per text, of the whole name. Candidate
-    answers are judged as FineTune does, by log p(yes) - log p(no).
+    Training is cross-entropy per piece of the right name; the loss of an evaluation is nats per text, of its class among the
+    classes. Candidate answers are judged as FineTune does, by log p(yes) - log p(no).
     """
 
     data: AnsweredTexts

@@ -18,7 +18,7 @@ from functional_sam.losses import cross_entropy
 from functional_sam.models import ConvNet, ViT
 from functional_sam.models.convnet import STEMS
 from functional_sam.models.shape import ConvShape, Shape
-from functional_sam.tasks.batches import Batch
+from functional_sam.tasks.batches import Batch, Batches, split
 from functional_sam.tasks.ranks import own, totals
 from functional_sam.tasks.task import Metric, Task
 
@@ -54,8 +54,11 @@ class Vision(Task):
             )
         if (data.files or data.hub) and data.images != "imagenet-1k":
             raise UserError(f"data.files and data.hub are for data.images=imagenet-1k, not for {data.images}")
-        if data.relabel and (data.noise or data.images == "imagenet-1k"):
-            raise UserError("data.relabel is for small images whose labels have no data.noise")
+        if data.relabel and (data.noise or data.augment or data.images == "imagenet-1k"):
+            raise UserError(
+                f"data.relabel={data.relabel}: the label says how an image is turned, moved and mirrored, so data.augment and "
+                "data.noise are null and 0, and data.images is not imagenet-1k"
+            )
         if model.embedding_scale != 1:
             raise UserError(f"model.embedding_scale={model.embedding_scale} is for a decoder, whose head is tied to its embedding")
         if data.unique_tokens or data.held_out != "documents" or data.elsewhere:
@@ -139,10 +142,17 @@ class Vision(Task):
         )
 
     def rows(self, step: int) -> Batch:
+        return self._rows(step)
+
+    def batch(self, step: int) -> Batches:
+        """The step's micro-batches, to train on: of inception crops, those of other processes are black."""
+        return split(self._rows(step, own(self.config.training.batch)), self.config.micro_batch)
+
+    def _rows(self, step: int, own: slice | None = None) -> Batch:
         training, data = self.config.training, self.config.data
         drawn = (step, training.batch, training.data_seed, data.unique_images, data.noise)
         if isinstance(self.data, imagenet.EncodedImageNet):
-            return self.data.train_batch(*drawn, own=own(training.batch))
+            return self.data.train_batch(*drawn, own=own)
         images, labels = self.data.train_batch(*drawn)
         if data.augment == "crop-flip":
             generator = torch.Generator().manual_seed(seed_of("augment", training.data_seed, step))

@@ -16,7 +16,7 @@ from functional_sam.curvature.ascent import direction
 from functional_sam.curvature.linearization import Forward
 from functional_sam.losses import IGNORE
 from functional_sam.tasks import Batches, Task
-from functional_sam.tasks.batches import Batch, cut, joined, rows, split
+from functional_sam.tasks.batches import Batch, cut, rows, runs, split
 from functional_sam.vectors import dot, unit
 from functional_sam.weights import is_sharded
 
@@ -25,7 +25,7 @@ HALF_BUDGET = 2**30  # bytes of graphs kept of each half
 
 
 def fresh_batches(task: Task, sizes: list[int]) -> list[Batches]:
-    """For each size a batch of exactly so many valid targets, in parts of measure.micro_batch rows; no row is in two of them.
+    """For each size a batch of exactly so many valid targets, in parts of at most measure.micro_batch rows; no row is in two.
 
     A row that holds more than is left to take has the rest of its targets ignored, and the next batch begins with the next row.
     """
@@ -41,7 +41,7 @@ def fresh_batches(task: Task, sizes: list[int]) -> list[Batches]:
                 targets.view(-1)[valid[missing:]] = IGNORE
             taken.append((inputs, targets))
             missing -= min(missing, len(valid))
-        found.append(split(joined(taken), task.config.measure.micro_batch))
+        found.append([part for alike in runs(taken) for part in split(alike, task.config.measure.micro_batch)])
     return found
 
 
