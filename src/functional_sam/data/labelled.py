@@ -17,7 +17,7 @@ from functional_sam.data import candidates, glue
 from functional_sam.data.cache import Progress, cached, digest, silent, write_array
 from functional_sam.data.labels import TEXTS, Row
 from functional_sam.data.order import indices
-from functional_sam.data.packages import HOLDS, MINILM
+from functional_sam.data.packages import HOLDS, MINILM, pinned
 from functional_sam.errors import UserError
 from functional_sam.files import sha256
 
@@ -208,7 +208,7 @@ def labelled_directory(
     """Where prepare_labelled keeps its result."""
     if not tokenizer:
         tokenizer = sha256(tokenizer_directory(pretrained) / "tokenizer.json")
-    key = digest([FORMAT, name, length, tokenizer, location, *([change.key] if change else [])])
+    key = digest([FORMAT, name, pinned([name]), length, tokenizer, location, *([change.key] if change else [])])
     return Path(cache_dir) / f"labelled-{name.replace('/', '-')}-{length}-{key[:12]}"
 
 
@@ -238,6 +238,7 @@ def divided(rows: Iterable[Row], test: Iterable[Row] | None, classes: bool) -> t
     if test is not None:
         kept, _ = unique(test, classes)
         parts["test"] = [kept[key] for key in sorted(kept)]
+        left_out["in the test"] = len(merged.keys() & kept.keys())
         merged = {key: row for key, row in merged.items() if key not in kept}
     for key in sorted(merged):
         parts[split_of(key, test is None)].append(merged[key])

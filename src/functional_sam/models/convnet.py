@@ -17,7 +17,7 @@ CHANNELS_OF_A_GROUP = 8
 
 
 class GroupNorm(nn.GroupNorm):
-    """Groups of CHANNELS_OF_A_GROUP channels at most, of which the last may be alone."""
+    """Equal groups of CHANNELS_OF_A_GROUP channels, or of the fewest above it that divide them: 10 of 20, all of 12."""
 
     def __init__(self, channels: int, dtype: torch.dtype | None = None) -> None:
         groups = next(n for n in range(max(1, channels // CHANNELS_OF_A_GROUP), 0, -1) if channels % n == 0)

@@ -227,8 +227,8 @@ class Grade(FineTune):
                 found += list(zip(outputs.tolist(), grades.tolist(), strict=True)) if counts else []
         pairs = gathered(found)
         error = sum((output - grade) ** 2 for output, grade in pairs) / len(pairs)
-        # Outputs that are all the same order nothing: a correlation of zero.
-        same = len({output for output, _ in pairs}) < 2
+        # Outputs or grades that are all the same order nothing: a correlation of zero.
+        same = any(len(set(values)) < 2 for values in zip(*pairs, strict=True))
         rank = 0.0 if same else float(stats.spearmanr(*zip(*pairs, strict=True)).statistic)
         return {"loss": error, "spearman": rank, "texts": len(pairs)}
 
