@@ -166,7 +166,10 @@ def kendall(data: pd.DataFrame) -> pd.DataFrame:
             stderr = math.sqrt((m - 1) / m * sum((tau - np.mean(without)) ** 2 for tau in without))
             row = {"geometry": geometry, "state": state, "measure": name, "field": field, "tau": by_seed.mean}
             row |= {"stderr_seeds": by_seed.stderr, "stderr_methods": stderr, "seeds": by_seed.n, "entries": m}
-            rows.append(row | {"p": max(by_seed.p, Estimate(by_seed.mean, stderr, m).p)})
+            # Taus are few: where all seeds have the same, methods decide; without a spread over these either it is a perfect order.
+            certain = float(by_seed.mean == 0.0)
+            ps = [one.p if one.stderr else certain for one in (by_seed, Estimate(by_seed.mean, stderr, m))]
+            rows.append(row | {"p": max(ps)})
     result = pd.DataFrame(rows)
     result["p"] = holm(list(result.p))
     result["reading"] = [OPEN if row.p >= 1 - LEVEL else READINGS[int(row.tau < 0)] for row in result.itertuples()]

@@ -174,14 +174,18 @@ def has_radius(study: Study, name: str) -> bool:
 
 
 def inherited_keys(study: Study, cell: Cell) -> list[str]:
-    """What the other entries of a cell wait for: keys that the baseline chooses and they take."""
-    grid = cell.grids.get(cell.entries[0], study.entries[cell.entries[0]].grid)
-    return [key for key in study.inherit if key in grid] if cell.choose else []
+    """What the other entries of a cell wait for: keys of the baseline's choice that they take, unless their own grid has them."""
+    return [key for key in study.inherit if key in grid_of(study, cell, cell.entries[0])] if cell.choose else []
+
+
+def grid_of(study: Study, cell: Cell, name: str) -> dict[str, list[float]]:
+    """An entry's grid in a cell, radii of the cell aside."""
+    return cell.grids.get(name, study.entries[name].grid)
 
 
 def tuned(study: Study, cell: Cell, name: str) -> bool:
     """Whether an entry is tuned in the cell; a placebo takes the centre as it is."""
-    return name == cell.entries[0] or has_radius(study, name) or name in cell.grids or bool(study.entries[name].grid)
+    return name == cell.entries[0] or has_radius(study, name) or bool(grid_of(study, cell, name))
 
 
 def trials(study: Study, cell: Cell, name: str, centre: float, inherited: tuple[tuple[str, float], ...] = ()) -> list[Trial]:
@@ -192,7 +196,7 @@ def trials(study: Study, cell: Cell, name: str, centre: float, inherited: tuple[
     entry = study.entries[name]
     if not tuned(study, cell, name):
         return [Trial(((LR, centre), *inherited))]
-    grid = {key: [value] for key, value in inherited} | cell.grids.get(name, entry.grid)
+    grid = {key: [value] for key, value in inherited} | grid_of(study, cell, name)
     if has_radius(study, name) and RHO not in grid and cell.rho:
         grid[RHO] = [rounded(rho * entry.rho_scale) for rho in cell.rho]
     axes = {LR: [rounded(factor * centre) for factor in cell.around_of.get(name, cell.around)], **grid}

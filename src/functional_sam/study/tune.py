@@ -15,7 +15,7 @@ from typing import Any
 from functional_sam.config import Config
 from functional_sam.records import Source
 from functional_sam.study.compare import paired_difference
-from functional_sam.study.design import LR, Cell, Study, Trial, inherited_keys, make, rounded, trials, tuned, tuning_seeds
+from functional_sam.study.design import LR, Cell, Study, Trial, grid_of, inherited_keys, make, rounded, trials, tuned, tuning_seeds
 from functional_sam.tasks import TASKS
 
 
@@ -111,17 +111,18 @@ def plan_cell(study: Study, cell: Cell, source: Source) -> Planned:
 
 
 def search_all(study: Study, cell: Cell, lr: float, source: Source) -> dict[str, Search]:
-    """The search of every entry; of the baseline alone while the others wait for its choice."""
+    """The search of every entry, but for those that wait for the baseline's choice."""
     found: dict[str, Search] = {}
     inherited: tuple[tuple[str, float], ...] = ()
-    for place, name in enumerate(cell.entries):
+    waited = inherited_keys(study, cell)
+    for name in cell.entries:
+        if any(key not in grid_of(study, cell, name) for key in waited):
+            continue
         of = trials(study, cell, name, lr, inherited)
         found[name] = search(study, cell, name, of, source) if tuned(study, cell, name) else Search(of, [], [], of[0])
-        if place == 0 and (keys := inherited_keys(study, cell)):
-            best = found[name].best
-            if best is None:
-                break
-            inherited = tuple((key, value) for key, value in best.values if key in keys)
+        if name == cell.entries[0] and (best := found[name].best):
+            inherited = tuple((key, value) for key, value in best.values if key in waited)
+            waited = []
     return found
 
 
