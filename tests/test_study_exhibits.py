@@ -122,6 +122,7 @@ def test_table_1_has_a_row_a_cell(complete):
     both = drawn("figure-5", complete).frame.query("entry == 'sam' and cell in ('fixed-0.014M', 'chinchilla-0.014M')")
     assert both.verdict_baseline.nunique() == 1
     assert list(both.part) == ["fixed", "chinchilla"]
+    assert drawn("figure-5", complete).answer != "not tested"
 
 
 def test_figure_11_says_whose_weights_bear_more(complete):

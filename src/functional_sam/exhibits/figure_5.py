@@ -25,10 +25,10 @@ def draw(plan: Plan) -> Exhibit:
     """Above the batch, one panel a radius; below size in both regimes, and epochs. Bars are 95 % intervals; placebo in grey."""
     margin = plan.content[0].study.margin
     twins = same_runs(plan.content)
-    own = judge(frame([one for one in plan.content if one.cell.name not in twins], plan.source), margin)
+    once = judge(frame([one for one in plan.content if one.cell.name not in twins], plan.source), margin)
     parts = {one.cell.name: one.cell.part for one in plan.content}
-    again = [own[own.cell == first].assign(cell=name, part=parts[name]) for name, first in twins.items()]
-    data = pd.concat([own, *again], ignore_index=True)
+    again = [once[once.cell == first].assign(cell=name, part=parts[name]) for name, first in twins.items()]
+    data = pd.concat([once, *again], ignore_index=True)
     data["epochs"] = data.units / data.unique_units
     data["swept"] = data.rho.where(data.trials == 0)  # the radius where none was chosen: it names a row
     batch = data[(data.part == "batch") & (data.lr_over_centre.sub(1).abs() < 0.01)]
@@ -63,7 +63,7 @@ def draw(plan: Plan) -> Exhibit:
         f"{LINEAR:g} nats, logarithmic beyond. "
         f"{setting(plan, data)}{left_out(plan)}"
     )
-    tuned = own[own.part.isin(["fixed", "chinchilla"]) & own.entry.eq("precond-functional-sam")]
+    tuned = once[once.part.isin(["fixed", "chinchilla"]) & once.entry.eq("precond-functional-sam")]
     found = answer(tuned.verdict_baseline, Verdict.BETTER)
     return Exhibit(plan, {"": data}, caption, _finding(data, batch), figure, answer=found)
 
