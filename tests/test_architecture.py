@@ -186,7 +186,8 @@ def test_readme_numbers_are_those_of_the_records():
         assert f"{begin}\n{make(facts, records)}\n{end}" in page
     for (name, scale), content in records.items():
         assert claims.shown(content) in page, f"no YAML of {name}"
-        if not any((name, larger) in records for larger in exhibits.SCALES[exhibits.SCALES.index(scale) + 1 :]):
+        larger = [records.get((name, other), {}) for other in exhibits.SCALES[exhibits.SCALES.index(scale) + 1 :]]
+        if content.get("answer") != "not tested" and all(one.get("answer", "not tested") == "not tested" for one in larger):
             assert content["headline"].replace("|", "\\|") in page
 
 
