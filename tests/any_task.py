@@ -1,8 +1,12 @@
 """What the tests of several tasks do with one: a run is killed and resumed, a step has one dropout mask."""
 
+import copy
+
 import pytest
 
 from functional_sam.sharpness import SharpnessAware
+from functional_sam.tasks import TASKS
+from functional_sam.tasks.settings import READS
 from functional_sam.training import loop
 from functional_sam.training.optimizers import optimizer_of
 
@@ -44,3 +48,37 @@ def with_one_mask(task, method):
         optimizer.zero_grad()
     assert losses[0] != losses[1]
     return sharpness
+
+
+class Watched:
+    """A section of a config that remembers which of its settings were asked for."""
+
+    def __init__(self, section, name, seen):
+        self.__dict__.update(_section=section, _name=name, _seen=seen)
+
+    def __getattr__(self, key):
+        self._seen.add(f"{self._name}.{key}")
+        return getattr(self._section, key)
+
+
+def settings_read(own, monkeypatch):
+    """Of sections model and data, what a task reads in all that is asked of it; settings that `check` only refuses do not count."""
+    seen = set()
+    own = copy.copy(own)
+    own.model, own.data = Watched(own.model, "model", seen), Watched(own.data, "data", seen)
+    kind = TASKS[own.kind]
+    monkeypatch.setattr(kind, "check", classmethod(lambda cls, config: None))
+    task = kind(own)
+    for fact in (kind.data_directory, kind.data_name, kind.model_name, kind.units, kind.shape):
+        fact(own)
+    model = task.model()
+    task.forward(model, task.batch(0)[0][0])
+    task.elsewhere()
+    task.evaluate(model, "validation")
+    task.evaluate(model, "test")
+    return seen - {"model.kind"}
+
+
+def in_table(kind):
+    """What functional_sam.tasks.settings says that tasks with such a model read."""
+    return {f"{section}.{key}" for section, keys in zip(("model", "data"), READS[kind], strict=True) for key in keys.split()}

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from any_task import with_one_mask
+from any_task import in_table, settings_read, with_one_mask
 from scipy import stats
 from tiny_pretrained import SIZES, WORDS, save_bert
 
@@ -333,3 +333,9 @@ def test_the_pretrained_package_is_what_its_config_says():
         theirs[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
     )
     assert json.loads((directory / "1_Pooling" / "config.json").read_text())["pooling_mode_mean_tokens"] is True
+
+
+def test_the_table_of_settings_holds_all_that_it_reads(pretrained, texts, tmp_path, monkeypatch):
+    own = config_of(pretrained, tmp_path, "training.eval_rows=8", "training.test_rows=8")
+    shared = {"model.head_width", "data.tokenizer"}  # code that it shares with t5 asks for them, and finds none
+    assert settings_read(own, monkeypatch) <= in_table("encoder") | shared

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow
 import pytest
 import torch
-from any_task import killed_and_resumed, timeless, with_one_mask
+from any_task import in_table, killed_and_resumed, settings_read, timeless, with_one_mask
 from memory_simulation import Storages
 from pyarrow import parquet
 from test_superglue import question_of
@@ -485,3 +485,7 @@ def test_a_name_of_the_hub_is_what_was_fetched_of_it(monkeypatch, tmp_path):
     assert asked == [("google/t5-v1_1-small", "config.json")]
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: str(tmp_path / "config.json"))
     assert pretrained_directory("google/t5-v1_1-small") == tmp_path
+
+
+def test_the_table_of_settings_holds_all_that_it_reads(made, monkeypatch):
+    assert settings_read(config(made), monkeypatch) <= in_table("t5")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from any_task import killed_and_resumed, timeless
+from any_task import in_table, killed_and_resumed, settings_read, timeless
 from memory_simulation import Storages
 from processes import gloo
 from torch.utils.flop_counter import FlopCounterMode
@@ -465,3 +465,7 @@ def test_settings_that_cannot_be(made, override, message):
 def test_the_hubs_settings_are_for_the_hub():
     with pytest.raises(UserError, match=r"data\.files and data\.hub are for a bitext of the hub, not for bible-ja-en"):
         compose("translation", overrides=["data.files=3"])
+
+
+def test_the_table_of_settings_holds_all_that_it_reads(made, monkeypatch):
+    assert settings_read(config(made), monkeypatch) <= in_table("marian")

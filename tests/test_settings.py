@@ -1,0 +1,73 @@
+"""A setting that does nothing in a task is refused where it was typed; the table of what is read is what is read."""
+
+import pytest
+import yaml
+from any_task import in_table, settings_read
+
+from functional_sam.config import compose, configs_directory
+from functional_sam.errors import UserError
+from functional_sam.tasks.settings import READS, readers
+
+SMALL = ["training.batch=4", "training.eval_rows=4", "training.test_rows=4"]
+
+
+@pytest.mark.parametrize(
+    ("task", "override", "model", "others"),
+    [
+        ("vision", "data.share=0.5", "vit", "encoder, t5"),
+        ("vision", "model.length=64", "vit", "decoder, encoder, t5, marian"),
+        ("vision", "model.norm=batch", "vit", "convnet"),
+        ("vision-convnet", "model.depth=4", "convnet", "decoder, vit, encoder, t5, marian"),
+        ("language", "model.frozen=1", "decoder", "encoder"),
+        ("language", "data.unique_texts=9", "decoder", "encoder, t5"),
+        ("question-type", "model.embedding_scale=2", "encoder", "decoder"),
+        ("translation", "data.share=0.1", "marian", "encoder, t5"),
+        ("t5-small-superglue", "model.activation=relu", "t5", "vit, convnet, marian"),
+    ],
+)
+def test_a_setting_that_nothing_reads_is_refused_where_it_was_typed(task, override, model, others):
+    said = f"{override}\\S* does nothing in a task of kind \\S+ with model.kind={model}; it is for {others}$"
+    with pytest.raises(UserError, match=f"^override '{override}': {said}"):
+        compose(task, overrides=[override])
+
+
+def test_what_is_the_default_anyhow_is_no_mistake():
+    assert compose("vision", overrides=["data.share=1"]) == compose("vision")
+
+
+def test_another_model_may_be_chosen_over_what_a_scale_says_of_the_first():
+    own = compose("vision", scale="laptop", overrides=["model.kind=convnet"])
+    assert (own.model.kind, own.model.depth) == ("convnet", 4)  # which a convnet does not read, and nobody typed
+
+
+def test_files_of_tasks_say_nothing_that_nothing_reads():
+    for path in sorted((configs_directory() / "tasks").glob("*.yaml")):
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        kind = content.get("model", {}).get("kind", "decoder")
+        for section in ("model", "data"):
+            for key in set(content.get(section, {})) - {"kind"}:
+                assert kind in readers(section, key), f"{path.name}: {section}.{key}"
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "overrides"),
+    [
+        ("language", "decoder", ["model.width=16", "model.depth=1", "data.elsewhere=[technical]"]),
+        ("vision", "vit", ["model.width=16", "model.depth=1", "data.noise=0.1", "data.augment=crop-flip"]),
+        ("vision", "vit", ["model.width=16", "model.depth=1", "data.relabel=40"]),
+        ("vision-convnet", "convnet", []),
+    ],
+)
+def test_the_table_holds_all_that_a_task_reads(task, kind, overrides, cache, monkeypatch):
+    own = compose(task, scale="quick", overrides=[*overrides, *SMALL, f"runtime.cache={cache}"])
+    read = settings_read(own, monkeypatch)
+    assert {"model.width", "model.head_dtype"} < read
+    assert read <= in_table(kind)
+
+
+def test_every_setting_of_the_table_is_one_of_the_schema():
+    own = compose("language")
+    for kind in READS:
+        for name in in_table(kind):
+            section, key = name.split(".")
+            assert hasattr(getattr(own, section), key), f"{kind}: {name}"
