@@ -12,14 +12,15 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from functional_sam.data.packages import pinned
 from functional_sam.errors import UserError
 
+T = TypeVar("T")
 SCHEMA = 2  # raised when the same settings come to mean another result: every run then has another name
 
 
@@ -207,15 +208,20 @@ class Config:
 
 def _differing(config: Config) -> dict[str, Any]:
     """Section -> key -> value of every setting that is not the default and can change a result."""
-    content, default = dataclasses.asdict(config), dataclasses.asdict(Config())
-    del content["runtime"]
     found: dict[str, Any] = {}
-    for name, value in content.items():
-        if not isinstance(value, dict):
+    for name, default in _defaults().items():
+        value = getattr(config, name)
+        if not isinstance(default, dict):
             found[name] = value
-        elif differing := {key: one for key, one in value.items() if one != default[name][key]}:
+        elif differing := {key: getattr(value, key) for key, usual in default.items() if getattr(value, key) != usual}:
             found[name] = differing
     return found
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    """Section -> key -> default, without what cannot change a result."""
+    return {name: value for name, value in _keys().items() if name != "runtime"}
 
 
 def configs_directory() -> Path:
@@ -259,7 +265,6 @@ def compose(
     from functional_sam.tasks import check
     from functional_sam.tasks.settings import require_read
 
-    base = _schema()
     if method not in METHODS:
         raise nearest("method", method, METHODS)
     layers = [(f"configs/tasks/{task}.yaml", read_yaml("tasks", task))]
@@ -277,15 +282,9 @@ def compose(
         layers.append((f"override {override!r}", content))
     together: dict[str, Any] = {}
     for where, layer in layers:
-        _check_keys(base, layer, where, "")
+        _check_keys(layer, where)
         together = _over(together, layer)
-    try:
-        merged = OmegaConf.merge(base, together)  # one merge: each costs milliseconds, and a study has hundreds of configs
-    except OmegaConfBaseException:
-        for where, layer in layers:  # layer by layer, for a message that names the one at fault
-            base = _merge(base, layer, where)
-        raise
-    config = validated(_to_object(merged, "the merged config"))
+    config = validated(_merged(together, layers))
     check(config)
     for where, layer in layers[len(layers) - len(overrides) :]:  # what was typed; files are for every model that a task can have
         require_read(config, layer, where)
@@ -293,10 +292,38 @@ def compose(
     return config
 
 
-@functools.cache
-def _schema() -> Any:
-    """The defaults; never changed, since a merge copies it."""
-    return OmegaConf.structured(Config)
+def instance(kind: type[T], *layers: dict[str, Any]) -> T:
+    """A dataclass of a schema, over whose defaults the layers are laid, checked by OmegaConf, whose errors it raises.
+
+    A merge costs milliseconds, and a study has hundreds of configs that have most in common: each content is merged once.
+    """
+    key = f"{kind.__qualname__}{layers!r}"
+    if key not in _INSTANCES:
+        _INSTANCES[key] = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), *layers))
+    found: T = copy.deepcopy(_INSTANCES[key])
+    return found
+
+
+_INSTANCES: dict[str, Any] = {}
+
+
+def _merged(content: dict[str, Any], layers: Sequence[tuple[str, dict[str, Any]]]) -> Config:
+    """The config that differs from the defaults by `content`, section by section.
+
+    Raises UserError for a value of another type than its setting, by the one of the (name, layer) that has it.
+    """
+    default = Config()
+    sections = {name: own for name, own in content.items() if isinstance(own, dict)}
+    try:
+        if "${" in repr(content):  # an interpolation may name another section
+            return instance(Config, content)
+        merged = instance(Config, {name: own for name, own in content.items() if name not in sections})
+        return dataclasses.replace(merged, **{name: instance(type(getattr(default, name)), own) for name, own in sections.items()})
+    except OmegaConfBaseException as error:
+        base = OmegaConf.structured(Config)
+        for where, layer in layers:
+            base = _merge(base, layer, where)
+        raise UserError(f"the merged config: {error}") from error
 
 
 def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -311,10 +338,11 @@ def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def load(path: Path) -> Config:
     """A config from a run directory's config.yaml."""
     try:
-        content = OmegaConf.load(path)
+        content: Any = OmegaConf.to_container(OmegaConf.load(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
-    return validated(_to_object(_merge(_schema(), content, str(path)), str(path)))
+    _check_keys(content, str(path))
+    return validated(_merged(content, [(str(path), content)]))
 
 
 def to_yaml(config: Config) -> str:
@@ -323,36 +351,33 @@ def to_yaml(config: Config) -> str:
 
 
 def _merge(base: Any, layer: Any, where: str) -> Any:
-    _check_keys(base, layer, where, "")
     try:
         return OmegaConf.merge(base, layer)
     except OmegaConfBaseException as error:
         raise UserError(f"{where}: {error.full_key or 'value'}: {str(error).splitlines()[0]}") from error
 
 
-def _check_keys(base: Any, layer: Any, where: str, prefix: str) -> None:
+def _check_keys(layer: Any, where: str, known: dict[str, Any] | None = None, prefix: str = "") -> None:
     """An unknown key is refused here and not by OmegaConf, so that the message can name the nearest known one."""
-    if not isinstance(layer, dict | DictConfig):
+    if not isinstance(layer, dict):
         return
+    known = _keys() if known is None else known
     for key in map(str, layer):
         full = f"{prefix}{key}"
-        if key not in base:
-            known = {f"{prefix}{name}" for name in base}
-            near = difflib.get_close_matches(full, known, n=1, cutoff=0.4)
+        if key not in known:
+            names = {f"{prefix}{name}" for name in known}
+            near = difflib.get_close_matches(full, names, n=1, cutoff=0.4)
             raise UserError(
-                f"{where}: unknown key {full!r}" + (f"; did you mean {near[0]!r}?" if near else f" (known: {sorted(known)})")
+                f"{where}: unknown key {full!r}" + (f"; did you mean {near[0]!r}?" if near else f" (known: {sorted(names)})")
             )
-        if isinstance(base, DictConfig) and isinstance(base[key], DictConfig) and full != "method.options":
-            _check_keys(base[key], layer[key], where, f"{full}.")
+        if isinstance(known[key], dict) and full != "method.options":
+            _check_keys(layer[key], where, known[key], f"{full}.")
 
 
-def _to_object(base: Any, where: str) -> Config:
-    try:
-        result = OmegaConf.to_object(base)
-    except (OmegaConfBaseException, ConfigKeyError) as error:
-        raise UserError(f"{where}: {error}") from error
-    assert isinstance(result, Config)
-    return result
+@functools.cache
+def _keys() -> dict[str, Any]:
+    """Section -> key -> default; only read."""
+    return dataclasses.asdict(Config())
 
 
 def validated(config: Config) -> Config:

@@ -3,10 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from functional_sam.config import nearest, read_yaml
+from functional_sam.config import instance, nearest, read_yaml
 from functional_sam.errors import UserError
 
 
@@ -78,11 +77,9 @@ def load_spec(name: str, scale: str) -> Spec:
         raise nearest(f"scale of {name}", scale, scales)
     where = f"configs/exhibits/{name}.yaml"
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Spec), content, scales[scale] or {}, {"name": name, "scale": scale})
-        spec = OmegaConf.to_object(merged)
+        spec = instance(Spec, content, scales[scale] or {}, {"name": name, "scale": scale})
     except OmegaConfBaseException as error:
         raise UserError(f"{where}, scale {scale}: {error.full_key}: {str(error).splitlines()[0]}") from error
-    assert isinstance(spec, Spec)
     for key in ("title", "time", "claim", "published"):
         if not getattr(spec, key):
             raise UserError(f"{where}: {key} is missing: `make help` and README's table of claims need it")

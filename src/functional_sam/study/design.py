@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from functional_sam.config import Config, compose, nearest, read_yaml, validated
+from functional_sam.config import Config, compose, instance, nearest, read_yaml, validated
 from functional_sam.errors import UserError
 from functional_sam.sharpness.methods import METHODS
 from functional_sam.tasks import TASKS
@@ -111,11 +110,9 @@ def load_study(name: str, scale: str, overrides: tuple[str, ...] = ()) -> Study:
         raise nearest(f"scale of the study {name}", scale, scales)
     where = f"configs/studies/{name}.yaml, scale {scale}"
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Study), content, scales[scale], {"name": name, "scale": scale})
-        study = OmegaConf.to_object(merged)
+        study = instance(Study, content, scales[scale], {"name": name, "scale": scale})
     except OmegaConfBaseException as error:
         raise UserError(f"{where}: {error.full_key}: {str(error).splitlines()[0]}") from error
-    assert isinstance(study, Study)
     study.overrides = tuple(one for one in overrides if not one.startswith(CELLS))
     study.only = tuple(
         cell for one in overrides if one.startswith(CELLS) for cell in one.removeprefix(CELLS).strip("[]").split(",")
