@@ -115,11 +115,11 @@ def test_logits_that_are_not_the_targets_are_refused(method):
         ("targets is a NoneType", linear, (x, None), {}),
         ("returned a dict", linear, (x, y), {"forward": lambda model, x: {"logits": model(x)}}),
         ("returned a Tensor: expected .SUM", linear, (x, y), {"loss_fn": F.cross_entropy}),
+        ("returned a mean .* and the count 4", linear, (x, y), {"loss_fn": lambda z, t: (F.cross_entropy(z, t), len(t))}),
     ):
-        products = CurvatureProducts(model, [batch], method=method, **options)
-        for call in (products.loss, products.loss_and_gradient, lambda p=products: p.hessian(directions(p))):
+        for call in (lambda p: p.loss(), lambda p: p.loss_and_gradient(), lambda p: p.hessian(directions(p))):
             with pytest.raises(UserError, match=expected):
-                call()
+                call(CurvatureProducts(model, [batch], method=method, **options))
 
 
 @pytest.mark.parametrize("model", [nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double(), decoder()])

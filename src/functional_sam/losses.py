@@ -81,3 +81,29 @@ def require_rows(rows: torch.Size, logits: torch.Size, targets: Any) -> None:
     if len(logits) > 2 and targets.shape == logits[:1] + logits[2:]:
         raise UserError(f"{given}: classes are the LAST dimension here; forward=lambda model, inputs: model(inputs).movedim(1, -1)")
     raise UserError(f"{given}: logits [..., V] need targets [...], one class index a row (-100 is ignored)")
+
+
+def require_no_mean(loss_fn: Callable[..., Any], z: Tensor, targets: Any, total: Tensor, count: Any) -> None:
+    """Raise UserError for a loss_fn that returned a mean beside a count. It is called again, with half the rows, and may draw.
+
+    A sum over all rows is the sum of those over both halves, a mean their mean. What is no loss of rows is left alone.
+    """
+    rows = len(z) if z.ndim and loss_fn is not cross_entropy else 0
+    if rows < 2 or not isinstance(targets, Tensor) or targets.ndim == 0 or len(targets) != rows:
+        return
+    if isinstance(loss_fn, torch.nn.Module) and any(True for _ in loss_fn.buffers()):
+        return  # it may count its calls
+    half = rows // 2
+    try:
+        with torch.no_grad():
+            results = [loss_fn(z.detach()[part], targets[part]) for part in (slice(half), slice(half, None))]
+            (a, m), (b, n) = [(float(loss), float(number)) for loss, number in results]
+    except Exception:
+        return  # not a loss of rows
+    whole, number = float(total.detach()), float(count)
+    is_mean = m > 0 and n > 0 and m + n == number and math.isclose(m * a + n * b, whole * number, rel_tol=1e-4)
+    if is_mean and not math.isclose(a + b, whole, rel_tol=1e-2):
+        raise UserError(
+            f"loss_fn returned a mean ({whole:.4g}) and the count {number:g}: return the SUM over valid targets and their number "
+            '(reduction="sum"), or gradients are that much too small'
+        )

@@ -22,7 +22,7 @@ from torch.autograd.graph import GradientEdge
 
 from functional_sam.errors import UserError
 from functional_sam.head import chunks, hessian_product, softmax_of, to_cotangent
-from functional_sam.losses import IGNORE, cross_entropy, require_logits, require_rows
+from functional_sam.losses import IGNORE, cross_entropy, require_logits, require_no_mean, require_rows
 
 LossFn = Callable[[Tensor, Any], tuple[Tensor, Tensor]]
 Tangents = Sequence[Tensor | None]  # None is zero
@@ -172,6 +172,23 @@ def summed(loss_fn: LossFn, z: Any, targets: Any) -> tuple[Tensor, Tensor]:
     if not (isinstance(result, tuple) and len(result) == 2):
         raise UserError(f"loss_fn returned a {type(result).__name__}: expected (SUM over valid targets, number of valid targets)")
     return result
+
+
+def sums(loss_fn: LossFn) -> LossFn:
+    """loss_fn, which is looked at when it is called first: UserError for a mean beside a count, by which all would be too small."""
+    if loss_fn is cross_entropy:
+        return loss_fn
+    seen = False
+
+    def looked_at(z: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
+        nonlocal seen
+        result = loss_fn(z, targets)
+        if not seen and isinstance(result, tuple) and len(result) == 2:
+            seen = True
+            require_no_mean(loss_fn, z, targets, *result)
+        return result
+
+    return looked_at
 
 
 def by_classes(loss_fn: LossFn, targets: Any) -> bool:

@@ -19,7 +19,7 @@ from functional_sam.curvature.geometry import AdamGeometry, adam_scales
 from functional_sam.curvature.groups import Selection, select
 from functional_sam.curvature.linearization import ChangedInPlace, Forward, Linearization
 from functional_sam.curvature.operators import Names, Operator, Vector
-from functional_sam.curvature.outer import LossFn, OnHead, by_classes, summed
+from functional_sam.curvature.outer import LossFn, OnHead, by_classes, summed, sums
 from functional_sam.errors import UserError
 from functional_sam.losses import cross_entropy
 from functional_sam.weights import is_sharded
@@ -60,10 +60,10 @@ class CurvatureProducts:
     The code runs eagerly, without autocast and with an attention of its own, for the fused one has no second derivative. A model
     inside DDP is given without its wrapper.
     Targets of the default loss are one class index a row of logits [..., V], or probabilities [..., V].
-    Raises UserError for no batch or no valid target; for logits that are not the targets' and a loss_fn that returns a mean alone;
-    for parameters that are frozen, in half precision or not found; for a v of other shapes; for sharded parameters or reentrant
-    checkpointing with method="exact"; and, at each product, for a model or batches that are not the same at every pass: active
-    dropout, batch normalization in training mode, random numbers drawn in forward, a shuffled loader.
+    Raises UserError for no batch or no valid target; for logits that are not the targets'; for a loss_fn that returns a mean, alone
+    or beside a count; for parameters that are frozen, in half precision or not found; for a v of other shapes; for sharded
+    parameters or reentrant checkpointing with method="exact"; and, at each product, for a model or batches that are not the same
+    at every pass: active dropout, batch normalization in training mode, random numbers drawn in forward, a shuffled loader.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class CurvatureProducts:
         retain: bool | str = "auto",
         memory_budget: int = MEMORY_BUDGET,
     ) -> None:
-        self.model, self.loss_fn = model, loss_fn
+        self.model, self.loss_fn = model, sums(loss_fn)
         self.batches = Batches(batches)
         self.readout = _reads_out(model, forward, loss_fn)
         self.forward: Forward = forward or (lambda module, inputs, **readout: module(inputs, **readout))
@@ -96,7 +96,7 @@ class CurvatureProducts:
             raise UserError("exact products of a sharded model do not exist: use method='difference'")
         self._differences: Differences | None = None
         if method == "difference":
-            self._differences = Differences(model, self.batches, loss_fn, self.forward, self.parameters)
+            self._differences = Differences(model, self.batches, self.loss_fn, self.forward, self.parameters)
         self._kept: dict[int, Linearization] = {}
         self._stamp: list[Any] = []
         self._full = False

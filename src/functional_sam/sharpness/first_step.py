@@ -1,6 +1,5 @@
 """What is looked at in the first step only: whether forward and loss_fn are what every later step takes them for."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from functional_sam.errors import UserError
-from functional_sam.losses import cross_entropy
+from functional_sam.losses import require_no_mean
 from functional_sam.sharpness.randomness import random_state, set_random_state
 
 
@@ -59,10 +58,7 @@ def require_gradients(params: Iterable[Tensor]) -> None:
 
 
 def require_sum(loss_fn: Callable[..., Any], z: Tensor, targets: Any, total: Tensor, count: Any) -> None:
-    """Raise UserError for a loss_fn with parameters of its own, and for one that returns a mean beside a count.
-
-    The second by halves: a sum over all rows is the sum of those over both halves, a mean their mean.
-    """
+    """Raise UserError for a loss_fn with parameters of its own, and for one that returns a mean beside a count."""
     if total.grad_fn is None:
         raise UserError("loss_fn returned a sum that does not depend on the logits: it detaches them, or runs under no_grad")
     own = [leaf for leaf in _leaves(total) if leaf is not z]
@@ -71,27 +67,9 @@ def require_sum(loss_fn: Callable[..., Any], z: Tensor, targets: Any, total: Ten
             f"loss_fn has parameters of its own (shape {list(own[0].shape)}), which no path gives a gradient: move them into the "
             "model, so that its logits depend on them (inputs may carry the targets along)"
         )
-    rows = len(z) if z.ndim and loss_fn is not cross_entropy else 0
-    if rows < 2 or not isinstance(targets, Tensor) or targets.ndim == 0 or len(targets) != rows:
-        return
-    if isinstance(loss_fn, torch.nn.Module) and any(True for _ in loss_fn.buffers()):
-        return  # it may count its calls
-    state, half = random_state(z.device), rows // 2
-    try:
-        with torch.no_grad():
-            results = [loss_fn(z.detach()[part], targets[part]) for part in (slice(half), slice(half, None))]
-            (a, m), (b, n) = [(float(loss), float(number)) for loss, number in results]
-    except Exception:
-        return  # not a loss of rows
-    finally:
-        set_random_state(state, z.device)
-    whole, number = float(total.detach()), float(count)
-    is_mean = m > 0 and n > 0 and m + n == number and math.isclose(m * a + n * b, whole * number, rel_tol=1e-4)
-    if is_mean and not math.isclose(a + b, whole, rel_tol=1e-2):
-        raise UserError(
-            f"loss_fn returned a mean ({whole:.4g}) and the count {number:g}: return the SUM over valid targets and their number "
-            '(reduction="sum"), or gradients are that much too small'
-        )
+    state = random_state(z.device)
+    require_no_mean(loss_fn, z, targets, total, count)
+    set_random_state(state, z.device)
 
 
 def _leaves(total: Tensor) -> Iterator[Tensor]:
