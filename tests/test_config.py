@@ -70,6 +70,24 @@ def test_yaml_round_trip(tmp_path):
     assert load(tmp_path / "config.yaml") == config
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("- 1", "expected a mapping, found a list"),
+        ("5", "cannot be read"),
+        ("a: [", r"cannot be read \(while parsing a flow node .*line 2"),
+        ("training: {steps: x}", "training.steps: Value 'x'"),
+        ("training: 3", "int is not a subclass of TrainingConfig"),
+        ("trainig: {}", "unknown key 'trainig'; did you mean 'training'"),
+    ],
+)
+def test_a_file_that_is_no_config_is_named(content, message, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(content + "\n")
+    with pytest.raises(UserError, match=rf"config\.yaml: .*{message}"):
+        load(path)
+
+
 def test_defaults_are_in_the_schema_only():
     """No YAML repeats the schema's default."""
     from omegaconf import OmegaConf

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -245,16 +246,24 @@ def read_yaml(folder: str, name: str) -> dict[str, Any]:
     path = configs_directory() / folder / f"{name}.yaml"
     if not path.is_file():
         raise nearest(folder.rstrip("s"), name, (file.stem for file in path.parent.glob("*.yaml")))
-    content: Any = copy.deepcopy(_parsed(path, path.stat().st_mtime_ns, path.stat().st_size)) or {}
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a mapping, found a {type(content).__name__}")
-    return dict(content)
+    return copy.deepcopy(_parsed(path, path.stat().st_mtime_ns, path.stat().st_size))
 
 
 @functools.lru_cache(maxsize=64)
-def _parsed(path: Path, changed: int, size: int) -> Any:
+def _parsed(path: Path, changed: int, size: int) -> dict[str, Any]:
     """What a YAML file holds, read once: to parse one takes milliseconds, and a study composes hundreds of configs."""
-    return OmegaConf.to_container(OmegaConf.load(path))
+    return _mapping(path)
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    """What a YAML file holds; UserError where it is no YAML, or no mapping."""
+    try:
+        content: Any = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a mapping, found a {type(content).__name__}")
+    return content
 
 
 def compose(
@@ -337,10 +346,7 @@ def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def load(path: Path) -> Config:
     """A config from a run directory's config.yaml."""
-    try:
-        content: Any = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
+    content = _mapping(path)
     _check_keys(content, str(path))
     return validated(_merged(content, [(str(path), content)]))
 
