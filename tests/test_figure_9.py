@@ -98,4 +98,4 @@ def test_figure_9_is_drawn(exhibit, tmp_path):
     files = write(exhibit, tmp_path)
     assert next(file for file in files if file.suffix == ".png").stat().st_size > 20_000
     assert "Precond SAM 24" in exhibit.caption  # 2 of 4 radii x 2 learning rates x 2 widths x 3 seeds
-    assert figure_9.headline(exhibit.frame).startswith("radius that breaks training, over the plain path's: Functional-SAM 1.7 [")
+    assert figure_9.headline(exhibit.frame).startswith("radius that costs 0.1 nats, over that of SAM's path: Functional-SAM 1.7 [")

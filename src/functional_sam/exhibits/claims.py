@@ -28,7 +28,8 @@ def table(claims: Facts, records: Records) -> str:
     rows = []
     for name, scales in drawn(records).items():
         record = max(reversed(scales.values()), key=lambda one: one.get("answer") != NOT_TESTED)  # of equal ones the largest scale
-        links = ", ".join(f"[{scale}]({shown(one)})" for scale, one in reversed(scales.items()))
+        first = [record, *(one for one in reversed(scales.values()) if one is not record)]  # its numbers are shown
+        links = ", ".join(f"[{one['scale']}]({shown(one)})" for one in first)
         rows.append((claims[name]["claim"], record["headline"], verdict(record), f"{name} ({links})"))
     return markdown.table(COLUMNS, rows, text=COLUMNS).strip()
 
@@ -48,7 +49,7 @@ def picture(claims: Facts, records: Records) -> str:
     record = list(scales.values())[-1]
     link = f"[![{PICTURED}]({shown(record)})]({shown(record)})"
     what = f"{claims[PICTURED]['title']}, scale {record['scale']}"
-    marks = "points are means over seeds, bars 95 % intervals of the difference, the zero line is AdamW"
+    marks = "means over seeds with 95 % intervals of the difference (beside each other, not on top), the zero line is AdamW"
     return f"{link}\n\n*{sentence(record['headline'])} {what}: {marks}.*"
 
 

@@ -137,9 +137,10 @@ def headline(data: pd.DataFrame) -> str:
     matched = set.intersection(*(set(end[end.task == task].targets) for task in PAIR)) if len(end) else set()
     if not matched:
         return found
-    own = end[end.targets == max(matched)].groupby("task").share_logit_without_noise.mean()
-    numbers = " against ".join(number(own[task], 2) for task in PAIR)
-    return f"{found}; without sampling noise {numbers} at {max(matched):,}"
+    own = end[end.targets == max(matched)].groupby("task").share_logit_without_noise
+    means = {task: estimate(list(values)) for task, values in own}
+    numbers = " against ".join(interval(means[task].mean, means[task].half_width, 2) for task in PAIR)
+    return f"{found}; without sampling noise {numbers}"
 
 
 def _line(

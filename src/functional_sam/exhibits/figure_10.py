@@ -63,7 +63,7 @@ def headline(data: pd.DataFrame) -> str:
     """SAM's and Functional-SAM's gain at the best checkpoint under the noise of most cells, 40 %."""
     own = data[data.checkpoint.eq("best") & data.noise.eq(0.4) & data.part.eq("noise")]
     found = [f"{label(row.entry)} {_gain(row)}" for row in own.itertuples() if row.entry in ("sam", "functional-sam", "logit-sam")]
-    return f"points over AdamW at 40 % label noise: {', '.join(found)}"
+    return f"points over AdamW at 40 % label noise, best checkpoint: {', '.join(found)}"
 
 
 def _gain(row: Any) -> str:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -113,9 +114,16 @@ def draw(plan: Plan) -> Exhibit:
 def headline(data: pd.DataFrame) -> str:
     """What figure and CSV say, in a few words."""
     return "functional half minus logit half at equal dose: " + ", ".join(
-        f"{row.task} {row.metric} {interval(row.difference, row.half_width, sign=True)} (dose {row.dose:g})"
+        f"{row.task} {_in_words(row)} (dose {row.dose:g})"
         for row in comparisons(data, 0.0).query("against == 'logit half'").itertuples()
     )
+
+
+def _in_words(row: Any) -> str:
+    """A difference with its interval and unit: accuracies in points."""
+    if row.metric == "accuracy":
+        return f"{interval(100 * row.difference, 100 * row.half_width, 1, sign=True)} points"
+    return f"{row.metric} {interval(row.difference, row.half_width, sign=True)}"
 
 
 def _band(axis: Axes, base: Estimate) -> None:

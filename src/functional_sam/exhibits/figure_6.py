@@ -85,13 +85,13 @@ def draw(plan: Plan) -> Exhibit:
 
 def headline(data: pd.DataFrame) -> str:
     """SAM's gain with the least and the most of the data, and the rank correlation of gain and functional share, in a few words."""
-    ends = [
-        f"with {row.data_share:.0%} of {row.task} {markdown.interval(row.minus_baseline, difference(row).half_width, 3, sign=True)}"
-        for row in (_ends(data) if len(data) else ())
+    points = [
+        (100 * row.minus_baseline, 100 * difference(row).half_width, row.data_share) for row in (_ends(data) if len(data) else ())
     ]
+    ends = [f"{markdown.interval(mean, half, 1, sign=True)} points with {share:.0%}" for mean, half, share in points]
     found = ranks(data[data.part == "tasks"])
     words = ", ".join(f"{label(row.entry)} {markdown.number(row.correlation, 2, sign=True)}" for row in found.itertuples())
-    return f"SAM minus AdamW {', '.join(ends)}; rank correlation of gain and functional share: {words}"
+    return f"SAM minus AdamW {', '.join(ends)} of the data; rank correlation of gain and functional share: {words}"
 
 
 def _ends(data: pd.DataFrame) -> list[Any]:

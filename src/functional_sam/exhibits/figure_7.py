@@ -72,13 +72,12 @@ def draw(plan: Plan) -> Exhibit:
 
 
 def headline(data: pd.DataFrame) -> str:
-    """How many methods are better than AdamW, in a few words."""
-    found = []
-    for key, words in (("verdict", "steps"), ("verdict_compute", "compute")):
-        verdicts = [word for word in data[key] if isinstance(word, str) and word]
-        better = sum(word.startswith("better") for word in verdicts)
-        found.append(f"{better} of {len(verdicts)} at equal {words}")
-    return f"better than AdamW: {' and '.join(found)}"
+    """How many methods are better than AdamW at equal steps, and how AdamW given their time compares, in a few words."""
+    steps, compute = ([word for word in data[key] if isinstance(word, str) and word] for key in ("verdict", "verdict_compute"))
+    better, worse = (sum(word.startswith(verdict) for word in compute) for verdict in ("worse", "better"))
+    ahead = sum(word.startswith("better") for word in steps)
+    given = f"; AdamW given the time: better than {better} of {len(compute)}, worse than {worse}" if compute else ""
+    return f"better than AdamW at equal steps: {ahead} of {len(steps)}{given}"
 
 
 def forest(plan: Plan, margin: float) -> pd.DataFrame:

@@ -158,10 +158,11 @@ def headline(data: pd.DataFrame) -> str:
     """What the two tests of the fit say, in a few words."""
     own, models = judged_family(data).set_index("compared").loc[list(ADDED)], fits(data)
     adds = models["+ both"].r2 - models["targets, entropy"].r2 >= LEAST_R2
-    named = [name.removeprefix("log ") for name in ADDED if adds and own.p_holm[name] < 1 - LEVEL]
-    seen = " and ".join(named) or "neither outputs nor domain"
+    named = [name for name in ADDED if adds and own.p_holm[name] < 1 - LEVEL]
+    signed = [f"{'grows' if own.estimate[name] > 0 else 'falls'} with {name.removeprefix('log ')}" for name in named]
+    seen = " and ".join(signed) or "depends on neither outputs nor domain"
     base, both = (number(models[name].r2, 2) for name in ("targets, entropy", "+ both"))
-    return f"{_plainly(data)}; beside targets and entropy it depends on {seen} (R2 {base}, with both {both})"
+    return f"{_plainly(data)}; at equal targets and entropy it {seen} (R2 {base}, with both {both})"
 
 
 def _plainly(data: pd.DataFrame) -> str:
@@ -170,7 +171,8 @@ def _plainly(data: pd.DataFrame) -> str:
     own = own[own.task.eq("vision") & own.embedding_scale.eq(1)]
     least, most = own.outputs.min(), own.outputs.max()
     shares = (number(own[own.outputs == count].share_logit.mean(), 2) for count in (least, most))
-    return f"logit share at {least} and {most} classes {' and '.join(shares)}"
+    few, many = shares
+    return f"logit share {few} at {least} classes, {many} at {most}"
 
 
 def _paired(part: pd.DataFrame, other: pd.DataFrame) -> Any:

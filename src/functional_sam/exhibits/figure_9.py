@@ -238,7 +238,7 @@ def headline(data: pd.DataFrame) -> str:
     pairs = compared(frontier(data))
     own = pairs[(pairs.what == LEVEL) & (pairs.width == pairs.width.max())]
     found = [f"{style.METHOD_LABEL[row.method]} {_times(row)}" for row in own.itertuples()]
-    return f"radius that breaks training, over the plain path's: {', '.join(found)}"
+    return f"radius that costs {RISE:g} nats, over that of SAM's path: {', '.join(found)}"
 
 
 def _against_lr(axis: Axes, found: pd.DataFrame, spec: Spec) -> None:

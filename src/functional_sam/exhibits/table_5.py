@@ -5,12 +5,13 @@ import math
 import pandas as pd
 
 from functional_sam.exhibits import markdown
-from functional_sam.exhibits.comparison import counted, edge, headline, label, left_out, plan, seen
+from functional_sam.exhibits.comparison import counted, edge, label, left_out, plan, seen
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
-from functional_sam.exhibits.vision import accuracies, percent, points, published, setting
-from functional_sam.exhibits.words import answer
+from functional_sam.exhibits.vision import LONGER, POINTS, accuracies, percent, points, published, setting
+from functional_sam.exhibits.words import answer, tally
 from functional_sam.study.compare import Estimate, Verdict
+from functional_sam.study.report import difference
 
 __all__ = ["draw", "headline", "plan"]
 
@@ -32,6 +33,22 @@ def draw(plan: Plan) -> Exhibit:
     tables = [rows(data), "\n**Published**, on other data, with other models and budgets\n", published(PUBLISHED)]
     said = answer(data[data.entry == "sam"].verdict_baseline, Verdict.BETTER)
     return Exhibit(plan, {"": data}, caption, verdict, markdown="\n".join(tables), answer=said)
+
+
+def headline(data: pd.DataFrame) -> str:
+    """SAM's difference on each model, and how many comparisons at equal epochs came out how, in a few words."""
+    longer = {name for names in LONGER.values() for name in names}
+    own = data[~data.entry.isin(longer)]
+    words = [word for word in own.verdict_baseline if isinstance(word, str) and word]
+    sam = [
+        f"{_signed(POINTS * row.minus_baseline)} \N{PLUS-MINUS SIGN} {POINTS * difference(row).half_width:.1f} points ({row.model})"
+        for row in own[own.entry.eq("sam")].itertuples()
+    ]
+    return f"SAM minus AdamW {', '.join(sam)}; of {len(words)} methods against AdamW {tally(words)}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 
 def rows(data: pd.DataFrame) -> str:

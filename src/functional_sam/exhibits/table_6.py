@@ -50,7 +50,8 @@ def draw(plan: Plan) -> Exhibit:
 
 def headline(data: pd.DataFrame) -> str:
     """How many comparisons came out how, in and outside the trained domain, in a few words."""
-    home, away = data[~data.transfer], data[data.transfer]
+    own = data[~data.entry.isin(DOUBLES)]
+    home, away = own[~own.transfer], own[own.transfer]
     counts = [[str(word) for word in part.verdict_baseline if isinstance(word, str) and word] for part in (home, away)]
     found = [f"{words.count('better')} of {len(words)} {where}" for words, where in zip(counts, PLACES, strict=True) if words]
     return f"better than AdamW: {', '.join(found)}"

@@ -54,7 +54,7 @@ class Method:
     path: str
     mix: str | None = None
     options: dict[str, Any] = field(default_factory=dict)  # defaults of this method, on top of those of ascent, path, mix
-    rho: float = 0.05  # published default radius where there is one
+    rho: float = 0.05  # the published radius where it is known
     source: str = ""
 
     def has_first_pass(self, options: Mapping[str, Any]) -> bool:
