@@ -181,7 +181,8 @@ def test_the_table_of_claims():
     assert claims.table(FACTS, {("figure-2", "quick"): {**RECORD, "answer": "inconclusive"}}).count("| inconclusive |") == 1
     untested = {**larger, "answer": "not tested"}
     text = claims.table(FACTS, {("figure-2", "quick"): {**RECORD, "answer": "mixed"}, ("figure-2", "laptop"): untested})
-    assert rf"| \|g\| is small | **mixed** | {both} |" in text  # of the largest scale that asks the claim
+    asked = "figure-2 ([quick](paper/figures/figure-2.png), [laptop](paper/figures/figure-2-laptop.png))"
+    assert rf"| \|g\| is small | **mixed** | {asked} |" in text  # of the largest scale that asks the claim, which is linked first
     assert "| large | not tested |" in claims.table(FACTS, {("figure-2", "laptop"): untested})
 
 

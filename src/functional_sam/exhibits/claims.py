@@ -27,9 +27,9 @@ def table(claims: Facts, records: Records) -> str:
     """A row an exhibit that was drawn: claim, finding, verdict and links, of the largest scale that tests the claim."""
     rows = []
     for name, scales in drawn(records).items():
-        record = max(reversed(scales.values()), key=lambda one: one.get("answer") != NOT_TESTED)  # of equal ones the largest scale
-        first = [record, *(one for one in reversed(scales.values()) if one is not record)]  # its numbers are shown
-        links = ", ".join(f"[{one['scale']}]({shown(one)})" for one in first)
+        best = max(reversed(scales), key=lambda scale: scales[scale].get("answer") != NOT_TESTED)  # of equal ones the largest scale
+        record, others = scales[best], [scale for scale in reversed(scales) if scale != best]
+        links = ", ".join(f"[{scale}]({shown(scales[scale])})" for scale in (best, *others))
         rows.append((claims[name]["claim"], record["headline"], verdict(record), f"{name} ({links})"))
     return markdown.table(COLUMNS, rows, text=COLUMNS).strip()
 

@@ -85,13 +85,15 @@ def draw(plan: Plan) -> Exhibit:
 
 def headline(data: pd.DataFrame) -> str:
     """SAM's gain with the least and the most of the data, and the rank correlation of gain and functional share, in a few words."""
-    points = [
-        (100 * row.minus_baseline, 100 * difference(row).half_width, row.data_share) for row in (_ends(data) if len(data) else ())
+    gains = [
+        (markdown.interval(100 * row.minus_baseline, 100 * difference(row).half_width, 1, sign=True), f"{row.data_share:.0%}")
+        for row in (_ends(data) if len(data) else ())
     ]
-    ends = [f"{markdown.interval(mean, half, 1, sign=True)} points with {share:.0%}" for mean, half, share in points]
+    units = (" points", "", " of the data", "")  # after the first gain and the second, after the first share and the second
+    ends = [f"{gain}{units[i]} with {share}{units[2 + i]}" for i, (gain, share) in enumerate(gains)]
     found = ranks(data[data.part == "tasks"])
     words = ", ".join(f"{label(row.entry)} {markdown.number(row.correlation, 2, sign=True)}" for row in found.itertuples())
-    return f"SAM minus AdamW {', '.join(ends)} of the data; rank correlation of gain and functional share: {words}"
+    return f"SAM minus AdamW {', '.join(ends)}; rank correlation of gain and functional share: {words}"
 
 
 def _ends(data: pd.DataFrame) -> list[Any]:

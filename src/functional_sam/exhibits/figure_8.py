@@ -154,13 +154,18 @@ def draw(plan: Plan) -> Exhibit:
     return Exhibit(plan, frames, _caption(plan, data, finding), _verdict(tests, models), figure, answer=said)
 
 
+SIGNED = {  # what is said of a negative coefficient, and of a positive one
+    "log outputs": ("falls with outputs", "grows with outputs"),
+    "domain": ("is smaller in language", "is larger in language"),
+}
+
+
 def headline(data: pd.DataFrame) -> str:
     """What the two tests of the fit say, in a few words."""
     own, models = judged_family(data).set_index("compared").loc[list(ADDED)], fits(data)
     adds = models["+ both"].r2 - models["targets, entropy"].r2 >= LEAST_R2
     named = [name for name in ADDED if adds and own.p_holm[name] < 1 - LEVEL]
-    signed = [f"{'grows' if own.estimate[name] > 0 else 'falls'} with {name.removeprefix('log ')}" for name in named]
-    seen = " and ".join(signed) or "depends on neither outputs nor domain"
+    seen = " and ".join(SIGNED[name][bool(own.estimate[name] > 0)] for name in named) or "depends on neither outputs nor domain"
     base, both = (number(models[name].r2, 2) for name in ("targets, entropy", "+ both"))
     return f"{_plainly(data)}; at equal targets and entropy it {seen} (R2 {base}, with both {both})"
 
