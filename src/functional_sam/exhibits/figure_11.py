@@ -79,7 +79,7 @@ def headline(data: pd.DataFrame) -> str:
     for word, phrase in PHRASES.items():
         own = hard[hard.verdict == str(word)]
         tally.append(f"{len(own)} {phrase}")
-    return f"loss increase by rounding, noise or retraining against AdamW's: of {len(hard)} {', '.join(tally)}"
+    return f"loss increase by rounding, noise or retraining against AdamW's: {len(hard)} cases, {', '.join(tally)}"
 
 
 def _finished(config: Any, source: Source) -> bool:
