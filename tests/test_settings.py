@@ -4,9 +4,10 @@ import pytest
 import yaml
 from any_task import in_table, settings_read
 
+from functional_sam.cli import main
 from functional_sam.config import compose, configs_directory
 from functional_sam.errors import UserError
-from functional_sam.tasks.settings import READS, readers
+from functional_sam.tasks.settings import READS, readers, require_read
 
 SMALL = ["training.batch=4", "training.eval_rows=4", "training.test_rows=4"]
 
@@ -25,19 +26,22 @@ SMALL = ["training.batch=4", "training.eval_rows=4", "training.test_rows=4"]
         ("t5-small-superglue", "model.activation=relu", "t5", "vit, convnet, marian"),
     ],
 )
-def test_a_setting_that_nothing_reads_is_refused_where_it_was_typed(task, override, model, others):
-    said = f"{override}\\S* does nothing in a task of kind \\S+ with model.kind={model}; it is for {others}$"
-    with pytest.raises(UserError, match=f"^override '{override}': {said}"):
-        compose(task, overrides=[override])
+def test_a_setting_that_nothing_reads_is_refused_where_it_was_typed(task, override, model, others, capsys):
+    said = f"does nothing in a task of kind \\S+ with model.kind={model}; it is for {others}$"
+    with pytest.raises(UserError, match=f"^override '{override}' {said}"):
+        require_read(compose(task, overrides=[override]), [override])
+    assert main(["train", "--task", task, override]) == 2  # before any time is spent
+    assert "does nothing" in " ".join(capsys.readouterr().err.split())
 
 
 def test_what_is_the_default_anyhow_is_no_mistake():
-    assert compose("vision", overrides=["data.share=1"]) == compose("vision")
+    require_read(compose("vision", overrides=["data.share=1"]), ["data.share=1"])
 
 
 def test_another_model_may_be_chosen_over_what_a_scale_says_of_the_first():
     own = compose("vision", scale="laptop", overrides=["model.kind=convnet"])
-    assert (own.model.kind, own.model.depth) == ("convnet", 4)  # which a convnet does not read, and nobody typed
+    assert own.model.depth == 4  # which a convnet does not read, and nobody typed
+    require_read(own, ["model.kind=convnet", "model={norm: batch}", "training.steps=3"])
 
 
 def test_files_of_tasks_say_nothing_that_nothing_reads():

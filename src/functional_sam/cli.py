@@ -145,6 +145,7 @@ def _warn(
 
 def _train(options: argparse.Namespace) -> int:
     from functional_sam.config import compose, load
+    from functional_sam.tasks.settings import require_read
     from functional_sam.training.distributed import leave
     from functional_sam.training.loop import train
     from functional_sam.training.pool import AGAIN, work
@@ -163,6 +164,7 @@ def _train(options: argparse.Namespace) -> int:
             todo = [(load(directory / "config.yaml"), directory.parent) for directory in directories]
         else:
             config = compose(options.task, options.method, options.scale, overrides=options.arguments)
+            require_read(config, options.arguments)
             todo = [(config, Path(config.runtime.runs))]
         for config, root in todo:
             config.runtime.threads = options.threads or config.runtime.threads

@@ -272,7 +272,6 @@ def compose(
     """One complete, checked config. Raises UserError for unknown names or keys, wrong types, impossible values."""
     from functional_sam.sharpness.methods import METHODS, resolve  # these import torch, which a reader of records can do without
     from functional_sam.tasks import check
-    from functional_sam.tasks.settings import require_read
 
     if method not in METHODS:
         raise nearest("method", method, METHODS)
@@ -295,8 +294,6 @@ def compose(
         together = _over(together, layer)
     config = validated(_merged(together, layers))
     check(config)
-    for where, layer in layers[len(layers) - len(overrides) :]:  # what was typed; files are for every model that a task can have
-        require_read(config, layer, where)
     resolve(config.method.name, config.method.options)
     return config
 

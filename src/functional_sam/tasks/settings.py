@@ -1,6 +1,9 @@
 """Which settings of a config's sections `model` and `data` a task reads: by the kind of its model, which is the task's."""
 
+from collections.abc import Sequence
 from typing import Any
+
+from omegaconf import OmegaConf
 
 from functional_sam.config import Config
 from functional_sam.errors import UserError
@@ -32,15 +35,20 @@ def readers(section: str, key: str) -> list[str]:
     return [kind for kind, (model, data) in READS.items() if key in {"model": model, "data": data}[section].split()]
 
 
-def require_read(config: Config, layer: dict[str, Any], where: str) -> None:
-    """Raise UserError for a setting of a layer that would change the run's name and nothing else."""
+def require_read(config: Config, overrides: Sequence[str]) -> None:
+    """Raise UserError for one of the overrides of a run, key=value, that would change its name and nothing else.
+
+    Of what is typed for one run: files, and the overrides of an exhibit, are for every task and model that it has.
+    """
     default, kind = Config(), config.model.kind
-    for section in ("model", "data"):
-        for key in layer.get(section) or {}:
-            value, usual = (getattr(getattr(one, section), key) for one in (config, default))
-            known = readers(section, key)
-            if value != usual and key != "kind" and kind not in known:
-                raise UserError(
-                    f"{where}: {section}.{key}={value} does nothing in a task of kind {config.kind} with model.kind={kind}; "
-                    f"it is for {', '.join(known)}"
-                )
+    for override in overrides:
+        layer: Any = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+        for section in ("model", "data"):
+            for key in layer.get(section, {}):
+                value, usual = (getattr(getattr(one, section), key) for one in (config, default))
+                known = readers(section, key)
+                if value != usual and key != "kind" and kind not in known:
+                    raise UserError(
+                        f"override {override!r} does nothing in a task of kind {config.kind} with model.kind={kind}; "
+                        f"it is for {', '.join(known)}"
+                    )
