@@ -92,7 +92,7 @@ def test_a_missing_data_package_names_the_command(tmp_path, monkeypatch, capsys)
 def test_a_directory_that_cannot_be_written(tmp_path, capsys):
     """A file stands where the runs should go."""
     (tmp_path / "runs").write_text("")
-    code, _, err = here(capsys, "train", "--task", "language", *SMALL, f"runtime.runs={tmp_path}/runs")
+    code, _, err = here(capsys, "train", "--task", "vision", *SMALL, f"runtime.runs={tmp_path}/runs")
     assert code == 2
     assert "runtime.runs=" in err
 
