@@ -69,7 +69,7 @@ methods: $(READY)  ## the table of methods: where each looks, which derivative i
 benchmark: $(READY)  ## time and memory of every method, and of curvature products, measured on this machine (10 min)
 	@$(BIN)/functional-sam benchmark
 
-test: $(READY)  ## the whole test suite, on up to 4 cores (4 to 12 min on 2; shorter: make test ARGS='-m "not slow and not slurm"')
+test: $(READY)  ## the whole test suite, on up to 4 cores (10 to 20 min on 2; shorter: make test ARGS='-m "not slow and not slurm"')
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(READY)  ## ruff, and mypy (strict on sharpness/ and curvature/)
