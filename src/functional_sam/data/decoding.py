@@ -126,7 +126,7 @@ class Ahead:
                 self._parts = self._started(crops, itertools.chain.from_iterable(map(keys, itertools.count(step))), len(keys(step)))
             try:
                 made = [next(self._parts) for _ in keys(step)]
-            except (RuntimeError, OSError, EOFError) as error:  # the latter where it died while a part was on its way
+            except (RuntimeError, OSError, EOFError) as error:  # the last two where it died while handing over a part
                 raise UserError(
                     f"a process that decodes images died ({error}): take fewer, runtime.workers={self.workers} is too many "
                     "where memory is short"

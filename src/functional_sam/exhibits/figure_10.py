@@ -12,7 +12,7 @@ from functional_sam.exhibits import style
 from functional_sam.exhibits.comparison import counted, label, left_out, plan
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
-from functional_sam.exhibits.vision import POINTS, accuracies, setting
+from functional_sam.exhibits.vision import POINTS, accuracies, gained, setting
 from functional_sam.exhibits.words import answer, sentence
 from functional_sam.records import Source
 from functional_sam.study.compare import Estimate, Verdict, ratio
@@ -62,12 +62,8 @@ def draw(plan: Plan) -> Exhibit:
 def headline(data: pd.DataFrame) -> str:
     """SAM's and Functional-SAM's gain at the best checkpoint under the noise of most cells, 40 %."""
     own = data[data.checkpoint.eq("best") & data.noise.eq(0.4) & data.part.eq("noise")]
-    found = [f"{label(row.entry)} {_gain(row)}" for row in own.itertuples() if row.entry in ("sam", "functional-sam", "logit-sam")]
+    found = [f"{label(row.entry)} {gained(row)}" for row in own.itertuples() if row.entry in ("sam", "functional-sam", "logit-sam")]
     return f"points over AdamW at 40 % label noise, best checkpoint: {', '.join(found)}"
-
-
-def _gain(row: Any) -> str:
-    return f"{POINTS * row.minus_baseline:+.1f} \N{PLUS-MINUS SIGN} {POINTS * difference(row).half_width:.1f}"
 
 
 def lines(axis: Axes, part: pd.DataFrame, gain: bool) -> None:

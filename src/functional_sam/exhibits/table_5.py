@@ -8,10 +8,9 @@ from functional_sam.exhibits import markdown
 from functional_sam.exhibits.comparison import counted, edge, label, left_out, plan, seen
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
-from functional_sam.exhibits.vision import LONGER, POINTS, accuracies, percent, points, published, setting
+from functional_sam.exhibits.vision import LONGER, accuracies, gained, percent, points, published, setting
 from functional_sam.exhibits.words import answer, tally
 from functional_sam.study.compare import Estimate, Verdict
-from functional_sam.study.report import difference
 
 __all__ = ["draw", "headline", "plan"]
 
@@ -40,15 +39,8 @@ def headline(data: pd.DataFrame) -> str:
     longer = {name for names in LONGER.values() for name in names}
     own = data[~data.entry.isin(longer)]
     words = [word for word in own.verdict_baseline if isinstance(word, str) and word]
-    sam = [
-        f"{_signed(POINTS * row.minus_baseline)} \N{PLUS-MINUS SIGN} {POINTS * difference(row).half_width:.1f} points ({row.model})"
-        for row in own[own.entry.eq("sam")].itertuples()
-    ]
+    sam = [f"{gained(row)} points ({row.model})" for row in own[own.entry.eq("sam")].itertuples()]
     return f"SAM minus AdamW {', '.join(sam)}; of {len(words)} methods against AdamW {tally(words)}"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 
 def rows(data: pd.DataFrame) -> str:

@@ -56,6 +56,12 @@ def _loss(summary: dict[str, Any], best: bool) -> float:
     return math.inf if value is None else float(value)
 
 
+def gained(row: Any) -> str:
+    """Points of accuracy over AdamW and their 95 % interval, to a tenth even of what rounds to zero."""
+    text = f"{POINTS * row.minus_baseline:+.1f} \N{PLUS-MINUS SIGN} {POINTS * difference(row).half_width:.1f}"
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
 def percent(row: Any) -> str:
     """Accuracy in per cent and the 95 % interval of its mean."""
     return markdown.interval(POINTS * row.test, POINTS * Estimate(row.test, row.test_stderr, row.n).half_width, 1)
