@@ -26,6 +26,8 @@ MAY_IMPORT = {
     "models": SHARED,
     "data": SHARED,
     "tasks": SHARED | {"models", "data", "config"},
+    # names of data have a package and version; to compose a config asks the table of methods and the task whether it can be
+    "config": SHARED | {"data", "sharpness", "tasks"},
     "records": SHARED | {"config"},
     # training measures the decomposition on its way, hence curvature
     "training": SHARED | FLOOR | {"sharpness", "curvature", "tasks", "records", "config", "data"},

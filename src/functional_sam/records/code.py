@@ -11,7 +11,7 @@ from typing import Any
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ROOT = PACKAGE.parents[1]
-# config.py is not among them: it acts on a result through the resolved config alone, and that has its own hash.
+# config is not among them: it acts on a result through the resolved config alone, and that has its own hash.
 FLOOR = ("losses.py", "vectors.py", "ascents.py", "head.py", "weights.py")
 SOURCES = (*FLOOR, "models", "sharpness", "curvature", "tasks", "data", "training")
 TOKENIZER = "tokenizer.model"  # a file of prepared text

@@ -1,0 +1,23 @@
+"""What a run is: the schema with every default. YAML files under configs/ hold differences only.
+
+compose() = defaults <- tasks/TASK.yaml <- scales/SCALE.yaml (its section for the task) <- method <- exhibit <- overrides.
+"""
+
+from functional_sam.config.check import validated
+from functional_sam.config.compose import compose, instance, load, to_yaml
+from functional_sam.config.files import configs_directory, nearest, read_yaml
+from functional_sam.config.schema import Config, OptimizerConfig, RuntimeConfig
+
+__all__ = [
+    "Config",
+    "OptimizerConfig",
+    "RuntimeConfig",
+    "compose",
+    "configs_directory",
+    "instance",
+    "load",
+    "nearest",
+    "read_yaml",
+    "to_yaml",
+    "validated",
+]
