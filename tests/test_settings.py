@@ -7,6 +7,7 @@ from any_task import in_table, settings_read
 from functional_sam.cli import main
 from functional_sam.config import compose, configs_directory
 from functional_sam.errors import UserError
+from functional_sam.exhibits import needed, ready
 from functional_sam.tasks.settings import READS, readers, require_read
 
 SMALL = ["training.batch=4", "training.eval_rows=4", "training.test_rows=4"]
@@ -36,6 +37,26 @@ def test_train_refuses_it_before_any_time_is_spent(capsys, tmp_path):
     assert main(["train", "--task", "vision", "data.share=0.5", f"runtime.runs={tmp_path}/runs"]) == 2
     assert "override 'data.share=0.5' does nothing" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("exhibit", "override", "words"),
+    [
+        ("table-5", "data.share=0.5", "does nothing in table-5, whose models are convnet, vit; it is for encoder, t5"),
+        ("figure-3", "model.patch=7", "does nothing in figure-3, whose models are decoder; it is for vit, convnet"),
+    ],
+)
+def test_an_exhibit_refuses_what_none_of_its_runs_reads(exhibit, override, words):
+    with pytest.raises(UserError, match=words):
+        needed(exhibit, "quick", (override,))
+    with pytest.raises(UserError, match=words):
+        ready(exhibit, "quick", (override,))
+
+
+def test_an_exhibit_takes_what_one_of_its_tasks_reads():
+    assert {config.model.kind for config in needed("figure-1", "quick", ("data.vocab=384",))} == {"decoder", "vit"}
+    # of table-5's runs the first ones, all that are named at once, are of a vit; and 1 is the default anyhow
+    assert needed("table-5", "quick", ("model.norm=batch", "data.share=1"))
 
 
 def test_what_is_the_default_anyhow_is_no_mistake():

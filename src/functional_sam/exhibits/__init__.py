@@ -5,7 +5,7 @@ Nothing here trains. A missing run stops the drawing and names the command that 
 
 import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +13,7 @@ from functional_sam.config import Config, configs_directory, nearest
 from functional_sam.errors import UserError
 from functional_sam.exhibits.check import released_path
 from functional_sam.exhibits.output import Exhibit, as_written, write
+from functional_sam.exhibits.overrides import require_read_by_one
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import load_spec, scales
 from functional_sam.records import Run, RunDirectories, Source
@@ -82,12 +83,19 @@ def planned(name: str, scale: str = "quick", overrides: tuple[str, ...] = (), so
 def needed(name: str, scale: str = "quick", overrides: tuple[str, ...] = ()) -> list[Config]:
     """Configs of the runs that the exhibit needs, as far as they are known: later ones may depend on what earlier ones find.
 
-    Of tables or figures those of all, each run once.
+    Of tables or figures those of all, each run once. Raises UserError for an override that none of them reads.
     """
     found: dict[str, Config] = {}
     for one in members(name, scale):
         found |= {config.name: config for config in planned(one, scale, overrides).configs}
+    _require_read(name, scale, overrides, found.values())
     return list(found.values())
+
+
+def _require_read(name: str, scale: str, overrides: tuple[str, ...], configs: Iterable[Config]) -> None:
+    """Of later runs, which the first ones of a study do not name yet, the models count too."""
+    if overrides:
+        require_read_by_one(name, {config.model.kind for config in (*configs, *foreseen(name, scale))}, overrides)
 
 
 def packs_of(name: str, scale: str) -> list[Pack]:
@@ -131,6 +139,7 @@ def ready(name: str, scale: str = "quick", overrides: tuple[str, ...] = ()) -> P
     Overrides name other runs: not released. Raises NotComplete naming the command when neither is enough to draw.
     """
     here = planned(name, scale, overrides)
+    _require_read(name, scale, overrides, here.configs)
     if here.drawable and not here.missing:
         return here
     pack = None if overrides else load_pack(pack_name(name, scale), scale)
