@@ -175,7 +175,7 @@ def git(*arguments):
 
 
 def test_readme_numbers_are_those_of_the_records():
-    """README's tables are the ones made of the committed records (a reader's own, drawn since, may differ)."""
+    """README's table and picture are the ones made of the committed records (a reader's own, drawn since, may differ)."""
     records = {}
     for name in git("ls-files", "paper").split():
         if name.endswith(".json"):
@@ -184,7 +184,7 @@ def test_readme_numbers_are_those_of_the_records():
     assert records
     facts = {name: yaml.safe_load(git("show", f"HEAD:configs/exhibits/{name}.yaml")) for name in exhibits.known()}
     page = git("show", "HEAD:README.md")
-    for (begin, end), make in claims.TABLES.items():
+    for (begin, end), make in claims.WRITTEN.items():
         assert f"{begin}\n{make(facts, records)}\n{end}" in page
     for (name, scale), content in records.items():
         assert claims.shown(content) in page, f"no YAML of {name}"

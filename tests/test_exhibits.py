@@ -172,22 +172,18 @@ RECORD = {"files": ["paper/figures/figure-2.pdf", "paper/figures/figure-2.png"],
 
 def test_the_table_of_claims():
     text = claims.table(FACTS, {("figure-2", "quick"): RECORD})
-    row = r"| a \| b | \|g\| is small | descriptive | figure-2 ([quick](paper/figures/figure-2.png)) |"
+    row = r"| a \| b | \|g\| is small | descriptive | `make figure-2` (1 min): [quick](paper/figures/figure-2.png) |"
     assert text.splitlines()[2:] == [row]
     larger = {**RECORD, "files": ["paper/figures/figure-2-laptop.png"], "answer": "holds", "headline": "large"}
     text = claims.table(FACTS, {("figure-2", "quick"): RECORD, ("figure-2", "laptop"): larger})
-    both = "figure-2 ([laptop](paper/figures/figure-2-laptop.png), [quick](paper/figures/figure-2.png))"
+    both = "`make figure-2` (1 min): [laptop](paper/figures/figure-2-laptop.png), [quick](paper/figures/figure-2.png)"
     assert f"| large | **holds** | {both} |" in text
     assert claims.table(FACTS, {("figure-2", "quick"): {**RECORD, "answer": "inconclusive"}}).count("| inconclusive |") == 1
     untested = {**larger, "answer": "not tested"}
     text = claims.table(FACTS, {("figure-2", "quick"): {**RECORD, "answer": "mixed"}, ("figure-2", "laptop"): untested})
-    asked = "figure-2 ([quick](paper/figures/figure-2.png), [laptop](paper/figures/figure-2-laptop.png))"
+    asked = "`make figure-2` (1 min): [quick](paper/figures/figure-2.png), [laptop](paper/figures/figure-2-laptop.png)"
     assert rf"| \|g\| is small | **mixed** | {asked} |" in text  # of the largest scale that asks the claim, which is linked first
     assert "| large | not tested |" in claims.table(FACTS, {("figure-2", "laptop"): untested})
-
-
-def test_the_table_of_commands():
-    assert claims.commands(FACTS, {("figure-2", "quick"): RECORD}).splitlines()[2:] == ["| `make figure-2` | T | 1 min |"]
 
 
 def test_exhibits_are_ordered_by_kind_and_number():

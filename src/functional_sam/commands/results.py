@@ -188,7 +188,7 @@ def shown(path: Path) -> Path:
 
 
 def claims_command(options: argparse.Namespace) -> int:
-    """Write README's tables of claims and commands."""
+    """Write README's table of claims and findings, and its picture."""
     from functional_sam.exhibits.claims import update
 
     console.print(f"wrote {shown(update())}", highlight=False)

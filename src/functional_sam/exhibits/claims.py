@@ -1,4 +1,4 @@
-"""README's tables: what the paper claims and what is found here, and what makes it; no number of them is typed by hand."""
+"""README's table: what the paper claims, what is found here, and what makes it; no number of it is typed by hand."""
 
 import json
 import re
@@ -17,28 +17,21 @@ Records = Mapping[tuple[str, str], Mapping[str, Any]]  # (exhibit, scale) -> con
 Facts = Mapping[str, Mapping[str, Any]]  # exhibit -> content of its YAML
 
 CLAIMS = ("<!-- claims -->", "<!-- end of claims -->")
-COMMANDS = ("<!-- commands -->", "<!-- end of commands -->")
 PICTURE = ("<!-- picture -->", "<!-- end of picture -->")
 PICTURED = "figure-3"  # the paper's order of methods, and that none is better than AdamW
-COLUMNS = ("claim", "here", "verdict", "exhibit")
+COLUMNS = ("claim", "here", "verdict", "made by (time at quick), shown at")
 
 
 def table(claims: Facts, records: Records) -> str:
-    """A row an exhibit that was drawn: claim, finding, verdict and links, of the largest scale that tests the claim."""
+    """A row an exhibit that was drawn: claim; finding and verdict of the largest scale that tests it; command, its time, links."""
     rows = []
     for name, scales in drawn(records).items():
         best = max(reversed(scales), key=lambda scale: scales[scale].get("answer") != NOT_TESTED)  # of equal ones the largest scale
         record, others = scales[best], [scale for scale in reversed(scales) if scale != best]
         links = ", ".join(f"[{scale}]({shown(scales[scale])})" for scale in (best, *others))
-        rows.append((claims[name]["claim"], record["headline"], verdict(record), f"{name} ({links})"))
+        made = f"`make {name}` ({claims[name]['time']}): {links}"
+        rows.append((claims[name]["claim"], record["headline"], verdict(record), made))
     return markdown.table(COLUMNS, rows, text=COLUMNS).strip()
-
-
-def commands(claims: Facts, records: Records) -> str:
-    """A row an exhibit that was drawn: what it shows, the command that makes it, and how long that takes."""
-    columns = ("command", "shows", "time")
-    rows = [(f"`make {name}`", claims[name]["title"], claims[name]["time"]) for name in drawn(records)]
-    return markdown.table(columns, rows, text=columns).strip()
 
 
 def picture(claims: Facts, records: Records) -> str:
@@ -86,16 +79,16 @@ def facts() -> dict[str, dict[str, Any]]:
     return {name: read_yaml("exhibits", name) for name in known()}
 
 
-TABLES = {CLAIMS: table, COMMANDS: commands, PICTURE: picture}
+WRITTEN = {CLAIMS: table, PICTURE: picture}
 
 
 def update() -> Path:
-    """Write the tables and the picture into README.md; its path. Raises UserError where a mark is missing."""
+    """Write the table and the picture into README.md; its path. Raises UserError where a mark is missing."""
     readme = configs_directory().parent / "README.md"
     text = readme.read_text(encoding="utf-8")
-    for (begin, end), make in TABLES.items():
+    for (begin, end), make in WRITTEN.items():
         if begin not in text or end not in text:
-            raise UserError(f"{readme}: no {begin} and {end} to write the table between")
+            raise UserError(f"{readme}: no {begin} and {end} to write between")
         text = f"{text.split(begin)[0]}{begin}\n{make(facts(), recorded())}\n{end}{text.split(end)[1]}"
     write_text(readme, text)
     return readme
