@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -14,7 +15,10 @@ import pytest
 from processes import Process
 
 from functional_sam.cli import main
-from functional_sam.errors import UserError
+from functional_sam.config import load
+from functional_sam.errors import RESUMABLE, UserError
+from functional_sam.records import Run
+from functional_sam.training.pool import POOL
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
@@ -136,6 +140,10 @@ def started(server, cache, tmp_path):
         process.end()
 
 
+def set_variable(name, value):
+    os.environ[name] = value
+
+
 def each(processes, number):
     for process in processes:
         process.send_signal(number)
@@ -183,6 +191,31 @@ def test_a_signal_to_all_saves_and_says_resumable(started, tmp_path, number):
     for run in partial:
         last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
         assert (run / "checkpoint" / f"step-{last['step']:08d}.pt").exists()
+
+
+@pytest.mark.slow
+def test_kill_9_of_the_first_process_leaves_no_workers_behind(started, tmp_path):
+    """It can tell no worker to stop, and they do not go on through the list unseen: they save, and the same command goes on."""
+    process, workers = started(steps=5000)
+    process.send(signal.SIGKILL)
+    each(workers, signal.SIGCONT)
+    assert not psutil.wait_procs(workers, timeout=60)[1]
+    partial = unfinished(tmp_path)
+    assert len(partial) == 2
+    for run in partial:
+        last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+        assert last["step"] < 5000
+        assert (run / "checkpoint" / f"step-{last['step']:08d}.pt").exists()
+        assert not Run(load(run / "config.yaml"), run.parent).running
+
+
+def test_a_worker_whose_pool_is_gone_begins_nothing(server, tmp_path):
+    (tmp_path / "config.yaml").touch()
+    arguments = ("train", "--worker", "--threads", "1", tmp_path)
+    process = Process(tmp_path / "log.txt", *arguments, before=partial(set_variable, POOL, "1"))
+    assert process.wait() == RESUMABLE
+    assert "the process 1 that started this worker has ended; the same command goes on" in process.said
+    assert not (tmp_path / ".holder").exists()
 
 
 @pytest.mark.slow

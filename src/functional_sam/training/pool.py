@@ -1,5 +1,6 @@
 """Many runs: worker processes that claim runs by their locks, and one display of what they do."""
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -29,6 +30,8 @@ Show = Callable[
 PLAIN_EVERY = 15.0  # seconds between lines where the output is no terminal
 AGAIN = "the same command goes on"
 ENOUGH = 10  # steps from which a run's speed is known
+POOL = "FUNCTIONAL_SAM_POOL"  # environment variable of a worker: the process that started it
+PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that the kernel sends when the parent has ended
 
 
 @dataclass
@@ -184,7 +187,7 @@ def _reason(run: Run, workers: Workers) -> str:
 def _start(runs: Sequence[Run], threads: int, index: int) -> subprocess.Popen[bytes]:
     log = runs[0].directory.parent / f"worker-{index}.log"
     command = [sys.executable, "-m", "functional_sam", "train", "--worker", "--threads", str(threads)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), POOL: str(os.getpid())}
     with log.open("ab") as output:
         return subprocess.Popen(
             [*command, *(str(run.directory) for run in runs)],
@@ -263,6 +266,7 @@ def work(directories: Sequence[Path], threads: int) -> int:
     """A worker: claim and do each run that is neither complete nor held by another; the number that failed."""
     import traceback
 
+    _end_with_the_pool()
     from functional_sam.training.attempt import attempt  # with it comes the whole library
 
     failures = 0
@@ -277,3 +281,18 @@ def work(directories: Sequence[Path], threads: int) -> int:
             failures += 1
             traceback.print_exc()
     return failures
+
+
+def _end_with_the_pool() -> None:
+    """Have the kernel send SIGTERM, on which a run saves and leaves, when the pool is gone. Raises Interrupted where it is already.
+
+    A pool that was killed by force tells no worker to stop: they would go on through the whole list, seen by nobody, beside those
+    of the next command.
+    """
+    pool = os.environ.get(POOL)
+    if pool is None:
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    if os.getppid() != int(pool):
+        raise Interrupted(f"the process {pool} that started this worker has ended; {AGAIN}")
