@@ -112,10 +112,12 @@ def draw(plan: Plan) -> Exhibit:
 
 
 def headline(data: pd.DataFrame) -> str:
-    """What figure and CSV say, in a few words."""
+    """What figure and CSV say, in a few words: of several doses the middle one."""
+    ends = comparisons(data, 0.0).query("against == 'logit half'")
+    doses = sorted(ends.dose.unique())
+    middle = ends[ends.dose == doses[len(doses) // 2]]
     return "functional half minus logit half at equal dose: " + ", ".join(
-        f"{row.task} {_in_words(row)} (dose {row.dose:g})"
-        for row in comparisons(data, 0.0).query("against == 'logit half'").itertuples()
+        f"{row.task} {_in_words(row)} (dose {row.dose:g})" for row in middle.itertuples()
     )
 
 
@@ -163,14 +165,16 @@ def _judged(axis: Axes, rows: pd.DataFrame, beside: float, number: int) -> None:
             axis.plot([place + beside], [row.difference], color=color, marker=LOOKS[number % len(LOOKS)][1], zorder=3)
 
 
-def _words(row: pd.Series) -> str:
-    return f"{row.metric} {interval(row.difference, row.half_width, sign=True)} at dose {row.dose:g}, {row.verdict}"
+def _words(own: pd.DataFrame) -> str:
+    """The metric of a task, and its difference with the verdict at each dose."""
+    each = [f"{interval(r.difference, r.half_width, sign=True)} at dose {r.dose:g}, {r.verdict}" for r in own.itertuples()]
+    return f"{own.metric.iloc[0]} {', '.join(each)}"
 
 
 def _finding(found: pd.DataFrame) -> str:
     """Functional half against logit half, task by task."""
     ends = found[found.against == "logit half"]
-    parts = [f"{task} {', '.join(_words(row) for _, row in own.iterrows())}" for task, own in ends.groupby("task", sort=False)]
+    parts = [f"{task} {_words(own)}" for task, own in ends.groupby("task", sort=False)]
     better, worse = (bool(ends.verdict.str.startswith(word).any()) for word in ("better", "worse"))
     found_out = {(True, False): "the functional half is better", (False, True): "the logit half is better"}
     words = found_out.get(
