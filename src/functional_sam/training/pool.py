@@ -44,9 +44,13 @@ class Watched:
     step: int = 0
     loss: float = float("nan")
     size: int = -1
+    done: bool = False
 
     def look(self) -> None:
-        """Read the last training line if the file has grown."""
+        """Read the last training line if the file has grown; of a run that was done nothing more."""
+        if self.done:
+            return
+        self.done = self.run.done
         path = self.run.directory / "metrics.jsonl"
         try:
             size = path.stat().st_size
@@ -61,7 +65,7 @@ class Watched:
     @property
     def fraction(self) -> float:
         """Share of the run's steps done."""
-        return 1.0 if self.run.done else self.step / self.run.config.training.steps
+        return 1.0 if self.done else self.step / self.run.config.training.steps
 
     @cached_property
     def shape(self) -> tuple[str, ...]:
@@ -206,9 +210,9 @@ def _watch(workers: Workers, watched: Sequence[Watched], console: Console, stop:
             for w in watched:
                 w.look()
             done = sum(w.work * w.fraction for w in watched)
-            active = [w for w in watched if w.step > 0 and not w.run.done]
+            active = [w for w in watched if w.step > 0 and not w.done]
             left = time_left(watched, jobs)
-            show(sum(w.run.done for w in watched), len(watched), done / total, left, [w.line() for w in active])
+            show(sum(w.done for w in watched), len(watched), done / total, left, [w.line() for w in active])
 
 
 def time_left(watched: Sequence[Watched], jobs: int) -> float:
