@@ -68,6 +68,21 @@ def test_a_domain_that_matters():
     assert "is larger in language" in exhibit.caption
 
 
+def test_a_domain_that_small_embeddings_hide_is_called_open():
+    """They are in language alone: what they do is taken from its domain, unless they are told apart."""
+
+    def hidden(config, targets, entropy):
+        small = config.model.embedding_scale < 1
+        return alone(config, targets, entropy) + 0.5 * (config.kind == "language") - 2.0 * small
+
+    exhibit = drawn(hidden)
+    tests, apart = (exhibit.frames[name].set_index("compared") for name in ("tests", "apart"))
+    assert tests.loc["domain", "p_holm"] > 0.05
+    assert apart.loc["domain", "estimate"] == pytest.approx(0.5, abs=0.2)
+    assert apart.loc["domain", "p"] < 0.05
+    assert "may depend on the domain (open)" in exhibit.caption
+
+
 def test_contrasts_are_paired_by_seed():
     """The share at 640 minus 10 classes, by hand."""
     exhibit = drawn(lambda config, targets, entropy: 0.1 * math.log(figure_8.outputs(config)))

@@ -1,6 +1,7 @@
 """figure-8: what drives the logit share: number of outputs, domain, confidence, or the number of targets alone."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -23,6 +24,8 @@ from functional_sam.study.regression import Fit, fit
 
 LEAST_R2 = 0.02  # that outputs and domain must add to matter (paper/PROTOCOL.md)
 ADDED = ("log outputs", "domain")
+SMALL = "small embeddings"
+OPEN = "open"  # told from zero in one of two fits alone
 TEMPERATURE_MARKERS, STEP_MARKERS = ("v", "o", "^"), ("o", "D")
 MODELS: dict[str, tuple[str, ...]] = {"targets, entropy": (), "+ outputs": ADDED[:1], "+ domain": ADDED[1:], "+ both": ADDED}
 
@@ -54,13 +57,26 @@ def settings_frame(plan: Plan) -> pd.DataFrame:
 
 def fits(data: pd.DataFrame) -> dict[str, Fit]:
     """log(|delta_logit| / |delta_func|) on a quadratic in log targets and entropy, with and without what may be added to it."""
+    return {name: _fitted(data, added) for name, added in MODELS.items()}
+
+
+def _fitted(data: pd.DataFrame, added: Sequence[str]) -> Fit:
     y = np.log(data.norm_logit / data.norm_func)
     a, b = np.log(data.targets.to_numpy(float)), data.entropy.to_numpy(float)
     a, b = a - a.mean(), b - b.mean()
     base = [np.ones_like(a), a, b, a * a, a * b, b * b]
-    more = {"log outputs": np.log(data.outputs.to_numpy(float)), "domain": (data.task == "language").to_numpy(float)}
+    more = {
+        "log outputs": np.log(data.outputs.to_numpy(float)),
+        "domain": (data.task == "language").to_numpy(float),
+        SMALL: (data.embedding_scale < 1).to_numpy(float),
+    }
     clusters = list(zip(data.task, data.outputs, data.embedding_scale, data.seed, strict=True))
-    return {name: fit(y, np.stack([*base, *(more[one] for one in added)], 1), clusters) for name, added in MODELS.items()}
+    return fit(y, np.stack([*base, *(more[one] for one in added)], 1), clusters)
+
+
+def apart(data: pd.DataFrame) -> Fit:
+    """The full model with an indicator of the runs with small embeddings, of which there are none among the images: described."""
+    return _fitted(data, (SMALL, *ADDED))
 
 
 def contrasts(data: pd.DataFrame) -> dict[str, Any]:
@@ -113,10 +129,27 @@ def judged_family(data: pd.DataFrame) -> pd.DataFrame:
     return found
 
 
+def described(data: pd.DataFrame) -> pd.DataFrame:
+    """The same two coefficients beside an indicator of the runs with small embeddings: estimate, half width, p of each alone."""
+    full = apart(data)
+    first = len(full.coefficients) - len(ADDED)
+    rows = [
+        {
+            "compared": name,
+            "estimate": full.coefficients[first + place],
+            "half_width": full.stderr[first + place] * _quantile(full.clusters),
+            "p": full.p(first + place),
+            "n": full.clusters,
+        }
+        for place, name in enumerate(ADDED)
+    ]
+    return pd.DataFrame(rows)
+
+
 def draw(plan: Plan) -> Exhibit:
     """Share against outputs and against entropy; the cosine at the first step; what is explained by what."""
     data = settings_frame(plan)
-    tests, models = judged_family(data), fits(data)
+    tests, beside, models = judged_family(data), described(data), fits(data)
     style.use()
     figure, ((by_outputs, by_entropy), (cosines, explained)) = plt.subplots(2, 2, figsize=(style.PAGE, 5.2))
     end = at_end(data)
@@ -138,7 +171,7 @@ def draw(plan: Plan) -> Exhibit:
     by_entropy.set_title("All steps and temperatures: against entropy")
     cosines.set_title(r"Cosine of $\delta_{logit}$ and $\delta_{func}$ by initial embedding")
     explained.set_title(r"Variance of $\log\,|\delta_{logit}|/|\delta_{func}|$ explained by")
-    finding = f"{sentence(_plainly(data))} {_finding(tests, models)}"
+    finding = f"{sentence(_plainly(data))} {_finding(tests, beside, models)}"
     figure.tight_layout()
     _legends(figure, data)
     style.finding_above(figure, finding)
@@ -149,9 +182,9 @@ def draw(plan: Plan) -> Exhibit:
         for row in asked.itertuples()
     ]
     words += [] if adds else [Verdict.OPEN] * len(ADDED)
-    frames = {"": data, "tests": tests}
+    frames = {"": data, "tests": tests, "apart": beside}
     said = answer(words, Verdict.BETTER)
-    return Exhibit(plan, frames, _caption(plan, data, finding), _verdict(tests, models), figure, answer=said)
+    return Exhibit(plan, frames, _caption(plan, data, finding, beside), _verdict(tests, models), figure, answer=said)
 
 
 SIGNED = {  # what is said of a negative coefficient, and of a positive one
@@ -241,30 +274,38 @@ def _legends(figure: Figure, data: pd.DataFrame) -> None:
     figure.legend(handles=marks, loc="lower center", ncol=4, bbox_to_anchor=(0.5, 1.0))
 
 
-def _finding(tests: pd.DataFrame, models: dict[str, Fit]) -> str:
+def _finding(tests: pd.DataFrame, beside: pd.DataFrame, models: dict[str, Fit]) -> str:
+    """What the two tests of the fit say; open where the fit with small embeddings apart says otherwise."""
     base, both = models["targets, entropy"].r2, models["+ both"].r2
-    own = tests[tests.compared.isin(ADDED)].set_index("compared")
-    outputs_word, domain_word = (
-        ("" if own.p_holm[name] >= 1 - LEVEL else up if own.estimate[name] > 0 else down)
-        for name, up, down in (("log outputs", "grows", "falls"), ("domain", "larger", "smaller"))
-    )
+    own, other = tests[tests.compared.isin(ADDED)].set_index("compared"), beside.set_index("compared")
+    words = {}
+    for name, up, down in (("log outputs", "grows", "falls"), ("domain", "larger", "smaller")):
+        told, told_apart = own.p_holm[name] < 1 - LEVEL, other.p[name] < 1 - LEVEL
+        agree = told == told_apart and (not told or (own.estimate[name] > 0) == (other.estimate[name] > 0))
+        told &= both - base >= LEAST_R2
+        words[name] = OPEN if not agree else "" if not told else up if own.estimate[name] > 0 else down
+    outputs_word, domain_word = words["log outputs"], words["domain"]
     explained = f"(R2 {number(base, 2)}, with both {number(both, 2)})"
-    if both - base < LEAST_R2 or not (outputs_word or domain_word):
+    if not (outputs_word or domain_word):
         return f"Given targets and entropy, outputs and domain add nothing to the logit share {explained}"
-    first = f"{outputs_word} with the number of outputs" if outputs_word else "is not seen to depend on the number of outputs"
-    second = f"is {domain_word} in language" if domain_word else "is not seen to depend on the domain"
+    on_outputs = {"": "is not seen to depend on the number of outputs", OPEN: "may depend on the number of outputs (open)"}
+    on_domain = {"": "is not seen to depend on the domain", OPEN: "may depend on the domain (open)"}
+    first = on_outputs.get(outputs_word, f"{outputs_word} with the number of outputs")
+    second = on_domain.get(domain_word, f"is {domain_word} in language")
     return f"Given targets and entropy, the logit share {first} and {second} {explained}"
 
 
-def _caption(plan: Plan, data: pd.DataFrame, finding: str) -> str:
+def _caption(plan: Plan, data: pd.DataFrame, finding: str, beside: pd.DataFrame) -> str:
     full = fits(data)["+ both"]
+    seen = ", ".join(f"{row.compared} {interval(row.estimate, row.half_width, 2, sign=True)}" for row in beside.itertuples())
     return (
         f"{finding}. AdamW on the same changed images with more or fewer classes and on the same text with more or fewer pieces, "
         "logits divided by temperatures when measuring, log(|delta_logit| / |delta_func|) fitted by a quadratic in log targets and "
         f"entropy, gradient ascent, eps of the same batch ({data.targets.max()} targets in the drawn points); scale "
         f"{plan.spec.scale}, not the paper's: {sizes(plan.configs)}. "
         f"n={len(plan.spec.seeds)} seeds a setting, {full.rows} measurements of {full.clusters} runs (standard errors clustered by "
-        "run), bars are 95 % t intervals, Holm's correction over the five comparisons of the protocol."
+        "run), bars are 95 % t intervals, Holm's correction over the five comparisons of the protocol; open: told from zero in one "
+        f"of two fits alone, that or the one with the runs of small embeddings, all of language, told apart ({seen})."
     )
 
 
