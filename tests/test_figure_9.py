@@ -9,6 +9,7 @@ from made_up import MadeUp
 from functional_sam.exhibits import draw_plan, figure_9, planned
 from functional_sam.exhibits.figure_9 import ADAMW, AT_LEAST, AT_MOST, first_broken
 from functional_sam.exhibits.output import write
+from functional_sam.study.compare import Verdict
 
 
 @pytest.mark.parametrize(
@@ -80,8 +81,25 @@ def test_pairs_are_compared_and_judged(exhibit):
     row = pairs.loc[("precond-functional-sam", "log radius", 48)]
     assert row.difference == pytest.approx(math.log(3 / math.sqrt(0.3)))
     assert row.bound == AT_LEAST  # it breaks nowhere on the grid
-    assert "Precond Functional-SAM at least 5.5" in figure_9.headline(exhibit.frame)  # a bound has no interval
+    assert "Precond Functional-SAM / Precond SAM at least 5.5" in figure_9.headline(exhibit.frame)  # a bound has no interval
     assert pairs.loc[("functional-sam", "log radius", 48), "bound"] == ""
+
+
+@pytest.mark.parametrize(
+    ("bound", "word", "warranted"),
+    [
+        (AT_MOST, Verdict.WORSE, True),
+        (AT_MOST, Verdict.BETTER, False),
+        (AT_MOST, Verdict.SAME, False),
+        (AT_LEAST, Verdict.BETTER, True),
+        (AT_LEAST, Verdict.WORSE, False),
+        ("about", Verdict.WORSE, False),
+        ("", Verdict.SAME, True),
+        (math.nan, Verdict.BETTER, True),  # a slope
+    ],
+)
+def test_a_bound_gives_no_verdict_that_it_does_not_warrant(bound, word, warranted):
+    assert figure_9._warranted(word, bound) is warranted
 
 
 def test_two_bounds_on_one_side_are_no_comparison():
@@ -98,4 +116,6 @@ def test_figure_9_is_drawn(exhibit, tmp_path):
     files = write(exhibit, tmp_path)
     assert next(file for file in files if file.suffix == ".png").stat().st_size > 20_000
     assert "Precond SAM 24" in exhibit.caption  # 2 of 4 radii x 2 learning rates x 2 widths x 3 seeds
-    assert figure_9.headline(exhibit.frame).startswith("radius that costs 0.1 nats, over that of SAM's path: Functional-SAM 1.7 [")
+    assert figure_9.headline(exhibit.frame).startswith(
+        "radius that costs 0.1 nats, functional over plain path: Functional-SAM / SAM 1.7 ["
+    )

@@ -16,6 +16,7 @@ from functional_sam.exhibits.output import Exhibit, as_written, write
 from functional_sam.exhibits.overrides import require_read_by_one
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import load_spec, scales
+from functional_sam.exhibits.words import so_far
 from functional_sam.records import Run, RunDirectories, Source
 from functional_sam.records.released import Pack, load_pack, restore
 from functional_sam.study import tune
@@ -169,7 +170,7 @@ def draw_plan(plan: Plan) -> Exhibit:
 
     module = module_of(plan.spec.name)
     drawn: Exhibit = module.draw(plan)
-    exhibit = dataclasses.replace(drawn, headline=module.headline(as_written(drawn.frame)))
+    exhibit = dataclasses.replace(drawn, headline=module.headline(as_written(drawn.frame)), answer=so_far(drawn.answer, plan))
     for figure in (exhibit.figure, *exhibit.more.values()):
         plt.close(figure)  # it stays whole, but pyplot keeps it no longer, and a notebook does not show it a second time
     return exhibit

@@ -1,7 +1,7 @@
 """What the exhibits of a study share: their plan, a table a cell, and the words of verdicts, settings and what is not there yet."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import pandas as pd
@@ -12,8 +12,8 @@ from functional_sam.exhibits.spec import Spec
 from functional_sam.exhibits.words import data_name, model_name, tally
 from functional_sam.records import Source
 from functional_sam.study.compare import Estimate, Verdict
-from functional_sam.study.design import load_study
-from functional_sam.study.report import difference
+from functional_sam.study.design import load_study, trials
+from functional_sam.study.report import difference, judge
 from functional_sam.study.tune import Planned, plan_cells, todo, unique
 from functional_sam.tasks import TASKS
 
@@ -23,7 +23,8 @@ def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
     study = load_study(spec.study, spec.scale, overrides)
     planned = plan_cells(study, study.part(*spec.parts), source)
     shown = [one for one in planned if one.complete]
-    return Plan(spec, todo(planned), shown, source, bool(shown), unique(config for one in shown for config in one.configs))
+    left = tuple(one.cell.name for one in planned if not one.complete)
+    return Plan(spec, todo(planned), shown, source, bool(shown), unique(config for one in shown for config in one.configs), left)
 
 
 def label(name: str, own: object = "") -> str:
@@ -133,12 +134,43 @@ def setting(plan: Plan, data: pd.DataFrame) -> str:
     )
 
 
-def left_out(plan: Plan) -> str:
-    """Cells of the exhibit that are not complete, in words; empty when all are."""
+def left_out(plan: Plan, data: pd.DataFrame | None = None, longer: Collection[str] = (), apart: Collection[str] = ()) -> str:
+    """Cells of the exhibit that are not complete, in words; empty when all are.
+
+    data: rows judged against the baseline in one family, but for entries in `longer` and cells of the parts `apart`. Which verdicts
+    would not stand if all that is still to come of the family were null, is said too: the others are final.
+    """
+    if not plan.left:
+        return ""
+    words = f" Not shown, their runs are not complete: {', '.join(plan.left)}; verdicts are so far."
+    if data is None:
+        return words
+    number = to_come(plan, longer, apart)
+    again = judge(data, plan.content[0].study.margin, family=lambda row: row.entry not in longer, more=number)
+    lost = [
+        _named(row) for row, word in zip(data.itertuples(), again.verdict_baseline, strict=True) if row.verdict_baseline != word
+    ]
+    return f"{words} Were their {number} comparisons with AdamW null, Holm's correction would {left_open(lost)}."
+
+
+def left_open(lost: Sequence[str]) -> str:
+    """What more comparisons would do to verdicts, in words."""
+    return f"leave open {', '.join(lost)}" if lost else "change no verdict"
+
+
+def to_come(plan: Plan, longer: Collection[str] = (), apart: Collection[str] = ()) -> int:
+    """How many comparisons with the baseline the cells that are not complete will add, but for `longer` and `apart`."""
     study = load_study(plan.spec.study, plan.spec.scale)
-    have = {one.cell.name for one in plan.content}
-    left = [cell.name for cell in study.part(*plan.spec.parts) if cell.name not in have]
-    return f" Not shown, their runs are not complete: {', '.join(left)}." if left else ""
+    found = 0
+    for cell in (study.cells[name] for name in plan.left if study.cells[name].part not in apart):
+        names = [name for name in cell.entries[1:] if name not in longer]
+        found += len(names) if cell.choose else sum(len(trials(study, cell, name, 1.0)) for name in names)
+    return found
+
+
+def _named(row: Any) -> str:
+    """A row of a family: its method, with the radius where none was chosen."""
+    return label(row.entry, row.label) + ("" if row.trials or math.isnan(row.rho) else f" at rho {row.rho:g}")
 
 
 def same_runs(planned: Sequence[Planned]) -> dict[str, str]:

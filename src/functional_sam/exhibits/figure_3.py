@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from functional_sam.exhibits import markdown, style
-from functional_sam.exhibits.comparison import label, left_out, pair_at_radius, place, plan, setting
+from functional_sam.exhibits.comparison import label, left_open, left_out, pair_at_radius, place, plan, setting
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.words import answer, sentence
@@ -27,7 +27,8 @@ def draw(plan: Plan) -> Exhibit:
     seeds = by_seed(plan.content, plan.source)
     margin = plan.content[0].study.margin
     data = judge(frame(plan.content, plan.source), margin)
-    paths = judged_paths([row for _, part in seeds.groupby("cell", sort=False) for row in path_alone(part)], margin)
+    pairs = [row for _, part in seeds.groupby("cell", sort=False) for row in path_alone(part)]
+    paths = judged_paths(pairs, margin)
     style.use()
     cells = list(dict.fromkeys(seeds.cell))
     figure, axes = plt.subplots(len(cells), 2, figsize=(style.PAGE, 2.4 * len(cells) + 0.4), squeeze=False, sharey="row")
@@ -46,7 +47,8 @@ def draw(plan: Plan) -> Exhibit:
     caption = (
         f"{sentence(headline(data))} Bars are 95 % intervals of paired differences, marks moved aside so that none covers "
         f"another; linear within {LINEAR:g} nats, logarithmic beyond; crosses at the top edge diverged; the grey band is that "
-        f"of the placebo (AdamW whose initial weights were changed by 1e-6). {setting(plan, data)}{left_out(plan)}"
+        f"of the placebo (AdamW whose initial weights were changed by 1e-6). {setting(plan, data)}{left_out(plan, data)}"
+        f"{_still_open(plan, pairs, paths, margin)}"
     )
     wanted = paths[paths.at_equal == "rho"] if len(paths) else paths
     found = answer(wanted.verdict if len(wanted) else (), Verdict.BETTER)
@@ -105,10 +107,24 @@ def path_alone(part: pd.DataFrame) -> list[dict[str, Any]]:
     return rows
 
 
-def judged_paths(rows: list[dict[str, Any]], margin: float) -> pd.DataFrame:
-    """The rows of every cell with their verdicts, one family."""
-    words = judged([Estimate(row["difference"], row["stderr"], row["n"]) for row in rows], margin=margin)
+def judged_paths(rows: list[dict[str, Any]], margin: float, more: int = 0) -> pd.DataFrame:
+    """The rows of every cell with their verdicts, one family; more: comparisons of it that are still to come, counted as null."""
+    words = judged([Estimate(row["difference"], row["stderr"], row["n"]) for row in rows], margin=margin, more=more)
     return pd.DataFrame([row | {"verdict": str(word)} for row, word in zip(rows, words, strict=True)])
+
+
+def _still_open(plan: Plan, pairs: list[dict[str, Any]], paths: pd.DataFrame, margin: float) -> str:
+    """Which verdicts on the path alone would not stand if those of the cells to come, as many in each, were null."""
+    if not plan.left or paths.empty:
+        return ""
+    more = len(paths) // paths.cell.nunique() * len(plan.left)
+    again = judged_paths(pairs, margin, more)
+    lost = [
+        f"{label(row.entry)} against {label(row.other)} at equal {row.at_equal}, rho {row.rho:g}"
+        for row, word in zip(paths.itertuples(), again.verdict, strict=True)
+        if row.verdict != word
+    ]
+    return f" Of the functional path against the plain one, {more} more null comparisons would {left_open(lost)}."
 
 
 def _at_dose(theirs: pd.DataFrame, row: Any) -> float:

@@ -61,7 +61,7 @@ def draw(plan: Plan) -> Exhibit:
         f"{sentence(headline(data))} {'Above n' if tall else 'N'}othing is chosen (AdamW's learning rate at each batch)"
         f"{', below every method has as many trials' if tall else ''}; 95 % intervals of paired differences; linear within "
         f"{LINEAR:g} nats, logarithmic beyond. "
-        f"{setting(plan, data)}{left_out(plan)}"
+        f"{setting(plan, data)}{left_out(plan, once)}"
     )
     tuned = once[once.part.isin(["fixed", "chinchilla"]) & once.entry.eq("precond-functional-sam")]
     found = answer(tuned.verdict_baseline, Verdict.BETTER)

@@ -81,20 +81,21 @@ def headline(data: pd.DataFrame) -> str:
 
 
 def forest(plan: Plan, margin: float) -> pd.DataFrame:
-    """One row a method: differences at equal steps and at equal compute, verdicts of each (Holm over the rows), time of a step."""
+    """One row a method: differences at equal steps and at equal compute, their verdicts (Holm over all shown), time of a step."""
     times = pd.read_csv(results_directory() / "benchmark" / "time.csv")
     times = times[times.case == CASE].set_index("method")
     cells = of_part(plan.content, "compute", "fixed", "variants")
     alone = of_part(plan.content, "compute") or cells[:1]  # the setting that the others are compared in
     cells = [one for one in cells if one.cell.part == "variants" or one in alone or same_setting(one, alone[0])]
-    compute = (
-        judge(equal_compute(plan.content, plan.source), margin).set_index("entry") if alone[0].cell.part == "compute" else None
-    )
-    equal = judge(frame(cells, plan.source), margin)
+    steps = frame(cells, plan.source)
+    steps = steps[~steps.method.isin(["adamw"])]
+    given = equal_compute(plan.content, plan.source) if alone[0].cell.part == "compute" else steps[:0]
+    both = judge(pd.concat([steps, given], ignore_index=True), margin)
+    equal, compute = both[: len(steps)], both[len(steps) :].set_index("entry")
     rows: list[dict[str, Any]] = []
-    for row in equal[~equal.method.isin(["adamw"])].itertuples():
+    for row in equal.itertuples():
         found = difference(row)
-        own = compute.loc[row.entry] if compute is not None and row.entry in compute.index else None
+        own = compute.loc[row.entry] if row.entry in compute.index else None
         timed = TIMED_AS.get(str(row.entry), str(row.entry))
         rows.append(
             {

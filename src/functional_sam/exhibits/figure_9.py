@@ -24,6 +24,7 @@ from functional_sam.tasks import TASKS
 
 RISE = 0.1  # nats above the best, from which on a run is broken
 SAME = math.log(1.25)  # radii that differ by less coincide
+UNMOVED = "none that this grid of radii shows"  # of an exponent that is the same in every seed
 PAIRS = {"functional-sam": "sam", "precond-functional-sam": "precond-sam"}  # the path alone differs
 AT_MOST, AT_LEAST, BETWEEN, ADAMW = "at most", "at least", "", "AdamW is broken"
 LEVEL, SLOPE = "log radius", "slope in log width"
@@ -138,8 +139,15 @@ def compared(found: pd.DataFrame) -> pd.DataFrame:
     for kind, family in result.groupby("what"):
         margin = SAME if kind == LEVEL else 0.0
         words = judged([Estimate(r.difference, r.stderr, r.n) for r in family.itertuples()], lower_is_better=False, margin=margin)
+        words = [word if _warranted(word, r.bound) else Verdict.OPEN for word, r in zip(words, family.itertuples(), strict=True)]
         result.loc[family.index, "verdict"] = [WORDS[str(kind)].get(word, str(Verdict.OPEN)) for word in words]
     return result
+
+
+def _warranted(word: Verdict, bound: object) -> bool:
+    """Whether a verdict on a ratio of two radii holds of every ratio that its bound allows."""
+    allowed = {AT_MOST: {Verdict.WORSE}, AT_LEAST: {Verdict.BETTER}, "about": set()}
+    return not isinstance(bound, str) or not bound or word in allowed[bound]
 
 
 def _side(ours: str, theirs: str) -> str:
@@ -234,11 +242,11 @@ def draw(plan: Plan) -> Exhibit:
 
 
 def headline(data: pd.DataFrame) -> str:
-    """The radius that breaks training at the largest width, functional path over plain path, in a few words."""
+    """The radius that breaks training at the largest width, of the functional over the plain path, in a few words."""
     pairs = compared(frontier(data))
     own = pairs[(pairs.what == LEVEL) & (pairs.width == pairs.width.max())]
-    found = [f"{style.METHOD_LABEL[row.method]} {_times(row)}" for row in own.itertuples()]
-    return f"radius that costs {RISE:g} nats, over that of SAM's path: {', '.join(found)}"
+    found = [f"{style.METHOD_LABEL[row.method]} / {style.METHOD_LABEL[row.other]} {_times(row)}" for row in own.itertuples()]
+    return f"radius that costs {RISE:g} nats, functional over plain path: {', '.join(found)}"
 
 
 def _against_lr(axis: Axes, found: pd.DataFrame, spec: Spec) -> None:
@@ -349,7 +357,7 @@ def _verdict(data: pd.DataFrame, pairs: pd.DataFrame, slopes: pd.DataFrame) -> s
         for row in pairs[(pairs.what == SLOPE) & (pairs.n > 0)].itertuples()
     ]
     grows = [
-        f"{label[row.method]} {row.exponent:+.2f} \N{PLUS-MINUS SIGN} {row.half_width:.2f}"
+        f"{label[row.method]} " + (f"{row.exponent:+.2f} \N{PLUS-MINUS SIGN} {row.half_width:.2f}" if row.half_width else UNMOVED)
         for row in slopes[(slopes.of == "best") & (slopes.n > 0)].itertuples()
     ]
     return (

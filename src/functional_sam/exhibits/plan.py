@@ -18,6 +18,7 @@ class Plan:
     source: Source
     drawable: bool
     drawn: list[Config] | None = None  # the runs that a drawing shows; none: all that are complete
+    left: tuple[str, ...] = ()  # of a study: the cells of the exhibit that are not complete, and not shown
 
     @classmethod
     def of_known_runs(cls, spec: Spec, configs: list[Config], source: Source) -> "Plan":

@@ -8,7 +8,7 @@ from functional_sam.exhibits import markdown
 from functional_sam.exhibits.comparison import counted, edge, label, left_out, plan, seen
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
-from functional_sam.exhibits.vision import LONGER, accuracies, gained, percent, points, published, setting
+from functional_sam.exhibits.vision import DOUBLES, accuracies, gained, percent, points, published, setting
 from functional_sam.exhibits.words import answer, tally
 from functional_sam.study.compare import Estimate, Verdict
 
@@ -28,7 +28,9 @@ def draw(plan: Plan) -> Exhibit:
     finding = f"Against AdamW at equal epochs: {words}.{seen(data[longer])}"
     apart = "; ".join(f"{name}: {counted(part, 'longer')}" for name, part in data.groupby("model", sort=False))
     verdict = f"{finding} Against AdamW with twice the epochs: {apart}."
-    caption = f"{finding} {setting(plan.content[0].configs[0], plan.spec.scale, data.n, 'the table')}{left_out(plan)}"
+    caption = (
+        f"{finding} {setting(plan.content[0].configs[0], plan.spec.scale, data.n, 'the table')}{left_out(plan, data, DOUBLES)}"
+    )
     tables = [rows(data), "\n**Published**, on other data, with other models and budgets\n", published(PUBLISHED)]
     said = answer(data[data.entry == "sam"].verdict_baseline, Verdict.BETTER)
     return Exhibit(plan, {"": data}, caption, verdict, markdown="\n".join(tables), answer=said)
@@ -36,8 +38,7 @@ def draw(plan: Plan) -> Exhibit:
 
 def headline(data: pd.DataFrame) -> str:
     """SAM's difference on each model, and how many comparisons at equal epochs came out how, in a few words."""
-    longer = {name for names in LONGER.values() for name in names}
-    own = data[~data.entry.isin(longer)]
+    own = data[~data.entry.isin(DOUBLES)]
     words = [word for word in own.verdict_baseline if isinstance(word, str) and word]
     sam = [f"{gained(row)} points ({row.model})" for row in own[own.entry.eq("sam")].itertuples()]
     return f"SAM minus AdamW {', '.join(sam)}; of {len(words)} methods against AdamW {tally(words)}"

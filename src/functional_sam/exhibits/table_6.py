@@ -23,6 +23,7 @@ from functional_sam.tasks import TASKS
 __all__ = ["draw", "headline", "plan"]
 
 PLACES = ("at home", "on other domains")  # where a run is tested
+IDLE = 1e-4  # dose below which a method did nothing
 
 SCRATCH = "loss"  # the metric of what is not fine-tuned: a language model
 DOUBLES = ("adamw-double", "adafactor-double")
@@ -42,7 +43,7 @@ def draw(plan: Plan) -> Exhibit:
     blocks += [_transfer(own) for _, own in away.groupby(["task", "data_share"], sort=False)]
     blocks.append(_published(data))
     finding = _finding(at_home, away)
-    caption = f"{finding} {_setting(plan, data)}{left_out(plan)}"
+    caption = f"{finding} {_setting(plan, data)}{_idle(data)}{left_out(plan)}"
     tuned = at_home[at_home.metric != SCRATCH]
     said = answer(tuned[tuned.entry == "sam"].verdict_baseline, Verdict.BETTER)
     return Exhibit(plan, {"": data}, caption, finding, markdown="\n".join(blocks), answer=said)
@@ -206,6 +207,13 @@ def _setting(plan: Plan, data: pd.DataFrame) -> str:
         f"differences paired by seed (head or weights, order, dropout), n = {n}, Holm's correction over all comparisons with one "
         f"baseline{apart}."
     )
+
+
+def _idle(data: pd.DataFrame) -> str:
+    """Methods whose radius changed no gradient to speak of: comparing them says nothing of them."""
+    own = data[data.dose.lt(IDLE) & data.rho.notna()]
+    words = [f"{label(name, part.label.iloc[0])} on {', '.join(dict.fromkeys(part.task))}" for name, part in own.groupby("entry")]
+    return f" Of a dose below {IDLE:g}, so that nothing is said of the method: {'; '.join(words)}." if words else ""
 
 
 def _sizes(config: Config) -> str:

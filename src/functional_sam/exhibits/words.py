@@ -127,6 +127,11 @@ def answer(verdicts: Iterable[object], wanted: Verdict) -> str:
     return "not seen" if all(word == Verdict.SAME for word in words) else "inconclusive"
 
 
+def so_far(answer: str, plan: Plan) -> str:
+    """An answer, marked where cells of the exhibit are not complete: with them the family of its comparisons grows."""
+    return f"{answer} so far" if plan.left and answer not in ("", "inconclusive", NOT_TESTED) else answer
+
+
 def tally(verdicts: Iterable[object]) -> str:
     """How many comparisons came out how: "1 worse, 3 inconclusive"."""
     words = [word for word in verdicts if isinstance(word, str) and word]

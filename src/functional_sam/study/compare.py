@@ -124,11 +124,14 @@ def equivalent(difference: Estimate, margin: float) -> bool:
     return abs(difference.mean) + float(_t(LEVEL, difference.size)) * difference.stderr < margin
 
 
-def holm(ps: Sequence[float]) -> list[float]:
-    """p values adjusted for their number (Holm 1979): the chance of one false claim in the family stays below 5 %."""
+def holm(ps: Sequence[float], more: int = 0) -> list[float]:
+    """p values adjusted for their number (Holm 1979): the chance of one false claim in the family stays below 5 %.
+
+    more: members of the family that are still to come, each as if its p were 1: what is below 5 % then stays so whatever they are.
+    """
     adjusted, largest = [1.0] * len(ps), 0.0
     for rank, index in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
-        largest = max(largest, min(1.0, (len(ps) - rank) * ps[index]))
+        largest = max(largest, min(1.0, (len(ps) + more - rank) * ps[index]))
         adjusted[index] = largest
     return adjusted
 
@@ -145,10 +148,13 @@ def verdict(difference: Estimate, *, lower_is_better: bool = True, margin: float
     return Verdict.SAME if margin and equivalent(difference, margin) else Verdict.OPEN
 
 
-def judged(differences: Sequence[Estimate], *, lower_is_better: bool = True, margin: float = 0.0) -> list[Verdict]:
-    """The verdicts of a family of comparisons, Holm's correction within it; of divergences and single seeds no p is counted."""
+def judged(differences: Sequence[Estimate], *, lower_is_better: bool = True, margin: float = 0.0, more: int = 0) -> list[Verdict]:
+    """The verdicts of a family of comparisons, Holm's correction within it; of divergences and single seeds no p is counted.
+
+    more: comparisons of the family that are still to come, counted as null.
+    """
     tested = [i for i, one in enumerate(differences) if one.n > 1 and math.isfinite(one.mean)]
-    adjusted = dict(zip(tested, holm([differences[i].p for i in tested]), strict=True))
+    adjusted = dict(zip(tested, holm([differences[i].p for i in tested], more), strict=True))
     return [
         verdict(one, lower_is_better=lower_is_better, margin=margin, p=adjusted.get(i, 1.0)) for i, one in enumerate(differences)
     ]

@@ -208,10 +208,13 @@ def difference(row: Any, other: str = "baseline") -> Estimate:
     return Estimate(float(getattr(row, f"minus_{other}")), float(getattr(row, f"minus_{other}_stderr")), n)
 
 
-def judge(data: pd.DataFrame, margin: float, other: str = "baseline", family: Callable[[Any], bool] | None = None) -> pd.DataFrame:
+def judge(
+    data: pd.DataFrame, margin: float, other: str = "baseline", family: Callable[[Any], bool] | None = None, more: int = 0
+) -> pd.DataFrame:
     """The frame with columns verdict_OTHER, detectable_OTHER and half_OTHER (of the 95 % interval); Holm over the family.
 
     family: the rows that a claim quantifies over, all with a difference unless given; the others are judged one by one, unadjusted.
+    more: comparisons of the family that are still to come, counted as null.
     """
     data = data.copy()
     rows = list(data.itertuples())
@@ -224,7 +227,8 @@ def judge(data: pd.DataFrame, margin: float, other: str = "baseline", family: Ca
             words[i] = judged([one], lower_is_better=lower[i], margin=margin)[0]
     for direction in (True, False):
         own = [i for i in chosen if lower[i] == direction]
-        for i, word in zip(own, judged([differences[i] for i in own], lower_is_better=direction, margin=margin), strict=True):
+        found = judged([differences[i] for i in own], lower_is_better=direction, margin=margin, more=more)
+        for i, word in zip(own, found, strict=True):
             words[i] = word
     data[f"verdict_{other}"] = [str(word) for word in words]
     data[f"half_{other}"] = [one.half_width if one.n else math.nan for one in differences]
