@@ -139,7 +139,10 @@ def compared(found: pd.DataFrame) -> pd.DataFrame:
     for kind, family in result.groupby("what"):
         margin = SAME if kind == LEVEL else 0.0
         words = judged([Estimate(r.difference, r.stderr, r.n) for r in family.itertuples()], lower_is_better=False, margin=margin)
-        words = [word if _warranted(word, r.bound) else Verdict.OPEN for word, r in zip(words, family.itertuples(), strict=True)]
+        words = [
+            word if _warranted(word, getattr(r, "bound", "")) else Verdict.OPEN
+            for word, r in zip(words, family.itertuples(), strict=True)
+        ]
         result.loc[family.index, "verdict"] = [WORDS[str(kind)].get(word, str(Verdict.OPEN)) for word in words]
     return result
 
@@ -357,7 +360,8 @@ def _verdict(data: pd.DataFrame, pairs: pd.DataFrame, slopes: pd.DataFrame) -> s
         for row in pairs[(pairs.what == SLOPE) & (pairs.n > 0)].itertuples()
     ]
     grows = [
-        f"{label[row.method]} " + (f"{row.exponent:+.2f} \N{PLUS-MINUS SIGN} {row.half_width:.2f}" if row.half_width else UNMOVED)
+        f"{label[row.method]} "
+        + (f"{row.exponent:+.2f} \N{PLUS-MINUS SIGN} {row.half_width:.2f}" if row.half_width > 1e-6 else UNMOVED)
         for row in slopes[(slopes.of == "best") & (slopes.n > 0)].itertuples()
     ]
     return (
