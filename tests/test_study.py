@@ -47,6 +47,15 @@ def test_holm_is_the_closed_test():
         assert holm(ps) == pytest.approx(closed)
 
 
+def test_what_is_still_to_come_of_a_family_counts_as_null():
+    for ps in ([0.01, 0.04, 0.03, 0.2], [0.004], []):
+        for more in (0, 1, 7):
+            assert holm(ps, more) == pytest.approx(holm([*ps, *[1.0] * more])[: len(ps)])
+    clear = Estimate(-1.0, 0.1, 4)  # p .002
+    assert judged([clear], more=20) == [Verdict.BETTER]
+    assert judged([clear], more=30) == [Verdict.OPEN]
+
+
 def test_no_difference_is_two_one_sided_tests():
     values = [0.001, -0.002, 0.0005, 0.0015, -0.001]
     for margin in (0.0005, 0.0012, 0.003, 0.01):

@@ -1,5 +1,6 @@
 """The exhibits of the language study, drawn from made-up records: every cell appears, words follow the verdicts."""
 
+import dataclasses
 import math
 
 import pandas as pd
@@ -7,11 +8,14 @@ import pytest
 from made_up import MadeUp, bowl
 
 from functional_sam.exhibits import draw_plan, module_of, planned
+from functional_sam.exhibits.comparison import to_come
 from functional_sam.exhibits.figure_3 import judged_paths, path_alone
 from functional_sam.exhibits.output import write
 from functional_sam.exhibits.spec import load_spec
+from functional_sam.exhibits.words import so_far
 from functional_sam.study.compare import Verdict
 from functional_sam.study.design import load_study
+from functional_sam.study.report import judge
 from functional_sam.study.tune import plan_cell
 
 EXHIBITS = ("figure-3", "figure-5", "figure-7", "figure-11", "table-1", "table-2", "table-3", "table-8")
@@ -73,6 +77,36 @@ def test_what_is_not_complete_is_named_and_the_rest_drawn(name, complete):
     assert {one.cell.name for one in plan.content} == set(runs) - {last}
     if plan.drawable:
         assert last in module_of(name).draw(plan).caption
+
+
+def test_verdicts_without_some_cells_are_so_far(complete):
+    """Those that more comparisons, as many as the missing cells add, could leave open are named; and the answer is marked."""
+    study, name = load_study("language", "quick"), "figure-5"
+    first, *others = study.part(*load_spec(name, "quick").parts)
+    source = MadeUp(complete.loss)
+    source.records = {config.name: complete.records[config.name] for config in plan_cell(study, first, complete).configs}
+    exhibit, whole = drawn(name, source), drawn(name, complete)
+    assert set(exhibit.plan.left) == {cell.name for cell in others} - {one.cell.name for one in exhibit.plan.content}
+    added = whole.frame.verdict_baseline.ne("").sum() - exhibit.frame.verdict_baseline.ne("").sum()
+    assert to_come(exhibit.plan) == added > 0
+    assert f"Were their {added} comparisons with AdamW null" in exhibit.caption
+    assert exhibit.answer.endswith(" so far") == (exhibit.answer not in ("inconclusive", "not tested"))
+    again = judge(exhibit.frame, study.margin, more=int(added)).verdict_baseline
+    lost = sum(a != b for a, b in zip(again, exhibit.frame.verdict_baseline, strict=True))
+    assert ("change no verdict" in exhibit.caption) == (lost == 0)
+
+
+def test_an_answer_is_so_far_where_cells_are_missing(complete):
+    plan = planned("figure-3", "quick", source=complete)
+    assert so_far("holds in 2 of 3", plan) == "holds in 2 of 3"
+    without = dataclasses.replace(plan, left=("a-cell",))
+    assert [so_far(said, without) for said in ("holds", "not seen", "inconclusive", "not tested", "")] == [
+        "holds so far",
+        "not seen so far",
+        "inconclusive",
+        "not tested",
+        "",
+    ]
 
 
 def test_divergence_is_marked_and_counted(complete):
