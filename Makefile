@@ -57,7 +57,7 @@ $(addprefix submit-,$(EXHIBITS) $(ALL)): submit-%: $(READY)
 slurm:  ## a SLURM on this machine, for its tests and to try submissions (Debian, root; 10 s)
 	@jobs/local-slurm/local-slurm install
 
-claims: $(READY)  ## README's table of claims and findings, from the records of what was drawn
+claims: $(READY)  ## README's table of claims and findings and its picture, from the records of what was drawn
 	@$(BIN)/functional-sam claims
 
 report: $(READY)  ## paper/report.pdf, and the galleries in paper/figures and paper/tables, from the same records (seconds)

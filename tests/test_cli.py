@@ -200,9 +200,9 @@ def test_kill_9_of_the_first_process_leaves_no_workers_behind(started, tmp_path)
     process.send(signal.SIGKILL)
     each(workers, signal.SIGCONT)
     assert not psutil.wait_procs(workers, timeout=60)[1]
-    partial = unfinished(tmp_path)
-    assert len(partial) == 2
-    for run in partial:
+    left = unfinished(tmp_path)
+    assert len(left) == 2
+    for run in left:
         last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
         assert last["step"] < 5000
         assert (run / "checkpoint" / f"step-{last['step']:08d}.pt").exists()
@@ -212,9 +212,9 @@ def test_kill_9_of_the_first_process_leaves_no_workers_behind(started, tmp_path)
 def test_a_worker_whose_pool_is_gone_begins_nothing(server, tmp_path):
     (tmp_path / "config.yaml").touch()
     arguments = ("train", "--worker", "--threads", "1", tmp_path)
-    process = Process(tmp_path / "log.txt", *arguments, before=partial(set_variable, POOL, "1"))
+    process = Process(tmp_path / "log.txt", *arguments, before=partial(set_variable, POOL, "0"))
     assert process.wait() == RESUMABLE
-    assert "the process 1 that started this worker has ended; the same command goes on" in process.said
+    assert "the process 0 that started this worker has ended; the same command goes on" in process.said
     assert not (tmp_path / ".holder").exists()
 
 

@@ -93,6 +93,19 @@ def test_figure_2_pairs_seeds_and_shows_divergence(tmp_path):
     assert "float32" in exhibit.caption
 
 
+def test_figure_2_has_the_middle_of_several_doses_in_its_headline():
+    def row(seed, dose=math.nan, phi=math.nan, value=4.0):
+        method = "adamw" if math.isnan(phi) else "angle-sam"
+        return {"task": "language", "method": method, "dose": dose, "phi": phi, "seed": seed, "metric": "loss", "value": value}
+
+    rows = [row(seed) for seed in range(3)]
+    rows += [row(seed, dose, phi, 4 + dose * (phi + seed)) for seed in range(3) for dose in (0.05, 0.1, 0.2) for phi in (0, 90)]
+    text = figure_2.headline(pd.DataFrame(rows))
+    assert "(dose 0.1)" in text
+    assert "dose 0.05" not in text
+    assert "dose 0.2" not in text
+
+
 def test_figure_2_turns_the_sign_of_accuracy_and_corrects_within_families():
     """Higher accuracy is better; the ends are a family of two, the angles against AdamW one of four."""
     rows = []

@@ -3,11 +3,12 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from made_up import MadeUp
 
 from functional_sam.exhibits import draw_plan, figure_9, planned
-from functional_sam.exhibits.figure_9 import ADAMW, AT_LEAST, AT_MOST, first_broken
+from functional_sam.exhibits.figure_9 import ADAMW, AT_LEAST, AT_MOST, compared, first_broken
 from functional_sam.exhibits.output import write
 from functional_sam.study.compare import Verdict
 
@@ -100,6 +101,28 @@ def test_pairs_are_compared_and_judged(exhibit):
 )
 def test_a_bound_gives_no_verdict_that_it_does_not_warrant(bound, word, warranted):
     assert figure_9._warranted(word, bound) is warranted
+
+
+def test_a_ratio_that_is_bounded_on_the_other_side_is_inconclusive():
+    """At least so much of a radius, over one that is known: later stands. Were it at most so much, it would not."""
+    seeds, lrs = range(3), (0.01, 0.04)
+
+    def found(bound):
+        ours = {"method": "functional-sam", "rho_b": 3.0, "bound": bound}
+        theirs = {"method": "sam", "rho_b": 0.3, "bound": ""}
+        rows = [
+            {"width": 48, "lr": lr, "seed": s, **one, "rho_b": one["rho_b"] * (1 + 0.01 * s)}
+            for s in seeds
+            for lr in lrs
+            for one in (ours, theirs)
+        ]
+        rows = [row | ({"rho_b": row["rho_b"] * (1 + 0.02 * row["seed"])} if row["method"] == "sam" else {}) for row in rows]
+        pairs = compared(pd.DataFrame(rows)).set_index(["method", "what"])
+        return pairs.loc[("functional-sam", "log radius")]
+
+    assert found(AT_LEAST).verdict == "later"
+    assert found(AT_MOST).verdict == "inconclusive"
+    assert found("").verdict == "later"
 
 
 def test_two_bounds_on_one_side_are_no_comparison():

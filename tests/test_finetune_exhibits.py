@@ -2,6 +2,7 @@
 
 import math
 
+import pandas as pd
 import pytest
 from made_up import MadeUp
 
@@ -10,6 +11,7 @@ from functional_sam.exhibits.figure_6 import functional_share
 from functional_sam.exhibits.output import paper_directory, write
 from functional_sam.exhibits.published import gains
 from functional_sam.study.design import load_study, trials
+from functional_sam.study.tune import plan_cell
 from functional_sam.tasks import TASKS
 
 SHARES = {"question-type": 0.2, "movie-sentiment": 0.3, "lead-topic": 0.4, "sms-spam": 0.5, "movie-grade": 0.6}
@@ -126,6 +128,28 @@ def test_a_divergence_is_infinitely_bad_at_home_and_away():
     assert [table_6.tested_on([config], source, on) for on in ("movie-grade", "nyt-grade")] == [[-math.inf]] * 2
     data = draw_plan(planned("table-6", "quick", source=source)).frame
     assert set(data[(data.entry == "tram") & (data.task == "movie-grade")].verdict_baseline) == {"worse (diverged)"}
+
+
+def test_a_dose_of_nothing_is_said_to_be_no_comparison():
+    data = pd.DataFrame(
+        [
+            {"entry": "tram", "label": "", "task": "movie-grade", "rho": 0.05, "dose": 8e-6},
+            {"entry": "tram", "label": "", "task": "news", "rho": 0.05, "dose": 0.02},
+            {"entry": "sam", "label": "", "task": "movie-grade", "rho": 0.05, "dose": 0.3},
+            {"entry": "adamw", "label": "", "task": "movie-grade", "rho": math.nan, "dose": 0.0},
+        ]
+    )
+    assert table_6._idle(data) == " Of so small a dose (below 0.0001) that nothing is said of the method: TRAM on movie-grade."
+    assert table_6._idle(data[1:]) == ""
+
+
+def test_figure_6_says_which_cells_are_missing():
+    source = complete("figure-6", "quick")
+    cell = load_study("finetune", "quick").cells["question-type-20"]
+    gone = {config.name for config in plan_cell(load_study("finetune", "quick"), cell, source).configs}
+    source.records = {name: record for name, record in source.records.items() if name not in gone}
+    exhibit = draw_plan(planned("figure-6", "quick", source=source))
+    assert "Not shown, their runs are not complete: question-type-20; verdicts are so far." in exhibit.caption
 
 
 @pytest.mark.parametrize("scale", ["quick", "laptop"])

@@ -1,10 +1,12 @@
 """The vision study: accuracy is better when higher, equal trials, what is kept of a gain, and its exhibits from made-up records."""
 
 import copy
+import dataclasses
 import math
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 from made_up import MadeUp
 from rich.console import Console
@@ -12,8 +14,9 @@ from scipy import stats
 
 from functional_sam.cli import main
 from functional_sam.exhibits import draw_plan, planned
-from functional_sam.exhibits.figure_10 import what_is_kept
+from functional_sam.exhibits.figure_10 import _chosen, what_is_kept
 from functional_sam.exhibits.output import write
+from functional_sam.exhibits.vision import accuracies
 from functional_sam.jobs.launch import submit
 from functional_sam.study import design
 from functional_sam.study.compare import Verdict, ratio
@@ -185,6 +188,31 @@ def test_figure_10_says_what_the_records_say(complete):
     assert math.isnan(kept.low["best", 0.0, "functional-sam"])  # without noise there is no gain to keep
     assert re.search(r"kept by Functional-SAM (5\d|6\d) % \(", exhibit.caption)
     assert exhibit.headline.startswith("points over AdamW at 40 % label noise, best checkpoint: SAM +4.0")
+
+
+def test_figure_10_says_which_weight_decays_it_compares_and_what_lies_at_an_end():
+    rows = [
+        {"noise": noise, "rho": rho, "weight_decay": decay, "edges": edges}
+        for noise, decays in ((0.4, (3.0, 1.0)), (0.0, (1.0, 1.0)))
+        for rho, decay, edges in ((math.nan, decays[0], ""), (0.1, decays[1], "rho:low" if noise else math.nan))
+    ]
+    decays, ends, _ = _chosen(pd.DataFrame(rows)).split(". ")
+    assert decays == "At 40 % noise AdamW's weight decay is 3, the methods' 1"
+    assert ends == "Chosen at an end of what was tried: 1 of 4 entries (the CSV says which)"
+    assert _chosen(pd.DataFrame(rows[2:])) == ""
+
+
+def test_what_is_only_described_is_a_family_of_its_own_and_keeps_no_answer_open(study, complete):
+    """Copies of the cell under 40 % noise as the part `activation`: they change no verdict of the others."""
+    one = plan_cell(study, study.cells["noise-40"], complete)
+    copy_of = dataclasses.replace(one, cell=dataclasses.replace(one.cell, name="copy", part="activation"))
+    alone, both = accuracies([one], complete), accuracies([one, copy_of, copy_of], complete)
+    assert list(both.verdict_baseline[: len(alone)]) == list(alone.verdict_baseline)
+    plan = planned("figure-10", "quick", source=complete)
+    described = dataclasses.replace(plan, left=("relu-40",), growing=False)
+    exhibit = draw_plan(described)
+    assert "relu-40; their comparisons are a family of their own." in exhibit.caption
+    assert not exhibit.answer.endswith("so far")
 
 
 def test_nothing_is_kept_of_a_loss(study, complete):

@@ -80,7 +80,12 @@ def _parser() -> argparse.ArgumentParser:
     text = "the records of every complete run, also where the exhibit cannot be drawn yet: `run --released` goes on from them"
     release.add_argument("--unfinished", action="store_true", help=text)
 
-    command("claims", _of("results", "claims_command"), "README's table of claims and findings, from what was drawn", exhibit=False)
+    command(
+        "claims",
+        _of("results", "claims_command"),
+        "README's table and picture, from what was drawn",
+        exhibit=False,
+    )
     command("report", _of("results", "report_command"), "paper/report.pdf and the galleries, from what was drawn", exhibit=False)
 
     train = command("train", _train, "one run: --task and --method, or run directories to finish", exhibit=False)

@@ -20,7 +20,7 @@ from functional_sam.exhibits.words import so_far
 from functional_sam.records import Run, RunDirectories, Source
 from functional_sam.records.released import Pack, load_pack, restore
 from functional_sam.study import tune
-from functional_sam.study.design import load_study
+from functional_sam.study.design import CELLS, load_study
 
 __all__ = [
     "KINDS",
@@ -96,7 +96,8 @@ def needed(name: str, scale: str = "quick", overrides: tuple[str, ...] = ()) -> 
 def _require_read(name: str, scale: str, overrides: tuple[str, ...], configs: Iterable[Config]) -> None:
     """Of later runs, which the first ones of a study do not name yet, the models count too."""
     if overrides:
-        require_read_by_one(name, {config.model.kind for config in (*configs, *foreseen(name, scale))}, overrides)
+        cells = tuple(one for one in overrides if one.startswith(CELLS))
+        require_read_by_one(name, {config.model.kind for config in (*configs, *foreseen(name, scale, cells))}, overrides)
 
 
 def packs_of(name: str, scale: str) -> list[Pack]:
@@ -120,13 +121,16 @@ def take_released(name: str, scale: str, overrides: tuple[str, ...], tell: Calla
             return configs
 
 
-def foreseen(name: str, scale: str = "quick") -> list[Config]:
-    """As many runs as `needed` will name in the end, those included that follow from what earlier ones find."""
+def foreseen(name: str, scale: str = "quick", cells: tuple[str, ...] = ()) -> list[Config]:
+    """As many runs as `needed` will name in the end, those included that follow from what earlier ones find.
+
+    cells: of a study, cells=NAME,... as the command line has it.
+    """
     found: dict[str, Config] = {}
     for one in members(name, scale):
         spec = load_spec(one, scale)
         if spec.study:
-            study = load_study(spec.study, scale)
+            study = load_study(spec.study, scale, cells)
             configs = tune.foreseen(study, study.part(*spec.parts))
         else:
             configs = planned(one, scale).configs

@@ -1,7 +1,7 @@
 """What the exhibits of a study share: their plan, a table a cell, and the words of verdicts, settings and what is not there yet."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -17,14 +17,26 @@ from functional_sam.study.report import difference, judge
 from functional_sam.study.tune import Planned, plan_cells, todo, unique
 from functional_sam.tasks import TASKS
 
+DESCRIBED = ("activation",)  # parts whose comparisons are a family of their own, beside that of the exhibit's claim
+
 
 def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
     """The cells of the exhibit's parts: every run known so far; its content are the cells that are complete."""
     study = load_study(spec.study, spec.scale, overrides)
     planned = plan_cells(study, study.part(*spec.parts), source)
     shown = [one for one in planned if one.complete]
-    left = tuple(one.cell.name for one in planned if not one.complete)
-    return Plan(spec, todo(planned), shown, source, bool(shown), unique(config for one in shown for config in one.configs), left)
+    have = {one.cell.name for one in shown}
+    left = [cell for cell in study.cells.values() if cell.part in spec.parts and cell.name not in have]
+    return Plan(
+        spec,
+        todo(planned),
+        shown,
+        source,
+        drawable=bool(shown),
+        drawn=unique(config for one in shown for config in one.configs),
+        left=tuple(cell.name for cell in left),
+        growing=any(cell.part not in DESCRIBED for cell in left),
+    )
 
 
 def label(name: str, own: object = "") -> str:
@@ -134,35 +146,42 @@ def setting(plan: Plan, data: pd.DataFrame) -> str:
     )
 
 
-def left_out(plan: Plan, data: pd.DataFrame | None = None, longer: Collection[str] = (), apart: Collection[str] = ()) -> str:
+def left_out(plan: Plan, data: pd.DataFrame | None = None, longer: Collection[str] = ()) -> str:
     """Cells of the exhibit that are not complete, in words; empty when all are.
 
-    data: rows judged against the baseline in one family, but for entries in `longer` and cells of the parts `apart`. Which verdicts
-    would not stand if all that is still to come of the family were null, is said too: the others are final.
+    data: rows judged against the baseline in one family, but for entries in `longer`. Which verdicts would not stand if all that is
+    still to come of the family were null, is said too: the others are final.
     """
     if not plan.left:
         return ""
-    words = f" Not shown, their runs are not complete: {', '.join(plan.left)}; verdicts are so far."
+    words = f" Not shown, their runs are not complete: {', '.join(plan.left)}"
+    if not plan.growing:
+        return f"{words}; their comparisons are a family of their own."
     if data is None:
-        return words
-    number = to_come(plan, longer, apart)
+        return f"{words}; verdicts are so far."
+    number = to_come(plan, longer)
     again = judge(data, plan.content[0].study.margin, family=lambda row: row.entry not in longer, more=number)
-    lost = [
-        _named(row) for row, word in zip(data.itertuples(), again.verdict_baseline, strict=True) if row.verdict_baseline != word
-    ]
-    return f"{words} Were their {number} comparisons with AdamW null, Holm's correction would {left_open(lost)}."
+    moved = changed([_named(row) for row in data.itertuples()], data.verdict_baseline, again.verdict_baseline)
+    return (
+        f"{words}; verdicts are so far. Were their comparisons with AdamW null, at most {number}, Holm's correction would {moved}."
+    )
 
 
-def left_open(lost: Sequence[str]) -> str:
-    """What more comparisons would do to verdicts, in words."""
+def changed(names: Iterable[str], before: Iterable[str], after: Iterable[str]) -> str:
+    """What more comparisons in a family do to its verdicts, in words."""
+    moved = [(name, new) for name, old, new in zip(names, before, after, strict=True) if old != new]
+    lost = [name if new == Verdict.OPEN else f"{name} ({new})" for name, new in moved]
     return f"leave open {', '.join(lost)}" if lost else "change no verdict"
 
 
-def to_come(plan: Plan, longer: Collection[str] = (), apart: Collection[str] = ()) -> int:
-    """How many comparisons with the baseline the cells that are not complete will add, but for `longer` and `apart`."""
-    study = load_study(plan.spec.study, plan.spec.scale)
+def to_come(plan: Plan, longer: Collection[str] = ()) -> int:
+    """How many comparisons with the baseline, at most, the cells that are not complete will add to the family, `longer` aside.
+
+    At most: a cell may turn out to have the runs of another one.
+    """
+    study = plan.content[0].study
     found = 0
-    for cell in (study.cells[name] for name in plan.left if study.cells[name].part not in apart):
+    for cell in (study.cells[name] for name in plan.left if study.cells[name].part not in DESCRIBED):
         names = [name for name in cell.entries[1:] if name not in longer]
         found += len(names) if cell.choose else sum(len(trials(study, cell, name, 1.0)) for name in names)
     return found

@@ -9,10 +9,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from functional_sam.exhibits import style
-from functional_sam.exhibits.comparison import counted, label, left_out, plan
+from functional_sam.exhibits.comparison import DESCRIBED, counted, label, left_out, plan
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
-from functional_sam.exhibits.vision import APART, DOUBLES, POINTS, accuracies, gained, setting
+from functional_sam.exhibits.vision import DOUBLES, POINTS, accuracies, gained, setting
 from functional_sam.exhibits.words import answer, sentence
 from functional_sam.records import Source
 from functional_sam.study.compare import Estimate, Verdict, ratio
@@ -36,7 +36,7 @@ def draw(plan: Plan) -> Exhibit:
     parts = [accuracies(plan.content, plan.source, name == "best").assign(checkpoint=name) for name in CHECKPOINTS]
     data = pd.concat(parts, ignore_index=True)
     kept = what_is_kept(plan.content, plan.source)
-    shown = data[data.part.ne(APART) & data.entry.isin(["adamw", *WHOLE, *WHOLE.values(), *LOOKS])]
+    shown = data[~data.part.isin(DESCRIBED) & data.entry.isin(["adamw", *WHOLE, *WHOLE.values(), *LOOKS])]
     style.use()
     figure, axes = plt.subplots(2, 2, figsize=(style.PAGE, 4.4), sharex=True, sharey="row")
     for column, (name, title) in enumerate(CHECKPOINTS.items()):
@@ -55,8 +55,8 @@ def draw(plan: Plan) -> Exhibit:
     words = setting(plan.content[0].configs[0], plan.spec.scale, data.n, "a checkpoint")
     claimed = data[data.checkpoint.eq("best") & data.part.eq("noise") & data.noise.gt(0)]
     claimed = claimed[claimed.entry.isin(["sam", "functional-sam"])]
-    judged = data[data.checkpoint.eq("best") & data.part.ne(APART)]
-    missing = left_out(plan, judged, DOUBLES, apart=[APART])
+    judged = data[data.checkpoint.eq("best") & ~data.part.isin(DESCRIBED)]
+    missing = left_out(plan, judged, DOUBLES)
     frames, caption = {"": data, "kept": kept}, f"{found['best']} {keeps} {_chosen(judged)}{words}{missing}"
     return Exhibit(plan, frames, caption, verdict, figure, answer=answer(claimed.verdict_baseline, Verdict.BETTER))
 
@@ -124,7 +124,7 @@ def what_is_kept(planned: Sequence[Planned], source: Source) -> pd.DataFrame:
 
 def _verdicts(data: pd.DataFrame, checkpoint: str) -> str:
     """Against AdamW at equal epochs, at one checkpoint."""
-    own = data[data.part.ne(APART) & data.verdict_longer.ne("")]
+    own = data[~data.part.isin(DESCRIBED) & data.verdict_longer.ne("")]
     words = [f"at {POINTS * noise:.0f} % noise {counted(part)}" for noise, part in own.groupby("noise", sort=False)]
     return f"Against AdamW, {checkpoint}, {' - '.join(words)}."
 
@@ -144,7 +144,7 @@ def _chosen(data: pd.DataFrame) -> str:
 
 
 def _kept(data: pd.DataFrame, kept: pd.DataFrame) -> str:
-    activations = set(data[data.part.eq(APART)].cell)
+    activations = set(data[data.part.isin(DESCRIBED)].cell)
     noisy = kept[kept.noise.gt(0) & kept.of.eq("sam") & kept.checkpoint.eq("best")]
     words = [
         f"{label(row.half)} {POINTS * row.kept:.0f} % ({POINTS * row.low:.0f} to {POINTS * row.high:.0f})"
@@ -159,6 +159,6 @@ def _kept(data: pd.DataFrame, kept: pd.DataFrame) -> str:
 
 
 def _share(data: pd.DataFrame) -> str:
-    own = data[data.entry.eq("adamw") & data.checkpoint.eq("last") & data.part.ne(APART)].dropna(subset=["share_func_last"])
+    own = data[data.entry.eq("adamw") & data.checkpoint.eq("last") & ~data.part.isin(DESCRIBED)].dropna(subset=["share_func_last"])
     words = [f"{row.share_func_last:.2f} at {POINTS * row.noise:.0f} %" for row in own.sort_values("noise").itertuples()]
     return f" Functional share of AdamW's sharpness gradient at the last step: {', '.join(words)} noise." if words else ""

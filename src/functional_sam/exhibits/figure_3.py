@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from functional_sam.exhibits import markdown, style
-from functional_sam.exhibits.comparison import label, left_open, left_out, pair_at_radius, place, plan, setting
+from functional_sam.exhibits.comparison import changed, label, left_out, pair_at_radius, place, plan, setting
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.words import answer, sentence
@@ -114,17 +114,16 @@ def judged_paths(rows: list[dict[str, Any]], margin: float, more: int = 0) -> pd
 
 
 def _still_open(plan: Plan, pairs: list[dict[str, Any]], paths: pd.DataFrame, margin: float) -> str:
-    """Which verdicts on the path alone would not stand if those of the cells to come, as many in each, were null."""
+    """Which verdicts on the path alone would not stand if those of the cells to come were null."""
     if not plan.left or paths.empty:
         return ""
-    more = len(paths) // paths.cell.nunique() * len(plan.left)
-    again = judged_paths(pairs, margin, more)
-    lost = [
-        f"{label(row.entry)} against {label(row.other)} at equal {row.at_equal}, rho {row.rho:g}"
-        for row, word in zip(paths.itertuples(), again.verdict, strict=True)
-        if row.verdict != word
+    study = plan.content[0].study
+    more = 2 * len(PAIRS) * sum(len(study.cells[name].rho) for name in plan.left)  # at equal rho and at equal dose
+    names = [
+        f"{label(row.entry)} against {label(row.other)} at equal {row.at_equal}, rho {row.rho:g}" for row in paths.itertuples()
     ]
-    return f" Of the functional path against the plain one, {more} more null comparisons would {left_open(lost)}."
+    moved = changed(names, paths.verdict, judged_paths(pairs, margin, more).verdict)
+    return f" Of the functional path against the plain one, as many as {more} more null comparisons would {moved}."
 
 
 def _at_dose(theirs: pd.DataFrame, row: Any) -> float:

@@ -1,5 +1,6 @@
 """figure-6: what fine-tuning gains, against the share of the data, and against the functional share of the pretrained model."""
 
+import dataclasses
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -35,7 +36,10 @@ def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
     measured = {task: share_runs(spec, task, overrides) for task in tasks}
     runs = [config for configs in measured.values() for config in configs]
     drawable = found.drawable and all(source.done(config) for config in runs)
-    return Plan(spec, [*runs, *found.configs], (found.content, measured), source, drawable, [*runs, *(found.drawn or [])])
+    drawn = [*runs, *(found.drawn or [])]
+    return dataclasses.replace(
+        found, configs=[*runs, *found.configs], content=(found.content, measured), drawable=drawable, drawn=drawn
+    )
 
 
 def share_runs(spec: Spec, task: str, overrides: tuple[str, ...]) -> list[Config]:
@@ -130,7 +134,7 @@ def ranks(common: pd.DataFrame) -> pd.DataFrame:
 
 def plan_of_cells(plan: Plan) -> Plan:
     """The plan with the cells alone as its content, as `comparison` knows it."""
-    return Plan(plan.spec, plan.configs, plan.content[0], plan.source, plan.drawable)
+    return dataclasses.replace(plan, content=plan.content[0])
 
 
 def _config(one: Planned) -> Config:

@@ -88,7 +88,7 @@ def forest(plan: Plan, margin: float) -> pd.DataFrame:
     alone = of_part(plan.content, "compute") or cells[:1]  # the setting that the others are compared in
     cells = [one for one in cells if one.cell.part == "variants" or one in alone or same_setting(one, alone[0])]
     steps = frame(cells, plan.source)
-    steps = steps[~steps.method.isin(["adamw"])]
+    steps = steps[steps.method.ne("adamw")]
     given = equal_compute(plan.content, plan.source) if alone[0].cell.part == "compute" else steps[:0]
     both = judge(pd.concat([steps, given], ignore_index=True), margin)
     equal, compute = both[: len(steps)], both[len(steps) :].set_index("entry")

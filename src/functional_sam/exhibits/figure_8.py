@@ -25,7 +25,7 @@ from functional_sam.study.regression import Fit, fit
 LEAST_R2 = 0.02  # that outputs and domain must add to matter (paper/PROTOCOL.md)
 ADDED = ("log outputs", "domain")
 SMALL = "small embeddings"
-OPEN = "open"  # told from zero in one of two fits alone
+RISES, FALLS, UNSEEN, OPEN = "rises", "falls", "unseen", "open"
 TEMPERATURE_MARKERS, STEP_MARKERS = ("v", "o", "^"), ("o", "D")
 MODELS: dict[str, tuple[str, ...]] = {"targets, entropy": (), "+ outputs": ADDED[:1], "+ domain": ADDED[1:], "+ both": ADDED}
 
@@ -74,11 +74,6 @@ def _fitted(data: pd.DataFrame, added: Sequence[str]) -> Fit:
     return fit(y, np.stack([*base, *(more[one] for one in added)], 1), clusters)
 
 
-def apart(data: pd.DataFrame) -> Fit:
-    """The full model with an indicator of the runs with small embeddings, of which there are none among the images: described."""
-    return _fitted(data, (SMALL, *ADDED))
-
-
 def contrasts(data: pd.DataFrame) -> dict[str, Any]:
     """What is compared in pairs at the last step, most targets, temperature 1: name -> difference of logit shares."""
     end = at_end(data)
@@ -105,21 +100,7 @@ def firsts_of(data: pd.DataFrame) -> list[str]:
 
 def judged_family(data: pd.DataFrame) -> pd.DataFrame:
     """One row a comparison of the family: estimate, half width of its 95 % interval, p, and p by Holm."""
-    full = fits(data)["+ both"]
-    rows: list[dict[str, Any]] = []
-    for place, name in enumerate(ADDED):
-        column = len(full.coefficients) - len(ADDED) + place
-        half = full.stderr[column] * _quantile(full.clusters)
-        rows.append(
-            {
-                "compared": name,
-                "of": "log ratio",
-                "estimate": full.coefficients[column],
-                "half_width": half,
-                "p": full.p(column),
-                "n": full.clusters,
-            }
-        )
+    rows = _coefficients(fits(data)["+ both"])
     for name, one in contrasts(data).items():
         rows.append(
             {"compared": name, "of": "logit share", "estimate": one.mean, "half_width": one.half_width, "p": one.p, "n": one.n}
@@ -130,12 +111,20 @@ def judged_family(data: pd.DataFrame) -> pd.DataFrame:
 
 
 def described(data: pd.DataFrame) -> pd.DataFrame:
-    """The same two coefficients beside an indicator of the runs with small embeddings: estimate, half width, p of each alone."""
-    full = apart(data)
+    """The same two coefficients beside an indicator of the runs with small embeddings; p by Holm with the same three contrasts."""
+    rows = _coefficients(_fitted(data, (SMALL, *ADDED)))
+    for row, p in zip(rows, holm([*(row["p"] for row in rows), *(one.p for one in contrasts(data).values())]), strict=False):
+        row["p_holm"] = p
+    return pd.DataFrame(rows)
+
+
+def _coefficients(full: Fit) -> list[dict[str, Any]]:
+    """A row for each of ADDED, the last columns of the fit."""
     first = len(full.coefficients) - len(ADDED)
-    rows = [
+    return [
         {
             "compared": name,
+            "of": "log ratio",
             "estimate": full.coefficients[first + place],
             "half_width": full.stderr[first + place] * _quantile(full.clusters),
             "p": full.p(first + place),
@@ -143,7 +132,22 @@ def described(data: pd.DataFrame) -> pd.DataFrame:
         }
         for place, name in enumerate(ADDED)
     ]
-    return pd.DataFrame(rows)
+
+
+def told(data: pd.DataFrame) -> dict[str, str]:
+    """Whether the share RISES or FALLS with outputs and with the domain, at equal targets and entropy, or that is UNSEEN or OPEN.
+
+    Unseen too where both together add less than LEAST_R2 to the fit. Open: one of two fits says so and the other does not, that of
+    the family and the one with small embeddings told apart.
+    """
+    signs = []
+    fitted = ((judged_family(data), ()), (described(data), (SMALL,)))
+    for rows, beside in fitted:
+        adds = _fitted(data, (*beside, *ADDED)).r2 - _fitted(data, beside).r2 >= LEAST_R2
+        own = rows.set_index("compared").loc[list(ADDED)]
+        signs.append([int(np.sign(row.estimate)) if adds and row.p_holm < 1 - LEVEL else 0 for row in own.itertuples()])
+    words = {1: RISES, -1: FALLS, 0: UNSEEN}
+    return {name: words[one] if one == other else OPEN for name, one, other in zip(ADDED, *signs, strict=True)}
 
 
 def draw(plan: Plan) -> Exhibit:
@@ -171,36 +175,46 @@ def draw(plan: Plan) -> Exhibit:
     by_entropy.set_title("All steps and temperatures: against entropy")
     cosines.set_title(r"Cosine of $\delta_{logit}$ and $\delta_{func}$ by initial embedding")
     explained.set_title(r"Variance of $\log\,|\delta_{logit}|/|\delta_{func}|$ explained by")
-    finding = f"{sentence(_plainly(data))} {_finding(tests, beside, models)}"
+    finding = f"{sentence(_plainly(data))} {_finding(data)}"
     figure.tight_layout()
     _legends(figure, data)
     style.finding_above(figure, finding)
-    adds = models["+ both"].r2 - models["targets, entropy"].r2 >= LEAST_R2
-    asked = tests[tests.compared.isin(ADDED) & adds | tests.compared.str.endswith("outputs") & ~tests.compared.isin(ADDED)]
+    plain = tests[tests.compared.str.endswith("outputs") & ~tests.compared.isin(ADDED)]
     words = [
         Verdict.OPEN if row.p_holm >= 1 - LEVEL else Verdict.BETTER if row.estimate > 0 else Verdict.WORSE
-        for row in asked.itertuples()
+        for row in plain.itertuples()
     ]
-    words += [] if adds else [Verdict.OPEN] * len(ADDED)
+    words += [{RISES: Verdict.BETTER, FALLS: Verdict.WORSE}.get(word, Verdict.OPEN) for word in told(data).values()]
     frames = {"": data, "tests": tests, "apart": beside}
     said = answer(words, Verdict.BETTER)
     return Exhibit(plan, frames, _caption(plan, data, finding, beside), _verdict(tests, models), figure, answer=said)
 
 
-SIGNED = {  # what is said of a negative coefficient, and of a positive one
-    "log outputs": ("falls with outputs", "grows with outputs"),
-    "domain": ("is smaller in language", "is larger in language"),
+WORDS = {  # what the finding says of each
+    "log outputs": {
+        RISES: "grows with the number of outputs",
+        FALLS: "falls with the number of outputs",
+        UNSEEN: "is not seen to depend on the number of outputs",
+        OPEN: "may depend on the number of outputs (open)",
+    },
+    "domain": {
+        RISES: "is larger in language",
+        FALLS: "is smaller in language",
+        UNSEEN: "is not seen to depend on the domain",
+        OPEN: "may depend on the domain (open)",
+    },
 }
 
 
 def headline(data: pd.DataFrame) -> str:
     """What the two tests of the fit say, in a few words."""
-    own, models = judged_family(data).set_index("compared").loc[list(ADDED)], fits(data)
-    adds = models["+ both"].r2 - models["targets, entropy"].r2 >= LEAST_R2
-    named = [name for name in ADDED if adds and own.p_holm[name] < 1 - LEVEL]
-    seen = " and ".join(SIGNED[name][bool(own.estimate[name] > 0)] for name in named) or "depends on neither outputs nor domain"
+    found, models = told(data), fits(data)
+    short = {"log outputs": {RISES: "grows with outputs", FALLS: "falls with outputs"}, "domain": WORDS["domain"]}
+    named = [f"it {short[name][word]}" for name, word in found.items() if word in (RISES, FALLS)]
+    named += [f"{name.removeprefix('log ')} is open" for name, word in found.items() if word == OPEN]
+    seen = ", ".join(named) or "it depends on neither outputs nor domain"
     base, both = (number(models[name].r2, 2) for name in ("targets, entropy", "+ both"))
-    return f"{_plainly(data)}; at equal targets and entropy it {seen} (R2 {base}, with both {both})"
+    return f"{_plainly(data)}; given targets and entropy {seen} (R2 {base}, both {both})"
 
 
 def _plainly(data: pd.DataFrame) -> str:
@@ -274,38 +288,28 @@ def _legends(figure: Figure, data: pd.DataFrame) -> None:
     figure.legend(handles=marks, loc="lower center", ncol=4, bbox_to_anchor=(0.5, 1.0))
 
 
-def _finding(tests: pd.DataFrame, beside: pd.DataFrame, models: dict[str, Fit]) -> str:
-    """What the two tests of the fit say; open where the fit with small embeddings apart says otherwise."""
-    base, both = models["targets, entropy"].r2, models["+ both"].r2
-    own, other = tests[tests.compared.isin(ADDED)].set_index("compared"), beside.set_index("compared")
-    words = {}
-    for name, up, down in (("log outputs", "grows", "falls"), ("domain", "larger", "smaller")):
-        told, told_apart = own.p_holm[name] < 1 - LEVEL, other.p[name] < 1 - LEVEL
-        agree = told == told_apart and (not told or (own.estimate[name] > 0) == (other.estimate[name] > 0))
-        told &= both - base >= LEAST_R2
-        words[name] = OPEN if not agree else "" if not told else up if own.estimate[name] > 0 else down
-    outputs_word, domain_word = words["log outputs"], words["domain"]
-    explained = f"(R2 {number(base, 2)}, with both {number(both, 2)})"
-    if not (outputs_word or domain_word):
+def _finding(data: pd.DataFrame) -> str:
+    found, models = told(data), fits(data)
+    base, both = (number(models[name].r2, 2) for name in ("targets, entropy", "+ both"))
+    explained = f"(R2 {base}, with both {both})"
+    if set(found.values()) == {UNSEEN}:
         return f"Given targets and entropy, outputs and domain add nothing to the logit share {explained}"
-    on_outputs = {"": "is not seen to depend on the number of outputs", OPEN: "may depend on the number of outputs (open)"}
-    on_domain = {"": "is not seen to depend on the domain", OPEN: "may depend on the domain (open)"}
-    first = on_outputs.get(outputs_word, f"{outputs_word} with the number of outputs")
-    second = on_domain.get(domain_word, f"is {domain_word} in language")
-    return f"Given targets and entropy, the logit share {first} and {second} {explained}"
+    words = " and ".join(WORDS[name][word] for name, word in found.items())
+    return f"Given targets and entropy, the logit share {words} {explained}"
 
 
 def _caption(plan: Plan, data: pd.DataFrame, finding: str, beside: pd.DataFrame) -> str:
     full = fits(data)["+ both"]
-    seen = ", ".join(f"{row.compared} {interval(row.estimate, row.half_width, 2, sign=True)}" for row in beside.itertuples())
+    there = ", ".join(f"{row.compared} {interval(row.estimate, row.half_width, 2, sign=True)}" for row in beside.itertuples())
     return (
         f"{finding}. AdamW on the same changed images with more or fewer classes and on the same text with more or fewer pieces, "
         "logits divided by temperatures when measuring, log(|delta_logit| / |delta_func|) fitted by a quadratic in log targets and "
         f"entropy, gradient ascent, eps of the same batch ({data.targets.max()} targets in the drawn points); scale "
         f"{plan.spec.scale}, not the paper's: {sizes(plan.configs)}. "
         f"n={len(plan.spec.seeds)} seeds a setting, {full.rows} measurements of {full.clusters} runs (standard errors clustered by "
-        "run), bars are 95 % t intervals, Holm's correction over the five comparisons of the protocol; open: told from zero in one "
-        f"of two fits alone, that or the one with the runs of small embeddings, all of language, told apart ({seen})."
+        "run), bars are 95 % t intervals, Holm's correction over the five comparisons of the protocol; open: told from zero by one "
+        "of two fits and not by the other, the second with an indicator for the runs of small embeddings, all in language (there: "
+        f"{there})."
     )
 
 

@@ -148,7 +148,10 @@ def compared(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def _warranted(word: Verdict, bound: object) -> bool:
-    """Whether a verdict on a ratio of two radii holds of every ratio that its bound allows."""
+    """Whether the sign that a verdict gives to a log ratio of radii is that of every ratio its bound allows.
+
+    The t test itself takes the bound for the value: its spread is that of the grid's end.
+    """
     allowed = {AT_MOST: {Verdict.WORSE}, AT_LEAST: {Verdict.BETTER}, "about": set()}
     return not isinstance(bound, str) or not bound or word in allowed[bound]
 

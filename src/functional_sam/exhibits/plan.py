@@ -18,7 +18,8 @@ class Plan:
     source: Source
     drawable: bool
     drawn: list[Config] | None = None  # the runs that a drawing shows; none: all that are complete
-    left: tuple[str, ...] = ()  # of a study: the cells of the exhibit that are not complete, and not shown
+    left: tuple[str, ...] = ()  # of a study: the cells of the exhibit that are not complete, or not asked for, and not shown
+    growing: bool = False  # with some of them the family of the exhibit's comparisons grows
 
     @classmethod
     def of_known_runs(cls, spec: Spec, configs: list[Config], source: Source) -> "Plan":

@@ -20,7 +20,7 @@ def draw(plan: Plan) -> Exhibit:
     data = judge(judge(frame(plan.content, plan.source), margin), margin, "sam")
     words = "; ".join(f"{name}: {counted(part)}" for name, part in data.groupby("cell", sort=False))
     verdict = f"Against AdamW, tuned with as many trials: {words}.{seen(data)} Against SAM: {counted(data, 'sam')}."
-    caption = f"{sentence(headline(data))}{seen(data)} {setting(plan, data)}{left_out(plan)}"
+    caption = f"{sentence(headline(data))}{seen(data)} {setting(plan, data)}{left_out(plan, data)}"
     found = answer(data[data.entry.isin(PRECOND)].verdict_sam, Verdict.BETTER)
     return Exhibit(plan, {"": data}, caption, verdict, markdown=rows_of(data), answer=found)
 

@@ -213,7 +213,7 @@ def _idle(data: pd.DataFrame) -> str:
     """Methods whose radius changed no gradient to speak of: comparing them says nothing of them."""
     own = data[data.dose.lt(IDLE) & data.rho.notna()]
     words = [f"{label(name, part.label.iloc[0])} on {', '.join(dict.fromkeys(part.task))}" for name, part in own.groupby("entry")]
-    return f" Of a dose below {IDLE:g}, so that nothing is said of the method: {'; '.join(words)}." if words else ""
+    return f" Of so small a dose (below {IDLE:g}) that nothing is said of the method: {'; '.join(words)}." if words else ""
 
 
 def _sizes(config: Config) -> str:

@@ -10,6 +10,7 @@ import pandas as pd
 
 from functional_sam.config import Config
 from functional_sam.exhibits import markdown
+from functional_sam.exhibits.comparison import DESCRIBED
 from functional_sam.exhibits.output import paper_directory
 from functional_sam.records import Source
 from functional_sam.study.compare import Estimate, estimate
@@ -20,20 +21,19 @@ from functional_sam.tasks import TASKS
 POINTS = 100  # of accuracy, in 1
 LONGER = {"longer": ("adamw-double", "sgd-double")}  # column -> what a row is compared with besides: the first that is there
 DOUBLES = frozenset(name for names in LONGER.values() for name in names)
-APART = "activation"  # the part of the study whose comparisons are described: not in the family of the others
 
 
 def accuracies(planned: Sequence[Planned], source: Source, best: bool = True) -> pd.DataFrame:
     """The frame of the study at the best or the last checkpoint, with model, noise, test loss and functional share.
 
-    Judged against AdamW, and apart against AdamW with twice the epochs: Holm over all rows of equal epochs each time, the cells of
-    the part `activation` in a family of their own.
+    Judged against AdamW, and apart against AdamW with twice the epochs: Holm over all rows of equal epochs each time, what is
+    only described in a family of its own.
     """
     of = [dataclasses.replace(one, cell=dataclasses.replace(one.cell, best=best)) for one in planned]
     data = frame(of, source, others=LONGER)
     more = [_more(one, configs, source, best) for one in of for configs in one.reported.values()]
     data = pd.concat([data, pd.DataFrame(more)], axis=1)
-    families = [own for _, own in data.groupby(data.part.eq(APART), sort=False)]
+    families = [own for _, own in data.groupby(data.part.isin(DESCRIBED), sort=False)]
     for other in ("baseline", "longer"):
         families = [judge(own, of[0].study.margin, other, family=lambda row: row.entry not in DOUBLES) for own in families]
     return pd.concat(families).sort_index()

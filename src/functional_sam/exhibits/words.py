@@ -128,8 +128,8 @@ def answer(verdicts: Iterable[object], wanted: Verdict) -> str:
 
 
 def so_far(answer: str, plan: Plan) -> str:
-    """An answer, marked where cells of the exhibit are not complete: with them the family of its comparisons grows."""
-    return f"{answer} so far" if plan.left and answer not in ("", "inconclusive", NOT_TESTED) else answer
+    """An answer, marked where cells of the exhibit are not complete with which the family of its comparisons grows."""
+    return f"{answer} so far" if plan.growing and answer not in ("", "inconclusive", NOT_TESTED) else answer
 
 
 def tally(verdicts: Iterable[object]) -> str:

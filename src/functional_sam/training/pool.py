@@ -47,7 +47,7 @@ class Watched:
     done: bool = False
 
     def look(self) -> None:
-        """Read the last training line if the file has grown; of a run that was done nothing more."""
+        """Read the last training line if the file has grown; once the run is done, never again."""
         if self.done:
             return
         self.done = self.run.done
@@ -288,15 +288,14 @@ def work(directories: Sequence[Path], threads: int) -> int:
 
 
 def _end_with_the_pool() -> None:
-    """Have the kernel send SIGTERM, on which a run saves and leaves, when the pool is gone. Raises Interrupted where it is already.
+    """Have Linux send SIGTERM, on which a run saves and leaves, when the pool is gone. Raises Interrupted where it is already.
 
     A pool that was killed by force tells no worker to stop: they would go on through the whole list, seen by nobody, beside those
     of the next command.
     """
     pool = os.environ.get(POOL)
-    if pool is None:
+    if pool is None or sys.platform != "linux":
         return
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
     if os.getppid() != int(pool):
         raise Interrupted(f"the process {pool} that started this worker has ended; {AGAIN}")
