@@ -14,7 +14,7 @@ from functional_sam.exhibits.markdown import interval
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import Spec
-from functional_sam.exhibits.words import answer, firsts, model, sizes
+from functional_sam.exhibits.words import answer, firsts, model, sentence, sizes
 from functional_sam.records import Source
 from functional_sam.study.compare import Estimate, Verdict, estimate, judged, paired_difference
 from functional_sam.tasks import TASKS
@@ -106,7 +106,7 @@ def draw(plan: Plan) -> Exhibit:
     figure.align_ylabels()
     style.legend_above(figure, axes[0, 0], columns=2)
     finding = _finding(found)
-    style.finding_above(figure, finding)
+    style.finding_above(figure, finding if len(spec.dose) == 1 else f"{sentence(headline(data))} {_told(found)}")
     said = answer(found[(found.task == "language") & (found.against == "logit half")].verdict, Verdict.BETTER)
     return Exhibit(plan, {"": data, "comparisons": found}, _caption(plan, finding), _verdict(found), figure, answer=said)
 
@@ -175,12 +175,24 @@ def _finding(found: pd.DataFrame) -> str:
     """Functional half against logit half, task by task."""
     ends = found[found.against == "logit half"]
     parts = [f"{task} {_words(own)}" for task, own in ends.groupby("task", sort=False)]
-    better, worse = (bool(ends.verdict.str.startswith(word).any()) for word in ("better", "worse"))
+    better, worse = (int(ends.verdict.str.startswith(word).sum()) for word in ("better", "worse"))
     found_out = {(True, False): "the functional half is better", (False, True): "the logit half is better"}
     words = found_out.get(
-        (better, worse), "tasks or doses disagree on the better half" if better else "neither half is told to be better"
+        (better > 0, worse > 0), "tasks or doses disagree on the better half" if better else "neither half is told to be better"
     )
+    words += f" in {better + worse} of {len(ends)}" if 0 < better + worse < len(ends) else ""
     return f"At equal dose {words}: functional minus logit half, {'; '.join(parts)}"
+
+
+def _told(found: pd.DataFrame) -> str:
+    """Where the two halves are told apart, in a few words."""
+    ends = found[found.against == "logit half"]
+    told = [
+        f"{row.task} at dose {row.dose:g} (functional half {row.verdict})"
+        for row in ends.itertuples()
+        if row.verdict.startswith(("better", "worse"))
+    ]
+    return f"Told apart: {', '.join(told) or 'nowhere'}"
 
 
 def _caption(plan: Plan, finding: str) -> str:
