@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from made_up import MadeUp
 
-from functional_sam.exhibits import draw_plan, figure_9, planned
-from functional_sam.exhibits.figure_9 import ADAMW, AT_LEAST, AT_MOST, compared, first_broken
+from functional_sam.exhibits import breaking, draw_plan, figure_9, planned
+from functional_sam.exhibits.breaking import ABOUT, ADAMW, AT_LEAST, AT_MOST, compared, first_broken, sides_of_slope
 from functional_sam.exhibits.output import write
 from functional_sam.study.compare import Verdict
 
@@ -84,6 +84,32 @@ def test_pairs_are_compared_and_judged(exhibit):
     assert row.bound == AT_LEAST  # it breaks nowhere on the grid
     assert "Precond Functional-SAM / Precond SAM at least 5.5" in figure_9.headline(exhibit.frame)  # a bound has no interval
     assert pairs.loc[("functional-sam", "log radius", 48), "bound"] == ""
+    assert slopes.bound.to_dict() == {"functional-sam": "", "precond-functional-sam": ABOUT}  # at least, at both widths
+    assert slopes.verdict["precond-functional-sam"] == "inconclusive"
+
+
+@pytest.mark.parametrize(
+    ("sides", "found"),
+    [
+        ({16: set(), 32: set(), 64: set()}, set()),
+        ({16: set(), 32: set(), 64: {AT_LEAST}}, {AT_LEAST}),  # more at the largest width: a steeper rise
+        ({16: {AT_LEAST}, 32: set(), 64: set()}, {AT_MOST}),  # more at the smallest: a flatter one
+        ({16: {AT_MOST}, 32: set(), 64: {AT_LEAST}}, {AT_LEAST}),
+        ({16: {AT_LEAST}, 32: set(), 64: {AT_LEAST}}, {AT_MOST, AT_LEAST}),
+        ({16: set(), 32: {AT_LEAST}, 64: set()}, set()),  # the mean width has no arm
+        ({16: {AT_LEAST}}, set()),  # one width has no slope
+    ],
+)
+def test_the_side_on_which_a_slope_is_bounded(sides, found):
+    assert sides_of_slope(sides) == found
+
+
+def test_a_bound_moves_the_slope_to_the_side_that_is_said():
+    """The slope with what the bound stands for, larger by what you like, against the slope with the bound itself."""
+    values = {16: 0.3, 48: -0.2, 96: 0.1, 128: 0.4}
+    for width in values:
+        moved = breaking.slope(values | {width: values[width] + 0.7}) - breaking.slope(values)
+        assert sides_of_slope({at: {AT_LEAST} if at == width else set() for at in values}) == {AT_LEAST if moved > 0 else AT_MOST}
 
 
 @pytest.mark.parametrize(
@@ -94,13 +120,12 @@ def test_pairs_are_compared_and_judged(exhibit):
         (AT_MOST, Verdict.SAME, False),
         (AT_LEAST, Verdict.BETTER, True),
         (AT_LEAST, Verdict.WORSE, False),
-        ("about", Verdict.WORSE, False),
+        (ABOUT, Verdict.WORSE, False),
         ("", Verdict.SAME, True),
-        (math.nan, Verdict.BETTER, True),  # a slope
     ],
 )
 def test_a_bound_gives_no_verdict_that_it_does_not_warrant(bound, word, warranted):
-    assert figure_9._warranted(word, bound) is warranted
+    assert breaking._warranted(word, bound) is warranted
 
 
 def test_a_ratio_that_is_bounded_on_the_other_side_is_inconclusive():
