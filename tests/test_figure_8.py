@@ -66,6 +66,7 @@ def test_a_domain_that_matters():
     assert tests.loc["domain", "estimate"] == pytest.approx(2.0, abs=0.2)
     assert tests.loc["domain", "p_holm"] < 0.001
     assert "is larger in language" in exhibit.caption
+    assert "beside it a fit with an indicator" in exhibit.caption and "open:" not in exhibit.caption
 
 
 def test_a_domain_that_small_embeddings_hide_is_called_open():
@@ -82,6 +83,7 @@ def test_a_domain_that_small_embeddings_hide_is_called_open():
     assert apart.loc["domain", "p_holm"] < 0.05
     assert figure_8.told(exhibit.frame)["domain"] == figure_8.OPEN
     assert "may depend on the domain (open)" in exhibit.caption
+    assert "open: told from zero by one of two fits" in exhibit.caption
     assert "domain is open" in figure_8.headline(exhibit.frame)
 
 

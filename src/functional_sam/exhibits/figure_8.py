@@ -300,7 +300,7 @@ def _finding(data: pd.DataFrame) -> str:
 
 def _caption(plan: Plan, data: pd.DataFrame, finding: str, beside: pd.DataFrame) -> str:
     full, either_open = fits(data)["+ both"], OPEN in told(data).values()
-    meaning = "open: told from zero by one of two fits and not by the other, the second" if either_open else "and, beside it, a fit"
+    meaning = "open: told from zero by one of two fits and not by the other, the second" if either_open else "beside it a fit"
     there = ", ".join(f"{row.compared} {interval(row.estimate, row.half_width, 2, sign=True)}" for row in beside.itertuples())
     return (
         f"{finding}. AdamW on the same changed images with more or fewer classes and on the same text with more or fewer pieces, "
@@ -308,8 +308,8 @@ def _caption(plan: Plan, data: pd.DataFrame, finding: str, beside: pd.DataFrame)
         f"entropy, gradient ascent, eps of the same batch ({data.targets.max()} targets in the drawn points); scale "
         f"{plan.spec.scale}, not the paper's: {sizes(plan.configs)}. "
         f"n={len(plan.spec.seeds)} seeds a setting, {full.rows} measurements of {full.clusters} runs (standard errors clustered by "
-        f"run), bars are 95 % t intervals, Holm's correction over the five comparisons of the protocol; {meaning} with an indicator for "
-        f"the runs of small embeddings, all in language (there: {there})."
+        "run), bars are 95 % t intervals, Holm's correction over the five comparisons of the protocol; "
+        f"{meaning} with an indicator for the runs of small embeddings, all in language (there: {there})."
     )
 
 
