@@ -66,7 +66,8 @@ def test_a_domain_that_matters():
     assert tests.loc["domain", "estimate"] == pytest.approx(2.0, abs=0.2)
     assert tests.loc["domain", "p_holm"] < 0.001
     assert "is larger in language" in exhibit.caption
-    assert "beside it a fit with an indicator" in exhibit.caption and "open:" not in exhibit.caption
+    assert "beside it a fit with an indicator" in exhibit.caption
+    assert "open:" not in exhibit.caption
 
 
 def test_a_domain_that_small_embeddings_hide_is_called_open():

@@ -9,7 +9,7 @@ from made_up import MadeUp, bowl
 
 from functional_sam.exhibits import draw_plan, module_of, planned
 from functional_sam.exhibits.comparison import changed, same_runs, to_come
-from functional_sam.exhibits.figure_3 import judged_paths, path_alone
+from functional_sam.exhibits.figure_3 import DOSE_AT_FIRST, judged_paths, path_alone
 from functional_sam.exhibits.output import write
 from functional_sam.exhibits.spec import load_spec
 from functional_sam.exhibits.words import so_far
@@ -164,22 +164,43 @@ def test_divergence_is_marked_and_counted(complete):
 
 
 def test_the_path_alone_at_equal_rho_and_at_equal_dose():
-    """SAM's loss is 2 dose, its dose 4 rho; the functional path's 2 dose + 1 at dose rho: at equal dose 1 worse."""
+    """SAM's loss is 2 dose, its dose 4 rho; the functional path's 2 dose + 1 at dose rho: at equal dose 1 worse.
+
+    What was called the dose at first is twice the dose of the functional path: there its loss is that of half the dose.
+    """
     rows = []
-    for entry, slope, more in (("sam", 4.0, 0.0), ("functional-sam", 1.0, 1.0)):
+    for entry, slope, more, first in (("sam", 4.0, 0.0, 1.0), ("functional-sam", 1.0, 1.0, 2.0)):
         for rho in (0.01, 0.1, 1.0):
             for seed in range(4):
                 dose = slope * rho
                 test = 2 * dose + more + 0.001 * math.sin(seed + 3 * rho)
-                rows.append({"cell": "c", "entry": entry, "rho": rho, "seed": seed, "dose": dose, "test": test})
+                row = {"cell": "c", "entry": entry, "rho": rho, "seed": seed, "test": test, "minus_baseline": test - 0.001 * seed}
+                rows.append(row | {"dose": dose, "dose_at_measured_steps": first * dose})
     found = judged_paths(path_alone(pd.DataFrame(rows)), 0.005)
     equal_rho = found[found.at_equal == "rho"]
     assert list(equal_rho.rho) == [0.01, 0.1, 1.0]
     assert list(equal_rho.difference) == pytest.approx([1 - 6 * rho for rho in (0.01, 0.1, 1.0)], abs=0.01)
     equal_dose = found[found.at_equal == "dose"]
-    assert list(equal_dose.rho) == [0.1, 1.0]  # at 0.01 SAM has no dose so small
-    assert list(equal_dose.difference) == pytest.approx([1.0, 1.0], abs=0.01)
+    assert list(equal_dose.rho) == [0.01, 0.1, 1.0]  # below SAM's smallest dose it is between AdamW, whose loss is 0, and that
+    assert list(equal_dose.difference) == pytest.approx([1.0, 1.0, 1.0], abs=0.01)
     assert set(equal_dose.verdict) == {str(Verdict.WORSE)}
+    at_first = found[found.at_equal == DOSE_AT_FIRST]
+    assert list(at_first.rho) == [0.1, 1.0]  # at 0.01 SAM has no dose so small
+    assert list(at_first.difference) == pytest.approx([1 - 2 * rho for rho in (0.1, 1.0)], abs=0.01)
+    assert list(at_first.dose) == pytest.approx([0.2, 2.0])
+
+
+def test_what_is_described_at_equal_dose_is_not_of_the_family():
+    """Another verdict of it moves none of the others; its own is the one that it would have in the place of those at equal dose."""
+    one = {"entry": "functional-sam", "other": "sam", "stderr": 0.01, "n": 5}
+    kinds = ("rho", "rho", "dose", DOSE_AT_FIRST, DOSE_AT_FIRST, DOSE_AT_FIRST)
+    rows = [
+        one | {"at_equal": kind, "difference": d} for kind, d in zip(kinds, (-0.05, 0.0, -0.042, -0.042, 0.0, 0.0), strict=True)
+    ]
+    alone = judged_paths([row for row in rows if row["at_equal"] != DOSE_AT_FIRST], 0.001)
+    both = judged_paths(rows, 0.001)
+    assert list(both.verdict[:3]) == list(alone.verdict) == ["better", "inconclusive", "better"]
+    assert list(both.verdict[3:]) == ["inconclusive"] * 3  # of five, not of three
 
 
 def test_equal_compute_pairs_with_the_baseline_that_takes_as_long(complete):

@@ -9,6 +9,7 @@ import pandas as pd
 
 from functional_sam.exhibits.plan import Plan
 from functional_sam.study.compare import Estimate, Verdict, estimate, judged
+from functional_sam.study.dose import dose_of
 
 RISE = 0.1  # nats above the best, from which on a run is broken
 SAME = math.log(1.25)  # radii that differ by less coincide
@@ -22,12 +23,10 @@ WORDS = {
 
 
 def frame(plan: Plan) -> pd.DataFrame:
-    """One row per run: its final validation loss (inf where it diverged), and the mean of its doses before that."""
+    """One row per run: its final validation loss (inf where it diverged), and its dose before that."""
     rows = []
     for config in plan.configs:
         summary = plan.source.summary(config)
-        doses = [line["dose"] for line in plan.source.metrics(config, "dose")]
-        doses = [dose for dose in doses if dose is not None and math.isfinite(dose)]
         rows.append(
             {
                 "width": config.model.width,
@@ -37,7 +36,7 @@ def frame(plan: Plan) -> pd.DataFrame:
                 "seed": config.training.init_seed,
                 "loss": math.inf if summary["loss"] is None else summary["loss"],
                 "diverged": bool(summary.get("diverged", False)),
-                "dose": float(np.mean(doses)) if doses else math.nan,
+                "dose": dose_of(config, plan.source),
             }
         )
     return pd.DataFrame(rows)

@@ -112,17 +112,6 @@ def headline(data: pd.DataFrame) -> str:
     return f"of {len(words)} comparisons with AdamW {tally(words)}"
 
 
-def pair_at_radius(data: pd.DataFrame, entry: str, other: str, rho: float = 0.05) -> str:
-    """One method minus another at one radius and AdamW's learning rate, in the cell of the most rows, in a few words."""
-    own = data[data.rho.sub(rho).abs().lt(1e-9) & data.lr_over_centre.sub(1).abs().lt(0.01) & data.entry.eq(entry)]
-    own = own[own.batch == own.batch.max()]
-    against = "AdamW" if other == "baseline" else label(other)
-    found = [
-        f"{label(entry)} minus {against} {differs(row, other)} nats ({row.batch} rows, rho {rho:g})" for row in own.itertuples()
-    ]
-    return found[0] if found else f"nothing at rho {rho:g}"
-
-
 def seen(data: pd.DataFrame, other: str = "baseline") -> str:
     """The effect that inconclusive comparisons could have seen, as a sentence."""
     open_ = data[data[f"verdict_{other}"] == str(Verdict.OPEN)]

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from functional_sam.exhibits import markdown, style
-from functional_sam.exhibits.comparison import changed, label, left_out, pair_at_radius, place, plan, setting
+from functional_sam.exhibits.comparison import changed, differs, label, left_out, place, plan, setting
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.words import answer, sentence
@@ -20,14 +20,16 @@ __all__ = ["draw", "headline", "plan"]
 
 PAIRS = (("functional-sam", "sam"), ("precond-functional-sam", "precond-sam"))  # the path alone differs
 LINEAR = 0.01  # nats: within it the axis is linear
+SHOWN = 0.05  # the radius of the headline
+DOSE, DOSE_AT_FIRST = "dose", "dose, plain mean of the measured steps"  # the second is described: paper/PROTOCOL.md, 2026-11-29
 
 
 def draw(plan: Plan) -> Exhibit:
     """A row a cell; left against rho, right against the measured dose; bars are 95 % intervals, the grey band is the placebo's."""
     seeds = by_seed(plan.content, plan.source)
     margin = plan.content[0].study.margin
-    data = judge(frame(plan.content, plan.source), margin)
     pairs = [row for _, part in seeds.groupby("cell", sort=False) for row in path_alone(part)]
+    data = with_equal_dose(judge(frame(plan.content, plan.source), margin), pairs)
     paths = judged_paths(pairs, margin)
     style.use()
     cells = list(dict.fromkeys(seeds.cell))
@@ -40,7 +42,7 @@ def draw(plan: Plan) -> Exhibit:
         left.set(title=f"{name}: by radius", ylabel="test loss minus AdamW's\n(nats per token)")
         right.set(title="by dose")
         left.set_xlabel(r"radius $\rho$")
-        right.set_xlabel(r"dose $|g_{method} - g|\,/\,|g|$, mean over the run")
+        right.set_xlabel(r"dose $|g_{method} - g|\,/\,|g|$, average over the steps")
         style.signed_log(left, LINEAR)
     style.legend_above(figure, axes[0, 0], columns=4)
     style.finding_above(figure, sentence(headline(data)))
@@ -48,7 +50,7 @@ def draw(plan: Plan) -> Exhibit:
         f"{sentence(headline(data))} Bars are 95 % intervals of paired differences, marks moved aside so that none covers "
         f"another; linear within {LINEAR:g} nats, logarithmic beyond; crosses at the top edge diverged; the grey band is that "
         f"of the placebo (AdamW whose initial weights were changed by 1e-6). {setting(plan, data)}{left_out(plan, data)}"
-        f"{_still_open(plan, pairs, paths, margin)}"
+        f"{_told_at_first(paths)}{_still_open(plan, pairs, paths, margin)}"
     )
     wanted = paths[paths.at_equal == "rho"] if len(paths) else paths
     found = answer(wanted.verdict if len(wanted) else (), Verdict.BETTER)
@@ -56,8 +58,27 @@ def draw(plan: Plan) -> Exhibit:
 
 
 def headline(data: pd.DataFrame) -> str:
-    """The path alone at one radius, in a few words."""
-    return pair_at_radius(data, "functional-sam", "sam")
+    """The path alone at one radius and AdamW's learning rate, in the cell of the most rows, in a few words."""
+    name, other = PAIRS[0]
+    own = data[data.rho.sub(SHOWN).abs().lt(1e-9) & data.lr_over_centre.sub(1).abs().lt(0.01) & data.entry.eq(name)]
+    if own.empty:
+        return f"nothing at rho {SHOWN:g}"
+    row = own.loc[own.batch.idxmax()]
+    words = f"{label(name)} minus {label(other)} {differs(row, other)} nats ({row.batch} rows, rho {SHOWN:g})"
+    if math.isnan(row.plain_at_dose):
+        return words
+    at_dose = Estimate(row.plain_at_dose, row.plain_at_dose_stderr, int(row.n))
+    return f"{words}, at equal dose {markdown.interval(at_dose.mean, at_dose.half_width, sign=True)}"
+
+
+def with_equal_dose(data: pd.DataFrame, pairs: list[dict[str, Any]]) -> pd.DataFrame:
+    """The frame with columns plain_at_dose and plain_at_dose_stderr: a functional method minus its plain twin at equal dose."""
+    found = {(row["cell"], row["entry"], row["rho"]): row for row in pairs if row["at_equal"] == DOSE}
+    keys = list(zip(data.cell, data.entry, data.rho, strict=True))
+    columns = {"plain_at_dose": "difference", "plain_at_dose_stderr": "stderr"}
+    return data.assign(
+        **{column: [found[key][field] if key in found else math.nan for key in keys] for column, field in columns.items()}
+    )
 
 
 def _panel(axis: Axes, part: pd.DataFrame, x: str) -> None:
@@ -84,33 +105,56 @@ def _panel(axis: Axes, part: pd.DataFrame, x: str) -> None:
 
 
 def path_alone(part: pd.DataFrame) -> list[dict[str, Any]]:
-    """The functional path minus the plain one, same ascent: at equal rho, and at equal dose (linear in it between radii)."""
+    """The functional path minus the plain one, same ascent: at equal rho, and at equal dose (linear in it between radii).
+
+    At equal dose also with what was called the dose at first, without AdamW at dose 0.
+    """
     rows: list[dict[str, Any]] = []
     for name, other in PAIRS:
         own, theirs = (part[part.entry == entry] for entry in (name, other))
         for rho, at in own.groupby("rho"):
-            twin = theirs[theirs.rho == rho].sort_values("seed")
             at = at.sort_values("seed")
-            for kind, values in (("rho", list(twin.test)), ("dose", [_at_dose(theirs, row) for row in at.itertuples()])):
-                pairs = [(a, b) for a, b in zip(at.test, values, strict=False) if not math.isnan(b)]
+            values = {
+                "rho": list(theirs[theirs.rho == rho].sort_values("seed").test),
+                DOSE: [_at_dose(theirs, row.seed, row.dose) for row in at.itertuples()],
+                DOSE_AT_FIRST: [_at_first(theirs, row.seed, row.dose_at_measured_steps) for row in at.itertuples()],
+            }
+            for kind, twins in values.items():
+                pairs = [(a, b) for a, b in zip(at.test, twins, strict=False) if not math.isnan(b)]
                 if len(pairs) == len(at):
                     found = paired_difference([a for a, _ in pairs], [b for _, b in pairs])
-                    row = {
-                        "cell": at.cell.iloc[0],
-                        "entry": name,
-                        "other": other,
-                        "at_equal": kind,
-                        "rho": rho,
-                        "dose": at.dose.mean(),
-                    }
+                    dose = (at.dose_at_measured_steps if kind == DOSE_AT_FIRST else at.dose).mean()
+                    row = {"cell": at.cell.iloc[0], "entry": name, "other": other, "at_equal": kind, "rho": rho, "dose": dose}
                     rows.append(row | {"n": found.n, "difference": found.mean, "stderr": found.stderr})
     return rows
 
 
 def judged_paths(rows: list[dict[str, Any]], margin: float, more: int = 0) -> pd.DataFrame:
-    """The rows of every cell with their verdicts, one family; more: comparisons of it that are still to come, counted as null."""
-    words = judged([Estimate(row["difference"], row["stderr"], row["n"]) for row in rows], margin=margin, more=more)
-    return pd.DataFrame([row | {"verdict": str(word)} for row, word in zip(rows, words, strict=True)])
+    """The rows of every cell with their verdicts, one family; more: comparisons of it that are still to come, counted as null.
+
+    Rows at equal DOSE_AT_FIRST are judged as if they stood in the place of those at equal dose.
+    """
+    found: dict[int, Verdict] = {}
+    for kind in (DOSE_AT_FIRST, DOSE):  # the verdicts at equal rho are those of the last
+        family = [place for place, row in enumerate(rows) if row["at_equal"] in ("rho", kind)]
+        estimates = [Estimate(rows[place]["difference"], rows[place]["stderr"], rows[place]["n"]) for place in family]
+        found |= dict(zip(family, judged(estimates, margin=margin, more=more), strict=True))
+    return pd.DataFrame([row | {"verdict": str(found[place])} for place, row in enumerate(rows)])
+
+
+def _told_at_first(paths: pd.DataFrame) -> str:
+    """What would be told at equal dose by the plain mean of the measurements, in words."""
+    told = paths[(paths.at_equal == DOSE_AT_FIRST) & paths.verdict.isin([Verdict.BETTER, Verdict.WORSE])] if len(paths) else paths
+    if told.empty:
+        return ""
+    words = [
+        f"{label(str(name))} {verdict} at rho {', '.join(f'{rho:g}' for rho in part.rho)}"
+        for (name, verdict), part in told.groupby(["entry", "verdict"], sort=False)
+    ]
+    return (
+        " The dose is averaged over the steps; by the plain mean of its log-spaced measurements, half of them in warm-up, which "
+        f"the protocol had at first, these would be told from the plain path at equal dose: {'; '.join(words)}."
+    )
 
 
 def _still_open(plan: Plan, pairs: list[dict[str, Any]], paths: pd.DataFrame, margin: float) -> str:
@@ -119,19 +163,26 @@ def _still_open(plan: Plan, pairs: list[dict[str, Any]], paths: pd.DataFrame, ma
         return ""
     study = plan.content[0].study
     more = 2 * len(PAIRS) * sum(len(study.cells[name].rho) for name in plan.left)  # at equal rho and at equal dose
-    names = [
-        f"{label(row.entry)} against {label(row.other)} at equal {row.at_equal}, rho {row.rho:g}" for row in paths.itertuples()
-    ]
-    moved = changed(names, paths.verdict, judged_paths(pairs, margin, more).verdict)
+    own, after = paths[paths.at_equal != DOSE_AT_FIRST], judged_paths(pairs, margin, more)
+    names = [f"{label(row.entry)} against {label(row.other)} at equal {row.at_equal}, rho {row.rho:g}" for row in own.itertuples()]
+    moved = changed(names, own.verdict, after.verdict[own.index])
     return f" Of the functional path against the plain one, as many as {more} more null comparisons would {moved}."
 
 
-def _at_dose(theirs: pd.DataFrame, row: Any) -> float:
-    """The other method's test loss at this row's dose and seed; nan outside the doses that its radii gave."""
-    own = theirs[(theirs.seed == row.seed) & np.isfinite(theirs.test)].sort_values("dose")
-    if own.empty or not own.dose.min() <= row.dose <= own.dose.max():
+def _at_dose(theirs: pd.DataFrame, seed: int, dose: float) -> float:
+    """The other method's test loss at this dose and seed, AdamW's at dose 0; nan beyond the doses that its radii gave."""
+    own = theirs[(theirs.seed == seed) & np.isfinite(theirs.test)].sort_values("dose")
+    if own.empty or not dose <= own.dose.max():
         return math.nan
-    return float(np.interp(row.dose, own.dose, own.test))
+    adamw = own.test.iloc[0] - own.minus_baseline.iloc[0]
+    return float(np.interp(dose, [0.0, *own.dose], [adamw, *own.test]))
+
+
+def _at_first(theirs: pd.DataFrame, seed: int, dose: float) -> float:
+    """The same in the mean of the measured steps; nan also below the doses that the other's radii gave."""
+    own = theirs[(theirs.seed == seed) & np.isfinite(theirs.test)].sort_values("dose_at_measured_steps")
+    doses = own.dose_at_measured_steps
+    return float(np.interp(dose, doses, own.test)) if len(own) and doses.min() <= dose <= doses.max() else math.nan
 
 
 def _finding(paths: pd.DataFrame) -> str:

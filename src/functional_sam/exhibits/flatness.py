@@ -13,6 +13,7 @@ from functional_sam.config import Config
 from functional_sam.exhibits import style
 from functional_sam.records import Source
 from functional_sam.study.compare import LEVEL, Estimate, estimate, holm, paired_difference, ratio
+from functional_sam.study.dose import dose_of
 
 STATES = {"trained": "as trained", "fitted": "at the fitted temperature"}
 # Measures that a smaller value of is meant to be better of, by the field of `measures`; the bottom of H_F by its magnitude.
@@ -41,9 +42,8 @@ def measures(config: Config, source: Source, length: float) -> list[dict[str, An
     length: its steps in units of the other runs'.
     """
     summary = source.summary(config)
-    doses = [line["dose"] for line in source.metrics(config, "dose") if line["dose"] is not None]
     row = {"method": config.method.name, "rho": config.method.rho, "length": length, "seed": config.training.init_seed}
-    row["dose"] = float(np.mean(doses)) if doses else math.nan
+    row["dose"] = dose_of(config, source)
     rows = []
     record = source.read(config, "curvature.json") if summary["loss"] is not None else {}
     for geometry, state in itertools.product(config.measure.geometries, STATES):

@@ -13,6 +13,7 @@ from functional_sam.records import Source, content
 from functional_sam.sharpness.methods import cost
 from functional_sam.study.compare import Estimate, Verdict, estimate, judged, paired_difference
 from functional_sam.study.design import LR, RHO, Trial, has_radius
+from functional_sam.study.dose import dose_at_measured_steps, dose_of, mean_dose
 from functional_sam.study.tune import Planned, score
 from functional_sam.tasks import TASKS
 
@@ -166,7 +167,7 @@ def tested(configs: Sequence[Config], source: Source, best: bool) -> list[float]
 
 
 def by_seed(planned: Sequence[Planned], source: Source) -> pd.DataFrame:
-    """One row an entry, trial and seed: test metric, the same minus the baseline's of that seed and learning rate, mean dose."""
+    """One row an entry, trial and seed: test metric, the same minus the baseline's of that seed and learning rate, dose."""
     check(planned, source)
     rows = []
     for one in planned:
@@ -189,17 +190,12 @@ def by_seed(planned: Sequence[Planned], source: Source) -> pd.DataFrame:
                         "seed": config.training.init_seed,
                         "test": sign * a,
                         "minus_baseline": 0.0 if a == b else sign * (a - b),
-                        "dose": mean_dose([config], source),
+                        "dose": dose_of(config, source),
+                        "dose_at_measured_steps": dose_at_measured_steps(config, source),
                         "diverged": bool(source.summary(config).get("diverged")),
                     }
                 )
     return pd.DataFrame(rows)
-
-
-def mean_dose(configs: Sequence[Config], source: Source) -> float:
-    """|g_method - g| / |g|, the mean over measured steps and seeds; nan where it was not measured."""
-    values = [float(line["dose"]) for config in configs for line in source.metrics(config, "dose")]
-    return sum(values) / len(values) if values else math.nan
 
 
 def difference(row: Any, other: str = "baseline") -> Estimate:

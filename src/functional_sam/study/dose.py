@@ -1,0 +1,39 @@
+"""The dose of a run, |g_method - g| / |g|: how much the method changes the gradient, over the steps of training."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from functional_sam.config import Config
+from functional_sam.records import Source
+
+
+def dose_of(config: Config, source: Source) -> float:
+    """Average over the steps of a run, linear between the measured ones; nan where no finite dose was measured.
+
+    Measurements are log-spaced. Their plain mean would give half of its weight to the first thirtieth of the run, in warm-up.
+    """
+    found = dict(_measured(config, source))
+    if not found:
+        return math.nan
+    steps = np.arange(min(found), max(found) + 1)
+    return float(np.interp(steps, sorted(found), [found[step] for step in sorted(found)]).mean())
+
+
+def dose_at_measured_steps(config: Config, source: Source) -> float:
+    """Plain mean of the measurements, whatever their steps: what the protocol called the dose at first."""
+    doses = [dose for _, dose in _measured(config, source)]
+    return sum(doses) / len(doses) if doses else math.nan
+
+
+def mean_dose(configs: Sequence[Config], source: Source) -> float:
+    """Mean over runs, those left out that have none; nan where none has."""
+    doses = [dose for config in configs if not math.isnan(dose := dose_of(config, source))]
+    return sum(doses) / len(doses) if doses else math.nan
+
+
+def _measured(config: Config, source: Source) -> list[tuple[int, float]]:
+    """(step, dose) of each measurement that is a finite number: a run that diverges has others at its end."""
+    lines = source.metrics(config, "dose")
+    return [(line["step"], float(line["dose"])) for line in lines if line["dose"] is not None and math.isfinite(line["dose"])]
