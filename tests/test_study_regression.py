@@ -38,3 +38,11 @@ def test_measuring_a_run_ten_times_does_not_make_it_more_certain():
     assert often.coefficients == pytest.approx(once.coefficients)
     # But for the factor (n - 1) / (n - k), which counts rows.
     assert often.stderr == pytest.approx(once.stderr * np.sqrt(399 / 398 / (39 / 38)))
+
+
+def test_a_column_that_follows_from_others_changes_nothing():
+    x, y = data()
+    X = np.stack([np.ones_like(x), np.sign(x), np.sign(x) ** 2, x], 1)  # the square of two values is constant
+    found, plain = fit(list(y), X, range(40)), fit(list(y), X[:, [0, 1, 3]], range(40))
+    assert found.r2 == pytest.approx(plain.r2)
+    assert (found.coefficients[3], found.stderr[3]) == pytest.approx((plain.coefficients[2], plain.stderr[2]))

@@ -25,7 +25,7 @@ from functional_sam.study.regression import Fit, fit
 LEAST_R2 = 0.02  # that outputs and domain must add to matter (paper/PROTOCOL.md)
 ADDED = ("log outputs", "domain")
 SMALL = "small embeddings"
-RISES, FALLS, UNSEEN, OPEN = "rises", "falls", "unseen", "open"
+RISES, FALLS, TURNS, UNSEEN, OPEN = "rises", "falls", "turns", "unseen", "open"
 TEMPERATURE_MARKERS, STEP_MARKERS = ("v", "o", "^"), ("o", "D")
 MODELS: dict[str, tuple[str, ...]] = {"targets, entropy": (), "+ outputs": ADDED[:1], "+ domain": ADDED[1:], "+ both": ADDED}
 
@@ -60,9 +60,11 @@ def fits(data: pd.DataFrame) -> dict[str, Fit]:
     return {name: _fitted(data, added) for name, added in MODELS.items()}
 
 
-def _fitted(data: pd.DataFrame, added: Sequence[str]) -> Fit:
+def _fitted(data: pd.DataFrame, added: Sequence[str], below_uniform: bool = False) -> Fit:
+    """below_uniform: entropy minus log outputs, its largest value, in the place of entropy."""
     y = np.log(data.norm_logit / data.norm_func)
     a, b = np.log(data.targets.to_numpy(float)), data.entropy.to_numpy(float)
+    b = b - np.log(data.outputs.to_numpy(float)) if below_uniform else b
     a, b = a - a.mean(), b - b.mean()
     base = [np.ones_like(a), a, b, a * a, a * b, b * b]
     more = {
@@ -118,6 +120,11 @@ def described(data: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def below_uniform(data: pd.DataFrame) -> dict[str, Any]:
+    """The coefficient of log outputs where models that are as far from uniform are held equal, not those of equal entropy."""
+    return _coefficients(_fitted(data, ADDED, below_uniform=True))[0]
+
+
 def _coefficients(full: Fit) -> list[dict[str, Any]]:
     """A row for each of ADDED, the last columns of the fit."""
     first = len(full.coefficients) - len(ADDED)
@@ -138,7 +145,8 @@ def told(data: pd.DataFrame) -> dict[str, str]:
     """Whether the share RISES or FALLS with outputs and with the domain, at equal targets and entropy, or that is UNSEEN or OPEN.
 
     Unseen too where both together add less than LEAST_R2 to the fit. Open: one of two fits says so and the other does not, that of
-    the family and the one with small embeddings told apart.
+    the family and the one with small embeddings told apart. TURNS: with outputs it does, and the other way at equal distance from
+    uniform.
     """
     signs = []
     fitted = ((judged_family(data), ()), (described(data), (SMALL,)))
@@ -147,7 +155,12 @@ def told(data: pd.DataFrame) -> dict[str, str]:
         own = rows.set_index("compared").loc[list(ADDED)]
         signs.append([int(np.sign(row.estimate)) if adds and row.p_holm < 1 - LEVEL else 0 for row in own.itertuples()])
     words = {1: RISES, -1: FALLS, 0: UNSEEN}
-    return {name: words[one] if one == other else OPEN for name, one, other in zip(ADDED, *signs, strict=True)}
+    found = {name: words[one] if one == other else OPEN for name, one, other in zip(ADDED, *signs, strict=True)}
+    against = below_uniform(data)
+    sign = {RISES: 1, FALLS: -1}.get(found["log outputs"], 0)
+    if sign * against["estimate"] < -against["half_width"]:
+        found["log outputs"] = TURNS
+    return found
 
 
 def draw(plan: Plan) -> Exhibit:
@@ -194,13 +207,14 @@ WORDS = {  # what the finding says of each
     "log outputs": {
         RISES: "grows with the number of outputs",
         FALLS: "falls with the number of outputs",
+        TURNS: "depends on the number of outputs, its sign on what else is held equal,",
         UNSEEN: "is not seen to depend on the number of outputs",
         OPEN: "may depend on the number of outputs (open)",
     },
     "domain": {
         RISES: "is larger in language",
         FALLS: "is smaller in language",
-        UNSEEN: "is not seen to depend on the domain",
+        UNSEEN: "has no constant difference between the domains",
         OPEN: "may depend on the domain (open)",
     },
 }
@@ -211,6 +225,7 @@ def headline(data: pd.DataFrame) -> str:
     found, models = told(data), fits(data)
     short = {"log outputs": {RISES: "grows with outputs", FALLS: "falls with outputs"}, "domain": WORDS["domain"]}
     named = [f"it {short[name][word]}" for name, word in found.items() if word in (RISES, FALLS)]
+    named += ["it depends on outputs"] if found["log outputs"] == TURNS else []
     named += [f"{name.removeprefix('log ')} is open" for name, word in found.items() if word == OPEN]
     seen = ", ".join(named) or "it depends on neither outputs nor domain"
     base, both = (number(models[name].r2, 2) for name in ("targets, entropy", "+ both"))
@@ -301,6 +316,8 @@ def _finding(data: pd.DataFrame) -> str:
 def _caption(plan: Plan, data: pd.DataFrame, finding: str, beside: pd.DataFrame) -> str:
     full, either_open = fits(data)["+ both"], OPEN in told(data).values()
     meaning = "open: told from zero by one of two fits and not by the other, the second" if either_open else "beside it a fit"
+    other = below_uniform(data)
+    turned = interval(other["estimate"], other["half_width"], 2, sign=True)
     there = ", ".join(f"{row.compared} {interval(row.estimate, row.half_width, 2, sign=True)}" for row in beside.itertuples())
     return (
         f"{finding}. AdamW on the same changed images with more or fewer classes and on the same text with more or fewer pieces, "
@@ -309,7 +326,8 @@ def _caption(plan: Plan, data: pd.DataFrame, finding: str, beside: pd.DataFrame)
         f"{plan.spec.scale}, not the paper's: {sizes(plan.configs)}. "
         f"n={len(plan.spec.seeds)} seeds a setting, {full.rows} measurements of {full.clusters} runs (standard errors clustered by "
         "run), bars are 95 % t intervals, Holm's correction over the five comparisons of the protocol; "
-        f"{meaning} with an indicator for the runs of small embeddings, all in language (there: {there})."
+        f"{meaning} with an indicator for the runs of small embeddings, all in language (there: {there}). Where entropy minus its "
+        f"largest value, log outputs, is held equal and not entropy: log outputs {turned}."
     )
 
 

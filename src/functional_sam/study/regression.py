@@ -23,15 +23,16 @@ class Fit:
 
 
 def fit(y: Sequence[float], X: np.ndarray, clusters: Sequence[object]) -> Fit:
-    """Least squares of y on the columns of X [rows, k], one of which is constant, with standard errors clustered as CR1:
+    """Least squares of y on the columns of X [rows, columns], one of which is constant, with standard errors clustered as CR1:
 
         cov b = c (X^T X)^-1 (sum_g X_g^T e_g e_g^T X_g) (X^T X)^-1,  c = G / (G - 1) (n - 1) / (n - k)
 
-    G clusters of rows with residuals e_g, n rows. Source: Cameron and Miller 2015, equations 10 to 12.
+    G clusters of rows with residuals e_g, n rows, k the rank of X: a column that follows from others counts for
+    nothing. Source: Cameron and Miller 2015, equations 10 to 12.
     """
     values = np.asarray(y, dtype=float)
-    n, k = X.shape
-    b, *_ = np.linalg.lstsq(X, values, rcond=None)
+    n = len(X)
+    b, _, k, _ = np.linalg.lstsq(X, values, rcond=None)
     residuals = values - X @ b
     bread = np.linalg.pinv(X.T @ X)
     names = list(dict.fromkeys(clusters))
