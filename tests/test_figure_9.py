@@ -169,3 +169,47 @@ def test_figure_9_is_drawn(exhibit, tmp_path):
     assert figure_9.headline(exhibit.frame).startswith(
         "radius that costs 0.1 nats, functional over plain path: Functional-SAM / SAM 1.7 ["
     )
+
+
+@pytest.fixture(scope="module")
+def in_bf16():
+    """At laptop; in bf16 SAM breaks at a third of its radius, the functional path about where it did."""
+
+    def rounded(config):
+        method, seed = config.method.name, config.training.init_seed
+        if config.training.precision != "bf16" or method not in ("sam", "functional-sam"):
+            return loss(config)
+        breaks = breaks_at(method, config.model.width, seed) / (3 if method == "sam" else 1) * (1 + 0.01 * math.sin(seed))
+        return 4.0 + 0.2 * seed + 0.05 * max(0.0, 2 + math.log(config.method.rho / breaks))
+
+    source = Dosed(rounded)
+    source.do(planned("figure-9", "laptop", source=source).configs)
+    return draw_plan(planned("figure-9", "laptop", source=source)), source
+
+
+def test_bf16_is_compared_with_float32_where_both_were_run(in_bf16):
+    exhibit, _ = in_bf16
+    assert len(exhibit.frame[exhibit.frame.precision == "bf16"]) == 125
+    table = exhibit.frames["bf16"].set_index(["what", "method"])
+    row = table.loc[("bf16 over float32", "sam")]
+    assert row.difference == pytest.approx(-math.log(3), rel=0.05)
+    assert (row.n, row.verdict) == (5, "earlier in bf16")
+    assert table.loc[("bf16 over float32", "functional-sam"), "verdict"] == "the frontiers coincide"
+    assert table.loc[("functional over plain, in bf16", "functional-sam"), "verdict"] == "later"
+    assert "In bf16 (width 128, lr 0.01; " in exhibit.caption
+    assert set(exhibit.frames["frontier"].width) == {24, 48, 96, 128}  # float32's, which bf16 moves nowhere
+    assert len(exhibit.frames["frontier"]) == 4 * 2 * 4 * 5
+
+
+def test_figure_9_is_drawn_without_bf16(in_bf16):
+    """For a processor that is slow in it: what is missing is listed, and the finding is the same."""
+    whole, source = in_bf16
+    without = Dosed(source.loss)
+    without.do([config for config in planned("figure-9", "laptop", source=source).configs if config.training.precision != "bf16"])
+    plan = planned("figure-9", "laptop", source=without)
+    assert plan.drawable
+    assert len(plan.missing) == 125
+    exhibit = draw_plan(plan)
+    assert exhibit.headline == whole.headline
+    assert "bf16" not in exhibit.frames
+    assert "In bf16" not in exhibit.caption

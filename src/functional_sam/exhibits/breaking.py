@@ -25,10 +25,11 @@ WORDS = {
 def frame(plan: Plan) -> pd.DataFrame:
     """One row per run: its final validation loss (inf where it diverged), and its dose before that."""
     rows = []
-    for config in plan.configs:
+    for config in plan.shown:
         summary = plan.source.summary(config)
         rows.append(
             {
+                "precision": config.training.precision,
                 "width": config.model.width,
                 "method": config.method.name,
                 "lr": config.optimizer.lr,
@@ -86,33 +87,46 @@ def compared(found: pd.DataFrame) -> pd.DataFrame:
         values = {}  # (width, seed) -> F
         sides: dict[tuple[int, int], set[str]] = {}  # (width, seed) -> on which sides F is only bounded
         for (width, seed), part in found.groupby(["width", "seed"]):
-            ours, theirs = (part[part.method == method].set_index("lr") for method in (name, other))
-            both = [
-                lr
-                for lr in ours.index
-                if not (ours.bound[lr] == theirs.bound[lr] != BETWEEN) and ADAMW not in (ours.bound[lr], theirs.bound[lr])
-            ]
-            if both:
-                values[width, seed] = float(np.mean([math.log(ours.rho_b[lr] / theirs.rho_b[lr]) for lr in both]))
-                sides[width, seed] = {_side(ours.bound[lr], theirs.bound[lr]) for lr in both} - {BETWEEN}
+            value, open_sides = log_ratio(part[part.method == name], part[part.method == other])
+            if not math.isnan(value):
+                values[width, seed], sides[width, seed] = value, open_sides
         widths = sorted({width for width, _ in values})
         for width in widths:
-            rows.append(_row(name, other, LEVEL, width, [value for (at, _), value in values.items() if at == width]))
-            rows[-1]["bound"] = _together(own for (at, _), own in sides.items() if at == width)
+            rows.append(row_of(name, other, LEVEL, width, [value for (at, _), value in values.items() if at == width]))
+            rows[-1]["bound"] = together(own for (at, _), own in sides.items() if at == width)
         slopes = [slope({width: value for (width, at), value in values.items() if at == seed}) for seed in found.seed.unique()]
-        rows.append(_row(name, other, SLOPE, math.nan, [one for one in slopes if not math.isnan(one)]))
+        rows.append(row_of(name, other, SLOPE, math.nan, [one for one in slopes if not math.isnan(one)]))
         by_seed = ({width: own for (width, at), own in sides.items() if at == seed} for seed in found.seed.unique())
-        rows[-1]["bound"] = _together(sides_of_slope(own) for own in by_seed)
+        rows[-1]["bound"] = together(sides_of_slope(own) for own in by_seed)
     result = pd.DataFrame(rows)
     result["verdict"] = ""
     for kind, family in result.groupby("what"):
-        margin = SAME if kind == LEVEL else 0.0
-        words = judged([Estimate(r.difference, r.stderr, r.n) for r in family.itertuples()], lower_is_better=False, margin=margin)
-        words = [
-            word if _warranted(word, str(r.bound)) else Verdict.OPEN for word, r in zip(words, family.itertuples(), strict=True)
-        ]
+        words = verdicts(family, SAME if kind == LEVEL else 0.0)
         result.loc[family.index, "verdict"] = [WORDS[str(kind)].get(word, str(Verdict.OPEN)) for word in words]
     return result
+
+
+def log_ratio(ours: pd.DataFrame, theirs: pd.DataFrame) -> tuple[float, set[str]]:
+    """log rho_b of one minus that of the other, mean over the learning rates of both, and on which sides it is only bounded.
+
+    Rows of one width and seed. nan where nothing can be compared: two bounds on one side, or AdamW broken.
+    """
+    ours, theirs = ours.set_index("lr"), theirs.set_index("lr")
+    both = [
+        lr
+        for lr in ours.index.intersection(theirs.index)
+        if not (ours.bound[lr] == theirs.bound[lr] != BETWEEN) and ADAMW not in (ours.bound[lr], theirs.bound[lr])
+    ]
+    if not both:
+        return math.nan, set()
+    value = float(np.mean([math.log(ours.rho_b[lr] / theirs.rho_b[lr]) for lr in both]))
+    return value, {_side(ours.bound[lr], theirs.bound[lr]) for lr in both} - {BETWEEN}
+
+
+def verdicts(family: pd.DataFrame, margin: float) -> list[Verdict]:
+    """Of log ratios of radii, by Holm over the rows; open where a bound does not warrant it."""
+    words = judged([Estimate(r.difference, r.stderr, r.n) for r in family.itertuples()], lower_is_better=False, margin=margin)
+    return [word if _warranted(word, str(r.bound)) else Verdict.OPEN for word, r in zip(words, family.itertuples(), strict=True)]
 
 
 def _warranted(word: Verdict, bound: str) -> bool:
@@ -124,7 +138,7 @@ def _warranted(word: Verdict, bound: str) -> bool:
     return bound == BETWEEN or word in allowed[bound]
 
 
-def _together(sides: Iterable[set[str]]) -> str:
+def together(sides: Iterable[set[str]]) -> str:
     """The side on which all are bounded that are; ABOUT where they differ."""
     every = set().union(*sides)
     return ABOUT if len(every) > 1 else next(iter(every), BETWEEN)
@@ -149,7 +163,7 @@ def _side(ours: str, theirs: str) -> str:
     return AT_LEAST if ours == AT_LEAST or theirs == AT_MOST else BETWEEN
 
 
-def _row(name: str, other: str, what: str, width: float, values: list[float]) -> dict[str, Any]:
+def row_of(name: str, other: str, what: str, width: float, values: list[float]) -> dict[str, Any]:
     one = estimate(values)
     row = {"method": name, "other": other, "what": what, "width": width, "n": one.n}
     return row | {"difference": one.mean, "stderr": one.stderr, "half_width": one.half_width if one.n else math.nan}

@@ -26,9 +26,9 @@ from functional_sam.exhibits.breaking import (
     frontier,
     radii,
 )
-from functional_sam.exhibits.markdown import significant
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
+from functional_sam.exhibits.rounding import BF16, FLOAT32, compared_in_bf16, configs_in_bf16, in_words, times
 from functional_sam.exhibits.spec import Spec
 from functional_sam.exhibits.words import answer, firsts
 from functional_sam.records import Source
@@ -39,7 +39,10 @@ UNMOVED = "none that this grid of radii shows"  # of an exponent that is the sam
 
 
 def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
-    """AdamW at each learning rate, each method at each learning rate and radius, on each width and seed; seeds first."""
+    """AdamW at each learning rate, each method at each learning rate and radius, on each width and seed; seeds first.
+
+    Then the same in bf16 where the scale has cells of it: a drawing can do without, for some processors are slow in it.
+    """
     configs = []
     for seed in spec.seeds:
         for task in spec.tasks:
@@ -50,20 +53,25 @@ def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
                     for rho in spec.rho:
                         layers = spec.layers(task, seed, optimizer={"lr": lr}, method={"rho": rho})
                         configs.append(compose(task, method, spec.scale, layers, overrides))
-    return Plan.of_known_runs(spec, configs, source)
+    done, low = all(source.done(config) for config in configs), configs_in_bf16(spec, overrides)
+    whole = all(source.done(config) for config in low)
+    shown = configs + low if whole else configs
+    return Plan(spec, configs + low, None, source, done, shown if done else None, () if whole else (BF16,))
 
 
 def draw(plan: Plan) -> Exhibit:
     """Above the frontier against lr, a panel a width; below frontier, its dose and the best radius against width."""
     data = frame(plan)
-    found = frontier(data)
-    pairs, table = compared(found), radii(data, found)
-    slopes = exponents(table)
+    full, in_bf16 = data[data.precision == FLOAT32], compared_in_bf16(data)
+    found = frontier(full)
+    pairs, table = compared(found), radii(full, found)
+    slopes, low = exponents(table), data[data.precision == BF16]
+    rounded_table = radii(low, frontier(low)) if len(low) else table[:0]
     style.use()
     figure = plt.figure(figsize=(style.PAGE, 4.3), layout="constrained")
     parts: Any = figure.subfigures(2, 1)
     top, bottom = parts
-    widths = sorted(data.width.unique())
+    widths = sorted(full.width.unique())
     above = top.subplots(1, len(widths), sharey=True, squeeze=False)[0]
     for axis, width in zip(above, widths, strict=True):
         _against_lr(axis, found[found.width == width], plan.spec)
@@ -76,9 +84,10 @@ def draw(plan: Plan) -> Exhibit:
     }
     for axis, (field, label) in zip(bottom.subplots(1, len(labels)), labels.items(), strict=True):
         _against_width(axis, table, field, widths)
+        _in_bf16(axis, rounded_table, field)
         axis.set_ylabel(label)
     figure.legend(
-        handles=_legend(plan.spec.methods, bool((found.bound == ADAMW).any())),
+        handles=_legend(plan.spec.methods, bool((found.bound == ADAMW).any()), bool(len(low))),
         loc="lower center",
         bbox_to_anchor=(0.5, 1.0),
         ncol=3,
@@ -89,14 +98,17 @@ def draw(plan: Plan) -> Exhibit:
     largest = pairs[(pairs.what == LEVEL) & (pairs.width == pairs.width.max())]
     meant = {word: verdict for verdict, word in WORDS[LEVEL].items()}
     said = answer([meant.get(word, word) for word in largest.verdict], Verdict.BETTER)
-    return Exhibit(plan, frames, _caption(plan, data, finding), _verdict(data, pairs, slopes), figure, answer=said)
+    frames |= {} if in_bf16.empty else {"bf16": in_bf16}
+    rounded = in_words(data, in_bf16)
+    caption, verdict = _caption(plan, full, finding) + rounded, _verdict(full, pairs, slopes) + rounded
+    return Exhibit(plan, frames, caption, verdict, figure, answer=said)
 
 
 def headline(data: pd.DataFrame) -> str:
     """The radius that breaks training at the largest width, of the functional over the plain path, in a few words."""
-    pairs = compared(frontier(data))
+    pairs = compared(frontier(data[data.precision == FLOAT32]))
     own = pairs[(pairs.what == LEVEL) & (pairs.width == pairs.width.max())]
-    found = [f"{style.METHOD_LABEL[row.method]} / {style.METHOD_LABEL[row.other]} {_times(row)}" for row in own.itertuples()]
+    found = [f"{style.METHOD_LABEL[row.method]} / {style.METHOD_LABEL[row.other]} {times(row)}" for row in own.itertuples()]
     return f"radius that costs {RISE:g} nats, functional over plain path: {', '.join(found)}"
 
 
@@ -133,6 +145,15 @@ def _against_width(axis: Axes, table: pd.DataFrame, field: str, widths: list[int
     axis.xaxis.set_minor_locator(NullLocator())
 
 
+def _in_bf16(axis: Axes, table: pd.DataFrame, field: str) -> None:
+    """Crosses right of the float32 marks of their width: geometric means over seeds."""
+    for number, ((method, width), part) in enumerate(table.groupby(["method", "width"], sort=False)):
+        known = part[field].dropna()
+        if len(known):
+            place, mean = width * 1.12 * 1.03**number, math.exp(float(np.mean(np.log(known))))
+            axis.plot([place], [mean], "x", color=style.METHOD_COLOR[str(method)], zorder=3)
+
+
 def _line(axis: Axes, points: list[tuple[float, pd.Series, bool]], method: str) -> None:
     """Geometric means over seeds with 95 % t intervals; hollow where a seed's is only a bound."""
     color = style.METHOD_COLOR[method]
@@ -146,27 +167,17 @@ def _line(axis: Axes, points: list[tuple[float, pd.Series, bool]], method: str) 
         axis.plot([x], [y], "o", color=color, markerfacecolor="white" if bounded else color, zorder=3)
 
 
-def _legend(methods: list[str], adamw: bool) -> list[Line2D]:
+def _legend(methods: list[str], adamw: bool, in_bf16: bool) -> list[Line2D]:
     grey: dict[str, Any] = {"color": "#777777", "linestyle": "none"}
     marks = [
         *(Line2D([], [], color=style.METHOD_COLOR[name], marker="o", label=style.METHOD_LABEL[name]) for name in methods),
         Line2D([], [], marker="o", markerfacecolor="white", label="of some seeds a bound, the end of the grid", **grey),
     ]
-    return [*marks, Line2D([], [], marker="s", markersize=7, alpha=0.5, label="AdamW itself breaks", **grey)] if adamw else marks
+    marks += [Line2D([], [], marker="s", markersize=7, alpha=0.5, label="AdamW itself breaks", **grey)] if adamw else []
+    return [*marks, Line2D([], [], marker="x", label="in bf16", **grey)] if in_bf16 else marks
 
 
 # ---------------------------------------------------------------------- words
-
-
-def _times(row: Any) -> str:
-    """A difference of logarithms as a factor with its interval; a bound has none, for what it bounds is not known."""
-    if not row.n:
-        return "not compared"
-    if row.bound:
-        return f"{row.bound} {significant(math.exp(row.difference), 2)}"
-    low, high = (significant(math.exp(row.difference + sign * row.half_width), 2) for sign in (-1, 1))
-    ends = f" [{low}, {high}]" if math.isfinite(row.half_width) else ""
-    return f"{significant(math.exp(row.difference), 2)}{ends}"
 
 
 def _finding(pairs: pd.DataFrame) -> str:
@@ -178,7 +189,7 @@ def _finding(pairs: pd.DataFrame) -> str:
             parts.append(f"{label} not compared, both beyond the grid")
             continue
         row = own.loc[own.width.idxmax()]
-        parts.append(f"{label} {_times(row)} at width {row.width:.0f} ({row.verdict})")
+        parts.append(f"{label} {times(row)} at width {row.width:.0f} ({row.verdict})")
     return f"Radius that breaks training, functional over plain: {'; '.join(parts)}"
 
 
@@ -200,7 +211,7 @@ def _caption(plan: Plan, data: pd.DataFrame, finding: str) -> str:
 def _verdict(data: pd.DataFrame, pairs: pd.DataFrame, slopes: pd.DataFrame) -> str:
     label = style.METHOD_LABEL
     at = [
-        f"{label[row.method]} over {label[row.other]} at width {row.width:.0f}: {_times(row)}, {row.verdict}"
+        f"{label[row.method]} over {label[row.other]} at width {row.width:.0f}: {times(row)}, {row.verdict}"
         for row in pairs[pairs.what == LEVEL].itertuples()
     ]
     turns = [

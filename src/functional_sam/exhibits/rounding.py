@@ -1,0 +1,95 @@
+"""figure-9 in bf16: does rounding bring the radius that breaks training nearer, and whose more (paper/PROTOCOL.md, 2026-11-29)."""
+
+import math
+from typing import Any
+
+import pandas as pd
+
+from functional_sam.config import Config, compose
+from functional_sam.exhibits.breaking import BETWEEN, PAIRS, SAME, frontier, log_ratio, row_of, together, verdicts
+from functional_sam.exhibits.markdown import significant
+from functional_sam.exhibits.spec import Spec
+from functional_sam.exhibits.style import METHOD_LABEL
+from functional_sam.study.compare import Verdict
+
+BF16, FLOAT32 = "bf16", "float32"
+AGAINST_FLOAT32, WITHIN = "bf16 over float32", "functional over plain, in bf16"
+WORDS = {
+    AGAINST_FLOAT32: {Verdict.BETTER: "later in bf16", Verdict.WORSE: "earlier in bf16", Verdict.SAME: "the frontiers coincide"},
+    WITHIN: {Verdict.BETTER: "later", Verdict.WORSE: "earlier", Verdict.SAME: "the frontiers coincide"},
+}
+
+
+def configs_in_bf16(spec: Spec, overrides: tuple[str, ...]) -> list[Config]:
+    """The runs of the spec's cells: AdamW and each method at each radius, seeds first."""
+    found = []
+    for seed in spec.seeds:
+        for cell in spec.cells.values():
+            task, own = cell["task"], {"training": {"precision": BF16}}
+            for lr in cell["lr"]:
+                found.append(compose(task, "adamw", spec.scale, spec.layers(task, seed, optimizer={"lr": lr}, **own), overrides))
+                for method in spec.methods:
+                    for rho in spec.rho:
+                        layers = spec.layers(task, seed, optimizer={"lr": lr}, method={"rho": rho}, **own)
+                        found.append(compose(task, method, spec.scale, layers, overrides))
+    return found
+
+
+def compared_in_bf16(data: pd.DataFrame) -> pd.DataFrame:
+    """G, log rho_b in bf16 minus in float32, of each method, and F of each pair in bf16: one family. Empty without bf16.
+
+    float32 as if it had been run where bf16 was: at its widths and learning rates alone.
+    """
+    low = data[data.precision == BF16]
+    same = data.precision.eq(FLOAT32) & data.width.isin(low.width) & data.lr.isin(low.lr)
+    if low.empty:
+        return pd.DataFrame()
+    found, full = frontier(low), frontier(data[same])
+    rows = []
+    for width, part in found.groupby("width"):
+        theirs = full[full.width == width]
+        cases = [(AGAINST_FLOAT32, name, name, theirs) for name in dict.fromkeys(part.method)]
+        for what, name, other, against in [*cases, *((WITHIN, name, other, part) for name, other in PAIRS.items())]:
+            each = [
+                log_ratio(_of(part, name, seed), _of(against, other, seed))
+                for seed in dict.fromkeys(part.seed)  # paired
+            ]
+            known = [(value, sides) for value, sides in each if not math.isnan(value)]
+            row = row_of(name, "" if what == AGAINST_FLOAT32 else other, what, width, [value for value, _ in known])
+            rows.append(row | {"bound": together(sides for _, sides in known)})
+    table = pd.DataFrame(rows)
+    words = verdicts(table, SAME)
+    table["verdict"] = [WORDS[what].get(word, str(Verdict.OPEN)) for what, word in zip(table.what, words, strict=True)]
+    return table
+
+
+def _of(found: pd.DataFrame, method: str, seed: int) -> pd.DataFrame:
+    return found[(found.method == method) & (found.seed == seed)]
+
+
+def in_words(data: pd.DataFrame, table: pd.DataFrame) -> str:
+    """What bf16 does to the frontier, in a sentence or two; empty without bf16."""
+    if table.empty:
+        return ""
+    low = data[data.precision == BF16]
+    parts = {
+        what: "; ".join(
+            f"{METHOD_LABEL[row.method]}{f' / {METHOD_LABEL[row.other]}' if row.other else ''} {times(row)} ({row.verdict})"
+            for row in table[table.what == what].itertuples()
+        )
+        for what in WORDS
+    }
+    widths, lrs = (", ".join(f"{value:g}" for value in sorted(set(low[name]))) for name in ("width", "lr"))
+    where = f"width {widths}, lr {lrs}; {int(low.diverged.sum())} of {len(low)} runs diverged"
+    return f" In bf16 ({where}) over float32: {parts[AGAINST_FLOAT32]}; functional over plain: {parts[WITHIN]}."
+
+
+def times(row: Any) -> str:
+    """A difference of logarithms as a factor with its interval; a bound has none, for what it bounds is not known."""
+    if not row.n:
+        return "not compared"
+    if row.bound != BETWEEN:
+        return f"{row.bound} {significant(math.exp(row.difference), 2)}"
+    low, high = (significant(math.exp(row.difference + sign * row.half_width), 2) for sign in (-1, 1))
+    ends = f" [{low}, {high}]" if math.isfinite(row.half_width) else ""
+    return f"{significant(math.exp(row.difference), 2)}{ends}"
