@@ -1,13 +1,15 @@
 """Where training breaks: the frontier in learning rate and radius, per width and method, and how it moves with width."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from functional_sam.config import Config, compose
 from functional_sam.exhibits.plan import Plan
+from functional_sam.exhibits.spec import Spec
 from functional_sam.study.compare import Estimate, Verdict, estimate, judged
 from functional_sam.study.dose import dose_of
 
@@ -20,6 +22,18 @@ WORDS = {
     LEVEL: {Verdict.BETTER: "later", Verdict.WORSE: "earlier", Verdict.SAME: "the frontiers coincide"},
     SLOPE: {Verdict.BETTER: "grows with width", Verdict.WORSE: "shrinks with width"},
 }
+
+
+def grid(spec: Spec, task: str, seed: int, lrs: Sequence[float], overrides: tuple[str, ...], **own: Any) -> list[Config]:
+    """AdamW at each learning rate, and each method at each learning rate and radius; own: settings laid over all of them."""
+    found = []
+    for lr in lrs:
+        found.append(compose(task, "adamw", spec.scale, spec.layers(task, seed, optimizer={"lr": lr}, **own), overrides))
+        for method in spec.methods:
+            for rho in spec.rho:
+                layers = spec.layers(task, seed, optimizer={"lr": lr}, method={"rho": rho}, **own)
+                found.append(compose(task, method, spec.scale, layers, overrides))
+    return found
 
 
 def frame(plan: Plan) -> pd.DataFrame:

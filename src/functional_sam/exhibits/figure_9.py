@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from functional_sam.config import compose
 from functional_sam.exhibits import style
 from functional_sam.exhibits.breaking import (
     ADAMW,
@@ -24,6 +23,7 @@ from functional_sam.exhibits.breaking import (
     exponents,
     frame,
     frontier,
+    grid,
     radii,
 )
 from functional_sam.exhibits.output import Exhibit
@@ -43,16 +43,7 @@ def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
 
     Then the same in bf16 where the scale has cells of it: a drawing can do without, for some processors are slow in it.
     """
-    configs = []
-    for seed in spec.seeds:
-        for task in spec.tasks:
-            for lr in spec.lr:
-                layers = spec.layers(task, seed, optimizer={"lr": lr})
-                configs.append(compose(task, "adamw", spec.scale, layers, overrides))
-                for method in spec.methods:
-                    for rho in spec.rho:
-                        layers = spec.layers(task, seed, optimizer={"lr": lr}, method={"rho": rho})
-                        configs.append(compose(task, method, spec.scale, layers, overrides))
+    configs = [config for seed in spec.seeds for task in spec.tasks for config in grid(spec, task, seed, spec.lr, overrides)]
     done, low = all(source.done(config) for config in configs), configs_in_bf16(spec, overrides)
     whole = all(source.done(config) for config in low)
     shown = configs + low if whole else configs

@@ -5,8 +5,8 @@ from typing import Any
 
 import pandas as pd
 
-from functional_sam.config import Config, compose
-from functional_sam.exhibits.breaking import BETWEEN, PAIRS, SAME, frontier, log_ratio, row_of, together, verdicts
+from functional_sam.config import Config
+from functional_sam.exhibits.breaking import BETWEEN, PAIRS, SAME, frontier, grid, log_ratio, row_of, together, verdicts
 from functional_sam.exhibits.markdown import significant
 from functional_sam.exhibits.spec import Spec
 from functional_sam.exhibits.style import METHOD_LABEL
@@ -21,18 +21,10 @@ WORDS = {
 
 
 def configs_in_bf16(spec: Spec, overrides: tuple[str, ...]) -> list[Config]:
-    """The runs of the spec's cells: AdamW and each method at each radius, seeds first."""
-    found = []
-    for seed in spec.seeds:
-        for cell in spec.cells.values():
-            task, own = cell["task"], {"training": {"precision": BF16}}
-            for lr in cell["lr"]:
-                found.append(compose(task, "adamw", spec.scale, spec.layers(task, seed, optimizer={"lr": lr}, **own), overrides))
-                for method in spec.methods:
-                    for rho in spec.rho:
-                        layers = spec.layers(task, seed, optimizer={"lr": lr}, method={"rho": rho}, **own)
-                        found.append(compose(task, method, spec.scale, layers, overrides))
-    return found
+    """The runs of the spec's cells, seeds first."""
+    own = {"training": {"precision": BF16}}
+    cells = [(seed, cell) for seed in spec.seeds for cell in spec.cells.values()]
+    return [config for seed, cell in cells for config in grid(spec, cell["task"], seed, cell["lr"], overrides, **own)]
 
 
 def compared_in_bf16(data: pd.DataFrame) -> pd.DataFrame:
