@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from functional_sam.config import Config, compose
+from functional_sam.exhibits.markdown import significant
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import Spec
 from functional_sam.study.compare import Estimate, Verdict, estimate, judged
@@ -178,6 +179,7 @@ def _side(ours: str, theirs: str) -> str:
 
 
 def row_of(name: str, other: str, what: str, width: float, values: list[float]) -> dict[str, Any]:
+    """A comparison of two methods: mean of the values of the seeds, its standard error and 95 % interval."""
     one = estimate(values)
     row = {"method": name, "other": other, "what": what, "width": width, "n": one.n}
     return row | {"difference": one.mean, "stderr": one.stderr, "half_width": one.half_width if one.n else math.nan}
@@ -217,3 +219,14 @@ def exponents(table: pd.DataFrame) -> pd.DataFrame:
 def _geometric(values: Iterable[float]) -> float:
     known = [value for value in values if value > 0]
     return math.exp(float(np.mean(np.log(known)))) if known else math.nan
+
+
+def times(row: Any) -> str:
+    """A difference of logarithms as a factor with its interval; a bound has none, for what it bounds is not known."""
+    if not row.n:
+        return "not compared"
+    if row.bound != BETWEEN:
+        return f"{row.bound} {significant(math.exp(row.difference), 2)}"
+    low, high = (significant(math.exp(row.difference + sign * row.half_width), 2) for sign in (-1, 1))
+    ends = f" [{low}, {high}]" if math.isfinite(row.half_width) else ""
+    return f"{significant(math.exp(row.difference), 2)}{ends}"

@@ -25,10 +25,11 @@ from functional_sam.exhibits.breaking import (
     frontier,
     grid,
     radii,
+    times,
 )
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
-from functional_sam.exhibits.rounding import BF16, FLOAT32, compared_in_bf16, configs_in_bf16, in_words, times
+from functional_sam.exhibits.rounding import BF16, FLOAT32, compared_in_bf16, configs_in_bf16, in_words
 from functional_sam.exhibits.spec import Spec
 from functional_sam.exhibits.words import answer, firsts
 from functional_sam.records import Source
@@ -90,7 +91,7 @@ def draw(plan: Plan) -> Exhibit:
     meant = {word: verdict for verdict, word in WORDS[LEVEL].items()}
     said = answer([meant.get(word, word) for word in largest.verdict], Verdict.BETTER)
     frames |= {} if in_bf16.empty else {"bf16": in_bf16}
-    rounded = in_words(data, in_bf16)
+    rounded = " Not shown, its runs are not complete: bf16." if plan.left else in_words(data, in_bf16)
     caption, verdict = _caption(plan, full, finding) + rounded, _verdict(full, pairs, slopes) + rounded
     return Exhibit(plan, frames, caption, verdict, figure, answer=said)
 

@@ -1,13 +1,11 @@
 """figure-9 in bf16: does rounding bring the radius that breaks training nearer, and whose more (paper/PROTOCOL.md, 2026-11-29)."""
 
 import math
-from typing import Any
 
 import pandas as pd
 
 from functional_sam.config import Config
-from functional_sam.exhibits.breaking import BETWEEN, PAIRS, SAME, frontier, grid, log_ratio, row_of, together, verdicts
-from functional_sam.exhibits.markdown import significant
+from functional_sam.exhibits.breaking import PAIRS, SAME, frontier, grid, log_ratio, row_of, times, together, verdicts
 from functional_sam.exhibits.spec import Spec
 from functional_sam.exhibits.style import METHOD_LABEL
 from functional_sam.study.compare import Verdict
@@ -42,10 +40,7 @@ def compared_in_bf16(data: pd.DataFrame) -> pd.DataFrame:
         theirs = full[full.width == width]
         cases = [(AGAINST_FLOAT32, name, name, theirs) for name in dict.fromkeys(part.method)]
         for what, name, other, against in [*cases, *((WITHIN, name, other, part) for name, other in PAIRS.items())]:
-            each = [
-                log_ratio(_of(part, name, seed), _of(against, other, seed))
-                for seed in dict.fromkeys(part.seed)  # paired
-            ]
+            each = [log_ratio(_of(part, name, seed), _of(against, other, seed)) for seed in dict.fromkeys(part.seed)]
             known = [(value, sides) for value, sides in each if not math.isnan(value)]
             row = row_of(name, "" if what == AGAINST_FLOAT32 else other, what, width, [value for value, _ in known])
             rows.append(row | {"bound": together(sides for _, sides in known)})
@@ -74,14 +69,3 @@ def in_words(data: pd.DataFrame, table: pd.DataFrame) -> str:
     widths, lrs = (", ".join(f"{value:g}" for value in sorted(set(low[name]))) for name in ("width", "lr"))
     where = f"width {widths}, lr {lrs}; {int(low.diverged.sum())} of {len(low)} runs diverged"
     return f" In bf16 ({where}) over float32: {parts[AGAINST_FLOAT32]}; functional over plain: {parts[WITHIN]}."
-
-
-def times(row: Any) -> str:
-    """A difference of logarithms as a factor with its interval; a bound has none, for what it bounds is not known."""
-    if not row.n:
-        return "not compared"
-    if row.bound != BETWEEN:
-        return f"{row.bound} {significant(math.exp(row.difference), 2)}"
-    low, high = (significant(math.exp(row.difference + sign * row.half_width), 2) for sign in (-1, 1))
-    ends = f" [{low}, {high}]" if math.isfinite(row.half_width) else ""
-    return f"{significant(math.exp(row.difference), 2)}{ends}"

@@ -14,11 +14,11 @@ def dose_of(config: Config, source: Source) -> float:
 
     Measurements are log-spaced. Their plain mean would give half of its weight to the first thirtieth of the run, in warm-up.
     """
-    found = dict(_measured(config, source))
+    found = sorted(_measured(config, source))
     if not found:
         return math.nan
-    steps = np.arange(min(found), max(found) + 1)
-    return float(np.interp(steps, sorted(found), [found[step] for step in sorted(found)]).mean())
+    steps, doses = zip(*found, strict=True)
+    return float(np.interp(np.arange(steps[0], steps[-1] + 1), steps, doses).mean())
 
 
 def dose_at_measured_steps(config: Config, source: Source) -> float:
