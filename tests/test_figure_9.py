@@ -214,3 +214,16 @@ def test_figure_9_is_drawn_without_bf16(in_bf16):
     assert "bf16" not in exhibit.frames
     assert "Not shown, its runs are not complete: bf16." in exhibit.caption
     assert "Not shown" not in whole.caption
+
+
+@pytest.mark.parametrize("scale", ["quick", "laptop"])
+def test_an_override_of_the_precision_is_of_the_whole_grid(scale):
+    overrides = ("training.precision=bf16",)
+    source = Dosed(loss)
+    plan = planned("figure-9", scale, overrides, source)
+    assert len({config.name for config in plan.configs}) == len(plan.configs) == {"quick": 204, "laptop": 1000}[scale]
+    source.do(plan.configs)
+    exhibit = draw_plan(planned("figure-9", scale, overrides, source))
+    assert set(exhibit.frame.precision) == {"bf16"}
+    assert "bf16" not in exhibit.frames
+    assert "Not shown" not in exhibit.caption

@@ -29,7 +29,7 @@ from functional_sam.exhibits.breaking import (
 )
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
-from functional_sam.exhibits.rounding import BF16, FLOAT32, compared_in_bf16, configs_in_bf16, in_words
+from functional_sam.exhibits.rounding import BF16, compared_in_bf16, configs_in_bf16, first_precision, in_words
 from functional_sam.exhibits.spec import Spec
 from functional_sam.exhibits.words import answer, firsts
 from functional_sam.records import Source
@@ -45,7 +45,10 @@ def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
     Then the same in bf16 where the scale has cells of it: a drawing can do without, for some processors are slow in it.
     """
     configs = [config for seed in spec.seeds for task in spec.tasks for config in grid(spec, task, seed, spec.lr, overrides)]
-    done, low = all(source.done(config) for config in configs), configs_in_bf16(spec, overrides)
+    done, known = all(source.done(config) for config in configs), {config.name for config in configs}
+    low = [
+        config for config in configs_in_bf16(spec, overrides) if config.name not in known
+    ]  # known where an override set the precision
     whole = all(source.done(config) for config in low)
     shown = configs + low if whole else configs
     return Plan(spec, configs + low, None, source, done, shown if done else None, () if whole else (BF16,))
@@ -54,10 +57,10 @@ def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
 def draw(plan: Plan) -> Exhibit:
     """Above the frontier against lr, a panel a width; below frontier, its dose and the best radius against width."""
     data = frame(plan)
-    full, in_bf16 = data[data.precision == FLOAT32], compared_in_bf16(data)
+    full, in_bf16 = first_precision(data), compared_in_bf16(data)
     found = frontier(full)
     pairs, table = compared(found), radii(full, found)
-    slopes, low = exponents(table), data[data.precision == BF16]
+    slopes, low = exponents(table), data.drop(full.index)
     rounded_table = radii(low, frontier(low)) if len(low) else table[:0]
     style.use()
     figure = plt.figure(figsize=(style.PAGE, 4.3), layout="constrained")
@@ -98,7 +101,7 @@ def draw(plan: Plan) -> Exhibit:
 
 def headline(data: pd.DataFrame) -> str:
     """The radius that breaks training at the largest width, of the functional over the plain path, in a few words."""
-    pairs = compared(frontier(data[data.precision == FLOAT32]))
+    pairs = compared(frontier(first_precision(data)))
     own = pairs[(pairs.what == LEVEL) & (pairs.width == pairs.width.max())]
     found = [f"{style.METHOD_LABEL[row.method]} / {style.METHOD_LABEL[row.other]} {times(row)}" for row in own.itertuples()]
     return f"radius that costs {RISE:g} nats, functional over plain path: {', '.join(found)}"

@@ -25,6 +25,11 @@ def configs_in_bf16(spec: Spec, overrides: tuple[str, ...]) -> list[Config]:
     return [config for seed, cell in cells for config in grid(spec, cell["task"], seed, cell["lr"], overrides, **own)]
 
 
+def first_precision(data: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the figure's own grid: float32, or what an override of the command line made of it."""
+    return data[data.precision == data.precision.iloc[0]]
+
+
 def compared_in_bf16(data: pd.DataFrame) -> pd.DataFrame:
     """G, log rho_b in bf16 minus in float32, of each method, and F of each pair in bf16: one family. Empty without bf16.
 
@@ -32,7 +37,7 @@ def compared_in_bf16(data: pd.DataFrame) -> pd.DataFrame:
     """
     low = data[data.precision == BF16]
     same = data.precision.eq(FLOAT32) & data.width.isin(low.width) & data.lr.isin(low.lr)
-    if low.empty:
+    if low.empty or not same.any():
         return pd.DataFrame()
     found, full = frontier(low), frontier(data[same])
     rows = []
