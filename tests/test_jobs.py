@@ -14,6 +14,7 @@ from functional_sam.jobs.launch import submit
 from functional_sam.jobs.profile import Profile, check_site, load_profile
 from functional_sam.jobs.queue import log_of, states
 from functional_sam.jobs.snapshot import snapshot
+from functional_sam.jobs.work import meeting_port
 
 ROOT = Path(__file__).resolve().parents[1]
 CLUSTERS = ROOT / "jobs" / "clusters"
@@ -244,3 +245,21 @@ def test_runs_that_are_queued_are_not_submitted_again(tmp_path, monkeypatch):
     commands(tmp_path / "bin", monkeypatch, sbatch="exit 1", sinfo="exit 1", squeue="echo '5_0|PENDING|Priority'")
     with pytest.raises(UserError, match=r"1 of the runs are in the queue already .*PENDING"):
         submit("figure-1", "quick", path, [f"runtime.runs={tmp_path}/runs"], False, Console(quiet=True))
+
+
+# ---------------------------------------------------------------------- in a job
+
+
+def test_processes_of_a_job_meet_at_a_port_that_no_program_is_handed(monkeypatch):
+    """The same for all, since each draws it alone; another one for another job, and after a requeue, in case it was taken."""
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    drawn = []
+    for job in range(200):
+        monkeypatch.setenv("SLURM_JOB_ID", str(job))
+        drawn.append(meeting_port())
+        assert meeting_port() == drawn[-1]
+    assert len(set(drawn)) > 180
+    assert max(drawn) < 32768
+    assert min(drawn) > 1023
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert meeting_port() != drawn[-1]

@@ -1,6 +1,7 @@
 """What runs inside the cluster, pickled by submitit as a reference to this module of the snapshot, and a few paths."""
 
 import os
+import random
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,6 +13,15 @@ from functional_sam.errors import RESUMABLE
 
 # Checkpointable: submitit requeues on SIGUSR2, and the job does what is left. That is so only while it starts and ends: in between
 # training has the signals, saves and leaves with RESUMABLE, for a requeue without a save would repeat steps.
+
+# Where the processes of a job meet, unless MASTER_PORT is set: below the ports that Linux hands out to any program (from 32,768
+# on), among which is what submitit would choose.
+PORTS = range(20_000, 30_000)
+
+
+def meeting_port() -> int:
+    """Draw the port of this job: the same in all its processes, another one after a requeue."""
+    return random.Random(f"{os.environ.get('SLURM_JOB_ID')}, {os.environ.get('SLURM_RESTART_COUNT', 0)}").choice(PORTS)
 
 
 @dataclass
@@ -28,6 +38,7 @@ class Train(Checkpointable):
         from functional_sam.training.attempt import attempt
         from functional_sam.training.distributed import leave
 
+        os.environ.setdefault("MASTER_PORT", str(meeting_port()))
         place = TorchDistributedEnvironment()
         if place.world_size > 1:
             place.export(set_cuda_visible_devices=False, overwrite=True)
