@@ -96,7 +96,8 @@ def test_figure_2_pairs_seeds_and_shows_divergence(tmp_path):
 def test_figure_2_has_the_middle_of_several_doses_in_its_headline():
     def row(seed, dose=math.nan, phi=math.nan, value=4.0):
         method = "adamw" if math.isnan(phi) else "angle-sam"
-        return {"task": "language", "method": method, "dose": dose, "phi": phi, "seed": seed, "metric": "loss", "value": value}
+        own = {"part": figure_2.SWEEP, "task": "language", "method": method, "dose": dose, "phi": phi}
+        return own | {"seed": seed, "metric": "loss", "value": value}
 
     rows = [row(seed) for seed in range(3)]
     rows += [row(seed, dose, phi, 4 + dose * (phi + seed)) for seed in range(3) for dose in (0.05, 0.1, 0.2) for phi in (0, 90)]

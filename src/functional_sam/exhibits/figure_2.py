@@ -8,8 +8,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 
-from functional_sam.config import compose
+from functional_sam.config import Config, compose
 from functional_sam.exhibits import style
+from functional_sam.exhibits.held_dose import by_batch, configs_of, draw_by_batch, in_words, noise_by_batch
 from functional_sam.exhibits.markdown import interval
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
@@ -20,11 +21,15 @@ from functional_sam.study.compare import Estimate, Verdict, estimate, judged, pa
 from functional_sam.tasks import TASKS
 
 LOOKS = (("-", "o"), ("--", "s"), (":", "^"))  # line and marker, one pair a dose
+SWEEP, BY_BATCH = "sweep", "by batch"  # of the figure: all angles at one batch, and the ends at several
 LOWER = {task.metric.name: task.metric.lower_is_better for task in TASKS.values()}
 
 
 def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
-    """AdamW, and Angle-SAM at each dose and angle, on each task and seed; seeds first, so that what exists is a whole sweep."""
+    """AdamW, and Angle-SAM at each dose and angle, on each task and seed; seeds first, so that what exists is a whole sweep.
+
+    Then the two halves by batch, where the scale has cells of them: one that is not complete is left out of a drawing.
+    """
     configs = []
     for seed in spec.seeds:
         for task in spec.tasks:
@@ -33,18 +38,26 @@ def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
                 for phi in spec.phi:
                     method = {"options": {"phi": phi, "dose": dose}}
                     configs.append(compose(task, "angle-sam", spec.scale, spec.layers(task, seed, method=method), overrides))
-    return Plan.of_known_runs(spec, configs, source)
+    drawable = all(source.done(config) for config in configs)
+    cells = {name: configs_of(spec, cell, overrides) for name, cell in spec.cells.items()}
+    complete = {name: own for name, own in cells.items() if all(source.done(config) for config in own)}
+    shown = configs + [config for own in complete.values() for config in own]
+    left = tuple(name for name in cells if name not in complete)
+    every = configs + [config for own in cells.values() for config in own]
+    return Plan(spec, every, (configs, complete), source, drawable, shown if drawable else None, left)
 
 
-def frame(plan: Plan) -> pd.DataFrame:
-    """One row per run: its metric (infinitely bad where it diverged), and the difference to AdamW's of the same task and seed."""
+def frame(configs: Sequence[Config], source: Source, part: str = SWEEP) -> pd.DataFrame:
+    """One row per run: its metric (infinitely bad where it diverged), and that minus AdamW's of the same task, batch and seed."""
     rows = []
-    for config in plan.configs:
-        metric, summary = TASKS[config.kind].metric, plan.source.summary(config)
+    for config in configs:
+        metric, summary = TASKS[config.kind].metric, source.summary(config)
         value = summary.get(metric.name)
         rows.append(
             {
+                "part": part,
                 "task": config.task,
+                "batch": config.training.batch,
                 "method": config.method.name,
                 "dose": config.method.options.get("dose"),
                 "phi": config.method.options.get("phi"),
@@ -55,8 +68,9 @@ def frame(plan: Plan) -> pd.DataFrame:
             }
         )
     data = pd.DataFrame(rows)
-    base = data[data.method == "adamw"].set_index(["task", "seed"]).value
-    data["minus_adamw"] = data.value - [base[task, seed] for task, seed in zip(data.task, data.seed, strict=True)]
+    pairs = ["task", "batch", "seed"]
+    base = data[data.method == "adamw"].set_index(pairs).value
+    data["minus_adamw"] = data.value - [base[key] for key in data[pairs].itertuples(index=False, name=None)]
     return data
 
 
@@ -81,12 +95,16 @@ def comparisons(data: pd.DataFrame, margin: float) -> pd.DataFrame:
 
 
 def draw(plan: Plan) -> Exhibit:
-    """Above the metric, below its difference to AdamW, seed by seed; one column per task; bars are 95 % t intervals."""
-    spec, data = plan.spec, frame(plan)
+    """Above the metric, below its difference to AdamW, seed by seed; one column per task; bars are 95 % t intervals.
+
+    A further column is the two halves by batch, where cells of them are complete.
+    """
+    spec, (grid, cells) = plan.spec, plan.content
+    data = frame(grid, plan.source)
     found = comparisons(data, spec.margin)
     style.use()
-    figure, axes = plt.subplots(2, len(spec.tasks), figsize=(style.PAGE, 3.9), sharex="col", squeeze=False)
-    for column, (task, config) in enumerate(firsts(plan.configs).items()):
+    figure, axes = plt.subplots(2, len(spec.tasks) + bool(cells), figsize=(style.PAGE, 3.9), sharex="col", squeeze=False)
+    for column, (task, config) in enumerate(firsts(grid).items()):
         part, metric = data[data.task == task], TASKS[config.kind].metric
         own = found[(found.task == task) & (found.against == "AdamW")]
         above, below = axes[:, column]
@@ -100,20 +118,31 @@ def draw(plan: Plan) -> Exhibit:
             rows = own[own.dose == dose].set_index("phi").loc[spec.phi]
             _line(below, [Estimate(r.difference, r.stderr, r.n) for r in rows.itertuples()], beside, number)
             _judged(below, rows, beside, number)
-        above.set(title=f"{style.TASK_LABEL.get(task, task)} ({model(config)})", ylabel=f"validation {metric.label}")
-        below.set(xlabel=r"$\phi$ (degrees): functional half 0, logit half 90", ylabel=f"{metric.name} minus\nAdamW's (paired)")
+        above.set(
+            title=f"{style.TASK_LABEL.get(task, task)}\n({model(config)})", ylabel=f"validation {metric.label}".replace(" (", "\n(")
+        )
+        below.set(xlabel="$\\phi$ (degrees)\nfunctional half 0, logit half 90", ylabel=f"{metric.name} minus\nAdamW's (paired)")
         below.set_xticks(range(len(spec.phi)), [f"{phi:g}" for phi in spec.phi])
+    frames, batches = {"": data, "comparisons": found}, ""
+    if cells:
+        own_configs = [config for configs in cells.values() for config in configs]
+        own = frame(own_configs, plan.source, BY_BATCH)
+        table = by_batch(own, spec.margin).merge(noise_by_batch(plan, own_configs), on="batch")
+        dose = float(own.dose.max())
+        draw_by_batch(axes[:, -1], table, dose)
+        frames = {"": pd.concat([data, own], ignore_index=True), "comparisons": found, "batches": table}
+        batches = in_words(table, dose, own_configs[0].training.steps)
     figure.align_ylabels()
     style.legend_above(figure, axes[0, 0], columns=2)
     finding = _finding(found)
     style.finding_above(figure, finding if len(spec.dose) == 1 else f"{sentence(headline(data))} {_told(found)}")
     said = answer(found[(found.task == "language") & (found.against == "logit half")].verdict, Verdict.BETTER)
-    return Exhibit(plan, {"": data, "comparisons": found}, _caption(plan, finding), _verdict(found), figure, answer=said)
+    return Exhibit(plan, frames, _caption(plan, finding, batches), _verdict(found, batches), figure, answer=said)
 
 
 def headline(data: pd.DataFrame) -> str:
     """What figure and CSV say, in a few words: of several doses the middle one."""
-    ends = comparisons(data, 0.0).query("against == 'logit half'")
+    ends = comparisons(data[data.part == SWEEP], 0.0).query("against == 'logit half'")
     doses = sorted(ends.dose.unique())
     middle = ends[ends.dose == doses[len(doses) // 2]]
     return "functional half minus logit half at equal dose: " + ", ".join(
@@ -195,19 +224,23 @@ def _told(found: pd.DataFrame) -> str:
     return f"Told apart: {', '.join(told) or 'nowhere'}"
 
 
-def _caption(plan: Plan, finding: str) -> str:
+def _caption(plan: Plan, finding: str, batches: str) -> str:
     spec = plan.spec
+    if batches:
+        batches = f"; {batches}, noise being the part of |H_F eps|^2 that is sampling noise of the batch (AdamW, last step)"
+    if plan.left:
+        batches += f"; not shown, their runs are not complete: {', '.join(plan.left)}"
     return (
         f"{finding} (Holm over tasks and doses, margin {spec.margin:g}). Angle-SAM: "
         "gradient g + c, c along cos(phi) H_F eps + sin(phi) H_G eps and |c| = dose |g| at every step, by exact derivatives, "
         "so that angles differ in direction alone (45 is along H eps; the scaling is ours, the paper's was not seen); scale "
-        f"{spec.scale}, not the paper's: {sizes(plan.configs)}. Means over n={len(spec.seeds)} seeds, bars and band are 95 % t "
+        f"{spec.scale}, not the paper's: {sizes(plan.content[0])}. Means over n={len(spec.seeds)} seeds, bars and band are 95 % t "
         "intervals, below of differences to AdamW with the same initialization and data order, filled where better or worse "
-        "after Holm's correction."
+        f"after Holm's correction{batches}."
     )
 
 
-def _verdict(found: pd.DataFrame) -> str:
+def _verdict(found: pd.DataFrame, batches: str) -> str:
     parts = []
     for (task, dose), own in found[found.against == "AdamW"].groupby(["task", "dose"], sort=False):
         words = [
@@ -223,4 +256,5 @@ def _verdict(found: pd.DataFrame) -> str:
     n = int(found.n.iloc[0])
     return (
         f"{_finding(found)}. The paper's order in language is {claim}. {'. '.join(parts)} (n={n}, paired, 95 % t intervals, Holm)."
+        f"{f' {sentence(batches)}' if batches else ''}"
     )

@@ -1,0 +1,92 @@
+"""figure-2 by batch, from made-up losses: the functional half's harm is noise, and shrinks with the batch."""
+
+import math
+
+import pytest
+from made_up import MadeUp
+
+from functional_sam.exhibits import draw_plan, planned
+from functional_sam.exhibits.held_dose import AGAINST_LOGIT, FUNCTIONAL, LOGIT
+from functional_sam.exhibits.output import write
+from functional_sam.study.compare import holm, paired_difference
+
+ROWS = (8, 64, 256, 1024)
+
+
+def loss(config):
+    """The logit half is .02 worse than AdamW, the functional half 1 / rows better or worse; seeds differ by .3 and wobble."""
+    seed, rows, phi = config.training.init_seed, config.training.batch, config.method.options.get("phi")
+    harm = 0.0 if phi is None else 0.02 if phi else 0.02 + (1.0 if rows < 256 else -1.0) / rows
+    return 4.0 + 0.3 * seed + harm + 1e-4 * math.sin(seed * 5 + rows + (phi or 0))
+
+
+class Measured(MadeUp):
+    """At the last step a tenth of the square of H_F eps is no noise; at the first all of it is."""
+
+    def metrics(self, config, kind=None):
+        if kind != "targets" or not config.measure.targets:
+            return []
+        whole = {"norm_func": 2.0, "norm_logit": 3.0, "share": 0.4, "cosine": 0.0}
+        found = {"same": whole | {"square_func": math.nan, "square_logit": math.nan}}
+        lines = []
+        for step, square in ((1, -1.0), (config.training.steps, 0.4)):
+            found = found | {"independent": whole | {"square_func": square, "square_logit": 8.0}}
+            seen = {"loss": 4.0, "entropy": 4.0, "norm": 1.0, "norm_gradient": 1.0, "square_gradient": 0.5}
+            lines.append({"step": step, "targets": config.measure.targets[0], "temperature": 1.0, **seen, "gradient": found})
+        return lines
+
+
+def drawn(left_out=()):
+    source = Measured(loss)
+    configs = planned("figure-2", "laptop", source=source).configs
+    source.do(config for config in configs if config.task == "vision" or config.training.batch not in left_out)
+    return draw_plan(planned("figure-2", "laptop", source=source))
+
+
+@pytest.fixture(scope="module")
+def exhibit():
+    return drawn()
+
+
+def test_the_halves_are_compared_at_each_batch_in_one_family(exhibit):
+    table = exhibit.frames["batches"]
+    own = table[table.what == AGAINST_LOGIT].set_index("batch")
+    assert list(own.index) == list(ROWS)
+    assert list(own.n) == [5, 5, 5, 3]
+    wobble = lambda rows, phi: [1e-4 * math.sin(seed * 5 + rows + phi) for seed in range(3 if rows == 1024 else 5)]  # noqa: E731
+    by_hand = [
+        paired_difference([(1.0 if rows < 256 else -1.0) / rows + one for one in wobble(rows, 0)], wobble(rows, 90))
+        for rows in ROWS
+    ]
+    assert list(own.difference) == pytest.approx([one.mean for one in by_hand])
+    assert list(own.half_width) == pytest.approx([one.half_width for one in by_hand])
+    assert all(p < 0.05 for p in holm([one.p for one in by_hand])[:3])
+    assert list(own.verdict[:3]) == ["worse", "worse", "better"]
+    assert own.verdict[1024] in ("no difference", "better")
+    assert set(table[table.what != AGAINST_LOGIT].verdict) == {""}
+    assert table[table.what == LOGIT].difference.to_list() == pytest.approx([0.02] * 4, abs=2e-4)
+    assert table[table.what == FUNCTIONAL].difference.iloc[0] == pytest.approx(0.145, abs=2e-4)
+
+
+def test_noise_is_that_of_the_last_step(exhibit):
+    table = exhibit.frames["batches"]
+    assert table.noise_func.to_list() == pytest.approx([0.9] * len(table))
+    assert sorted(set(table.targets)) == [1024, 8192, 32768, 131072]
+    assert "noise 0.90" in exhibit.caption
+
+
+def test_the_sweep_of_the_figure_does_not_know_the_batches(exhibit):
+    """Same families, same numbers, whether cells are complete or not; one that is not is named."""
+    without = drawn(left_out=ROWS[1:])
+    assert without.frames["comparisons"].equals(exhibit.frames["comparisons"])
+    assert set(without.frames["batches"].batch) == {8}
+    assert "not shown, their runs are not complete: rows-64, rows-256, rows-1024" in without.caption
+    assert "not shown" not in exhibit.caption
+    keys = ["part", "task", "batch", "method", "dose", "phi", "seed"]
+    assert not exhibit.frame.duplicated(keys).any()
+    assert len(exhibit.frame) == 220 + 54
+
+
+def test_it_is_written(exhibit, tmp_path):
+    written = {path.name for path in write(exhibit, tmp_path)}
+    assert {"figure-2-laptop.png", "figure-2-laptop-batches.csv"} <= written
