@@ -213,6 +213,25 @@ def test_table_and_command(capsys):
     assert "angle-sam" in caption
 
 
+def test_an_estimate_sums_by_size_and_takes_overrides(capsys):
+    """The sizes of table-2 add up to it, and one of its cells alone is one of the sums; longer runs take as much more."""
+
+    def hours(*words):
+        assert main(["estimate", *words]) == 0
+        lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
+        found = [line for line in lines if line.startswith("all")]
+        return {line.split("│")[0].strip(): float(line.split("│")[-1].replace(",", "")) for line in found}
+
+    whole = hours("table-2")
+    assert len(whole) == 5
+    assert sum(value for name, value in whole.items() if name != "all") == pytest.approx(whole["all"], abs=0.3)
+    assert hours("table-2", "cells=fixed-23.9M") == {"all": whole["all of language-23.9M"]}
+    once, twice = (hours("language-23.9M", "--method", "sam", f"training.steps={steps}")["all"] for steps in (50000, 100000))
+    assert twice == pytest.approx(2 * once, abs=0.15)
+    assert main(["estimate", "cells=fixed-23.9M"]) == 2
+    assert "for instance estimate table-2 cells=fixed-23.9M" in capsys.readouterr().err
+
+
 def test_plan_on_a_cluster(capsys, tmp_path):
     """`plan` appends the table for the profile's GPUs, and names the runs that want more than it gives."""
     assert main(["plan", "figure-1", "--cluster", "gpu-a100"]) == 0

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from made_up import MadeUp, bowl
 
-from functional_sam.exhibits import draw_plan, module_of, planned
+from functional_sam.exhibits import draw_plan, foreseen, module_of, planned
 from functional_sam.exhibits.comparison import changed, same_runs, to_come
 from functional_sam.exhibits.figure_3 import DOSE_AT_FIRST, judged_paths, path_alone
 from functional_sam.exhibits.output import write
@@ -43,6 +43,12 @@ def drawn(name, source):
     return draw_plan(plan)
 
 
+def shown_cells(name, study):
+    """Those of the exhibit's parts that it has a place for."""
+    has_a_place = getattr(module_of(name), "has_a_place", lambda *_: True)
+    return [cell for cell in study.part(*load_spec(name, study.scale).parts) if has_a_place(study, cell)]
+
+
 @pytest.mark.parametrize("name", EXHIBITS)
 def test_every_cell_is_drawn(name, complete, tmp_path):
     exhibit = drawn(name, complete)
@@ -50,7 +56,7 @@ def test_every_cell_is_drawn(name, complete, tmp_path):
     assert plan.drawable
     assert not plan.missing
     study = load_study("language", "quick")
-    wanted = {cell.name for cell in study.part(*plan.spec.parts)}
+    wanted = {cell.name for cell in shown_cells(name, study)}
     assert {one.cell.name for one in plan.content} == wanted
     assert "Not shown" not in exhibit.caption
     files = write(exhibit, tmp_path)
@@ -63,7 +69,7 @@ def test_every_cell_is_drawn(name, complete, tmp_path):
 @pytest.mark.parametrize("name", EXHIBITS)
 def test_what_is_not_complete_is_named_and_the_rest_drawn(name, complete):
     study = load_study("language", "quick")
-    cells = study.part(*load_spec(name, "quick").parts)
+    cells = shown_cells(name, study)
     runs = {cell.name: {config.name for config in plan_cell(study, cell, complete).configs} for cell in cells}
 
     def of_others(cell):
@@ -201,6 +207,18 @@ def test_what_is_described_at_equal_dose_is_not_of_the_family():
     both = judged_paths(rows, 0.001)
     assert list(both.verdict[:3]) == list(alone.verdict) == ["better", "inconclusive", "better"]
     assert list(both.verdict[3:]) == ["inconclusive"] * 3  # of five, not of three
+
+
+def test_equal_compute_neither_runs_nor_waits_for_sizes_that_it_does_not_show(complete):
+    """Of the cells of fixed length one has the setting of equal compute; runs of 1.2B parameters are table-2's alone."""
+    for name in ("figure-7", "table-8"):
+        assert {config.task for config in foreseen(name, "paper")} == {"language-42.5M"}
+        plan = planned(name, "quick", source=complete)
+        fixed = [one.cell.name for one in plan.content if one.cell.part == "fixed"]
+        assert (fixed, plan.left) == (["fixed-0.014M"], ())
+    waiting = planned("table-8", "laptop", source=MadeUp(bowl())).left
+    assert "fixed-4-0.055M" in waiting
+    assert not [name for name in waiting if name.startswith("fixed") and name != "fixed-4-0.055M"]
 
 
 def test_equal_compute_pairs_with_the_baseline_that_takes_as_long(complete):

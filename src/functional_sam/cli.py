@@ -105,7 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("overrides", nargs="*", help="key=value, for instance data.files=16 runtime.data=DIRECTORY")
     text = "parameters, FLOPs, memory, GPU-hours and the fewest GPUs, computed without one"
     guess = command("estimate", _of("scale", "estimate_command"), text, exhibit=False)
-    guess.add_argument("names", nargs="+", metavar="NAME", help="exhibits, or files of configs/tasks")
+    text = "exhibits, or files of configs/tasks; and key=value on every run's config, of a study also cells=NAME,NAME"
+    guess.add_argument("names", nargs="+", metavar="NAME", help=text)
+    guess.set_defaults(overrides=[])  # those after an option
     guess.add_argument("--scale", default="paper", help="a file of configs/scales (default: paper)")
     guess.add_argument("--method", action="append", help="with tasks: a method (may be repeated; default: the five of table-2)")
     guess.add_argument("--gpu", default="a100-80", help="a100-40, a100-80 (default), h100-80, h200-141, l40s-48, ...")

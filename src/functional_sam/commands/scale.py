@@ -62,13 +62,17 @@ def data_command(options: argparse.Namespace) -> int:
 
 
 def estimate_command(options: argparse.Namespace) -> int:
-    """The planner's table for exhibits, or for tasks with the five methods of the paper."""
+    """The planner's table for exhibits, or for tasks with the five methods of the paper; key=value is on every run's config."""
     configs: list[Config] = []
-    for name in options.names:
+    words = [*options.names, *options.overrides]
+    overrides, names = tuple(one for one in words if "=" in one), [one for one in words if "=" not in one]
+    if not names:
+        raise UserError(f"estimate {' '.join(overrides)}: no exhibit and no task; for instance estimate table-2 {overrides[0]}")
+    for name in names:
         if name in known() or name in KINDS:
-            configs += foreseen(name, options.scale)
+            configs += foreseen(name, options.scale, overrides)
         elif (configs_directory() / "tasks" / f"{name}.yaml").is_file():
-            configs += [compose(name, method, options.scale) for method in options.method or FIVE]
+            configs += [compose(name, method, options.scale, overrides=overrides) for method in options.method or FIVE]
         else:
             raise UserError(f"{name} is neither an exhibit ({', '.join([*known(), *KINDS])}) nor a file of configs/tasks")
     show(configs, gpu(options.gpu, options.utilization))

@@ -121,19 +121,17 @@ def take_released(name: str, scale: str, overrides: tuple[str, ...], tell: Calla
             return configs
 
 
-def foreseen(name: str, scale: str = "quick", cells: tuple[str, ...] = ()) -> list[Config]:
-    """As many runs as `needed` will name in the end, those included that follow from what earlier ones find.
-
-    cells: of a study, cells=NAME,... as the command line has it.
-    """
+def foreseen(name: str, scale: str = "quick", overrides: tuple[str, ...] = ()) -> list[Config]:
+    """As many runs as `needed` will name in the end, those included that follow from what earlier ones find."""
     found: dict[str, Config] = {}
     for one in members(name, scale):
         spec = load_spec(one, scale)
         if spec.study:
-            study = load_study(spec.study, scale, cells)
-            configs = tune.foreseen(study, study.part(*spec.parts))
+            study = load_study(spec.study, scale, overrides)
+            shows = getattr(module_of(one), "has_a_place", lambda *_: True)
+            configs = tune.foreseen(study, [cell for cell in study.part(*spec.parts) if shows(study, cell)])
         else:
-            configs = planned(one, scale).configs
+            configs = planned(one, scale, overrides).configs
         found |= {config.name: config for config in configs}
     return list(found.values())
 

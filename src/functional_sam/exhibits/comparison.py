@@ -1,7 +1,7 @@
 """What the exhibits of a study share: their plan, a table a cell, and the words of verdicts, settings and what is not there yet."""
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -12,7 +12,7 @@ from functional_sam.exhibits.spec import Spec
 from functional_sam.exhibits.words import data_name, model_name, tally
 from functional_sam.records import Source
 from functional_sam.study.compare import Estimate, Verdict
-from functional_sam.study.design import load_study, trials
+from functional_sam.study.design import Cell, Study, load_study, trials
 from functional_sam.study.report import difference, judge
 from functional_sam.study.tune import Planned, plan_cells, todo, unique
 from functional_sam.tasks import TASKS
@@ -20,13 +20,19 @@ from functional_sam.tasks import TASKS
 DESCRIBED = ("activation",)  # parts whose comparisons are a family of their own, beside that of the exhibit's claim
 
 
-def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
-    """The cells of the exhibit's parts: every run known so far; its content are the cells that are complete."""
+def plan(
+    spec: Spec, source: Source, overrides: tuple[str, ...] = (), has_a_place: Callable[[Study, Cell], bool] = lambda *_: True
+) -> Plan:
+    """The cells of the exhibit's parts: every run known so far; its content are the cells that are complete.
+
+    has_a_place: whether the exhibit shows a cell of these parts; also a function of its module, where not all are shown.
+    """
     study = load_study(spec.study, spec.scale, overrides)
-    planned = plan_cells(study, study.part(*spec.parts), source)
+    planned = plan_cells(study, [cell for cell in study.part(*spec.parts) if has_a_place(study, cell)], source)
     shown = [one for one in planned if one.complete]
     have = {one.cell.name for one in shown}
-    left = [cell for cell in study.cells.values() if cell.part in spec.parts and cell.name not in have]
+    own = [cell for cell in study.cells.values() if cell.part in spec.parts and has_a_place(study, cell)]
+    left = [cell for cell in own if cell.name not in have]
     return Plan(
         spec,
         todo(planned),

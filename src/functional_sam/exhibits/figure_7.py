@@ -7,17 +7,17 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from functional_sam.exhibits import style
-from functional_sam.exhibits.comparison import label, left_out, of_part, plan, setting
+from functional_sam.exhibits.comparison import label, left_out, of_part, setting
 from functional_sam.exhibits.cost import cost_figure
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
-from functional_sam.exhibits.table_8 import equal_compute, same_setting
+from functional_sam.exhibits.table_8 import equal_compute, has_a_place, plan, same_setting
 from functional_sam.exhibits.words import answer, sentence, tally
 from functional_sam.records.released import results_directory
 from functional_sam.study.compare import Estimate, Verdict
 from functional_sam.study.report import difference, frame, judge
 
-__all__ = ["draw", "headline", "plan"]
+__all__ = ["draw", "has_a_place", "headline", "plan"]
 
 CASE = "decoder-quick"  # of results/benchmark/time.csv
 TIMED_AS = {
@@ -86,7 +86,7 @@ def forest(plan: Plan, margin: float) -> pd.DataFrame:
     times = times[times.case == CASE].set_index("method")
     cells = of_part(plan.content, "compute", "fixed", "variants")
     alone = of_part(plan.content, "compute") or cells[:1]  # the setting that the others are compared in
-    cells = [one for one in cells if one.cell.part == "variants" or one in alone or same_setting(one, alone[0])]
+    cells = [one for one in cells if one.cell.part == "variants" or one in alone or same_setting(one.cell, alone[0].cell)]
     steps = frame(cells, plan.source)
     steps = steps[steps.method.ne("adamw")]
     given = equal_compute(plan.content, plan.source) if alone[0].cell.part == "compute" else steps[:0]

@@ -4,22 +4,32 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from functional_sam.exhibits import markdown
-from functional_sam.exhibits.comparison import counted, differs, label, left_out, of_part, plan, rows_of, seen, setting
+from functional_sam.exhibits import comparison, markdown
+from functional_sam.exhibits.comparison import counted, differs, label, left_out, of_part, rows_of, seen, setting
 from functional_sam.exhibits.comparison import headline as overall
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
+from functional_sam.exhibits.spec import Spec
 from functional_sam.exhibits.words import answer, sentence
 from functional_sam.records import Source
 from functional_sam.study.compare import Verdict, paired_difference
+from functional_sam.study.design import Cell, Study
 from functional_sam.study.report import frame, judge, tested
 from functional_sam.study.tune import Planned
 
-__all__ = ["draw", "equal_compute", "headline", "plan", "same_setting"]
-
-
 BLOCKS = {"variants": "Variants, equal steps", "repeated": "Repeated data, best validation checkpoint"}
 EQUAL_COMPUTE = "equal compute"  # the part of rows whose baseline has more steps
+
+
+def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
+    """The cells of the exhibit's parts; of those of fixed length the ones that equal compute is compared with."""
+    return comparison.plan(spec, source, overrides, has_a_place)
+
+
+def has_a_place(study: Study, cell: Cell) -> bool:
+    """Whether the exhibit shows a cell: of fixed length those with the setting of equal compute, for table-2 has them all."""
+    alike = [same_setting(cell, other) for other in study.cells.values() if other.part == "compute"]
+    return cell.part != "fixed" or not alike or any(alike)
 
 
 def draw(plan: Plan) -> Exhibit:
@@ -57,7 +67,7 @@ def equal_compute(planned: Sequence[Planned], source: Source) -> pd.DataFrame:
     frames = []
     for cell in of_part(planned, "compute"):
         longer = {name: configs for (name, _), configs in cell.reported.items()}
-        for one in [cell, *[other for other in of_part(planned, "fixed") if same_setting(other, cell)]]:
+        for one in [cell, *[other for other in of_part(planned, "fixed") if same_setting(other.cell, cell.cell)]]:
             data, entries = frame([one], source), one.study.entries
             data = data[[entries[name].matched in longer for name in data.entry]].copy()
             pairs = [one.reported[key] for key in one.reported if entries[key[0]].matched in longer]
@@ -74,11 +84,10 @@ def equal_compute(planned: Sequence[Planned], source: Source) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def same_setting(one: Planned, cell: Planned) -> bool:
-    """Whether two cells differ in their entries alone, so that their runs can be paired."""
-    first, second = (next(iter(of.reported.values()))[0] for of in (one, cell))
-    same = (first.task, first.training.batch, first.training.steps) == (second.task, second.training.batch, second.training.steps)
-    return same and one.cell.seeds == cell.cell.seeds
+def same_setting(one: Cell, other: Cell) -> bool:
+    """Whether two cells differ in their entries and grids alone, so that their runs can be paired."""
+    alike = ("task", "settings", "steps", "tokens_per_parameter", "epochs", "seeds")
+    return all(getattr(one, name) == getattr(other, name) for name in alike)
 
 
 def _compute(data: pd.DataFrame) -> str:

@@ -66,7 +66,10 @@ def rows(configs: Sequence[Config], hardware: Hardware, most: int = 512) -> list
 
 
 def table(configs: Sequence[Config], hardware: Hardware, most: int = 512) -> Table:
-    """One line for each kind of run. Bytes are decimal GB; fit: gpus, how they share the model, whether blocks are recomputed."""
+    """One line for each kind of run, then sums by task.
+
+    Bytes are decimal GB; fits on: GPUs, how they share the model, whether blocks are recomputed.
+    """
     title = (
         f"computed, not measured on a GPU: {hardware.name}, {hardware.memory / 2**30:g} GiB of which {hardware.usable:.0%} for "
         f"tensors, {hardware.peak / 1e12:g} TFLOP/s at {hardware.utilization:.0%}"
@@ -80,10 +83,10 @@ def table(configs: Sequence[Config], hardware: Hardware, most: int = 512) -> Tab
         result.add_column(name, justify="left" if name in ("run", "fits on") else "right")
     for name in ("weights", "grads", "moments", "copies", "kept", "activ.", "work", "stored", "recomputed", "ckpt GB", "GPU-hours"):
         result.add_column(name, justify="right")
-    hours = 0.0
+    hours: dict[str, float] = {}  # by task, which in the study of language is a size
     for found, count in rows(configs, hardware, most):
         spent, peak = found.cost, found.memory
-        hours += found.hours * count
+        hours[found.config.task] = hours.get(found.config.task, 0.0) + found.hours * count
         parts = (
             peak.weights,
             peak.gradients,
@@ -106,7 +109,9 @@ def table(configs: Sequence[Config], hardware: Hardware, most: int = 512) -> Tab
             f"{found.hours * count:,.1f}",
         )
     result.add_section()
-    result.add_row("all", *[""] * 15, f"{hours:,.1f}")
+    for task, own in hours.items() if len(hours) > 1 else ():
+        result.add_row(f"all of {task}", *[""] * 15, f"{own:,.1f}")
+    result.add_row("all", *[""] * 15, f"{sum(hours.values()):,.1f}")
     return result
 
 
