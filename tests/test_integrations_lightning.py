@@ -12,7 +12,7 @@ from test_sharpness_oracle import close, theta_of
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from functional_sam import SharpnessAware
+from functional_sam import SharpnessAware, UserError
 from functional_sam.integrations.lightning import SharpnessAwareModule
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
@@ -196,3 +196,11 @@ def test_a_module_that_was_fitted_is_copied_and_pickled():
         assert made.sharpness is None
         fitted(made, max_epochs=1)
     assert model.sharpness is not None
+
+
+def test_manual_optimization_is_refused():
+    """Nothing would call backward, and nothing be trained."""
+    model = Ours(method="sam", rho=0.3)
+    model.automatic_optimization = False
+    with pytest.raises(UserError, match="automatic_optimization=False: nothing would call backward"):
+        fitted(model, max_epochs=1, gradient_clip_val=None)

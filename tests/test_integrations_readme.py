@@ -61,5 +61,5 @@ def test_lightning():
 @pytest.mark.parametrize("word", ["transformers", "accelerate", "lightning"])
 def test_every_stack_is_on_both_pages(word):
     main = (Path(__file__).parents[1] / "README.md").read_text()
-    assert f"functional-sam[{word}]" in PAGE
+    assert f".[{word}]" in PAGE
     assert f"integrations.{word}" in main

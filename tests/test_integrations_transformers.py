@@ -229,6 +229,19 @@ def test_a_loss_beside_the_logits_is_refused(tmp_path):
         trained(SharpnessAwareTrainer, model, tmp_path, sharpness={"method": "sam"}, remove_unused_columns=False)
 
 
+def test_a_router_at_its_published_coefficient_is_refused(tmp_path):
+    """Its term is a thousandth of the loss, and all of the gate's gradient but for a trifle; without it the model is trained."""
+    shape = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_local_experts": 4}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    for words in ({"output_router_logits": True}, {"output_router_logits": True, "router_aux_loss_coef": 0.0}, {}):
+        model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**shape, **words))
+        if words == {"output_router_logits": True}:
+            with pytest.raises(UserError, match=r"a part of it comes from elsewhere \(a router\)"):
+                trained(SharpnessAwareTrainer, model, tmp_path, sharpness={"method": "sam"})
+        else:
+            trained(SharpnessAwareTrainer, model, tmp_path, sharpness={"method": "sam"}, max_steps=1)
+
+
 def test_what_is_wrong_is_said_before_training(tmp_path):
     with pytest.raises(UserError, match="did you mean 'rho_schedule'"):
         SharpnessAwareTrainer(llama(), arguments(tmp_path), sharpness={"method": "sam", "rho_schedul": "lr"})
@@ -239,5 +252,5 @@ def test_what_is_wrong_is_said_before_training(tmp_path):
 def test_without_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(sys.modules, "functional_sam.integrations.transformers")
-    with pytest.raises(ImportError, match=r"pip install 'functional-sam\[transformers\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[transformers\]'"):
         import functional_sam.integrations.transformers  # noqa: F401

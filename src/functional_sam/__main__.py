@@ -14,7 +14,7 @@ def main() -> int:
     except ModuleNotFoundError as error:
         if not error.name or error.name.partition(".")[0] == "functional_sam" or "--debug" in sys.argv:
             raise
-        return _refused(f"the command needs the package {error.name!r}: pip install 'functional-sam[experiments]'")
+        return _refused(f"the command needs the package {error.name!r}: pip install '.[experiments]'")
 
 
 def _refused(words: str) -> int:

@@ -68,6 +68,8 @@ def require_rows(rows: torch.Size, logits: torch.Size, targets: Any) -> None:
     if not isinstance(targets, Tensor):
         raise UserError(f"targets is a {type(targets).__name__}, cross-entropy needs a tensor: for another loss give loss_fn=")
     given = f"logits {list(logits)} and targets {list(targets.shape)}"
+    if len(logits) < 2 or logits[-1] == 1:
+        raise UserError(f"{given}: cross-entropy needs logits [..., V] of two classes or more; for another loss give loss_fn=")
     if targets.is_floating_point():
         if targets.shape != logits:
             raise UserError(
@@ -88,15 +90,18 @@ def require_no_mean(loss_fn: Callable[..., Any], z: Tensor, targets: Any, total:
 
     A sum over all rows is the sum of those over both halves, a mean their mean. What is no loss of rows is left alone.
     """
-    rows = len(z) if z.ndim and loss_fn is not cross_entropy else 0
-    if rows < 2 or not isinstance(targets, Tensor) or targets.ndim == 0 or len(targets) != rows:
+    if loss_fn is cross_entropy or not isinstance(targets, Tensor):
+        return
+    both = list(zip(z.shape, targets.shape, strict=False))
+    along = next((place for place, (a, b) in enumerate(both) if a != 1 or b != 1), None)  # of one row of a text, its positions
+    if along is None or both[along][0] != both[along][1] or along == z.ndim - 1 > 0:
         return
     if isinstance(loss_fn, torch.nn.Module) and any(True for _ in loss_fn.buffers()):
         return  # it may count its calls
-    half = rows // 2
     try:
         with torch.no_grad():
-            results = [loss_fn(z.detach()[part], targets[part]) for part in (slice(half), slice(half, None))]
+            halves = zip(z.detach().tensor_split(2, along), targets.tensor_split(2, along), strict=True)
+            results = [loss_fn(ours.clone(), theirs.clone()) for ours, theirs in halves]  # copies: it may write to them
             (a, m), (b, n) = [(float(loss), float(number)) for loss, number in results]
     except Exception:
         return  # not a loss of rows

@@ -97,9 +97,11 @@ def second_moment(optimizer: Any, group: dict[str, Any], p: Tensor) -> tuple[Ten
     name = next((name for name in SECOND if isinstance(state.get(name), Tensor)), None)
     if name is None:
         return None
+    steps, beta = _steps(state, group), _beta(state, group)
+    if name == "sum" and steps == 0 and not group.get("initial_accumulator_value"):
+        return None  # zeros, which Adagrad makes when it is built
     if name in ("square_avg", "sum"):
         return state[name], 1.0
-    steps, beta = _steps(state, group), _beta(state, group)
     return (state[name], 1.0 - beta**steps) if steps and beta is not None else None
 
 

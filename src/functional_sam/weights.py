@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from functional_sam.errors import UserError
+
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     """The caller's module inside DistributedDataParallel and torch.compile."""
@@ -62,7 +64,10 @@ def moved(
     """The weights where `move` puts them inside the block, as they were, bit for bit, after it; yields {parameter: theta}.
 
     Restores by copy: theta + eps - eps is not theta in floating point. memory: copies of an earlier call, to be used again.
+    Raises UserError inside of torch.nn.utils.parametrize.cached(), which would hand out the weights of before the move.
     """
+    if getattr(torch.nn.utils.parametrize, "_cache_enabled", 0):
+        raise UserError("inside of parametrize.cached(): the model would see weights from before they are moved; leave the block")
     with torch.no_grad():
         theta = {p: _copy(p, memory) for p in parameters}
         reshard(model)
@@ -113,9 +118,23 @@ def buffers_saved(model: torch.nn.Module, always: bool = False) -> Callable[[], 
     @torch.no_grad()
     def restore() -> None:
         for buffers, held in places:
-            if any(buffers.get(name) is not buffer for name, buffer in held.items()):
-                buffers.update(held)
+            for name, buffer in held.items():
+                if buffers.get(name) is not buffer and not _has_grown(buffers.get(name), buffer):
+                    buffers[name] = buffer
         for buffer, copy in copies.items():
-            buffer.copy_(copy)
+            _write(buffer, copy)
 
     return restore
+
+
+def _has_grown(now: Tensor | None, before: Tensor | None) -> bool:
+    """Whether forward has replaced a buffer by one of another shape: a cache (of positions), whose size the module remembers."""
+    return now is not None and before is not None and now.shape != before.shape
+
+
+def _write(buffer: Tensor, copy: Tensor) -> None:
+    """The copy into the buffer; of an expanded one, several of whose elements are one place, into each place once."""
+    for dimension in reversed(range(buffer.ndim if buffer.layout == torch.strided else 0)):
+        if buffer.stride(dimension) == 0 and buffer.shape[dimension] > 1:
+            buffer, copy = buffer.select(dimension, 0), copy.select(dimension, 0)
+    buffer.copy_(copy)

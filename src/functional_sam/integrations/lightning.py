@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functional_sam.errors import UserError
 from functional_sam.integrations import carried
 from functional_sam.sharpness import SharpnessAware
 from functional_sam.weights import replicas
@@ -34,6 +35,8 @@ class SharpnessAwareModule(Base):  # type: ignore[misc]
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
+        if not self.automatic_optimization:
+            raise UserError("automatic_optimization=False: nothing would call backward; leave it on, or use SharpnessAware itself")
         self.waiting = ()  # of a fit that was stopped between two steps
 
     def __getstate__(self) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from functional_sam.sharpness import SharpnessAware
 from functional_sam.sharpness.randomness import random_state, set_random_state
 from functional_sam.weights import buffers_kept
 
+ROUNDING, LOW_PRECISION = 1e-5, 1e-3  # how far two evaluations of one loss may be apart, of itself
+
 
 class TrainerLoss:
     """`trainer.compute_loss` where, in the place of the model, there is a module of its name that knows the logits."""
@@ -62,15 +64,22 @@ class TrainerLoss:
     def require_the_models_own(self, sharpness: SharpnessAware, inputs: Any, targets: Any) -> None:
         """Raise UserError where the model's loss is not this one of its logits: another part would have no gradient."""
         model, device, found = sharpness.model, self.trainer.args.device, []
-        before = random_state(device)
+        before, tolerance = random_state(device), ROUNDING
         # Some models are given num_items_in_batch and ignore it.
         for words in (None, ("num_items_in_batch", "shift_labels"), ("shift_labels",)):
             self.words = words
             with torch.no_grad(), buffers_kept(model):
-                loss = self.of(model, targets) if words is None else self(model(**inputs)["logits"], targets)[0]
+                if words is None:
+                    loss = self.of(model, targets)
+                else:
+                    output = model(**inputs)
+                    loss = self(output["logits"], targets)[0]
+                    # A router's term is a thousandth of the loss, with coefficients as published.
+                    low = output["logits"].dtype in (torch.bfloat16, torch.float16) and output.get("aux_loss") is None
+                    tolerance = LOW_PRECISION if low else ROUNDING
             set_random_state(before, device)
             found.append(float(loss))
-            if words and (math.isclose(found[0], found[-1], rel_tol=1e-3) or math.isnan(found[0])):
+            if words and (math.isclose(found[0], found[-1], rel_tol=tolerance) or math.isnan(found[0])):
                 return sharpness.reshard()
         raise UserError(
             f"the loss of the model is {found[0]:.6g}, loss_function of its logits {found[1]:.6g}: a part of it comes from "

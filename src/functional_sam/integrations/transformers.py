@@ -15,7 +15,7 @@ from functional_sam.sharpness import SharpnessAware, resolve
 try:
     import transformers
 except ImportError as error:
-    raise ImportError("this needs the package transformers: pip install 'functional-sam[transformers]'") from error
+    raise ImportError("this needs the package transformers: pip install '.[transformers]' in a clone of this repository") from error
 
 Base: Any = object
 STATE = "sharpness.pt"  # beside optimizer.pt in a checkpoint

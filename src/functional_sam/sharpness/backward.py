@@ -108,11 +108,11 @@ class SharpnessAware:
             dose = None if g is None else dose_of(self.model, g, self._mix.beside() if self._mix is not None else {})
         except BaseException:
             self._perturbation.steps -= 1
-            restore_buffers()
             for p in self.model.parameters():
                 p.grad = None
             if self._mix is not None:
                 self._mix.drop()
+            restore_buffers()
             raise
         self._passes.watched, self.dose = None, dose
         self._seen.left_gradients()

@@ -79,6 +79,8 @@ def _rows(memory: Kept, values: dict[Tensor, Tensor]) -> tuple[Callable[[slice],
     """(rows -> their logits in float32 at least, number of rows, of classes); `values` of the parameters at that point."""
     if memory.h is None:
         assert memory.logits is not None
+        if memory.logits.ndim < 2:
+            raise UserError(f"logits {list(memory.logits.shape)}: a divergence of softmaxes needs logits [..., V]")
         logits = memory.logits.flatten(0, -2)
         return lambda rows: _widened(logits[rows]), *logits.shape
     assert memory.weight is not None

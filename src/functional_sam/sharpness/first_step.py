@@ -1,4 +1,4 @@
-"""What is looked at in the first step only: whether forward and loss_fn are what every later step takes them for."""
+"""What is looked at in the first step, mostly: whether forward and loss_fn are what every later step takes them for."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -23,17 +23,19 @@ def tensors_of(inputs: Any, place: str = "inputs") -> Iterator[tuple[str, Tensor
             yield from tensors_of(part, f"{place}[{i}]")
 
 
-def versions(inputs: Any) -> dict[str, tuple[int, int]]:
+def versions(inputs: Any, targets: Any) -> dict[str, tuple[int, int]]:
     """Of every tensor, which one it is and how often it has been written to."""
-    return {place: (id(t), 0 if t.is_inference() else t._version) for place, t in tensors_of(inputs)}
+    each = (*tensors_of(inputs), *tensors_of(targets, "targets"))
+    return {place: (id(t), 0 if t.is_inference() else t._version) for place, t in each}
 
 
-def require_same_inputs(before: dict[str, tuple[int, int]], inputs: Any) -> None:
-    """Raise UserError when forward has changed its inputs: the second pass would be another function."""
-    after = versions(inputs)
+def require_same_batch(before: dict[str, tuple[int, int]], inputs: Any, targets: Any) -> None:
+    """Raise UserError when forward has changed its inputs, or loss_fn its targets: the second pass would be another function."""
+    after = versions(inputs, targets)
     changed = [place for place in before if after.get(place) != before[place]] + sorted(after.keys() - before)
     if changed:
-        raise UserError(f"forward changed {changed[0]}, which every pass of the step is given: let it work on a copy")
+        who = "loss_fn" if changed[0].startswith("targets") else "forward"
+        raise UserError(f"{who} changed {changed[0]}, which every pass of the step is given: let it work on a copy")
 
 
 def require_same_weights(before: list[int], params: Iterable[Tensor]) -> None:
@@ -57,16 +59,29 @@ def require_gradients(params: Iterable[Tensor]) -> None:
         raise UserError("sparse gradients are not supported: build the embedding with sparse=False")
 
 
-def require_sum(loss_fn: Callable[..., Any], z: Tensor, targets: Any, total: Tensor, count: Any) -> None:
-    """Raise UserError for a loss_fn with parameters of its own, and for one that returns a mean beside a count."""
+def require_of_logits(model: torch.nn.Module, z: Tensor, total: Tensor) -> None:
+    """Raise UserError for a loss with a gradient past the logits, which no path would follow: asked in every step, at no cost."""
     if total.grad_fn is None:
         raise UserError("loss_fn returned a sum that does not depend on the logits: it detaches them, or runs under no_grad")
-    own = [leaf for leaf in _leaves(total) if leaf is not z]
-    if own:
+    own = next((leaf for leaf in _leaves(total) if leaf is not z), None)
+    if own is None:
+        return
+    name = next((name for name, p in model.named_parameters() if p is own), None)
+    if name is not None:
         raise UserError(
-            f"loss_fn has parameters of its own (shape {list(own[0].shape)}), which no path gives a gradient: move them into the "
-            "model, so that its logits depend on them (inputs may carry the targets along)"
+            f"loss_fn has a term that depends on the model's {name} other than by its logits, which no path gives a gradient: let "
+            "forward append the term to its logits (torch.cat, a column more), and loss_fn take it off again"
         )
+    raise UserError(
+        f"loss_fn has parameters of its own (shape {list(own.shape)}), which no path gives a gradient: move them into the "
+        "model, so that its logits depend on them (inputs may carry the targets along)"
+    )
+
+
+def require_sum(loss_fn: Callable[..., Any], z: Tensor, targets: Any, total: Tensor, count: Any) -> None:
+    """Raise UserError for a loss_fn that returns a mean beside a count, or no number as its count."""
+    if isinstance(count, Tensor) and count.numel() != 1:
+        raise UserError(f"loss_fn returned a count of shape {list(count.shape)}: it is one number, of valid targets")
     state = random_state(z.device)
     require_no_mean(loss_fn, z, targets, total, count)
     set_random_state(state, z.device)

@@ -8,7 +8,7 @@ import contextlib
 import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -79,6 +79,10 @@ class Passes:
         self._job: Callable[[Tensor, Tensor], Tensor] | None = None
         self._eager_readout: Callable[[Tensor, Tensor], Tensor] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is bound to this very object: a copy would run the original's readout."""
+        return self.__dict__ | {"_job": None, "_eager_readout": None}
+
     def begin(self, batches: Sequence[Batch]) -> None:
         """Start a step: settle the divisor of its losses.
 
@@ -94,7 +98,7 @@ class Passes:
                         f"targets are a {type(targets).__name__}: the default loss takes a tensor of class indices; for one "
                         "without targets give loss_fn=, which gets them as they are"
                     )
-                if not targets.is_floating_point() and targets.dtype not in (torch.int64, torch.uint8):
+                if not targets.is_floating_point() and targets.dtype != torch.int64:  # -100 in uint8 is 156, a class
                     raise UserError(f"targets are {targets.dtype}: class indices are int64, targets.long()")
         # Soft labels need whole logits.
         self.fused = self.may_fuse and not any(targets.is_floating_point() for _, targets in batches)
@@ -172,7 +176,7 @@ class Passes:
         before = [p._version for p in self.watched] if self.watched is not None else []
         for i, (inputs, targets) in enumerate(batches):
             memory = self.rewind(i, repeated)
-            given = first_step.versions(inputs) if self.watched is not None else None
+            given = first_step.versions(inputs, targets) if self.watched is not None else None
             with self._synchronized(sync and i == len(batches) - 1):
                 if self.fused:
                     loss = self._call(inputs, partial(self._loss_readout, targets, memory, kept, remember, logits))
@@ -188,7 +192,7 @@ class Passes:
                         memory.logits = z.detach()
                     del z, u
             if given is not None:
-                first_step.require_same_inputs(given, inputs)
+                first_step.require_same_batch(given, inputs, targets)
             kept.append(memory)
         if self.watched is not None:
             first_step.require_same_weights(before, self.watched)
@@ -206,7 +210,7 @@ class Passes:
         kept: list[Kept] = []
         for i, (inputs, targets) in enumerate(batches):
             memory = self.rewind(i, repeated)
-            with torch.no_grad():
+            with _without_gradients():
                 if self.fused:
                     self._call(inputs, partial(self._keeping_readout, memory, kept, copy_weight))
                 else:
@@ -270,9 +274,10 @@ class Passes:
                     "a mean alone cannot be combined over micro-batches"
                 )
             total, count = result
+            first_step.require_of_logits(self.model, leaf, total)
             if self.watched is not None:
                 first_step.require_sum(self.loss_fn, leaf, targets, total, count)
-            memory.count = torch.as_tensor(count, device=logits.device)
+            memory.count = torch.as_tensor(count, device=logits.device).reshape(())
             if self.divisor is None:
                 first = self.sum_over_ranks(memory.count)[0] / self.world
                 self.divisor = max(first, 1.0) * self.num_batches
@@ -410,3 +415,24 @@ class Passes:
             stacked = stacked.to(self._device)
             dist.all_reduce(stacked, group=self.group)
         return tuple(stacked.tolist())
+
+
+@contextlib.contextmanager
+def _without_gradients() -> Iterator[None]:
+    """no_grad, where a forward is still the function that it is with gradients.
+
+    nn.TransformerEncoder takes another way without them, which writes zeros at padded positions.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            yield
+    except RuntimeError as error:
+        if "does not require grad" in str(error):
+            raise UserError(
+                "forward takes a derivative itself, and this pass runs it under no_grad: let it do so under torch.enable_grad()"
+            ) from error
+        raise
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)

@@ -107,6 +107,7 @@ def exact(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kep
                 (part,) = _along(_pull(z, params, u, reached), params, along, [params])
                 torch._foreach_add_(total, part, alpha=functional)
                 continue
+            before = passes.random_state()  # which a loss_fn may draw from: u and its derivative are of one draw
             u = _cotangent(passes.loss_fn, z.detach(), targets, passes.divisor).detach().requires_grad_()
             wanted = [params if functional else [], [u] if logit else []]
             part, (*Jeps,) = _along(_pull(z, params, u, reached), params, along, wanted, keep=bool(logit))
@@ -114,6 +115,7 @@ def exact(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kep
                 torch._foreach_add_(total, part, alpha=functional)
             if logit:
                 leaf = z.detach().requires_grad_()
+                passes.set_random_state(before)
                 (BJeps,) = torch.autograd.grad(_cotangent(passes.loss_fn, leaf, targets, passes.divisor), leaf, Jeps[0])
                 part = list(torch.autograd.grad(z, params, BJeps, allow_unused=True, materialize_grads=True))
                 torch._foreach_add_(total, part, alpha=logit)

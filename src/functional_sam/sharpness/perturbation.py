@@ -82,9 +82,10 @@ class Perturbation:
             if options["rho_schedule"] == "warmup":
                 rho *= min(1.0, self.steps / options["warmup_steps"])
             elif options["rho_schedule"] == "lr":
-                fraction = (group["lr"] - options["lr_min"]) / (options["lr_max"] - options["lr_min"])
+                # Numbers, whatever lr is (a tensor, for a compiled step): radii are compared, and equal tensors are not one key.
+                fraction = (float(group["lr"]) - options["lr_min"]) / (options["lr_max"] - options["lr_min"])
                 rho = options["rho_min"] + (rho - options["rho_min"]) * min(max(fraction, 0.0), 1.0)
-            result[p] = rho if self.fixed is None else self.fixed
+            result[p] = float(rho if self.fixed is None else self.fixed)
         return result
 
     def ascend(self, step: Step, grads: list[Tensor], together: bool) -> None:

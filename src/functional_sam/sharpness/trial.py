@@ -29,6 +29,7 @@ def trial(sharpness: Any, batches: Sequence[Batch]) -> None:
     restore_buffers = buffers_saved(model, always=True)
     state, rng, stepped = _copied(sharpness.state_dict()), passes.random_state(), seen.steps
     keep_u, dose, due = passes.keep_u, sharpness.dose, seen._due
+    grads = {p: p.grad for p in model.parameters()}
 
     def undo() -> None:
         for _, p, value in theta:
@@ -75,6 +76,8 @@ def trial(sharpness: Any, batches: Sequence[Batch]) -> None:
     finally:
         perturbation.fixed, passes.keep_u, sharpness.dose, seen._due = None, keep_u, dose, due
         undo()
+        for p, grad in grads.items():
+            p.grad = grad
         sharpness.load_state_dict(state)
 
 
