@@ -17,7 +17,8 @@ from functional_sam.exhibits import claims
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "functional_sam"
 SHARED = {"errors", "losses", "files"}
-FLOOR = {"vectors", "moments", "ascents", "head", "weights"}  # below the library's two halves, which do not know each other
+# below the library's two halves, which do not know each other
+FLOOR = {"vectors", "moments", "ascents", "head", "weights", "derivatives"}
 MAY_IMPORT = {
     **dict.fromkeys(sorted(FLOOR), FLOOR | {"errors", "losses"}),
     "sharpness": SHARED | FLOOR,

@@ -1,0 +1,170 @@
+"""Derivatives that PyTorch has silently wrong, made right: while a forward runs, its functions are composed of others.
+
+Found by central differences in float64 over 128 functions of torch and torch.nn.functional, PyTorch 2.13.0:
+
+    second order  torch._weight_norm, which both weight_norm of torch.nn.utils call: its double backward takes the norm for a
+                  constant (30 to 60 % off, and not symmetric)
+    third order   layer_norm, and batch_norm and instance_norm by the statistics of the batch (4 to 150 % off). A Hessian is of
+                  third order in what the forward differentiates itself: physics-informed nets, force fields
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from functional_sam.errors import UserError
+
+T = TypeVar("T")
+
+
+class DifferentiatesItself(Exception):
+    """The forward takes derivatives, and runs where it must not: it is to run again, inside Derivatives(third=True)."""
+
+
+class Derivatives(TorchFunctionMode):
+    """Inside it, what a forward calls has right second derivatives, and with `third` right third ones.
+
+    Raises DifferentiatesItself, without `third`, for a forward that needs it; UserError for a composed function in a checkpointed
+    block, which runs again outside.
+    """
+
+    def __init__(self, third: bool = False) -> None:
+        super().__init__()
+        self.table = _THIRD if third else _SECOND
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        other = self.table.get(func)
+        return func(*args, **(kwargs or {})) if other is None else other(*args, **(kwargs or {}))
+
+
+def twice_differentiable(forward: Callable[[], T]) -> T:
+    """forward(), with right second derivatives. Called again, from its start, if it turns out to take derivatives itself."""
+    try:
+        with Derivatives():
+            return forward()
+    except DifferentiatesItself:
+        with Derivatives(third=True):
+            return forward()
+
+
+def checkpointed() -> bool | None:
+    """Whether this runs in a block of (non-reentrant) activation checkpointing; None before torch 2.8, where nothing tells."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is None:
+        return None
+    hooks = top(True)
+    return hooks is not None and "checkpoint" in getattr(hooks[0], "__module__", "")
+
+
+def transformed() -> bool:
+    """Whether this runs inside torch.func (grad, jvp, vmap ...) or forward-mode differentiation."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+# --- composed functions, with PyTorch's arguments ---------------------------------------------------------------------------
+
+
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """g v / |v|, the norm over all dimensions but dim."""
+    _require_no_checkpoint("weight_norm")
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    """LayerNorm."""
+    _require_no_checkpoint("layer_norm")
+    n = _normal(input, list(range(-len(normalized_shape), 0)), eps)
+    n = n if weight is None else n * weight
+    return n if bias is None else n + bias
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """BatchNorm; by fixed statistics, and where it moves statistics, it is PyTorch's."""
+    if not training or running_mean is not None:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return _by_channel(input, [0, *range(2, input.ndim)], weight, bias, eps)
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """InstanceNorm; by fixed statistics, and where it moves statistics, it is PyTorch's."""
+    if not use_input_stats or running_mean is not None:
+        return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    return _by_channel(input, list(range(2, input.ndim)), weight, bias, eps)
+
+
+def _by_channel(x: Tensor, dims: list[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    _require_no_checkpoint("batch_norm or instance_norm")
+    n, shape = _normal(x, dims, eps), [-1, *[1] * (x.ndim - 2)]
+    n = n if weight is None else n * weight.view(shape)
+    return n if bias is None else n + bias.view(shape)
+
+
+def _normal(x: Tensor, dims: list[int], eps: float) -> Tensor:
+    centred = x - x.mean(dims, keepdim=True)
+    return centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+
+
+def _require_no_checkpoint(name: str) -> None:
+    if checkpointed():  # where nothing tells, the block that runs again saves other tensors, and PyTorch raises
+        raise UserError(
+            f"{name} in a block under activation checkpointing, where its derivatives are PyTorch's and the one needed here wrong: "
+            "take the block out of checkpointing, or differences of gradients (method='difference', derivative='difference')"
+        )
+
+
+# --- who calls what -----------------------------------------------------------------------------------------------------------
+
+
+def _grad(*args: Any, create_graph: bool = False, **kwargs: Any) -> Any:
+    if create_graph:
+        raise DifferentiatesItself
+    return torch.autograd.grad(*args, **kwargs)
+
+
+def _untransformed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def called(*args: Any, **kwargs: Any) -> Tensor:
+        if transformed():
+            raise DifferentiatesItself
+        return function(*args, **kwargs)
+
+    return called
+
+
+_COMPOSED: dict[Any, Callable[..., Tensor]] = {
+    F.layer_norm: layer_norm,
+    torch.layer_norm: layer_norm,
+    F.batch_norm: batch_norm,
+    F.instance_norm: instance_norm,
+}
+_ALWAYS: dict[Any, Callable[..., Any]] = {torch._weight_norm: weight_norm}
+_THIRD = _ALWAYS | _COMPOSED
+_SECOND = _ALWAYS | {torch.autograd.grad: _grad} | {function: _untransformed(function) for function in _COMPOSED}
