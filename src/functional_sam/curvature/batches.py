@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functional_sam.curvature.buffers import parts
 from functional_sam.errors import UserError
 
 Batch = tuple[Any, Any]
@@ -55,6 +56,8 @@ class Batches:
 def _fingerprint(item: Any) -> Any:
     """Shape, dtype, sum and sum with unequal weights of a tensor; inside tuples, lists and dictionaries too."""
     if isinstance(item, Tensor):
+        if item.layout != torch.strided or item.is_nested:
+            return [_fingerprint(part) for part in parts(item)]
         x = item.detach().flatten().double()
         weights = torch.arange(len(x), dtype=torch.float64, device=x.device).mul_(0.7).sin_()
         return tuple(item.shape), str(item.dtype), float(x.sum()), float(x @ weights)

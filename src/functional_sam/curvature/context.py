@@ -2,7 +2,8 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +11,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from functional_sam.curvature.buffers import Buffers, written
 from functional_sam.errors import UserError
 from functional_sam.weights import moved
+
+# Of this process, and autograd's own threads run in what the one that holds it has set: PyTorch's switches, and functions.py's.
+one_at_a_time = threading.RLock()
 
 
 def require_evaluation(model: nn.Module) -> None:
@@ -24,17 +29,49 @@ def require_evaluation(model: nn.Module) -> None:
             raise UserError(f"curvature of a model in training mode with an active {kind} ({name!r}): call model.eval() first")
 
 
+def require_gradients_possible(parameters: Sequence[Tensor]) -> None:
+    """Raise UserError inside torch.inference_mode(), where all derivatives are zero, and for parameters that were made there."""
+    if torch.is_inference_mode_enabled():
+        raise UserError(
+            "curvature under torch.inference_mode(), where there are no derivatives: take it outside, or use torch.no_grad()"
+        )
+    if any(p.is_inference() for p in parameters):
+        raise UserError("parameters made under torch.inference_mode(), which have no derivatives: build or load the model outside")
+
+
+def require_no_hooks(names: Sequence[str], parameters: Sequence[Tensor]) -> None:
+    """Raise UserError for a parameter whose gradient a hook may change: it would change a product too, twice and on both sides."""
+    hooked = [name for name, p in zip(names, parameters, strict=True) if p._backward_hooks]
+    if hooked:
+        raise UserError(
+            f"{hooked[0]} has a hook on its gradient (register_hook), which exact products would go through twice: remove() it "
+            "while curvature is measured, or method='difference', for that of the gradient as the hook leaves it"
+        )
+
+
 @contextlib.contextmanager
 def second_order(model: nn.Module, device: str) -> Iterator[None]:
-    """Eager, gradients on, autocast off, plain attention.
+    """Eager, gradients on, autocast off, plain attention; one thread at a time.
 
     Raises UserError as require_evaluation does.
     """
     require_evaluation(model)
     # Only compiled code needs telling, and torch._dynamo, slow to import, is there if any was.
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
-    with eager, torch.enable_grad(), torch.autocast(device, enabled=False), sdpa_kernel(SDPBackend.MATH):
+    plain = torch.autocast(device, enabled=False)
+    with one_at_a_time, eager, torch.enable_grad(), plain, sdpa_kernel(SDPBackend.MATH), slow_attention():
         yield
+
+
+@contextlib.contextmanager
+def slow_attention() -> Iterator[None]:
+    """No fast path of nn.TransformerEncoder, which without gradients zeroes what is padded, and so is another function."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def moved_along(
@@ -44,15 +81,41 @@ def moved_along(
     return moved(model, parameters, lambda: torch._foreach_add_(list(parameters), [v_i.detach() for v_i in v], alpha=step))
 
 
+def without_graph(forward: Callable[[], Any]) -> Any:
+    """forward() under no_grad; one that takes derivatives itself, and so cannot do without, with gradients on and then detached."""
+    try:
+        with torch.no_grad():
+            return forward()
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+    with torch.enable_grad():
+        result = forward()
+    if isinstance(result, Tensor):
+        return result.detach()
+    return tuple(t.detach() for t in result) if isinstance(result, tuple) and all(isinstance(t, Tensor) for t in result) else result
+
+
 @contextlib.contextmanager
-def drawing_nothing(device: torch.device) -> Iterator[None]:
-    """Raises UserError if the block drew from PyTorch's random generators: dropout or noise that no module announces."""
-    before = _random_states(device)
-    yield
+def repeatable(model: nn.Module, inputs: Any, device: torch.device) -> Iterator[None]:
+    """Raises UserError if the block drew from PyTorch's random generators, dropout or noise that no module announces, or changed
+    the inputs or what a buffer of the model holds; the buffer is put back, whatever is raised."""
+    before, buffers, given = _random_states(device), Buffers(model), written(inputs)
+    try:
+        yield
+    finally:
+        changed = buffers.put_back()
     if any(not torch.equal(a, b) for a, b in zip(before, _random_states(device), strict=True)):
         raise UserError(
             "curvature of a model whose forward draws random numbers: each product would be one of another loss. "
             "Call model.eval(), or take the noise out of forward"
+        )
+    if written(inputs) != given:
+        raise UserError("curvature of a model whose forward changes its inputs, which every product is of: let it work on a copy")
+    if changed:
+        raise UserError(
+            f"curvature of a model whose forward changes its buffer {changed[0]!r} (running statistics, a moving average, a "
+            "counter): each product could be one of another loss. Call model.eval(), or keep forward from changing it"
         )
 
 

@@ -12,6 +12,7 @@ Each with h and with h/2, and extrapolated: (4 D(h/2) - D(h)) / 3 lacks the erro
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from functional_sam.curvature.batches import Batch
-from functional_sam.curvature.context import drawing_nothing, moved_along, second_order
-from functional_sam.curvature.outer import LossFn, summed
+from functional_sam.curvature.context import moved_along, repeatable, require_gradients_possible, second_order, without_graph
+from functional_sam.curvature.linearization import require_dense, require_graph
+from functional_sam.curvature.outer import LossFn, of_logits_alone, summed
 from functional_sam.errors import UserError
+from functional_sam.losses import cross_entropy, require_logits
 from functional_sam.vectors import length, norm
 
 Forward = Callable[..., Any]
@@ -46,6 +49,7 @@ class Differences:
         self.model, self.batches, self.loss_fn, self.forward, self.parameters = model, batches, loss_fn, forward, parameters
         self.step = math.sqrt(math.sqrt(torch.finfo(parameters[0].dtype).eps))
         self.error = 0.0
+        self._is_checked = False
         self.meshes = list(dict.fromkeys(p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")))
         if len(self.meshes) > 1:
             raise UserError("parameters on several device meshes: shard the whole model over one")
@@ -55,7 +59,7 @@ class Differences:
         loss, count = 0.0, 0.0
         with second_order(self.model, self._device.type), torch.no_grad():
             for inputs, targets in self.batches:
-                part, valid = summed(self.loss_fn, self._logits(inputs), targets)
+                part, valid = summed(self.loss_fn, self._logits(inputs, graph=False), targets)
                 loss, count = loss + float(part), count + float(valid)
         loss, count = self._over_ranks(loss, count)
         return self._scalar(loss / required(count))
@@ -65,29 +69,28 @@ class Differences:
         total, loss, count = self._zeros(), 0.0, 0.0
         with self._gradients_apart():
             for inputs, targets in self.batches:
-                part, valid = summed(self.loss_fn, self._logits(inputs), targets)
-                torch.autograd.backward(part)
+                part, valid = self._backward(inputs, targets)
                 torch._foreach_add_(total, self._take())
-                loss, count = loss + float(part.detach()), count + float(valid)
+                loss, count = loss + float(part), count + float(valid)
         loss, count = self._over_ranks(loss, count)
         return self._scalar(loss / required(count)), self._mean(total, count)
 
     def hessian(self, v: Sequence[Tensor]) -> list[Tensor]:
         """H v."""
 
-        def prepared(inputs: Any, targets: Any) -> tuple[Callable[[], None], float]:
+        def prepared(inputs: Any, targets: Any) -> tuple[Callable[[], Any], float]:
             with torch.no_grad():
-                valid = float(summed(self.loss_fn, self._logits(inputs), targets)[1])
-            return lambda: torch.autograd.backward(summed(self.loss_fn, self._logits(inputs), targets)[0]), valid
+                valid = float(summed(self.loss_fn, self._logits(inputs, graph=False), targets)[1])
+            return lambda: self._backward(inputs, targets), valid
 
         return self._difference(v, prepared)
 
     def functional(self, v: Sequence[Tensor]) -> list[Tensor]:
         """H_F v."""
 
-        def prepared(inputs: Any, targets: Any) -> tuple[Callable[[], None], float]:
+        def prepared(inputs: Any, targets: Any) -> tuple[Callable[[], Any], float]:
             u, valid = self._cotangent(inputs, targets)
-            return lambda: torch.autograd.backward(self._logits(inputs), u), valid
+            return lambda: torch.autograd.backward(self._checked(inputs, targets), u), valid
 
         return self._difference(v, prepared)
 
@@ -100,7 +103,7 @@ class Differences:
                 gap += float((fine - coarse).norm(dtype=torch.float64)) ** 2
                 du = fine.mul_(4 / 3).sub_(coarse, alpha=1 / 3)
                 size += float(du.norm(dtype=torch.float64)) ** 2
-                z = self._logits(inputs)
+                z = self._checked(inputs, targets)
                 count += float(summed(self.loss_fn, z.detach(), targets)[1])
                 torch.autograd.backward(z, du)
                 torch._foreach_add_(total, self._take())
@@ -108,7 +111,7 @@ class Differences:
         self.error = math.sqrt(gap / size) / 3 if size else 0.0
         return self._mean(total, count)
 
-    def _difference(self, v: Sequence[Tensor], prepared: Callable[[Any, Any], tuple[Callable[[], None], float]]) -> list[Tensor]:
+    def _difference(self, v: Sequence[Tensor], prepared: Callable[[Any, Any], tuple[Callable[[], Any], float]]) -> list[Tensor]:
         """The derivative along v of the gradient that `prepared` of a batch leaves in .grad, wherever the weights are then."""
         h, coarse, fine, count = self._step(v), self._zeros(), self._zeros(), 0.0
         with self._gradients_apart():
@@ -133,6 +136,7 @@ class Differences:
     @contextmanager
     def _gradients_apart(self) -> Iterator[None]:
         """Second-order surroundings, .grad empty inside and at the end what it was."""
+        require_gradients_possible(self.parameters)
         everything = list(self.model.parameters())
         before = [p.grad for p in everything]
         for p in everything:
@@ -144,18 +148,39 @@ class Differences:
             for p, g in zip(everything, before, strict=True):
                 p.grad = g
 
-    def _logits(self, inputs: Any) -> Tensor:
-        with drawing_nothing(self._device):
-            z: Tensor = self.forward(self.model, inputs)
+    def _logits(self, inputs: Any, graph: bool = True) -> Tensor:
+        call = partial(self.forward, self.model, inputs)
+        with repeatable(self.model, inputs, self._device):
+            z: Any = call() if graph else without_graph(call)
+        require_dense(z)
+        if graph and isinstance(z, Tensor):
+            require_graph(z.requires_grad)
+        return z  # type: ignore[no-any-return]
+
+    def _checked(self, inputs: Any, targets: Any) -> Tensor:
+        """The logits with their graph, of which the first ones show whether the loss is one of them alone."""
+        z = self._logits(inputs)
+        if not self._is_checked and self.loss_fn is not cross_entropy:
+            of_logits_alone(self.loss_fn, z, targets)
+            self._is_checked = True
         return z
+
+    def _backward(self, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+        """The loss and its number of targets; leaves the gradient in .grad."""
+        z = self._logits(inputs)
+        require_logits(z, targets, self.loss_fn)
+        total, valid = of_logits_alone(self.loss_fn, z, targets)
+        if total.requires_grad:
+            torch.autograd.backward(total)
+        return total.detach(), valid
 
     def _cotangent(self, inputs: Any, targets: Any) -> tuple[Tensor, float]:
         """u and the number of valid targets, at the weights as they are."""
-        with torch.no_grad():
-            z = self._logits(inputs)
+        z = self._logits(inputs, graph=False)
+        require_logits(z, targets, self.loss_fn)
         leaf = z.detach().requires_grad_()
-        total, valid = summed(self.loss_fn, leaf, targets)
-        (u,) = torch.autograd.grad(total, leaf)
+        total, valid = of_logits_alone(self.loss_fn, leaf, targets)
+        (u,) = torch.autograd.grad(total, leaf) if total.requires_grad else (torch.zeros_like(leaf),)
         return u, float(valid)
 
     def _change_of_u(self, v: Sequence[Tensor], step: float, inputs: Any, targets: Any) -> Tensor:

@@ -4,7 +4,8 @@ PyTorch differentiates the backward of these op by op: about forty passes over m
 derivatives at x are at hand. In a Hessian product of a small transformer those passes take longer than the matrix products.
 Arguments have PyTorch's names. More is saved than there, so that a model may change in place what is needed here, n for one: then
 CurvatureProducts takes PyTorch's own.
-g a cotangent of the output, r a cotangent of the gradient by the input; each Grad is differentiable once and no more.
+g a cotangent of the output, r a cotangent of the gradient by the input; each Grad is differentiable once and no more, and raises
+DifferentiatesItself where more is asked of it, in a forward that takes derivatives itself.
 """
 
 import math
@@ -15,17 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+
+from functional_sam.derivatives import Derivatives, DifferentiatesItself, checkpointed, transformed
 
 
-class FastSecondDerivatives(TorchFunctionMode):
+class FastSecondDerivatives(Derivatives):
     """Inside it, a model that calls these functions calls the ones below; not in a checkpointed block, which runs again outside."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         faster = _FASTER.get(func)
-        if faster is not None and not _checkpointed():
+        # Where nothing tells of checkpoints, PyTorch's own are right in any block.
+        if faster is not None and checkpointed() is False and not transformed():
             return faster(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 @contextmanager
@@ -42,12 +45,10 @@ def tangents_only() -> Iterator[None]:
 _by_inputs = True
 
 
-def _checkpointed() -> bool:
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    if top is None:  # before torch 2.8 nothing tells, and PyTorch's own functions are right in any block
-        return True
-    hooks = top(True)
-    return hooks is not None and "checkpoint" in getattr(hooks[0], "__module__", "")
+def _last_derivative() -> None:
+    """Raise DifferentiatesItself in the backward of a Grad that is to be differentiated in its turn."""
+    if torch.is_grad_enabled():
+        raise DifferentiatesItself
 
 
 # --- y = f(x), element by element -----------------------------------------------------------------------------------------
@@ -115,6 +116,7 @@ class _PointwiseGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, r: Tensor) -> tuple[Tensor | None, ...]:
+        _last_derivative()
         first, g_second = ctx.saved_tensors
         return r * first, r * g_second if _by_inputs else None, None, None
 
@@ -171,6 +173,7 @@ class _NormalGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, r: Tensor) -> tuple[Tensor | None, ...]:
+        _last_derivative()
         g, n, rstd, minus_g_n = ctx.saved_tensors
         by_g, r_n = _project(r, n, rstd)
         if not _by_inputs:
@@ -233,6 +236,7 @@ class _SoftmaxGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, r: Tensor) -> tuple[Tensor | None, ...]:
+        _last_derivative()
         centred, p = ctx.saved_tensors
         r = r - (r * p).sum(-1, keepdim=True)
         return r * p, r.mul_(centred) if _by_inputs else None

@@ -15,12 +15,14 @@ and one backward through the forward makes H_G v = J^T (d2L/dz2) J v of the firs
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from functional_sam.curvature.buffers import parts
 from functional_sam.curvature.functions import tangents_only
 from functional_sam.curvature.outer import CrossEntropyOnLogits, LossFn, OnHead, OnLogits, Outer, Tangents, by_classes, pull_back
 from functional_sam.errors import UserError
@@ -32,8 +34,10 @@ Forward = Callable[..., Any]  # (model, inputs), and readout= of a model that ha
 class Linearization:
     """Products for one batch, its sums not yet divided by the number of targets.
 
-    keep_bytes: what it may hold of u. num_bytes: what it holds in all but the parameters.
-    Raises ChangedInPlace, at any time, for a graph one of whose tensors has been written to since.
+    keep_bytes: what it may hold of u. num_bytes: what it holds in all but the parameters. functions: what forward and loss_fn are
+    called inside of.
+    Raises ChangedInPlace, at any time, for a graph one of whose tensors has been written to since; DifferentiatesItself where
+    functions do not allow it; UserError for outputs that depend on no parameter, and for ones that are not dense.
     """
 
     def __init__(
@@ -46,28 +50,36 @@ class Linearization:
         inputs: Any,
         targets: Any,
         keep_bytes: float,
+        functions: AbstractContextManager[Any],
     ) -> None:
         self.parameters = list(parameters)
         held = _Held(model)
         with torch.autograd.graph.saved_tensors_hooks(held.pack, held.unpack):
             outer: Outer
             if readout and by_classes(loss_fn, targets):
-                h, weight = forward(model, inputs, readout=lambda h, weight: (h, weight))
+                with functions:
+                    h, weight = forward(model, inputs, readout=_handed_over)
+                require_graph(h.requires_grad or weight.requires_grad)
                 by_weight = weight.requires_grad and (not weight.is_leaf or any(weight is p for p in parameters))
                 outputs = [h] * h.requires_grad + [weight] * by_weight
                 outer = OnHead(h, weight, targets, h.requires_grad, by_weight, keep_bytes)
             else:
-                z = forward(model, inputs)
+                with functions:
+                    z = forward(model, inputs)
+                require_dense(z)
                 require_logits(z, targets, loss_fn)
+                require_graph(z.requires_grad)
                 outputs = [z] * z.requires_grad
                 closed = by_classes(loss_fn, targets)
-                outer = CrossEntropyOnLogits(z, targets) if closed else OnLogits(z, targets, loss_fn)
+                outer = CrossEntropyOnLogits(z, targets) if closed else OnLogits(z, targets, loss_fn, functions)
             _require_no_reentrant_checkpoint(outputs)
             self.loss, self.count = outer.loss, outer.count
             self.state = _State(outer)
             # No graph of y -> c but this one, or its backward would also run through the loss.
             self.c: tuple[Tensor, ...] = _Node.apply(self.state, *outputs) if outputs else ()  # type: ignore[no-untyped-call]
             self.g = pull_back(outputs, self.parameters, self.c, create_graph=True)
+            if any(g_i.layout != torch.strided for g_i in self.g):
+                raise UserError("sparse gradients have no second derivative: build the embedding with sparse=False")
         # The place of the outputs in the graph is enough: logits need not be held for it.
         self.outputs = [get_gradient_edge(output) for output in outputs]
         self._graph_bytes = held.num_bytes
@@ -114,6 +126,26 @@ class Linearization:
         return pull_back(self.outputs, self.parameters, dc, retain_graph=keep)
 
 
+def require_dense(z: Any) -> None:
+    """Raise UserError for sparse and for jagged logits."""
+    if isinstance(z, Tensor) and (z.layout != torch.strided or z.is_nested):
+        raise UserError(f"forward returned logits of layout {z.layout}: let it return a dense tensor, z.to_dense() or z.values()")
+
+
+def require_graph(there_is: bool) -> None:
+    """Raise UserError unless something of what forward returned can be differentiated."""
+    if not there_is:
+        raise UserError(
+            "forward returned logits that depend on no parameter: it runs under no_grad, or detaches them, and gradient and "
+            "curvature would be zero. loss() alone needs no graph"
+        )
+
+
+def _handed_over(h: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    require_graph(torch.is_grad_enabled())  # without gradients the weight, a parameter, would still say that it has one
+    return h, weight
+
+
 def _require_no_reentrant_checkpoint(outputs: Sequence[Tensor]) -> None:
     """Raise UserError for a graph of which autograd.grad does not enter a part: it gives zeros where it does not raise."""
     pending, seen = [output.grad_fn for output in outputs], set()
@@ -158,18 +190,26 @@ class ChangedInPlace(UserError):
     """A tensor that a graph has saved was written to afterwards."""
 
 
+def _parts(tensor: Tensor) -> Sequence[Tensor]:
+    if torch._is_zerotensor(tensor):  # a tangent of torch.func.jvp, without memory
+        return ()
+    return (tensor,) if tensor.layout == torch.strided and not tensor.is_nested else parts(tensor)
+
+
 class _Held:
     """Counts what a graph saves, each storage once, parameters and buffers not, and sees to it that nothing of it is changed."""
 
     def __init__(self, model: nn.Module) -> None:
         self.num_bytes = 0
-        self.seen = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+        tensors = [*model.parameters(), *model.buffers()]
+        self.seen = {part.untyped_storage().data_ptr() for tensor in tensors for part in _parts(tensor)}
 
     def pack(self, tensor: Tensor) -> tuple[Tensor, int]:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.seen:
-            self.seen.add(storage.data_ptr())
-            self.num_bytes += storage.nbytes()
+        for part in _parts(tensor):
+            storage = part.untyped_storage()
+            if storage.data_ptr() not in self.seen:
+                self.seen.add(storage.data_ptr())
+                self.num_bytes += storage.nbytes()
         # Detached, for an output that its own node holds would keep itself alive; autograd gives it its history back. With hooks
         # autograd does not look at versions itself.
         return tensor.detach(), tensor._version

@@ -14,12 +14,14 @@ OnHead     y = (h, W), z = h W^T, for the same. With p = softmax(z) and u = p - 
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from functional_sam.curvature.buffers import written
 from functional_sam.errors import UserError
 from functional_sam.head import chunks, hessian_product, softmax_of, to_cotangent
 from functional_sam.losses import IGNORE, cross_entropy, require_logits, require_no_mean, require_rows
@@ -48,11 +50,12 @@ class Outer(Protocol):
 
 
 class OnLogits:
-    """Any loss_fn of the logits, by autograd."""
+    """Any loss_fn of the logits, by autograd. functions: what loss_fn is called inside of."""
 
-    def __init__(self, z: Tensor, targets: Any, loss_fn: LossFn) -> None:
+    def __init__(self, z: Tensor, targets: Any, loss_fn: LossFn, functions: AbstractContextManager[Any] | None = None) -> None:
         self.z = z.detach().requires_grad_()
-        total, self.count = summed(loss_fn, self.z, targets)
+        with functions or nullcontext():
+            total, self.count = of_logits_alone(loss_fn, self.z, targets)
         self.loss = total.detach()
         (self.u,) = pull_back([total], [self.z], create_graph=True)
 
@@ -168,10 +171,40 @@ class OnHead:
 def summed(loss_fn: LossFn, z: Any, targets: Any) -> tuple[Tensor, Tensor]:
     """loss_fn(z, targets). Raises UserError for a z that is no tensor of logits or not the targets', and for a mean alone."""
     require_logits(z, targets, loss_fn)
+    before = written(targets)
     result = loss_fn(z, targets)
+    if written(targets) != before:
+        raise UserError("loss_fn changed targets, which every product is of: let it work on a copy")
     if not (isinstance(result, tuple) and len(result) == 2):
         raise UserError(f"loss_fn returned a {type(result).__name__}: expected (SUM over valid targets, number of valid targets)")
     return result
+
+
+def of_logits_alone(loss_fn: LossFn, z: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
+    """loss_fn(z, targets) to be differentiated by z: UserError if it depends on more that is trained, or on no z at all.
+
+    Both halves are those of a function of the logits: what reaches the parameters past them would be in neither.
+    """
+    at_z = get_gradient_edge(z).node
+    total, count = summed(loss_fn, z, targets)
+    start = getattr(total, "grad_fn", None)
+    if start is None and float(count):
+        raise UserError("loss_fn returned a sum that does not depend on the logits: it detaches them, or runs under no_grad")
+    pending, seen = [start], {at_z}
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        if type(node).__name__ == "AccumulateGrad":
+            raise UserError(
+                f"loss_fn depends on a tensor of shape {list(node.variable.shape)} that requires a gradient and is not behind the "
+                "logits: a term read from the model (load balancing, a penalty on the weights), parameters of its own, or targets "
+                "with a graph. It would be missing in gradient and curvature: let forward return what the term needs as a part of "
+                "the logits, move parameters into the model, detach() the rest"
+            )
+        seen.add(node)
+        pending += [following for following, _ in node.next_functions]
+    return total, count
 
 
 def sums(loss_fn: LossFn) -> LossFn:

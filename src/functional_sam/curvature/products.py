@@ -6,13 +6,24 @@ parameters. A batch has any number of leading dimensions.
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from functional_sam.curvature.batches import Batch, Batches
-from functional_sam.curvature.context import drawing_nothing, moved_along, second_order
+from functional_sam.curvature.buffers import parts, version
+from functional_sam.curvature.context import (
+    moved_along,
+    one_at_a_time,
+    repeatable,
+    require_gradients_possible,
+    require_no_hooks,
+    second_order,
+    without_graph,
+)
 from functional_sam.curvature.difference import Differences, required
 from functional_sam.curvature.functions import FastSecondDerivatives
 from functional_sam.curvature.geometry import AdamGeometry, adam_scales
@@ -20,6 +31,7 @@ from functional_sam.curvature.groups import Selection, select
 from functional_sam.curvature.linearization import ChangedInPlace, Forward, Linearization
 from functional_sam.curvature.operators import Names, Operator, Vector
 from functional_sam.curvature.outer import LossFn, OnHead, by_classes, summed, sums
+from functional_sam.derivatives import Derivatives, DifferentiatesItself
 from functional_sam.errors import UserError
 from functional_sam.losses import cross_entropy
 from functional_sam.weights import is_sharded
@@ -58,12 +70,14 @@ class CurvatureProducts:
     its parallel meaning and its error estimate (`error`) are those of functional_sam.curvature.difference.Differences.
 
     The code runs eagerly, without autocast and with an attention of its own, for the fused one has no second derivative. A model
-    inside DDP is given without its wrapper.
+    inside DDP is given without its wrapper. Threads take turns: their products are right, and one at a time.
     Targets of the default loss are one class index a row of logits [..., V], or probabilities [..., V].
     Raises UserError for no batch or no valid target; for logits that are not the targets'; for a loss_fn that returns a mean, alone
-    or beside a count; for parameters that are frozen, in half precision or not found; for a v of other shapes; for sharded
-    parameters or reentrant checkpointing with method="exact"; and, at each product, for a model or batches that are not the same
-    at every pass: active dropout, batch normalization in training mode, random numbers drawn in forward, a shuffled loader.
+    or beside a count, or one that depends on more than the logits; for parameters that are frozen, in half precision or not found;
+    for a v of other shapes; where there are no gradients (inference_mode, a forward that detaches); for sharded parameters,
+    reentrant checkpointing or hooks on gradients with method="exact"; and, at each product, for a model or batches that are not the
+    same at every pass: active dropout, batch normalization in training mode, random numbers drawn in forward, a buffer that forward
+    changes (it is put back), a shuffled loader, inputs or targets that are changed.
     """
 
     def __init__(
@@ -100,6 +114,7 @@ class CurvatureProducts:
         self._kept: dict[int, Linearization] = {}
         self._stamp: list[Any] = []
         self._full = False
+        self._third = False  # whether the forward takes derivatives itself, as far as is known
 
     @property
     def error(self) -> float:
@@ -118,19 +133,20 @@ class CurvatureProducts:
         total, count = 0.0, 0.0
         with second_order(self.model, self._device.type), torch.no_grad():
             for inputs, targets in self.batches:
-                with drawing_nothing(self._device):
+                with repeatable(self.model, inputs, self._device):
+                    call = partial(self.forward, self.model, inputs)
                     if self.readout and by_classes(self.loss_fn, targets):
-                        h, weight = self.forward(self.model, inputs, readout=lambda h, weight: (h, weight))
+                        h, weight = without_graph(partial(call, readout=lambda h, weight: (h, weight)))
                         head = OnHead(h, weight, targets, by_h=False, by_weight=False, keep_bytes=0)
                         part, valid = head.loss, head.count
                     else:
-                        part, valid = summed(self.loss_fn, self.forward(self.model, inputs), targets)
+                        part, valid = summed(self.loss_fn, without_graph(call), targets)
                 total, count = total + float(part), count + float(valid)
         return self.parameters[0].new_tensor(total / required(count))
 
     def loss_along(self, v: Vector, rho: float) -> Tensor:
         """L(theta + rho v). The weights are moved and put back by copy, bit for bit."""
-        with moved_along(self.model, self.parameters, self._names.listed(v), rho):
+        with one_at_a_time, moved_along(self.model, self.parameters, self._names.listed(v), rho):
             return self.loss()
 
     def gradient(self) -> list[Tensor]:
@@ -217,6 +233,8 @@ class CurvatureProducts:
         # Into zeros and not into the first result, which autograd may have made a view of v itself.
         total = [torch.zeros_like(parameter) for parameter in self.parameters] if total is None else total
         count = 0.0
+        require_gradients_possible(self.parameters)
+        require_no_hooks(self._names.names, self.parameters)
         with second_order(self.model, self._device.type):
             self._drop_stale()
             # With all graphs at hand the batches themselves are not read again.
@@ -235,12 +253,8 @@ class CurvatureProducts:
         measure = self.retain == "auto" and not self._full
         options = self.model, self.forward, self.readout, self.loss_fn, self.parameters, inputs, targets
         keep_bytes = float("inf") if self.retain is True else room
-        with drawing_nothing(self._device):
-            try:
-                with FastSecondDerivatives():
-                    batch = Linearization(*options, keep_bytes)
-            except ChangedInPlace:  # which PyTorch's own functions, that save less, may allow
-                batch = Linearization(*options, keep_bytes)
+        with repeatable(self.model, inputs, self._device):
+            batch = self._differentiable(lambda functions: Linearization(*options, keep_bytes, functions))
         if measure and batch.num_bytes > room:
             batch.drop_cotangent()
             self._full = batch.num_bytes > room
@@ -248,14 +262,37 @@ class CurvatureProducts:
             self._kept[i] = batch
         return batch
 
+    def _differentiable(self, make: Callable[[Derivatives], Linearization]) -> Linearization:
+        """The graph with the quickest functions that are right for this forward."""
+        try:
+            if not self._third:
+                try:
+                    return make(FastSecondDerivatives())
+                except ChangedInPlace:  # which PyTorch's own functions, that save less, may allow
+                    with suppress(DifferentiatesItself):
+                        return make(Derivatives())
+                except DifferentiatesItself:
+                    pass
+                self._third = True
+            return make(Derivatives(third=True))
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):
+                raise
+            raise UserError(
+                "forward takes derivatives by torch.func (grad, vjp, jacrev), around which PyTorch has no hooks on saved tensors: "
+                "torch.autograd.grad(create_graph=True) in its place, or method='difference'"
+            ) from error
+
     def _drop_stale(self) -> None:
         """Forget the graphs of weights and buffers that have changed, in whatever way, since they were made."""
-        floating = (buffer for buffer in self.model.buffers() if buffer.is_floating_point())
+        buffers = [part for buffer in self.model.buffers() for part in parts(buffer)]
+        floating = (buffer for buffer in buffers if buffer.is_floating_point())
         tensors = list(dict.fromkeys([*self.parameters, *self.model.parameters(), *floating]))
         with torch.no_grad():
             norms = torch.stack([n.double() for n in torch._foreach_norm(tensors)]).tolist()
-        everything = [*tensors, *self.model.buffers()]  # of integers and booleans this alone tells
-        stamp = [norms, [(t.data_ptr(), t._version) for t in everything], self.model.training]
+        everything = [*tensors, *buffers]  # of integers and booleans this alone tells
+        versions = [version(t) for t in [*everything, *self.model.buffers()]]
+        stamp = [norms, [t.data_ptr() for t in everything], versions, self.model.training]
         if stamp != self._stamp:
             self.release()
             self._stamp = stamp

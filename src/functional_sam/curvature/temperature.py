@@ -11,13 +11,14 @@ is undone by it. Source: Guo et al. 2017 for the temperature.
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from functional_sam.curvature.batches import Batch, Batches
-from functional_sam.curvature.context import drawing_nothing, require_evaluation
+from functional_sam.curvature.context import repeatable, require_evaluation, slow_attention, without_graph
 from functional_sam.curvature.difference import required
 from functional_sam.curvature.linearization import Forward
 from functional_sam.losses import cross_entropy, require_logits
@@ -81,8 +82,8 @@ def _derivatives(model: nn.Module, batches: Batches, forward: Forward, s: float)
     sums, count = torch.zeros(3, dtype=torch.float64), 0
     with torch.no_grad():
         for inputs, targets in batches:
-            with drawing_nothing(targets.device):
-                z: Tensor = forward(model, inputs)
+            with repeatable(model, inputs, targets.device), slow_attention():
+                z: Tensor = without_graph(partial(forward, model, inputs))
             require_logits(z, targets, cross_entropy)
             kept = targets.flatten() >= 0
             z = z.flatten(0, -2)[kept].double()

@@ -1,0 +1,91 @@
+"""What a forward has changed that is to stay, buffers and batches, and what tensors of any layout consist of."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def parts(tensor: Tensor) -> list[Tensor]:
+    """The dense tensors that a tensor of any layout consists of: itself, or values and places of a sparse or jagged one."""
+    local: Any = tensor
+    tensor = local.to_local() if hasattr(tensor, "device_mesh") else tensor
+    tensor = tensor.detach()
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._values(), tensor._indices()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.values(), tensor.crow_indices(), tensor.col_indices()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.values(), tensor.ccol_indices(), tensor.row_indices()]
+    if tensor.layout == torch.jagged:
+        jagged: Any = tensor
+        return [jagged.values(), jagged.offsets()]
+    return [tensor] if tensor.layout == torch.strided and not tensor.is_nested else []
+
+
+def version(tensor: Tensor) -> int:
+    """How often it has been written to; those made under torch.inference_mode() do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def written(batch: Any) -> list[tuple[int, int]]:
+    """Which tensor and how often written to, of every tensor in nested lists, tuples and dictionaries."""
+    if isinstance(batch, Tensor):
+        return [(id(batch), version(batch))]
+    items = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    return [one for item in items for one in written(item)]
+
+
+class Buffers:
+    """The buffers of a model as they are now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.training = any(module.training for module in model.modules())
+        self.places: list[tuple[str, dict[str, Any], str, Tensor, int]] = []
+        self.copies: dict[Tensor, Tensor] = {}
+        for prefix, module in model.named_modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    full = f"{prefix}.{name}" if prefix else name
+                    self.places.append((full, module._buffers, name, buffer, version(buffer)))
+                    self.copies[buffer] = buffer.detach().clone()
+
+    @torch.no_grad()
+    def put_back(self) -> list[str]:
+        """Give the buffers that hold other values since their old ones; returns their names.
+
+        One of another shape or type in its place is a cache that has grown (sines and cosines of positions), and stays.
+        """
+        changed = []
+        for full, held, name, buffer, before in self.places:
+            now = held.get(name)
+            if now is None or (now is buffer and version(now) == before and not self.training):
+                continue  # writing past the version, by .data, is a habit of training
+            copy = self.copies[buffer]
+            if now is buffer:
+                if not _same(now, copy):
+                    changed.append(full)
+                    _write(held, name, buffer, copy)
+            elif (now.shape, now.dtype, now.layout) == (copy.shape, copy.dtype, copy.layout) and not _same(now, copy):
+                changed.append(full)
+                held[name] = buffer
+                if not _same(buffer, copy):
+                    _write(held, name, buffer, copy)
+        return changed
+
+
+def _write(held: dict[str, Any], name: str, buffer: Tensor, copy: Tensor) -> None:
+    if buffer.layout == torch.strided and not buffer.is_nested:
+        buffer.copy_(copy)
+    else:
+        held[name] = copy
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit, but that any nan is one."""
+    return a.device == b.device and all(
+        x.shape == y.shape
+        and (torch.equal(x, y) or (x.is_floating_point() and torch.allclose(x, y, rtol=0.0, atol=0.0, equal_nan=True)))
+        for x, y in zip(parts(a), parts(b), strict=True)
+    )
