@@ -9,7 +9,8 @@ from rich.console import Console
 from functional_sam import exhibits
 from functional_sam.commands import results, runs
 from functional_sam.errors import UserError
-from functional_sam.exhibits.output import as_written, csv_text
+from functional_sam.exhibits.output import as_written, csv_text, stem
+from functional_sam.exhibits.spec import load_spec
 from functional_sam.files import write_text
 from functional_sam.jobs.launch import submit
 from functional_sam.jobs.profile import load_profile
@@ -142,3 +143,11 @@ def test_a_submission_takes_what_is_released_too(home, capsys):
     assert stage.missing() == configs[2:]  # as the job after a stage asks
     assert [run.released for run in map(Run, configs)] == [True] * 2 + [False] * 4
     assert "2 runs taken as they were released" in capsys.readouterr().out
+
+
+def test_released_numbers_have_the_columns_that_are_drawn_now():
+    """One column more, and `make figure-9` would say that it cannot be compared."""
+    for path in sorted(released.results_directory().glob("*.csv")):
+        name, scale = path.stem.rsplit("-", 1)
+        drawn = stem(load_spec(name, scale))
+        assert path.read_text().partition("\n")[0] == drawn.with_name(f"{drawn.name}.csv").read_text().partition("\n")[0], path.name

@@ -8,7 +8,7 @@ import torch
 from conftest import TinyReadout, adamw, make_batch, make_model
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize
 
 from functional_sam import METHODS, SharpnessAware, UserError
 
@@ -330,6 +330,22 @@ def test_second_derivatives_of_what_is_no_gradient_are_refused():
         SharpnessAware(model, sgd(model), "penalty-sam", derivative="difference")
     alone = nn.Sequential(nn.Embedding(9, 4, padding_idx=0), nn.Linear(4, 9, bias=False))
     SharpnessAware(alone, sgd(alone), "penalty-sam", derivative="exact")
+
+
+@pytest.mark.parametrize("phi", [0.0, 45.0, 90.0])
+def test_weight_norm_has_its_second_derivatives(phi):
+    """PyTorch's own take the norm for a constant: a difference of gradients, which does without them, gives the same correction."""
+    found = []
+    for words in ({"derivative": "exact"}, {"derivative": "difference", "step": 1e-5}):
+        model = mlp()
+        parametrizations.weight_norm(model[0])
+        SharpnessAware(model, sgd(model), "angle-sam", rho=0.1, phi=phi, **words).backward([batch()])
+        found.append(flat(model))
+    model = mlp()
+    parametrizations.weight_norm(model[0])
+    SharpnessAware(model, sgd(model), "plain").backward([batch()])
+    g = flat(model)
+    assert float((found[0] - found[1]).norm() / (found[1] - g).norm()) < 1e-4
 
 
 def test_both_halves_are_of_one_draw_of_a_random_loss():

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from made_up import MadeUp, bowl
 
-from functional_sam.exhibits import draw_plan, foreseen, module_of, planned
+from functional_sam.exhibits import draw_plan, figure_11, foreseen, module_of, planned
 from functional_sam.exhibits.comparison import changed, same_runs, to_come
 from functional_sam.exhibits.figure_3 import DOSE_AT_FIRST, judged_paths, path_alone
 from functional_sam.exhibits.output import write
@@ -245,7 +245,7 @@ def test_table_1_has_a_row_a_cell(complete):
 def test_figure_11_says_whose_weights_bear_more(complete):
     exhibit = drawn("figure-11", complete)
     data = exhibit.frame
-    sam = data[data.entry == "sam"]
+    sam = data[(data.entry == "sam") & (data.kind != figure_11.TRAINED)]
     assert (sam.minus_baseline > 0).all()
     assert set(data[data.entry == "adamw"].verdict) == {""}
     hard = sam[(sam.kind == "forgetting") & (sam.level == 200)].iloc[0]
@@ -254,3 +254,34 @@ def test_figure_11_says_whose_weights_bear_more(complete):
     assert hard.verdict == str(Verdict.WORSE)
     assert hard.there == pytest.approx(5.5)
     assert "5 larger" in exhibit.caption
+
+
+def test_figure_11_compares_the_functional_methods_with_sam_and_shows_the_loss_before(complete):
+    """SAM's increase is three times theirs; all are one family. The losses as trained are described, not judged."""
+    exhibit = drawn("figure-11", complete)
+    data = exhibit.frame
+    own = data[data.entry.isin(figure_11.WITH_SAM) & data.kind.ne(figure_11.TRAINED)]
+    assert data.minus_sam.notna().sum() == len(own)
+    last = own[(own.entry == "functional-sam") & (own.kind == "forgetting") & (own.level == 200)].iloc[0]
+    assert last.minus_sam == pytest.approx(-1.0, rel=0.03)
+    assert last.verdict_sam == str(Verdict.BETTER)
+    judged_rows = data[data.verdict.ne("")]
+    found = [Estimate(r.minus_baseline, r.minus_baseline_stderr, r.n) for r in judged_rows.itertuples()]
+    found += [Estimate(r.minus_sam, r.minus_sam_stderr, r.n) for r in own.itertuples()]
+    margin = exhibit.plan.content[0].study.margin
+    assert [str(word) for word in judged(found, margin=margin)] == [*judged_rows.verdict, *own.verdict_sam]
+    before = data[data.kind == figure_11.TRAINED].set_index("entry")
+    assert set(before.verdict) == {""}
+    assert before.minus_baseline["sam"] == pytest.approx(before.increase["sam"] - before.increase["adamw"])
+    assert "the loss before minus AdamW's, which is not matched: SAM " in exhibit.caption
+
+
+def test_figure_11_is_drawn_without_other_text(complete):
+    """As at paper scale, where C4 stands alone."""
+    source = MadeUp(complete.loss)
+    source.records = complete.records
+    whole = source.robustness
+    source.robustness = lambda config: {key: value for key, value in whole(config).items() if key != "elsewhere"}
+    exhibit = drawn("figure-11", source)
+    assert set(exhibit.frame.kind) == {figure_11.TRAINED, "rounding", "noise"}
+    assert "other text was not trained on" in exhibit.caption

@@ -54,7 +54,7 @@ def place(row: Any) -> str:
     """A cell in words: size, rows of a step, and how often its data is met."""
     size = str(row.task).split("-", 1)[-1]
     epochs = row.units / row.unique_units
-    return f"{size}, {row.batch} rows" + (f", {epochs:.0f} epochs" if epochs > 1.5 else "")
+    return f"{size}, {row.batch} rows" + (f", {epochs:.3g} epochs" if epochs > 1.05 else "")
 
 
 def rows_of(data: pd.DataFrame, other: str = "sam") -> str:
@@ -120,12 +120,16 @@ def headline(data: pd.DataFrame) -> str:
 
 def seen(data: pd.DataFrame, other: str = "baseline") -> str:
     """The effect that inconclusive comparisons could have seen, as a sentence."""
-    open_ = data[data[f"verdict_{other}"] == str(Verdict.OPEN)]
-    if open_.empty:
+    return would_have_seen(data[data[f"verdict_{other}"] == str(Verdict.OPEN)][f"detectable_{other}"])
+
+
+def would_have_seen(sizes: Iterable[float]) -> str:
+    """The same of the effects that inconclusive comparisons could have seen; empty for none."""
+    found = [size for size in sizes if 0 < size < math.inf]  # none of a comparison whose seeds all agree
+    if not found:
         return ""
-    low, high = open_[f"detectable_{other}"].min(), open_[f"detectable_{other}"].max()
-    sizes = " to ".join(dict.fromkeys(markdown.significant(size, 2) for size in (low, high)))
-    return f" Where inconclusive, an effect of {sizes} would have been seen in 4 of 5 cases by a single test."
+    words = " to ".join(dict.fromkeys(markdown.significant(size, 2) for size in (min(found), max(found))))
+    return f" Where inconclusive, an effect of {words} would have been seen in 4 of 5 cases by a single test."
 
 
 def setting(plan: Plan, data: pd.DataFrame) -> str:

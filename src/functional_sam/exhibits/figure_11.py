@@ -9,10 +9,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from functional_sam.exhibits import style
-from functional_sam.exhibits.comparison import label, left_out, plan, setting
+from functional_sam.exhibits.comparison import label, left_out, plan, setting, would_have_seen
+from functional_sam.exhibits.markdown import interval
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
-from functional_sam.exhibits.words import answer, sentence
+from functional_sam.exhibits.words import answer, sentence, tally
 from functional_sam.records import Source
 from functional_sam.study.compare import Estimate, Verdict, estimate, judged, paired_difference
 from functional_sam.study.report import check, frame
@@ -20,54 +21,81 @@ from functional_sam.study.tune import Planned
 
 __all__ = ["draw", "headline", "plan"]
 
-KINDS = {"rounding": "bits", "noise": "noise / RMS of a tensor", "forgetting": "steps on other text"}
+TRAINED = "as trained"  # no change: the loss itself, which is to be matched where increases are compared
+KINDS = {TRAINED: "", "rounding": "bits", "noise": "noise / RMS of a tensor", "forgetting": "steps on other text"}
+WITH_SAM = ("functional-sam", "precond-functional-sam")  # whose increase the protocol compares with SAM's as well
 PHRASES = {Verdict.BETTER: "smaller", Verdict.WORSE: "larger", Verdict.SAME: "no different", Verdict.OPEN: "inconclusive"}
-HARD = {"rounding": (4, 3), "noise": (0.1, 0.2), "forgetting": (200,)}  # where the protocol predicts a difference
+HARD: dict[str, tuple[float, ...]] = {
+    TRAINED: (),
+    "rounding": (4, 3),
+    "noise": (0.1, 0.2),
+    "forgetting": (200,),
+}  # where the protocol predicts a difference
 
 
 def draw(plan: Plan) -> Exhibit:
-    """A row a cell, a panel a kind of change: the increase of the loss minus AdamW's increase, paired by seed."""
+    """A row a cell, a panel a kind of change: the increase of the loss minus AdamW's increase, paired by seed.
+
+    First the loss before any change, minus AdamW's. A kind that no run was measured on (other text at paper scale) has no panel.
+    """
     rows = [row for one in plan.content for row in increases(one, plan.source)]
     data = _judged(pd.DataFrame(rows), plan.content[0].study.margin)
     style.use()
-    cells = list(dict.fromkeys(data.cell))
-    figure, axes = plt.subplots(len(cells), len(KINDS), figsize=(style.PAGE, 2.2 * len(cells) + 0.3), squeeze=False, sharey="row")
+    cells, kinds = list(dict.fromkeys(data.cell)), [kind for kind in KINDS if data.kind.eq(kind).any()]
+    figure, axes = plt.subplots(
+        len(cells),
+        len(kinds),
+        figsize=(style.PAGE, 2.2 * len(cells) + 0.3),
+        squeeze=False,
+        sharey="row",
+        gridspec_kw={"width_ratios": [0.4 if kind == TRAINED else 1.0 for kind in kinds]},
+    )
     for line, cell in zip(axes, cells, strict=True):
-        for axis, kind in zip(line, KINDS, strict=True):
+        for axis, kind in zip(line, kinds, strict=True):
             _panel(axis, data[(data.cell == cell) & (data.kind == kind)])
             axis.set(title=kind, xlabel=KINDS[kind])
-        line[0].set_ylabel("increase of the loss\nminus AdamW's (nats per token)")
-    style.legend_above(figure, axes[0, 0])
+        line[0].set_ylabel("loss, or its increase,\nminus AdamW's (nats per token)")
+    style.legend_above(figure, axes[0, 1])
     finding = sentence(headline(data))
     style.finding_above(figure, finding)
     base = data[data.entry == plan.content[0].cell.entries[0]]
-    scale = "; ".join(f"{kind} {_own(base, kind)}" for kind in KINDS)
+    scale = "; ".join(f"{kind} {_own(base, kind)}" for kind in kinds if HARD[kind])
+    other = (
+        "other text is AWS documentation, cut by the same tokenizer" if "forgetting" in kinds else "other text was not trained on"
+    )
     caption = (
-        f"{finding} AdamW's own increase in nats: {scale}; other text is AWS documentation, cut by the same tokenizer. "
-        f"{setting(plan, frame(plan.content, plan.source))}{left_out(plan)}"
+        f"{finding} AdamW's own increase in nats: {scale}; {other}; {_before(data)}; functional methods minus SAM, of the same "
+        f"family: {tally(data.verdict_sam)}. "
+        f"{setting(plan, frame(plan.content, plan.source))}{_seen(data)}{left_out(plan)}"
     )
     hard = [row.verdict for row in data.itertuples() if row.entry == "sam" and row.level in HARD[row.kind]]
     return Exhibit(plan, {"": data}, caption, finding, figure, answer=answer(hard, Verdict.BETTER))
 
 
 def increases(one: Planned, source: Source) -> list[dict[str, Any]]:
-    """A row an entry, kind and level: the loss on the run's own text after the change minus that before, and both minus AdamW's."""
+    """A row an entry, kind and level: the loss on the run's own text after the change minus that before.
+
+    minus_baseline, minus_sam: minus AdamW's increase, and of the functional methods minus SAM's.
+    """
     check([one], source)
     (base, configs), *_ = one.reported.items()
     records = {
         key: [source.read(c, "robustness.json") if _finished(c, source) else None for c in of] for key, of in one.reported.items()
     }
+    sam = next((own for key, own in records.items() if key[0] == "sam"), None)
     rows = []
     for key, own in records.items():
-        for kind, level in _levels(records[base]):
-            after = [_increase(record, kind, level) for record in own]
-            theirs = [_increase(record, kind, level) for record in records[base]]
-            before = paired_difference(*([math.inf if r is None else r["loss"] for r in of] for of in (own, records[base])))
+        for kind, level in [(TRAINED, 0.0), *_levels(records[base])]:
+            after, theirs = ([_increase(record, kind, level) for record in of] for of in (own, records[base]))
             mean, minus = estimate(after), paired_difference(after, theirs)
             row = {"cell": one.cell.name, "task": one.cell.task, "entry": key[0], "kind": kind, "level": level, "n": len(configs)}
-            row |= {"increase": mean.mean, "increase_stderr": mean.stderr, "before_minus_baseline": before.mean}
+            row |= {"increase": mean.mean, "increase_stderr": mean.stderr}
             row |= {"there": estimate([_there(record, kind, level) for record in own]).mean}
-            rows.append(row | {"minus_baseline": minus.mean, "minus_baseline_stderr": minus.stderr})
+            row |= {"minus_baseline": minus.mean, "minus_baseline_stderr": minus.stderr}
+            compared = sam is not None and key[0] in WITH_SAM and kind != TRAINED
+            against = paired_difference(after, [_increase(record, kind, level) for record in sam or ()]) if compared else None
+            row |= {"minus_sam": math.nan if against is None else against.mean}
+            rows.append(row | {"minus_sam_stderr": math.nan if against is None else against.stderr})
     return rows
 
 
@@ -93,9 +121,11 @@ def _levels(records: list[dict[str, Any] | None]) -> list[tuple[str, float]]:
 
 
 def _increase(record: dict[str, Any] | None, kind: str, level: float) -> float:
-    """Of the loss; inf for a run that diverged or a loss that is not finite."""
+    """Of the loss (of no change the loss itself); inf for a run that diverged or a loss that is not finite."""
     if record is None:
         return math.inf
+    if kind == TRAINED:
+        return float(record["loss"])
     value = record["elsewhere"][f"{level:g}"]["here"] if kind == "forgetting" else record[kind][f"{level:g}"]
     return math.inf if value is None else float(value) - float(record["loss"])
 
@@ -109,10 +139,14 @@ def _there(record: dict[str, Any] | None, kind: str, level: float) -> float:
 
 
 def _judged(data: pd.DataFrame, margin: float) -> pd.DataFrame:
-    """With verdicts, Holm over the exhibit; a base is not compared to itself."""
-    own = [row.minus_baseline != 0.0 or row.minus_baseline_stderr != 0.0 for row in data.itertuples()]
-    words = iter(judged([Estimate(r.minus_baseline, r.minus_baseline_stderr, r.n) for r in data[own].itertuples()], margin=margin))
-    return data.assign(verdict=[str(next(words)) if compared else "" for compared in own])
+    """With verdicts, Holm over the exhibit: increases minus AdamW's, which is not compared to itself, and minus SAM's."""
+    own = [row.kind != TRAINED and (row.minus_baseline != 0.0 or row.minus_baseline_stderr != 0.0) for row in data.itertuples()]
+    with_sam = data.minus_sam.notna()
+    found = [Estimate(r.minus_baseline, r.minus_baseline_stderr, r.n) for r in data[own].itertuples()]
+    found += [Estimate(r.minus_sam, r.minus_sam_stderr, r.n) for r in data[with_sam].itertuples()]
+    words = iter(map(str, judged(found, margin=margin)))
+    data = data.assign(verdict=[next(words) if compared else "" for compared in own])
+    return data.assign(verdict_sam=[next(words) if compared else "" for compared in with_sam])
 
 
 def _panel(axis: Axes, data: pd.DataFrame) -> None:
@@ -134,8 +168,22 @@ def _panel(axis: Axes, data: pd.DataFrame) -> None:
             elinewidth=0.8,
             label=label(name),
         )
-    axis.set_xticks(range(len(levels)), [f"{level:g}" for level in levels])
+    axis.set_xticks(range(len(levels)), [f"{level:g}" if data.kind.iloc[0] != TRAINED else "" for level in levels])
+    axis.set_xlim(-0.5, len(levels) - 0.5)
     style.signed_log(axis, 0.01)
+
+
+def _before(data: pd.DataFrame) -> str:
+    """How far the methods' losses are from AdamW's to begin with, in words."""
+    own = data[data.kind.eq(TRAINED) & data.entry.ne("adamw")]
+    found = {row.entry: Estimate(row.minus_baseline, row.minus_baseline_stderr, row.n) for row in own.itertuples()}
+    each = [f"{label(name)} {interval(one.mean, one.half_width, sign=True)}" for name, one in found.items()]
+    return f"the loss before minus AdamW's, which is not matched: {', '.join(each)}"
+
+
+def _seen(data: pd.DataFrame) -> str:
+    rows = [row for row in data.itertuples() if row.verdict == Verdict.OPEN]
+    return would_have_seen(Estimate(row.minus_baseline, row.minus_baseline_stderr, row.n).detectable for row in rows)
 
 
 def _own(base: pd.DataFrame, kind: str) -> str:

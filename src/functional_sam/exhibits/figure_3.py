@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from functional_sam.exhibits import markdown, style
-from functional_sam.exhibits.comparison import changed, differs, label, left_out, place, plan, setting
+from functional_sam.exhibits.comparison import changed, differs, label, left_out, place, plan, seen, setting
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.words import answer, sentence
@@ -49,8 +49,8 @@ def draw(plan: Plan) -> Exhibit:
     caption = (
         f"{sentence(headline(data))} Bars are 95 % intervals of paired differences, marks moved aside so that none covers "
         f"another; linear within {LINEAR:g} nats, logarithmic beyond; crosses at the top edge diverged; the grey band is that "
-        f"of the placebo (AdamW whose initial weights were changed by 1e-6). {setting(plan, data)}{left_out(plan, data)}"
-        f"{_told_at_first(paths)}{_still_open(plan, pairs, paths, margin)}"
+        f"of the placebo (AdamW whose initial weights were changed by 1e-6). {setting(plan, data)}{seen(data)}"
+        f"{left_out(plan, data)}{_told_at_first(paths)}{_still_open(plan, pairs, paths, margin)}"
     )
     wanted = paths[paths.at_equal == "rho"] if len(paths) else paths
     found = answer(wanted.verdict if len(wanted) else (), Verdict.BETTER)

@@ -10,7 +10,7 @@ from functional_sam.exhibits import style
 from functional_sam.exhibits.comparison import counted, differs, label, left_out, plan, same_runs, seen, setting
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
-from functional_sam.exhibits.words import answer, sentence
+from functional_sam.exhibits.words import answer, sentence, tally
 from functional_sam.study.compare import Verdict
 from functional_sam.study.report import difference, frame, judge
 
@@ -18,14 +18,20 @@ __all__ = ["draw", "headline", "plan"]
 
 LINEAR = 0.01  # nats: within it the axes are linear
 BOTH = ("sam", "precond-functional-sam")  # the paper's worst and best
-PARTS = {"fixed": "Fixed length", "chinchilla": "20 tokens per parameter", "repeated": "Repeated data, best checkpoint"}
+LONG = "long"  # as batch, at its largest length
+PARTS = {
+    "fixed": "Fixed length",
+    "chinchilla": "20 tokens per parameter",
+    "repeated": "Repeated data, best checkpoint",
+    LONG: "200 tokens per parameter",
+}
 
 
 def draw(plan: Plan) -> Exhibit:
     """Above the batch, one panel a radius; below size in both regimes, and epochs. Bars are 95 % intervals; placebo in grey."""
     margin = plan.content[0].study.margin
     twins = same_runs(plan.content)
-    once = judge(frame([one for one in plan.content if one.cell.name not in twins], plan.source), margin)
+    once = judge(judge(frame([one for one in plan.content if one.cell.name not in twins], plan.source), margin), margin, "sam")
     parts = {one.cell.name: one.cell.part for one in plan.content}
     again = [once[once.cell == first].assign(cell=name, part=parts[name]) for name, first in twins.items()]
     data = pd.concat([once, *again], ignore_index=True)
@@ -34,7 +40,7 @@ def draw(plan: Plan) -> Exhibit:
     batch = data[(data.part == "batch") & (data.lr_over_centre.sub(1).abs() < 0.01)]
     radii = sorted(batch.rho.dropna().unique()) or [math.nan]
     style.use()
-    columns = max(3, len(radii))
+    columns = max(4 if data.part.eq(LONG).any() else 3, len(radii))
     tall = bool(data.part.isin(PARTS).any())
     figure, axes = plt.subplots(1 + tall, columns, figsize=(style.PAGE, 4.4 if tall else 2.6), squeeze=False)
     for axis, rho in zip(axes[0], radii, strict=False):
@@ -57,11 +63,12 @@ def draw(plan: Plan) -> Exhibit:
     else:
         style.legend_above(figure, axes[0, 0], columns=4)
     style.finding_above(figure, sentence(headline(data)))
+    with_sam = f"Against SAM at equal rho, a family of its own: {tally(once.verdict_sam)}."
     caption = (
         f"{sentence(headline(data))} {'Above n' if tall else 'N'}othing is chosen (AdamW's learning rate at each batch)"
         f"{', below every method has as many trials' if tall else ''}; 95 % intervals of paired differences; linear within "
         f"{LINEAR:g} nats, logarithmic beyond. "
-        f"{setting(plan, data)}{left_out(plan, once)}"
+        f"{setting(plan, data)}{seen(once)} {with_sam}{left_out(plan, once)}"
     )
     tuned = once[once.part.isin(["fixed", "chinchilla"]) & once.entry.eq("precond-functional-sam")]
     found = answer(tuned.verdict_baseline, Verdict.BETTER)
@@ -105,6 +112,12 @@ def lines(axis: Axes, part: pd.DataFrame, x: str) -> None:
 
 def _finding(data: pd.DataFrame, batch: pd.DataFrame) -> str:
     sentences = [f"{rows} rows: {counted(part[part.entry != 'placebo'])}" for rows, part in batch.groupby("batch") if len(part)]
-    others = data[data.part != "batch"]
+    others = data[~data.part.isin(["batch", LONG])]
     tuned = [f"{name}: {counted(part)}" for name, part in others.groupby("cell", sort=False)]
-    return f"Against AdamW, over all radii: {'. '.join(sentences)}. Tuned: {'. '.join(tuned) or 'not complete'}.{seen(data)}"
+    long = data[data.part.eq(LONG) & data.entry.ne("placebo")]
+    sentences += [f"200 tokens per parameter: {counted(long)}"] if len(long) else []
+    with_sam = [f"{rows} rows: {counted(part, 'sam')}" for rows, part in batch.groupby("batch") if part.minus_sam.notna().any()]
+    return (
+        f"Against AdamW, over all radii: {'. '.join(sentences)}. Tuned: {'. '.join(tuned) or 'not complete'}.{seen(data)} "
+        f"Against SAM at equal rho: {'. '.join(with_sam)}."
+    )

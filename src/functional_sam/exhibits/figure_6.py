@@ -82,7 +82,7 @@ def draw(plan: Plan) -> Exhibit:
     style.finding_above(figure, sentence(headline(data)))
     correlations = ranks(common)
     finding = _finding(several, common, correlations)
-    caption = f"{finding} {_setting(plan, data)}{comparison.left_out(plan_of_cells(plan))}"
+    caption = f"{finding} {_setting(plan, data)}{comparison.seen(data)}{comparison.left_out(plan_of_cells(plan))}"
     said = answer([_little_against_much(data)], Verdict.BETTER)
     return Exhibit(plan, {"": data, "ranks": correlations}, caption, finding, figure, answer=said)
 

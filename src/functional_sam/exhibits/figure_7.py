@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from functional_sam.exhibits import style
-from functional_sam.exhibits.comparison import label, left_out, of_part, setting
+from functional_sam.exhibits.comparison import label, left_out, of_part, setting, would_have_seen
 from functional_sam.exhibits.cost import cost_figure
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
@@ -63,12 +63,22 @@ def draw(plan: Plan) -> Exhibit:
     caption = (
         f"{sentence(headline(data))} Bars are 95 % intervals of paired differences, linear within {LINEAR:g} nats, logarithmic "
         f"beyond; times are those of results/benchmark/time.csv ({CASE}), which figure-7-cost shows. "
-        f"{setting(plan, cells)}{left_out(plan)}"
+        f"{setting(plan, cells)}{_seen(data)}{left_out(plan)}"
     )
     finding = f"Against AdamW at equal steps: {tally(data.verdict)}; at equal compute: {tally(data.verdict_compute)}."
     said = answer(data.verdict_compute, Verdict.WORSE)
     more = {"cost": cost_figure(pd.read_csv(results_directory() / "benchmark" / "time.csv"))}
     return Exhibit(plan, {"": data}, caption, finding, figure, answer=said, more=more)
+
+
+def _seen(data: pd.DataFrame) -> str:
+    sides = (("equal_steps", "verdict"), ("equal_compute", "verdict_compute"))
+    found = [
+        (Estimate(getattr(row, key), getattr(row, f"{key}_stderr"), row.n), getattr(row, word))
+        for key, word in sides
+        for row in data.itertuples()
+    ]
+    return would_have_seen(one.detectable for one, word in found if word == Verdict.OPEN)
 
 
 def headline(data: pd.DataFrame) -> str:

@@ -37,6 +37,7 @@ def gains(numbers: Path) -> list[Gain]:
         Gain("SuperGLUE, T5.1.1 (Bahri 2022)", "sam", superglue("")),
         Gain("SuperGLUE with 5 % of the data, T5.1.1 (Bahri 2022)", "sam", superglue("5pct-")),
         Gain("XNLI, English (Sherborne 2023)", "sam", [("en", minus("xnli-en-sam", "xnli-en-adam"))]),
+        Gain("XNLI, English (Sherborne 2023)", "asam", [("en", minus("xnli-en-asam", "xnli-en-adam"))]),
         Gain("XNLI, zero-shot (Sherborne 2023)", "sam", [("zero-shot", minus("xnli-zero-shot-sam", "xnli-zero-shot-adam"))], True),
         Gain(
             "XNLI, zero-shot (Sherborne 2023)", "asam", [("zero-shot", minus("xnli-zero-shot-asam", "xnli-zero-shot-adam"))], True

@@ -82,11 +82,15 @@ def points(row: Any, other: str) -> str:
 
 
 def published(ids: Sequence[str]) -> str:
-    """Rows of paper/numbers.csv as a table, in the order of their ids."""
+    """Rows of paper/numbers.csv as a table, with their ids; what we know from others alone is marked."""
     with (paper_directory() / "numbers.csv").open(newline="", encoding="ascii") as file:
         found = {row["id"]: row for row in csv.DictReader(file)}
-    rows = [[found[name][key] for key in ("dataset", "model", "method", "value", "unit", "source")] for name in ids]
-    return markdown.table(["data", "model", "method", "value", "unit", "source"], rows, text=["model", "method", "unit", "source"])
+    rows = [[found[name][key] for key in ("dataset", "model", "method", "value", "unit")] for name in ids]
+    standing = {name: "" if found[name]["standing"] == "first-hand" else f", {found[name]['standing']}" for name in ids}
+    sources = [[f"{found[name]['source']}{standing[name]}", name] for name in ids]
+    lines = [[*row, *more] for row, more in zip(rows, sources, strict=True)]
+    columns = ["data", "model", "method", "value", "unit", "source", "id"]
+    return markdown.table(columns, lines, text=["model", "method", "unit", "source", "id"])
 
 
 def setting(config: Config, scale: str, ns: Sequence[int], family: str) -> str:

@@ -14,11 +14,14 @@ Source: Singh et al. 2025 for the sweep between the halves; c and the convention
 import contextlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from functional_sam.derivatives import twice_differentiable
 from functional_sam.errors import UserError
 from functional_sam.head import differentiable_cotangent
 from functional_sam.losses import cross_entropy
@@ -100,8 +103,7 @@ def exact(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kep
     assert passes.divisor is not None
     with _second_order(), buffers_kept(passes.model):
         for i, (inputs, targets) in enumerate(step.batches):
-            passes.rewind(i, kept)
-            z = passes.forward(passes.model, inputs)
+            z = twice_differentiable(partial(_forward, passes, i, kept, inputs))
             if functional == logit:
                 u = _cotangent(passes.loss_fn, z, targets, passes.divisor)
                 (part,) = _along(_pull(z, params, u, reached), params, along, [params])
@@ -125,6 +127,13 @@ def exact(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kep
         torch._foreach_add_(total, list(step.base.values()))
     for p, value in zip(params, total, strict=True):
         p.grad = value
+
+
+def _forward(passes: Passes, i: int, kept: Sequence[Kept], inputs: Any) -> Tensor:
+    """The logits of micro-batch i with the random numbers of pass 1, however often it is called."""
+    passes.rewind(i, kept)
+    z: Tensor = passes.forward(passes.model, inputs)
+    return z
 
 
 def _pull(z: Tensor, params: Sequence[Tensor], u: Tensor, reached: set[Tensor]) -> list[Tensor]:

@@ -108,7 +108,7 @@ def _row(
         "batch": config.training.batch,
         "steps": config.training.steps,
         "units": units,
-        "unique_units": getattr(config.data, f"unique_{task.unit}") or units,
+        "unique_units": getattr(config.data, f"unique_{task.unit}") or min(units, _held(config, task.unit, source) or units),
         "entry": name,
         "method": config.method.name,
         "lr": trial.get(LR),
@@ -144,6 +144,12 @@ def _row(
         values = [float(_inside(source.read(c, "curvature.json"), path)) for c in measured]
         row[key] = estimate(values).mean if values else math.nan
     return row
+
+
+def _held(config: Config, unit: str, source: Source) -> int | None:
+    """How much the training split holds, as the run's data say it; None where they do not, or where a share of it is taken."""
+    found = source.read(config, "provenance.json")["data"].get(unit)
+    return None if config.data.share < 1 or not isinstance(found, dict) else found.get("train")
 
 
 def _twin(one: Planned, base: tuple[str, Trial], trial: Trial) -> tuple[str, Trial] | None:
