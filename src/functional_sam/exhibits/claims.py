@@ -42,7 +42,7 @@ def picture(claims: Facts, records: Records) -> str:
     record = list(scales.values())[-1]
     link = f"[![{PICTURED}]({shown(record)})]({shown(record)})"
     what = f"{claims[PICTURED]['title']}, scale {record['scale']}"
-    marks = "means over seeds with 95 % intervals of the difference (beside each other, not on top), the zero line is AdamW"
+    marks = "means over seeds with 95 % intervals of the difference, the zero line is AdamW"
     so_far = ", so far" if str(record.get("answer")).endswith("so far") else ""
     return f"{link}\n\n*{sentence(record['headline'] + so_far)} {what}: {marks}.*"
 
