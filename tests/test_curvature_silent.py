@@ -56,21 +56,38 @@ class WithHead(nn.Module):
 
 
 @METHODS
-@pytest.mark.parametrize("kind", ["balance", "decay", "parameters", "targets"])
-def test_a_loss_of_more_than_the_logits_is_refused(kind, method):
-    model, targets = Router().double(), Y
+@pytest.mark.parametrize("kind", ["balance", "decay"])
+def test_a_loss_of_more_of_the_model_than_its_logits_is_refused(kind, method):
+    model = Router().double()
     loss_fn = {
         "balance": lambda z, t: (cross_entropies(z, t)[0] + len(t) * model.balance, len(t)),
         "decay": lambda z, t: (cross_entropies(z, t)[0] + model.gate.weight.square().sum(), len(t)),
-        "parameters": WithHead(),
-        "targets": lambda z, t: ((z - t).square().sum(), len(t)),
     }[kind]
-    if kind == "targets":
-        targets = nn.Linear(5, 4).double()(X)
-    products = CurvatureProducts(model, [(X, targets)], loss_fn, method=method)
+    products = CurvatureProducts(model, [(X, Y)], loss_fn, method=method)
     for product in list(each_product(products))[:4]:
-        with pytest.raises(UserError, match=r"not behind the logits.*detach\(\)"):
+        with pytest.raises(UserError, match=r"a parameter of the model .* past the logits"):
             product()
+
+
+@METHODS
+@pytest.mark.parametrize("kind", ["parameters", "targets"])
+def test_what_others_train_is_a_constant_of_the_products(kind, method):
+    """Parameters of the loss, targets with a graph of another model: they get no gradient, and the products are those of theta."""
+    model, teacher, head = small(), nn.Linear(5, 4).double(), WithHead()
+    loss_fn, targets = (head, Y) if kind == "parameters" else (lambda z, t: ((z - t).square().sum(), len(t)), teacher(X))
+    products = CurvatureProducts(model, [(X, targets)], loss_fn, method=method)
+    v = directions(products)
+    gradient = lambda: torch.autograd.grad(loss_fn(model(X), targets)[0] / 6, products.parameters, retain_graph=True)  # noqa: E731
+    assert error(products.hessian(v), central_difference(gradient, products.parameters, v, h=1e-5)) < 1e-7
+    assert all(p.grad is None for p in [*teacher.parameters(), *head.parameters()])
+
+
+@METHODS
+def test_a_sum_of_logits_has_products(method):
+    """Its cotangent is one number in many places."""
+    model = small()
+    products = CurvatureProducts(model, [(X, Y)], lambda z, t: (z.sum(), len(t)), method=method)
+    assert all(not value.any() for value in products.gauss_newton(directions(products)))
 
 
 @METHODS
@@ -186,7 +203,7 @@ def test_a_cache_in_a_buffer_may_grow(method):
             self.linear = nn.Linear(5, 4).double()
             self.register_buffer("sines", torch.arange(2.0).double().sin())
             self.register_buffer("unused", torch.full((2,), torch.nan))
-            self.register_buffer("later", None)
+            self.register_buffer("later", None, persistent=False)
 
         def forward(self, x):
             if len(x) > len(self.sines):

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 
 from functional_sam import METHODS, SharpnessAware, UserError
+from functional_sam.curvature import CurvatureProducts
 
 
 def mlp():
@@ -264,6 +266,54 @@ def test_statistics_that_forward_replaces_are_still_put_back():
     assert not model.mean.any()
 
 
+def test_a_memory_that_grows_is_put_back():
+    """Saved with the model, it is its state and no cache of positions: one row a step, as by one forward."""
+
+    class Memory(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(5, 4)
+            self.register_buffer("bank", torch.ones(1, 5, dtype=torch.float64))
+
+        def forward(self, x):
+            self.bank = torch.cat([self.bank, x.detach().mean(0, keepdim=True)])
+            return self.linear(x)
+
+    rows = {}
+    for method in ("plain", "sam", "functional-sam", "logit-sam"):
+        model = Memory().double()
+        SharpnessAware(model, sgd(model), method, rho=0.1).backward([batch()])
+        rows[method] = len(model.bank)
+    assert set(rows.values()) == {2}
+    products = CurvatureProducts(model, [batch()])
+    with pytest.raises(UserError, match="changes its buffer 'bank'"):
+        products.hessian([torch.ones_like(p) for p in model.parameters()])
+    assert len(model.bank) == 2
+
+
+def test_threads_leave_the_fast_path_as_it_was():
+    def train():
+        model = mlp()
+        for _ in range(20):
+            SharpnessAware(model, sgd(model), "logit-sam").backward([batch()])
+
+    threads = [threading.Thread(target=train) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_what_no_pass_would_write_to_is_not_refused():
+    """A frozen table with max_norm, and a model without parametrizations inside of parametrize.cached()."""
+    frozen = nn.Sequential(nn.Embedding(10, 5, max_norm=100.0).requires_grad_(False), nn.Linear(5, 4)).double()
+    SharpnessAware(frozen, torch.optim.SGD(frozen[1].parameters(), lr=0.1), "sam").backward([(torch.arange(6), batch()[1])])
+    model = mlp()
+    with parametrize.cached():
+        SharpnessAware(model, sgd(model), "sam").backward([batch()])
+
+
 def test_an_expanded_buffer_is_no_obstacle():
     """Nor does it stand in front of the caller's own error, after which .grad is empty and the buffer as it was."""
 
@@ -317,19 +367,46 @@ def test_an_embedding_that_writes_to_itself_is_refused():
 # ---------------------------------------------------------------------- second derivatives
 
 
+class Tied(nn.Module):
+    """A tied head, and a padding row that reaches the loss where the text holds it."""
+
+    def __init__(self, masked=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(9, 4, padding_idx=0 if masked else None)
+        self.head = nn.Linear(4, 9, bias=False)
+        self.head.weight = self.embedding.weight
+        nn.init.normal_(self.embedding.weight)  # the padding row too, which an embedding makes zero
+
+    def forward(self, x):
+        return self.head(self.embedding(x).tanh())
+
+
 def test_second_derivatives_of_what_is_no_gradient_are_refused():
     scaled = mlp()
     scaled[0].weight.register_hook(lambda g: 2 * g)
     with pytest.raises(UserError, match=r"0.weight has a hook on its gradient"):
         SharpnessAware(scaled, sgd(scaled), "penalty-sam", derivative="exact")
-    tied = nn.Sequential(nn.Embedding(9, 4, padding_idx=0), nn.Linear(4, 9, bias=False))
-    tied[1].weight = tied[0].weight
-    with pytest.raises(UserError, match=r"0.weight is shared, and its embedding's padding_idx"):
-        SharpnessAware(tied, sgd(tied), "penalty-sam", derivative="exact")
-    for model in (scaled, tied):
-        SharpnessAware(model, sgd(model), "penalty-sam", derivative="difference")
-    alone = nn.Sequential(nn.Embedding(9, 4, padding_idx=0), nn.Linear(4, 9, bias=False))
-    SharpnessAware(alone, sgd(alone), "penalty-sam", derivative="exact")
+    SharpnessAware(scaled, sgd(scaled), "penalty-sam", derivative="difference")
+    words, y = torch.tensor([[0, 3, 5], [2, 2, 7]]), torch.tensor([[3, 5, -100], [2, 7, 1]])
+    tied = Tied().double()
+    with pytest.raises(UserError, match=r"shared embedding's padding_idx keeps the gradient"):
+        SharpnessAware(tied, sgd(tied), "penalty-sam", derivative="exact").backward([(words, y)])
+    with pytest.raises(UserError, match=r"shared embedding's padding_idx keeps the gradient"):
+        CurvatureProducts(tied, [(words, y)]).hessian([torch.ones_like(p) for p in tied.parameters()])
+    SharpnessAware(tied, sgd(tied), "penalty-sam", derivative="difference").backward([(words, y)])
+
+
+def test_padding_that_does_not_reach_the_loss_is_no_obstacle():
+    """As in a text model whose padded positions have no target: the same as without padding_idx, bit for bit."""
+    words, y = torch.tensor([[4, 3, 0], [2, 0, 0]]), torch.tensor([[3, 5, -100], [2, -100, -100]])
+    found = []
+    for masked in (True, False):
+        model = Tied(masked).double()
+        SharpnessAware(model, sgd(model), "penalty-sam", derivative="exact").backward([(words, y)])
+        v = [torch.ones_like(p) for p in model.parameters()]
+        found.append((flat(model), *CurvatureProducts(model, [(words, y)]).hessian(v)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("phi", [0.0, 45.0, 90.0])

@@ -8,7 +8,10 @@ Found by central differences in float64 over 128 functions of torch and torch.nn
                   third order in what the forward differentiates itself: physics-informed nets, force fields
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +22,30 @@ from torch.overrides import TorchFunctionMode
 from functional_sam.errors import UserError
 
 T = TypeVar("T")
+
+
+_switch, _inside, _before = threading.Lock(), 0, True
+
+
+@contextlib.contextmanager
+def slow_attention() -> Iterator[None]:
+    """No fast path of nn.TransformerEncoder, which without gradients zeroes what is padded, and so is another function.
+
+    The switch is the process's: the first thread to come turns it, the last to leave turns it back.
+    """
+    global _inside, _before
+    with _switch:
+        if _inside == 0:
+            _before = torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(False)
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _switch:
+            _inside -= 1
+            if _inside == 0:
+                torch.backends.mha.set_fastpath_enabled(_before)
 
 
 class DifferentiatesItself(Exception):
@@ -49,6 +76,38 @@ def twice_differentiable(forward: Callable[[], T]) -> T:
     except DifferentiatesItself:
         with Derivatives(third=True):
             return forward()
+
+
+@contextlib.contextmanager
+def padding_watched(model: torch.nn.Module) -> Iterator[None]:
+    """Run a forward whose second derivatives are wanted; its backward raises UserError where padding_idx would make them wrong.
+
+    padding_idx keeps the gradient of a read of one row from a weight. Where another module reads that weight too (a tied head),
+    what is left is no gradient of any function; where no padding reaches the loss nothing is kept, and all is right.
+    """
+    users: Counter[Tensor] = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
+    shared = [m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m.padding_idx is not None and users[m.weight] > 1]
+    handles = [module.register_forward_hook(_watch_padding) for module in shared]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _watch_padding(module: Any, given: Any, output: Tensor) -> None:
+    at = given[0] == module.padding_idx
+
+    def require_nothing_kept(grad: Tensor) -> None:
+        if grad[at].any():
+            raise UserError(
+                "a shared embedding's padding_idx keeps the gradient of a row that the loss depends on (a decoder that starts with "
+                "the padding token): second derivatives would be off. Set embedding.padding_idx = None, or take differences of "
+                "gradients (method='difference', derivative='difference')"
+            )
+
+    if output.requires_grad and bool(at.any()):
+        output.register_hook(require_nothing_kept)  # type: ignore[no-untyped-call]
 
 
 def checkpointed() -> bool | None:

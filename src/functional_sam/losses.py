@@ -77,6 +77,8 @@ def require_rows(rows: torch.Size, logits: torch.Size, targets: Any) -> None:
                 "for another loss give loss_fn="
             )
         return
+    if targets.dtype == torch.uint8:  # -100 in uint8 is 156, a class
+        raise UserError(f"targets are {targets.dtype}: class indices are int64, targets.long()")
     one, other = ([n for n in shape if n != 1] for shape in (rows, targets.shape))
     if math.prod(one) == math.prod(other) and (one == other or len(one) <= 1 or len(other) <= 1):
         return

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
 
 from functional_sam.errors import UserError
 
@@ -66,7 +67,7 @@ def moved(
     Restores by copy: theta + eps - eps is not theta in floating point. memory: copies of an earlier call, to be used again.
     Raises UserError inside of torch.nn.utils.parametrize.cached(), which would hand out the weights of before the move.
     """
-    if getattr(torch.nn.utils.parametrize, "_cache_enabled", 0):
+    if getattr(parametrize, "_cache_enabled", 0) and any(map(parametrize.is_parametrized, model.modules())):
         raise UserError("inside of parametrize.cached(): the model would see weights from before they are moved; leave the block")
     with torch.no_grad():
         theta = {p: _copy(p, memory) for p in parameters}
@@ -112,14 +113,14 @@ def buffers_saved(model: torch.nn.Module, always: bool = False) -> Callable[[], 
     modules = [module for module in model.modules() if module._buffers]
     if not (always or any(module.training for module in model.modules())):
         modules = []
-    places = [(module._buffers, dict(module._buffers)) for module in modules]
-    copies = {buffer: buffer.detach().clone() for _, held in places for buffer in held.values() if buffer is not None}
+    places = [(module._buffers, dict(module._buffers), module._non_persistent_buffers_set) for module in modules]
+    copies = {buffer: buffer.detach().clone() for _, held, _ in places for buffer in held.values() if buffer is not None}
 
     @torch.no_grad()
     def restore() -> None:
-        for buffers, held in places:
+        for buffers, held, caches in places:
             for name, buffer in held.items():
-                if buffers.get(name) is not buffer and not _has_grown(buffers.get(name), buffer):
+                if buffers.get(name) is not buffer and not (name in caches and has_grown(buffers.get(name), buffer)):
                     buffers[name] = buffer
         for buffer, copy in copies.items():
             _write(buffer, copy)
@@ -127,8 +128,11 @@ def buffers_saved(model: torch.nn.Module, always: bool = False) -> Callable[[], 
     return restore
 
 
-def _has_grown(now: Tensor | None, before: Tensor | None) -> bool:
-    """Whether forward has replaced a buffer by one of another shape: a cache (of positions), whose size the module remembers."""
+def has_grown(now: Tensor | None, before: Tensor | None) -> bool:
+    """Whether forward has replaced a buffer by one of another shape.
+
+    One that is not saved with the model (persistent=False) is then a cache, of positions, whose size the module knows, and stays.
+    """
     return now is not None and before is not None and now.shape != before.shape
 
 

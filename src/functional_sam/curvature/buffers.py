@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from functional_sam.weights import has_grown
+
 
 def parts(tensor: Tensor) -> list[Tensor]:
     """The dense tensors that a tensor of any layout consists of: itself, or values and places of a sparse or jagged one."""
@@ -42,33 +44,35 @@ class Buffers:
 
     def __init__(self, model: nn.Module) -> None:
         self.training = any(module.training for module in model.modules())
-        self.places: list[tuple[str, dict[str, Any], str, Tensor, int]] = []
+        self.places: list[tuple[str, dict[str, Any], str, set[str], Tensor, int]] = []
         self.copies: dict[Tensor, Tensor] = {}
         for prefix, module in model.named_modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     full = f"{prefix}.{name}" if prefix else name
-                    self.places.append((full, module._buffers, name, buffer, version(buffer)))
+                    caches = module._non_persistent_buffers_set
+                    self.places.append((full, module._buffers, name, caches, buffer, version(buffer)))
                     self.copies[buffer] = buffer.detach().clone()
 
     @torch.no_grad()
     def put_back(self) -> list[str]:
         """Give the buffers that hold other values since their old ones; returns their names.
 
-        One of another shape or type in its place is a cache that has grown (sines and cosines of positions), and stays.
+        One that is not saved with the model, and has another shape now, is a cache that has grown (sines and cosines of positions),
+        and stays. A counter of calls, of whole numbers, is put back and not named.
         """
         changed = []
-        for full, held, name, buffer, before in self.places:
+        for full, held, name, caches, buffer, before in self.places:
             now = held.get(name)
             if now is None or (now is buffer and version(now) == before and not self.training):
                 continue  # writing past the version, by .data, is a habit of training
             copy = self.copies[buffer]
             if now is buffer:
                 if not _same(now, copy):
-                    changed.append(full)
+                    changed += [full] if copy.is_floating_point() or copy.is_complex() else []
                     _write(held, name, buffer, copy)
-            elif (now.shape, now.dtype, now.layout) == (copy.shape, copy.dtype, copy.layout) and not _same(now, copy):
-                changed.append(full)
+            elif not (name in caches and has_grown(now, copy)) and (now.shape != copy.shape or not _same(now, copy)):
+                changed += [full] if copy.is_floating_point() or copy.is_complex() else []
                 held[name] = buffer
                 if not _same(buffer, copy):
                     _write(held, name, buffer, copy)
@@ -83,9 +87,12 @@ def _write(held: dict[str, Any], name: str, buffer: Tensor, copy: Tensor) -> Non
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Bit for bit, but that any nan is one."""
-    return a.device == b.device and all(
-        x.shape == y.shape
-        and (torch.equal(x, y) or (x.is_floating_point() and torch.allclose(x, y, rtol=0.0, atol=0.0, equal_nan=True)))
-        for x, y in zip(parts(a), parts(b), strict=True)
+    """Bit for bit, but that any nan is one; what is on the meta device has no values."""
+    return a.is_meta or (
+        a.device == b.device
+        and all(
+            x.shape == y.shape
+            and (torch.equal(x, y) or (x.is_floating_point() and torch.allclose(x, y, rtol=0.0, atol=0.0, equal_nan=True)))
+            for x, y in zip(parts(a), parts(b), strict=True)
+        )
     )

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from functional_sam.curvature.buffers import Buffers, written
+from functional_sam.derivatives import slow_attention
 from functional_sam.errors import UserError
 from functional_sam.weights import moved
 
@@ -63,17 +64,6 @@ def second_order(model: nn.Module, device: str) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def slow_attention() -> Iterator[None]:
-    """No fast path of nn.TransformerEncoder, which without gradients zeroes what is padded, and so is another function."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
 def moved_along(
     model: nn.Module, parameters: Sequence[nn.Parameter], v: Sequence[Tensor], step: float
 ) -> contextlib.AbstractContextManager[Any]:
@@ -113,9 +103,10 @@ def repeatable(model: nn.Module, inputs: Any, device: torch.device) -> Iterator[
     if written(inputs) != given:
         raise UserError("curvature of a model whose forward changes its inputs, which every product is of: let it work on a copy")
     if changed:
+        advice = "Call model.eval(), or" if buffers.training else "It is in eval mode already:"
         raise UserError(
-            f"curvature of a model whose forward changes its buffer {changed[0]!r} (running statistics, a moving average, a "
-            "counter): each product could be one of another loss. Call model.eval(), or keep forward from changing it"
+            f"curvature of a model whose forward changes its buffer {changed[0]!r} (running statistics, a moving "
+            f"average): each product could be one of another loss. {advice} keep forward from changing it"
         )
 
 

@@ -50,6 +50,7 @@ class Differences:
         self.step = math.sqrt(math.sqrt(torch.finfo(parameters[0].dtype).eps))
         self.error = 0.0
         self._is_checked = False
+        self._trained = set(model.parameters())
         self.meshes = list(dict.fromkeys(p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")))
         if len(self.meshes) > 1:
             raise UserError("parameters on several device meshes: shard the whole model over one")
@@ -161,7 +162,7 @@ class Differences:
         """The logits with their graph, of which the first ones show whether the loss is one of them alone."""
         z = self._logits(inputs)
         if not self._is_checked and self.loss_fn is not cross_entropy:
-            of_logits_alone(self.loss_fn, z, targets)
+            of_logits_alone(self.loss_fn, z, targets, self._trained)
             self._is_checked = True
         return z
 
@@ -169,9 +170,11 @@ class Differences:
         """The loss and its number of targets; leaves the gradient in .grad."""
         z = self._logits(inputs)
         require_logits(z, targets, self.loss_fn)
-        total, valid = of_logits_alone(self.loss_fn, z, targets)
+        leaf = z.detach().requires_grad_()  # so that nothing but the model's parameters gets a gradient
+        total, valid = of_logits_alone(self.loss_fn, leaf, targets, self._trained)
         if total.requires_grad:
-            torch.autograd.backward(total)
+            (u,) = torch.autograd.grad(total, leaf)
+            torch.autograd.backward(z, u)
         return total.detach(), valid
 
     def _cotangent(self, inputs: Any, targets: Any) -> tuple[Tensor, float]:
@@ -179,9 +182,9 @@ class Differences:
         z = self._logits(inputs, graph=False)
         require_logits(z, targets, self.loss_fn)
         leaf = z.detach().requires_grad_()
-        total, valid = of_logits_alone(self.loss_fn, leaf, targets)
+        total, valid = of_logits_alone(self.loss_fn, leaf, targets, self._trained)
         (u,) = torch.autograd.grad(total, leaf) if total.requires_grad else (torch.zeros_like(leaf),)
-        return u, float(valid)
+        return u.contiguous(), float(valid)  # of a sum it is one number, expanded
 
     def _change_of_u(self, v: Sequence[Tensor], step: float, inputs: Any, targets: Any) -> Tensor:
         """(u(theta + step v) - u(theta - step v)) / 2 step."""

@@ -25,6 +25,7 @@ from torch.autograd.graph import get_gradient_edge
 from functional_sam.curvature.buffers import parts
 from functional_sam.curvature.functions import tangents_only
 from functional_sam.curvature.outer import CrossEntropyOnLogits, LossFn, OnHead, OnLogits, Outer, Tangents, by_classes, pull_back
+from functional_sam.derivatives import padding_watched
 from functional_sam.errors import UserError
 from functional_sam.losses import require_logits
 
@@ -57,21 +58,25 @@ class Linearization:
         with torch.autograd.graph.saved_tensors_hooks(held.pack, held.unpack):
             outer: Outer
             if readout and by_classes(loss_fn, targets):
-                with functions:
+                with functions, padding_watched(model):
                     h, weight = forward(model, inputs, readout=_handed_over)
                 require_graph(h.requires_grad or weight.requires_grad)
                 by_weight = weight.requires_grad and (not weight.is_leaf or any(weight is p for p in parameters))
                 outputs = [h] * h.requires_grad + [weight] * by_weight
                 outer = OnHead(h, weight, targets, h.requires_grad, by_weight, keep_bytes)
             else:
-                with functions:
+                with functions, padding_watched(model):
                     z = forward(model, inputs)
                 require_dense(z)
                 require_logits(z, targets, loss_fn)
                 require_graph(z.requires_grad)
                 outputs = [z] * z.requires_grad
                 closed = by_classes(loss_fn, targets)
-                outer = CrossEntropyOnLogits(z, targets) if closed else OnLogits(z, targets, loss_fn, functions)
+                outer = (
+                    CrossEntropyOnLogits(z, targets)
+                    if closed
+                    else OnLogits(z, targets, loss_fn, functions, set(model.parameters()))
+                )
             _require_no_reentrant_checkpoint(outputs)
             self.loss, self.count = outer.loss, outer.count
             self.state = _State(outer)

@@ -13,7 +13,7 @@ OnHead     y = (h, W), z = h W^T, for the same. With p = softmax(z) and u = p - 
            Of the size [N, V] there is u, and that only where it is allowed; the rest of that width exists for one chunk of rows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -50,12 +50,19 @@ class Outer(Protocol):
 
 
 class OnLogits:
-    """Any loss_fn of the logits, by autograd. functions: what loss_fn is called inside of."""
+    """Any loss_fn of the logits, by autograd. functions: what loss_fn is called inside of; trained: the model's parameters."""
 
-    def __init__(self, z: Tensor, targets: Any, loss_fn: LossFn, functions: AbstractContextManager[Any] | None = None) -> None:
+    def __init__(
+        self,
+        z: Tensor,
+        targets: Any,
+        loss_fn: LossFn,
+        functions: AbstractContextManager[Any] | None = None,
+        trained: Container[Tensor] = (),
+    ) -> None:
         self.z = z.detach().requires_grad_()
         with functions or nullcontext():
-            total, self.count = of_logits_alone(loss_fn, self.z, targets)
+            total, self.count = of_logits_alone(loss_fn, self.z, targets, trained)
         self.loss = total.detach()
         (self.u,) = pull_back([total], [self.z], create_graph=True)
 
@@ -180,10 +187,11 @@ def summed(loss_fn: LossFn, z: Any, targets: Any) -> tuple[Tensor, Tensor]:
     return result
 
 
-def of_logits_alone(loss_fn: LossFn, z: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
-    """loss_fn(z, targets) to be differentiated by z: UserError if it depends on more that is trained, or on no z at all.
+def of_logits_alone(loss_fn: LossFn, z: Tensor, targets: Any, trained: Container[Tensor]) -> tuple[Tensor, Tensor]:
+    """loss_fn(z, targets) to be differentiated by z: UserError if it reaches parameters of the model past z, or no z at all.
 
-    Both halves are those of a function of the logits: what reaches the parameters past them would be in neither.
+    Both halves are those of a function of the logits: what reaches the parameters past them would be in neither. Other tensors
+    (task weights that the loss learns, targets with a graph of another model) are constants of these products.
     """
     at_z = get_gradient_edge(z).node
     total, count = summed(loss_fn, z, targets)
@@ -195,12 +203,11 @@ def of_logits_alone(loss_fn: LossFn, z: Tensor, targets: Any) -> tuple[Tensor, T
         node = pending.pop()
         if node is None or node in seen:
             continue
-        if type(node).__name__ == "AccumulateGrad":
+        if type(node).__name__ == "AccumulateGrad" and node.variable in trained:
             raise UserError(
-                f"loss_fn depends on a tensor of shape {list(node.variable.shape)} that requires a gradient and is not behind the "
-                "logits: a term read from the model (load balancing, a penalty on the weights), parameters of its own, or targets "
-                "with a graph. It would be missing in gradient and curvature: let forward return what the term needs as a part of "
-                "the logits, move parameters into the model, detach() the rest"
+                f"loss_fn depends on a parameter of the model (shape {list(node.variable.shape)}) past the logits: a term read "
+                "from the model (load balancing, a penalty on the weights). It would be missing in gradient and curvature: let "
+                "forward return what the term needs as a part of the logits"
             )
         seen.add(node)
         pending += [following for following, _ in node.next_functions]

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from functional_sam.curvature.batches import Batch, Batches
-from functional_sam.curvature.context import repeatable, require_evaluation, slow_attention, without_graph
+from functional_sam.curvature.context import repeatable, require_evaluation, without_graph
 from functional_sam.curvature.difference import required
 from functional_sam.curvature.linearization import Forward
+from functional_sam.derivatives import slow_attention
 from functional_sam.losses import cross_entropy, require_logits
 
 BOUNDS = (

@@ -182,8 +182,9 @@ def _before(data: pd.DataFrame) -> str:
 
 
 def _seen(data: pd.DataFrame) -> str:
-    rows = [row for row in data.itertuples() if row.verdict == Verdict.OPEN]
-    return would_have_seen(Estimate(row.minus_baseline, row.minus_baseline_stderr, row.n).detectable for row in rows)
+    found = [(row.minus_baseline, row.minus_baseline_stderr, row.n, row.verdict) for row in data.itertuples()]
+    found += [(row.minus_sam, row.minus_sam_stderr, row.n, row.verdict_sam) for row in data.itertuples()]
+    return would_have_seen(Estimate(*one).detectable for *one, word in found if word == Verdict.OPEN)
 
 
 def _own(base: pd.DataFrame, kind: str) -> str:

@@ -229,7 +229,8 @@ def _caption(plan: Plan, finding: str, batches: str) -> str:
     if batches:
         batches = f"; {batches}, noise being the part of |H_F eps|^2 that is sampling noise of the batch (AdamW, last step)"
     if plan.left:
-        batches += f"; not shown, their runs are not complete: {', '.join(plan.left)}"
+        words = " (verdicts by batch are so far, Holm over those shown)" if plan.content[1] else ""
+        batches += f"; not shown, their runs are not complete: {', '.join(plan.left)}{words}"
     return (
         f"{finding} (Holm over tasks and doses, margin {spec.margin:g}). Angle-SAM: "
         "gradient g + c, c along cos(phi) H_F eps + sin(phi) H_G eps and |c| = dose |g| at every step, by exact derivatives, "

@@ -1,6 +1,7 @@
 """figure-5: the methods' loss minus AdamW's against the batch, the size of the model, and the repetition of the data."""
 
 import math
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -31,7 +32,9 @@ def draw(plan: Plan) -> Exhibit:
     """Above the batch, one panel a radius; below size in both regimes, and epochs. Bars are 95 % intervals; placebo in grey."""
     margin = plan.content[0].study.margin
     twins = same_runs(plan.content)
-    once = judge(judge(frame([one for one in plan.content if one.cell.name not in twins], plan.source), margin), margin, "sam")
+    once = judge(frame([one for one in plan.content if one.cell.name not in twins], plan.source), margin)
+    once = judge(once, margin, "sam", family=_at_equal_rho)
+    once["verdict_sam"] = [row.verdict_sam if _at_equal_rho(row) else "" for row in once.itertuples()]
     parts = {one.cell.name: one.cell.part for one in plan.content}
     again = [once[once.cell == first].assign(cell=name, part=parts[name]) for name, first in twins.items()]
     data = pd.concat([once, *again], ignore_index=True)
@@ -73,6 +76,11 @@ def draw(plan: Plan) -> Exhibit:
     tuned = once[once.part.isin(["fixed", "chinchilla"]) & once.entry.eq("precond-functional-sam")]
     found = answer(tuned.verdict_baseline, Verdict.BETTER)
     return Exhibit(plan, {"": data}, caption, _finding(data, batch), figure, answer=found)
+
+
+def _at_equal_rho(row: Any) -> bool:
+    """Whether a row and SAM's were run at one radius, none of them chosen."""
+    return int(row.trials) == 0
 
 
 def headline(data: pd.DataFrame) -> str:
@@ -117,7 +125,5 @@ def _finding(data: pd.DataFrame, batch: pd.DataFrame) -> str:
     long = data[data.part.eq(LONG) & data.entry.ne("placebo")]
     sentences += [f"200 tokens per parameter: {counted(long)}"] if len(long) else []
     with_sam = [f"{rows} rows: {counted(part, 'sam')}" for rows, part in batch.groupby("batch") if part.minus_sam.notna().any()]
-    return (
-        f"Against AdamW, over all radii: {'. '.join(sentences)}. Tuned: {'. '.join(tuned) or 'not complete'}.{seen(data)} "
-        f"Against SAM at equal rho: {'. '.join(with_sam)}."
-    )
+    found = f"Against AdamW, over all radii: {'. '.join(sentences)}. Tuned: {'. '.join(tuned) or 'not complete'}.{seen(data)}"
+    return f"{found} Against SAM at equal rho: {'. '.join(with_sam)}." if with_sam else found

@@ -44,7 +44,7 @@ def check(method: Method, options: dict[str, Any], model: torch.nn.Module, optim
     if method.path == "penalty" and options["derivative"] == "exact":
         if many:
             raise UserError('exact second derivatives need the model in one process: use derivative="difference"')
-        require_a_gradient_field(model)
+        require_no_hooks(model)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and process_group(model) is None:
         warnings.warn(
             f"{dist.get_world_size()} processes, and this model averages its gradients over none of them: give SharpnessAware the "
@@ -73,7 +73,11 @@ def require_known_wrappers(model: torch.nn.Module) -> None:
             raise UserError("DeepSpeed owns backward and shards behind it: use DistributedDataParallel or fully_shard (FSDP2)")
         if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag) and module.sparse:
             raise UserError(f"{type(module).__name__}(sparse=True): sparse gradients are not supported, use sparse=False")
-        if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag) and module.max_norm is not None:
+        if (
+            isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag)
+            and module.max_norm is not None
+            and module.weight.requires_grad
+        ):
             raise UserError(
                 f"{type(module).__name__}(max_norm={module.max_norm:g}) writes to its weights in forward, so passes would differ: "
                 "bound the norms after optimizer.step()"
@@ -83,27 +87,14 @@ def require_known_wrappers(model: torch.nn.Module) -> None:
             raise UserError(f"parameter {name} belongs to DeepSpeed or FSDP1: use DistributedDataParallel or fully_shard (FSDP2)")
 
 
-def require_a_gradient_field(model: torch.nn.Module) -> None:
-    """Raise UserError where what backward leaves in .grad is no gradient of the loss: its derivative is no Hessian then.
-
-    Not of a hook on a parameter, and not of an embedding whose padding row another module reads (a tied head).
-    """
-    uses: dict[Tensor, int] = {}
-    for module in model.modules():
-        for p in module.parameters(recurse=False):
-            uses[p] = uses.get(p, 0) + 1
-    masked = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding) and m.padding_idx is not None}
-    for name, p in model.named_parameters():
-        if p._backward_hooks:
-            raise UserError(
-                f"{name} has a hook on its gradient, and second derivatives need the gradient as it is: "
-                'use derivative="difference", or no hook'
-            )
-        if p in masked and uses[p] > 1:
-            raise UserError(
-                f"{name} is shared, and its embedding's padding_idx hides one row's gradient from autograd: its second derivatives "
-                'would be off. Use derivative="difference", or padding_idx=None'
-            )
+def require_no_hooks(model: torch.nn.Module) -> None:
+    """Raise UserError for a hook on a parameter, after which .grad is no gradient of the loss, and its derivative no Hessian."""
+    name = next((name for name, p in model.named_parameters() if p._backward_hooks), None)
+    if name is not None:
+        raise UserError(
+            f"{name} has a hook on its gradient, and second derivatives need the gradient as it is: "
+            'use derivative="difference", or no hook'
+        )
 
 
 def require_parameters(model: torch.nn.Module) -> None:

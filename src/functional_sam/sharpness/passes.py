@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from functional_sam.derivatives import slow_attention
 from functional_sam.errors import UserError
 from functional_sam.head import compute_dtype, pull_back
 from functional_sam.losses import IGNORE, cross_entropy, num_valid, require_logits, require_rows
@@ -419,14 +420,9 @@ class Passes:
 
 @contextlib.contextmanager
 def _without_gradients() -> Iterator[None]:
-    """no_grad, where a forward is still the function that it is with gradients.
-
-    nn.TransformerEncoder takes another way without them, which writes zeros at padded positions.
-    """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    """no_grad, where a forward is still the function that it is with gradients."""
     try:
-        with torch.no_grad():
+        with slow_attention(), torch.no_grad():
             yield
     except RuntimeError as error:
         if "does not require grad" in str(error):
@@ -434,5 +430,3 @@ def _without_gradients() -> Iterator[None]:
                 "forward takes a derivative itself, and this pass runs it under no_grad: let it do so under torch.enable_grad()"
             ) from error
         raise
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)

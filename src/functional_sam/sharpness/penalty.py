@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from functional_sam.derivatives import twice_differentiable
+from functional_sam.derivatives import padding_watched, twice_differentiable
 from functional_sam.errors import UserError
 from functional_sam.head import differentiable_cotangent
 from functional_sam.losses import cross_entropy
@@ -132,7 +132,8 @@ def exact(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kep
 def _forward(passes: Passes, i: int, kept: Sequence[Kept], inputs: Any) -> Tensor:
     """The logits of micro-batch i with the random numbers of pass 1, however often it is called."""
     passes.rewind(i, kept)
-    z: Tensor = passes.forward(passes.model, inputs)
+    with padding_watched(passes.model):
+        z: Tensor = passes.forward(passes.model, inputs)
     return z
 
 
