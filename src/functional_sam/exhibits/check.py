@@ -63,7 +63,8 @@ def load_released(spec: Spec) -> tuple[pd.DataFrame, Tolerance]:
     tolerance = spelled_out(spec.tolerance, list(frame))
     stated = [*tolerance.keys, *tolerance.bounds, *tolerance.exact, *tolerance.ignored]
     twice = sorted({column for column in stated if stated.count(column) > 1})
-    unstated, unknown = sorted(set(frame) - set(stated)), sorted(set(stated) - set(frame))
+    compared = {*tolerance.keys, *tolerance.bounds, *tolerance.exact}  # of a part that is not complete others may be missing
+    unstated, unknown = sorted(set(frame) - set(stated)), sorted(compared - set(frame))
     for columns, what in ((twice, "stated twice"), (unstated, "without a tolerance"), (unknown, f"not in {csv.name}")):
         if columns:
             raise UserError(f"{where}: columns {what}: {', '.join(columns)}")

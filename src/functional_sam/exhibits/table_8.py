@@ -50,7 +50,7 @@ def draw(plan: Plan) -> Exhibit:
             tables += [f"\n**{title}**\n", rows_of(own.drop(columns=["minus_sam"]))]
             words += [f"{name}: {counted(of)}" for name, of in own.groupby("cell", sort=False)]
     verdict = f"Against AdamW: {'. '.join(words)}.{seen(data)}"
-    caption = f"{sentence(headline(data))}{seen(data)} {setting(plan, data)}{left_out(plan)}"
+    caption = f"{sentence(headline(data))}{seen(data)} {setting(plan, data)}{left_out(plan, data)}"
     found = answer(compute[compute.entry == "sam"].verdict_baseline, Verdict.WORSE)
     return Exhibit(plan, {"": data}, caption, verdict, markdown="\n".join(tables), answer=found)
 
