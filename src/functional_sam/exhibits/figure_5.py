@@ -43,14 +43,14 @@ def draw(plan: Plan) -> Exhibit:
     batch = data[(data.part == "batch") & (data.lr_over_centre.sub(1).abs() < 0.01)]
     radii = sorted(batch.rho.dropna().unique()) or [math.nan]
     style.use()
-    columns = max(4 if data.part.eq(LONG).any() else 3, len(radii))
-    tall = bool(data.part.isin(PARTS).any())
+    parts_shown = {part: title for part, title in PARTS.items() if data.part.eq(part).any()}
+    columns, tall = max(3, len(radii), len(parts_shown)), bool(parts_shown)
     figure, axes = plt.subplots(1 + tall, columns, figsize=(style.PAGE, 4.4 if tall else 2.6), squeeze=False)
     for axis, rho in zip(axes[0], radii, strict=False):
         with_methods = batch[batch.rho.eq(rho)]
         lines(axis, pd.concat([with_methods, batch[batch.entry.eq("placebo") & batch.batch.isin(with_methods.batch)]]), "batch")
         axis.set(title=rf"Batch, $\rho$ = {rho:g}", xlabel="rows of a step")
-    for axis, (part, title) in zip(axes[1:].flat, PARTS.items(), strict=False):
+    for axis, (part, title) in zip(axes[1:].flat, parts_shown.items(), strict=False):
         x = "epochs" if part == "repeated" else "parameters"
         own = data[data.part == part]
         lines(axis, own[own.batch == own.batch.max()] if part == "fixed" else own, x)
