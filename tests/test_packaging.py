@@ -183,7 +183,7 @@ def test_the_library_alone_names_the_extra(alone):
     done = alone("-m", "functional_sam", "run", "figure-1")
     assert (done.returncode, done.stdout) == (2, "")
     last = done.stderr.splitlines()[-1]  # torch warns of a missing numpy before
-    assert re.fullmatch(r"functional-sam: the command needs the package '\w+': pip install 'functional-sam\[experiments\]'", last)
+    assert re.fullmatch(r"functional-sam: the command needs the package '\w+': pip install '\.\[experiments\]'", last)
     assert "Traceback" not in done.stderr
 
 
