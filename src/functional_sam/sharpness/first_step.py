@@ -1,4 +1,4 @@
-"""What is looked at in the first step, mostly: whether forward and loss_fn are what every later step takes them for."""
+"""What is looked at in the first step, mostly: whether forward and loss_fn are what later steps take them for."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
