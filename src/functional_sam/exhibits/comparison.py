@@ -17,7 +17,7 @@ from functional_sam.study.report import difference, judge
 from functional_sam.study.tune import Planned, plan_cells, todo, unique
 from functional_sam.tasks import TASKS
 
-DESCRIBED = ("activation",)  # parts whose comparisons are a family of their own, beside that of the exhibit's claim
+DESCRIBED = ("activation", "fresh")  # parts whose comparisons are a family of their own, beside that of the exhibit's claim
 
 
 def plan(

@@ -9,7 +9,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from functional_sam.exhibits import markdown, style
-from functional_sam.exhibits.comparison import changed, differs, label, left_out, place, plan, seen, setting
+from functional_sam.exhibits.comparison import DESCRIBED, changed, differs, label, left_out, place, plan, seen, setting
+from functional_sam.exhibits.fresh import PART, in_words, on_fresh_seeds, with_verdicts
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.words import answer, sentence
@@ -28,17 +29,23 @@ def draw(plan: Plan) -> Exhibit:
     """A row a cell; left against rho, right against the measured dose; bars are 95 % intervals, the grey band is the placebo's."""
     seeds = by_seed(plan.content, plan.source)
     margin = plan.content[0].study.margin
+    tests = [one.cell.name for one in plan.content if one.cell.part == PART]
     pairs = [row for _, part in seeds.groupby("cell", sort=False) for row in path_alone(part)]
-    data = with_equal_dose(judge(frame(plan.content, plan.source), margin), pairs)
-    paths = judged_paths(pairs, margin)
+    swept = [row for row in pairs if row["cell"] not in tests]
+    paths, fresh = judged_paths(swept, margin), on_fresh_seeds(seeds[seeds.cell.isin(tests)], margin)
+    data = frame(plan.content, plan.source)
+    families = [judge(own, margin) for _, own in data.groupby(data.part.isin(DESCRIBED), sort=False)]
+    data = with_equal_dose(with_verdicts(pd.concat(families).sort_index(), fresh), pairs)
     style.use()
     cells = list(dict.fromkeys(seeds.cell))
-    figure, axes = plt.subplots(len(cells), 2, figsize=(style.PAGE, 2.4 * len(cells) + 0.4), squeeze=False, sharey="row")
+    height = min(2.4 * len(cells), 9.2) + 0.4
+    figure, axes = plt.subplots(len(cells), 2, figsize=(style.PAGE, height), squeeze=False, sharey="row")
     for (left, right), cell in zip(axes, cells, strict=True):
         part = seeds[seeds.cell == cell]
         _panel(left, part, "rho")
         _panel(right, part, "dose")
-        name = f"{place(next(data[data.cell == cell].itertuples()))}, n = {part.seed.nunique()}"
+        n = f"n = {part.seed.nunique()}" + (" fresh seeds" if cell in tests else "")
+        name = f"{place(next(data[data.cell == cell].itertuples()))}, {n}"
         left.set(title=f"{name}: by radius", ylabel="test loss minus AdamW's\n(nats per token)")
         right.set(title="by dose")
         left.set_xlabel(r"radius $\rho$")
@@ -50,20 +57,22 @@ def draw(plan: Plan) -> Exhibit:
         f"{sentence(headline(data))} Bars are 95 % intervals of paired differences, marks moved aside so that none covers "
         f"another; linear within {LINEAR:g} nats, logarithmic beyond; crosses at the top edge diverged; the grey band is that "
         f"of the placebo (AdamW whose initial weights were changed by 1e-6). {setting(plan, data)}{seen(data)}"
-        f"{left_out(plan, data)}{_told_at_first(paths)}{_still_open(plan, pairs, paths, margin)}"
+        f"{left_out(plan, data[~data.part.isin(DESCRIBED)])}{in_words(fresh)}{_told_at_first(paths)}"
+        f"{_still_open(plan, swept, paths, margin)}"
     )
-    wanted = paths[paths.at_equal == "rho"] if len(paths) else paths
-    found = answer(wanted.verdict if len(wanted) else (), Verdict.BETTER)
-    return Exhibit(plan, {"": data, "seeds": seeds, "path": paths}, caption, _finding(paths), figure, answer=found)
+    wanted = [*paths[paths.at_equal == "rho"].verdict] if len(paths) else []
+    wanted += [*fresh[fresh.other == "sam"].verdict] if len(fresh) else []
+    frames = {"": data, "seeds": seeds, "path": paths} | ({"fresh": fresh} if len(fresh) else {})
+    return Exhibit(plan, frames, caption, _finding(paths) + in_words(fresh), figure, answer=answer(wanted, Verdict.BETTER))
 
 
 def headline(data: pd.DataFrame) -> str:
-    """The path alone at one radius and AdamW's learning rate, in the cell of the most rows, in a few words."""
+    """The path alone at one radius and AdamW's learning rate, in the cell of the most rows (and seeds), in a few words."""
     name, other = PAIRS[0]
     own = data[data.rho.sub(SHOWN).abs().lt(1e-9) & data.lr_over_centre.sub(1).abs().lt(0.01) & data.entry.eq(name)]
     if own.empty:
         return f"nothing at rho {SHOWN:g}"
-    row = own.loc[own.batch.idxmax()]
+    row = own.sort_values(["batch", "n"]).iloc[-1]
     words = f"{label(name)} minus {label(other)} {differs(row, other)} nats ({row.batch} rows, rho {SHOWN:g})"
     if math.isnan(row.plain_at_dose):
         return words
@@ -159,10 +168,11 @@ def _told_at_first(paths: pd.DataFrame) -> str:
 
 def _still_open(plan: Plan, pairs: list[dict[str, Any]], paths: pd.DataFrame, margin: float) -> str:
     """Which verdicts on the path alone would not stand if those of the cells to come were null."""
-    if not plan.left or paths.empty:
+    if not plan.growing or paths.empty:
         return ""
     study = plan.content[0].study
-    more = 2 * len(PAIRS) * sum(len(study.cells[name].rho) for name in plan.left)  # at equal rho and at equal dose
+    swept = [cell for cell in (study.cells[name] for name in plan.left) if cell.part not in DESCRIBED]
+    more = 2 * len(PAIRS) * sum(len(cell.rho) for cell in swept)  # at equal rho and at equal dose
     own, after = paths[paths.at_equal != DOSE_AT_FIRST], judged_paths(pairs, margin, more)
     names = [f"{label(row.entry)} against {label(row.other)} at equal {row.at_equal}, rho {row.rho:g}" for row in own.itertuples()]
     moved = changed(names, own.verdict, after.verdict[own.index])
