@@ -125,7 +125,7 @@ def test_figure_2_turns_the_sign_of_accuracy_and_corrects_within_families():
     for task in ("language", "vision"):
         assert found.loc[("AdamW", task, 0.0), "verdict"] == "better"
         assert found.loc[("AdamW", task, 90.0), "verdict"] == "inconclusive"
-        assert found.loc[("logit half", task, 0.0), "verdict"] == "inconclusive"
+        assert found.loc[("logit part", task, 0.0), "verdict"] == "inconclusive"
     assert found.loc[("AdamW", "vision", 0.0), "difference"] == pytest.approx(0.10)
 
 

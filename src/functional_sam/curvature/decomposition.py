@@ -38,7 +38,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Decomposition:
-    """The two halves of H eps and what is said of them. Lists are shaped like the trainable parameters; numbers are floats.
+    """The two parts of H eps and what is said of them. Lists are shaped like the trainable parameters; numbers are floats.
 
     A cosine is nan where one of its vectors is zero, as delta_func is on a model linear in theta.
     """
@@ -73,12 +73,12 @@ def decompose(
     method: str = "exact",
     memory_budget: int = MEMORY_BUDGET,
 ) -> Decomposition:
-    """The two halves of the sharpness gradient along one ascent direction d: delta_logit = H_G eps, delta_func = H_F eps.
+    """The two parts of the sharpness gradient along one ascent direction d: delta_logit = H_G eps, delta_func = H_F eps.
 
     eps = d / |d|, d by "gradient", "adam", "adaptive", "fisher" or "momentum", or itself as a list of tensors; see
     functional_sam.curvature.ascent.direction for the formulas, for optimizer and for eta.
     batches, loss_fn, forward, method ("difference" for a sharded model), memory_budget: see CurvatureProducts.
-    Costs about 3.6 gradients where the graphs fit the budget (1.3 for g, 2.3 for both halves), about 5 where not.
+    Costs about 3.6 gradients where the graphs fit the budget (1.3 for g, 2.3 for both parts), about 5 where not.
     Raises UserError for an unknown ascent, for "adam" without an Adam that holds the parameters, for a d of zero, and whatever
     CurvatureProducts raises; FloatingPointError for a d that is not finite.
     Source: arXiv 2502.02407, for the split and for the preconditioned ascent, whose exact form there was not seen.

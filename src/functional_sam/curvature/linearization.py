@@ -8,8 +8,8 @@ Node for y -> c, whose derivative is that of the loss alone and is done by hand.
 forward F (a gradient is 3 F),
 
     down to c only                                                    J v                              2 F
-    down to theta, Node answers dy = J v with both halves of dc       H v                              6 F
-    down to theta, Node answers with the functional half              H_F v, and J v on the way        6 F
+    down to theta, Node answers dy = J v with both parts of dc        H v                              6 F
+    down to theta, Node answers with the functional part              H_F v, and J v on the way        6 F
 
 and one backward through the forward makes H_G v = J^T (d2L/dz2) J v of the first: 4 F.
 """

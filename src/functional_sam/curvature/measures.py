@@ -1,4 +1,4 @@
-"""Numbers for the sharpness of a minimum: of H, and of its logit and its functional half apart.
+"""Numbers for the sharpness of a minimum: of H, and of its logit and its functional part apart.
 
 theta the parameters, eps a unit vector, A one of H, H_G, H_F, P the number of parameters.
 """

@@ -2,14 +2,14 @@
 
 N targets, D width, V classes; y the outputs, c = dL/dy, dy a tangent of y. Two kinds of outputs:
 
-OnLogits   y = z, the logits. c = u, and dc = (d2L/dz2) dz = q, which is the logit half of the Hessian; there is no other.
+OnLogits   y = z, the logits. c = u, and dc = (d2L/dz2) dz = q, which is the logit part of the Hessian; there is no other.
            CrossEntropyOnLogits is the same for cross-entropy with class indices.
 OnHead     y = (h, W), z = h W^T, for the same. With p = softmax(z) and u = p - onehot(target), both zero for an ignored
            target, c = (u W, u^T h). Along (dh, dW), dz = dh W^T + h dW^T, q = p * dz - p (p . dz), and
 
                dc = (q W, q^T h) + (u dW, u^T dh)
 
-           where the terms with q are the logit half and those with u, there because z is bilinear in (h, W), the functional half.
+           where the terms with q are the logit part and those with u, there because z is bilinear in (h, W), the functional part.
            Of the size [N, V] there is u, and that only where it is allowed; the rest of that width exists for one chunk of rows.
 """
 
@@ -42,7 +42,7 @@ class Outer(Protocol):
         """c, one tensor for each output; given away at the first call."""
 
     def second(self, dy: Tangents, logit: bool, functional: bool) -> list[Tensor | None]:
-        """dc: its logit half, its functional half, or their sum."""
+        """dc: its logit part, its functional part, or their sum."""
 
     @property
     def num_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""Products of the Hessian, and of its two halves, with a vector.
+"""Products of the Hessian, and of its two parts, with a vector.
 
 theta the parameters, z = F(theta) the logits, L the loss on them, u = dL/dz, J = dz/dtheta, v a direction in the space of the
 parameters. A batch has any number of leading dimensions.

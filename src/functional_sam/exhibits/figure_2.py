@@ -1,4 +1,4 @@
-"""figure-2: Angle-SAM at matched dose: each task's metric against the angle between the two halves of the sharpness gradient."""
+"""figure-2: Angle-SAM at matched dose: each task's metric against the angle between the two parts of the sharpness gradient."""
 
 import math
 from collections.abc import Sequence
@@ -10,11 +10,12 @@ from matplotlib.axes import Axes
 
 from functional_sam.config import Config, compose
 from functional_sam.exhibits import style
-from functional_sam.exhibits.held_dose import by_batch, configs_of, draw_by_batch, in_words, noise_by_batch
+from functional_sam.exhibits.held_dose import by_batch, configs_of, draw_by_batch, in_words, noise_by_batch, significant
 from functional_sam.exhibits.markdown import interval
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import Spec
+from functional_sam.exhibits.vision import POINTS
 from functional_sam.exhibits.words import answer, firsts, model, sentence, sizes
 from functional_sam.records import Source
 from functional_sam.study.compare import Estimate, Verdict, estimate, judged, paired_difference
@@ -28,7 +29,7 @@ LOWER = {task.metric.name: task.metric.lower_is_better for task in TASKS.values(
 def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
     """AdamW, and Angle-SAM at each dose and angle, on each task and seed; seeds first, so that what exists is a whole sweep.
 
-    Then the two halves by batch, where the scale has cells of them: one that is not complete is left out of a drawing.
+    Then the two parts by batch, where the scale has cells of them: one that is not complete is left out of a drawing.
     """
     configs = []
     for seed in spec.seeds:
@@ -44,7 +45,7 @@ def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
     shown = configs + [config for own in complete.values() for config in own]
     left = tuple(name for name in cells if name not in complete)
     every = configs + [config for own in cells.values() for config in own]
-    return Plan(spec, every, (configs, complete), source, drawable, shown if drawable else None, left)
+    return Plan(spec, every, (configs, complete), source, drawable, shown if drawable else None, left, growing=bool(left))
 
 
 def frame(configs: Sequence[Config], source: Source, part: str = SWEEP) -> pd.DataFrame:
@@ -80,7 +81,7 @@ def comparisons(data: pd.DataFrame, margin: float) -> pd.DataFrame:
     for (task, dose), part in data[data.phi.notna()].groupby(["task", "dose"], sort=False):
         by = {phi: list(own.sort_values("seed").value) for phi, own in part.groupby("phi")}
         adamw = list(data[(data.task == task) & (data.method == "adamw")].sort_values("seed").value)
-        pairs = [("logit half", min(by), by[max(by)]), *(("AdamW", phi, adamw) for phi in by)]
+        pairs = [("logit part", min(by), by[max(by)]), *(("AdamW", phi, adamw) for phi in by)]
         for against, phi, other in pairs:
             found = paired_difference(by[phi], other)
             row = {"task": task, "dose": dose, "phi": phi, "against": against, "metric": part.metric.iloc[0]}
@@ -97,7 +98,7 @@ def comparisons(data: pd.DataFrame, margin: float) -> pd.DataFrame:
 def draw(plan: Plan) -> Exhibit:
     """Above the metric, below its difference to AdamW, seed by seed; one column per task; bars are 95 % t intervals.
 
-    A further column is the two halves by batch, where cells of them are complete.
+    A further column is the two parts by batch, where cells of them are complete.
     """
     spec, (grid, cells) = plan.spec, plan.content
     data = frame(grid, plan.source)
@@ -116,36 +117,44 @@ def draw(plan: Plan) -> Exhibit:
             values = [estimate(list(part[(part.dose == dose) & (part.phi == phi)].value)) for phi in spec.phi]
             _line(above, values, beside, number, f"Angle-SAM, |correction| = {dose:g} |g|")
             rows = own[own.dose == dose].set_index("phi").loc[spec.phi]
-            _line(below, [Estimate(r.difference, r.stderr, r.n) for r in rows.itertuples()], beside, number)
-            _judged(below, rows, beside, number)
+            unit = POINTS if metric.name == "accuracy" else 1
+            _line(below, [Estimate(unit * r.difference, unit * r.stderr, r.n) for r in rows.itertuples()], beside, number)
+            _judged(below, rows, beside, number, unit)
         above.set(
             title=f"{style.TASK_LABEL.get(task, task)}\n({model(config)})", ylabel=f"validation {metric.label}".replace(" (", "\n(")
         )
-        below.set(xlabel="$\\phi$ (degrees)\nfunctional half 0, logit half 90", ylabel=f"{metric.name} minus\nAdamW's (paired)")
+        below.set(
+            xlabel="$\\phi$ (degrees)\nfunctional part 0, logit part 90",
+            ylabel=f"{metric.name} minus\nAdamW's{' (points)' * (metric.name == 'accuracy')}",
+        )
         below.set_xticks(range(len(spec.phi)), [f"{phi:g}" for phi in spec.phi])
-    frames, batches = {"": data, "comparisons": found}, ""
+    frames, batches, table = {"": data, "comparisons": found}, "", pd.DataFrame()
     if cells:
         own_configs = [config for configs in cells.values() for config in configs]
         own = frame(own_configs, plan.source, BY_BATCH)
         table = by_batch(own, spec.margin).merge(noise_by_batch(plan, own_configs), on="batch")
         dose = float(own.dose.max())
-        draw_by_batch(axes[:, -1], table, dose)
+        draw_by_batch(axes[:, -1], table, dose, own_configs[0].training.steps)
         frames = {"": pd.concat([data, own], ignore_index=True), "comparisons": found, "batches": table}
         batches = in_words(table, dose, own_configs[0].training.steps)
     figure.align_ylabels()
     style.legend_above(figure, axes[0, 0], columns=2)
     finding = _finding(found)
-    style.finding_above(figure, finding if len(spec.dose) == 1 else f"{sentence(headline(data))} {_told(found)}")
-    said = answer(found[(found.task == "language") & (found.against == "logit half")].verdict, Verdict.BETTER)
+    style.finding_above(figure, finding if len(spec.dose) == 1 else f"{sentence(headline(data))} {_significant(found, table)}")
+    language = [
+        *found[(found.task == "language") & (found.against == "logit part")].verdict,
+        *(table.verdict if len(table) else ()),
+    ]
+    said = answer(language, Verdict.BETTER)
     return Exhibit(plan, frames, _caption(plan, finding, batches), _verdict(found, batches), figure, answer=said)
 
 
 def headline(data: pd.DataFrame) -> str:
     """What figure and CSV say, in a few words: of several doses the middle one."""
-    ends = comparisons(data[data.part == SWEEP], 0.0).query("against == 'logit half'")
+    ends = comparisons(data[data.part == SWEEP], 0.0).query("against == 'logit part'")
     doses = sorted(ends.dose.unique())
     middle = ends[ends.dose == doses[len(doses) // 2]]
-    return "functional half minus logit half at equal dose: " + ", ".join(
+    return "functional part minus logit part at equal dose: " + ", ".join(
         f"{row.task} {_in_words(row)} (dose {row.dose:g})" for row in middle.itertuples()
     )
 
@@ -153,7 +162,7 @@ def headline(data: pd.DataFrame) -> str:
 def _in_words(row: Any) -> str:
     """A difference with its interval and unit: accuracies in points."""
     if row.metric == "accuracy":
-        return f"{interval(100 * row.difference, 100 * row.half_width, 1, sign=True)} points"
+        return f"{interval(POINTS * row.difference, POINTS * row.half_width, 1, sign=True)} points"
     return f"{row.metric} {interval(row.difference, row.half_width, sign=True)}"
 
 
@@ -186,48 +195,48 @@ def _line(axis: Axes, values: Sequence[Estimate], beside: float, number: int, la
             )
 
 
-def _judged(axis: Axes, rows: pd.DataFrame, beside: float, number: int) -> None:
+def _judged(axis: Axes, rows: pd.DataFrame, beside: float, number: int, unit: float) -> None:
     """Filled markers where the angle is better or worse than AdamW."""
     for place, row in enumerate(rows.itertuples()):
         if row.verdict in (Verdict.BETTER, Verdict.WORSE):
             color = style.METHOD_COLOR["angle-sam"]
-            axis.plot([place + beside], [row.difference], color=color, marker=LOOKS[number % len(LOOKS)][1], zorder=3)
+            axis.plot([place + beside], [unit * row.difference], color=color, marker=LOOKS[number % len(LOOKS)][1], zorder=3)
 
 
 def _words(own: pd.DataFrame) -> str:
     """The metric of a task, and its difference with the verdict at each dose."""
-    each = [f"{interval(r.difference, r.half_width, sign=True)} at dose {r.dose:g}, {r.verdict}" for r in own.itertuples()]
-    return f"{own.metric.iloc[0]} {', '.join(each)}"
+    each = [f"{_in_words(row)} at dose {row.dose:g}, {row.verdict}" for row in own.itertuples()]
+    return ", ".join(each)
 
 
 def _finding(found: pd.DataFrame) -> str:
-    """Functional half against logit half, task by task."""
-    ends = found[found.against == "logit half"]
+    """Functional part against logit part, task by task."""
+    ends = found[found.against == "logit part"]
     parts = [f"{task} {_words(own)}" for task, own in ends.groupby("task", sort=False)]
     better, worse = (int(ends.verdict.str.startswith(word).sum()) for word in ("better", "worse"))
-    found_out = {(True, False): "the functional half is better", (False, True): "the logit half is better"}
+    found_out = {(True, False): "the functional part is better", (False, True): "the logit part is better"}
     words = found_out.get(
-        (better > 0, worse > 0), "tasks or doses disagree on the better half" if better else "neither half is told to be better"
+        (better > 0, worse > 0), "tasks or doses disagree on the better part" if better else "neither part is significantly better"
     )
     words += f" in {better + worse} of {len(ends)}" if 0 < better + worse < len(ends) else ""
-    return f"At equal dose {words}: functional minus logit half, {'; '.join(parts)}"
+    return f"At equal dose {words}: functional minus logit part, {'; '.join(parts)}"
 
 
-def _told(found: pd.DataFrame) -> str:
-    """Where the two halves are told apart, in a few words."""
-    ends = found[found.against == "logit half"]
-    told = [
-        f"{row.task} at dose {row.dose:g} (functional half {row.verdict})"
+def _significant(found: pd.DataFrame, table: pd.DataFrame) -> str:
+    """Where one part does more harm than the other, in a few words."""
+    ends = found[found.against == "logit part"]
+    words = [
+        f"{row.task} at dose {row.dose:g} (functional part {row.verdict})"
         for row in ends.itertuples()
         if row.verdict.startswith(("better", "worse"))
     ]
-    return f"Told apart: {', '.join(told) or 'nowhere'}"
+    return f"Significant: {', '.join([*words, *significant(table)]) or 'nothing'}."
 
 
 def _caption(plan: Plan, finding: str, batches: str) -> str:
     spec = plan.spec
     if batches:
-        batches = f"; {batches}, noise being the part of |H_F eps|^2 that is sampling noise of the batch (AdamW, last step)"
+        batches = f"; {batches}, noise being the part of |H_F eps|^2 that is sampling noise of the batch (AdamW's weights)"
     if plan.left:
         words = " (verdicts by batch are so far, Holm over those shown)" if plan.content[1] else ""
         batches += f"; not shown, their runs are not complete: {', '.join(plan.left)}{words}"
@@ -250,7 +259,7 @@ def _verdict(found: pd.DataFrame, batches: str) -> str:
             if word and (own.verdict == word).any()
         ]
         parts.append(f"{task}, dose {dose:g}, against AdamW {'; '.join(words)}")
-    ends = found[(found.against == "logit half") & (found.task == "language")]
+    ends = found[(found.against == "logit part") & (found.task == "language")]
     better, worse = (ends.verdict.str.startswith(word).sum() for word in ("better", "worse"))
     same = (ends.verdict == Verdict.SAME).sum()
     claim = "turned" if worse else "vanished" if same else "supported" if better else "inconclusive"

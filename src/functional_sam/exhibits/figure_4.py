@@ -1,4 +1,4 @@
-"""figure-4: spectral densities of H, H_G and H_F at the end of training, and how large the functional half is in them."""
+"""figure-4: spectral densities of H, H_G and H_F at the end of training, and how large the functional part is in them."""
 
 import math
 from typing import Any
@@ -119,7 +119,7 @@ def compared(ends: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(plan: Plan) -> Exhibit:
-    """A panel of densities a task, with the ends that Lanczos found; below, how large the functional half is."""
+    """A panel of densities a task, with the ends that Lanczos found; below, how large the functional part is."""
     spec, ends = plan.spec, eigenvalue_frame(plan)
     densities = pd.concat([density_frame(plan, task) for task in spec.tasks], ignore_index=True)
     tests = compared(ends)
@@ -150,7 +150,7 @@ def draw(plan: Plan) -> Exhibit:
 
 
 def headline(ends: pd.DataFrame) -> str:
-    """The functional half's part in the trace of H, plain geometry, in a few words."""
+    """The functional part's share of the trace of H, plain geometry, in a few words."""
     tests = compared(ends)
     row = next(tests[(tests.measure == "traces") & (tests.geometry == "plain")].itertuples())
     sides = (f"{task} {interval(getattr(row, task), getattr(row, f'{task}_half_width'), 2)}" for task in PAIR)
@@ -206,8 +206,8 @@ def _finding(tests: pd.DataFrame) -> str:
         words.append(f"{PLAIN[row.measure]}, {row.geometry}, {number(row.language, 2)} against {number(row.vision, 2)}")
     if len(set(sides)) == 1:
         shown = "; ".join(word.replace(", plain,", "") for word in words if ", plain," in word)
-        return f"The functional half, language against vision: {sides[0]} by all measures ({shown})"
-    return f"The functional half, language against vision: {'; '.join(f'{a}, {b}' for a, b in zip(words, sides, strict=True))}"
+        return f"The functional part, language against vision: {sides[0]} by all measures ({shown})"
+    return f"The functional part, language against vision: {'; '.join(f'{a}, {b}' for a, b in zip(words, sides, strict=True))}"
 
 
 def _caption(plan: Plan, ends: pd.DataFrame, finding: str) -> str:

@@ -111,7 +111,7 @@ METHODS: dict[str, Method] = {
     "adamw": PLAIN,  # its other name
     "sam": Method("gradient", "sam", source="Foret et al. 2020"),
     "functional-sam": Method("gradient", "functional", source=SINGH),
-    "logit-sam": Method("gradient", "logit", source=f"{SINGH}, the other half"),
+    "logit-sam": Method("gradient", "logit", source=f"{SINGH}, the other part"),
     "precond-sam": Method("adam", "sam", source=SINGH),
     "precond-functional-sam": Method("adam", "functional", source=SINGH),
     "penalty-sam": Method("gradient", "penalty", source=SINGH),

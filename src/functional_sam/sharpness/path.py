@@ -6,7 +6,7 @@
     penalty     those limits themselves, added to g (penalty.py)
 
 Each takes what pass 1 at theta kept (None where the ascent needed no pass 1) and returns what was kept of the unperturbed
-weights; the gradient is in .grad. Source: Foret et al. 2020 (sam); Singh et al. 2025 (functional); the third is the other half.
+weights; the gradient is in .grad. Source: Foret et al. 2020 (sam); Singh et al. 2025 (functional); the third is the other part.
 """
 
 from collections.abc import Callable

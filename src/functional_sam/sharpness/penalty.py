@@ -1,9 +1,9 @@
-"""The penalty path: the two halves of the sharpness gradient themselves, in the limit of a small radius, at an angle phi.
+"""The penalty path: the two parts of the sharpness gradient themselves, in the limit of a small radius, at an angle phi.
 
     gradient = g + c (cos(phi) delta_func + sin(phi) delta_logit),  delta_func = H_F eps,  delta_logit = H_G eps,  c = sqrt(2)
 
 with eps the ascent's perturbation (radius included, as in the other paths). phi in degrees: 45 is g + H eps, the gradient of
-L + rho |g| for the gradient ascent (penalty-SAM); 0 the functional half alone, 90 the logit half alone.
+L + rho |g| for the gradient ascent (penalty-SAM); 0 the functional part alone, 90 the logit part alone.
 With a radius per parameter group, eps is scaled group by group (eps_p = rho_p d_p / size) and H acts on all of it: the limit of
 what the sam path does with the same groups. A group of rho = 0 is not perturbed, and still gets its share of H eps.
 With dose the correction, c (cos(phi) delta_func + sin(phi) delta_logit), is scaled to |correction| = dose |g|, whatever phi and rho
@@ -52,7 +52,7 @@ def to_dose(correction: list[Tensor], g: Iterable[Tensor], dose: float | None) -
 
 
 def difference(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kept]) -> None:
-    """One more pass, at theta_h = theta + h eps/|eps|, h = `step`: both halves are differences of pulled-back cotangents.
+    """One more pass, at theta_h = theta + h eps/|eps|, h = `step`: both parts are differences of pulled-back cotangents.
 
         H_F eps ~ (J(theta_h)^T u(theta)   - J(theta)^T u(theta))   |eps| / h
         H eps   ~ (J(theta_h)^T u(theta_h) - J(theta)^T u(theta))   |eps| / h,  and H_G = H - H_F,

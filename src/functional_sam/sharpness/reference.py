@@ -66,7 +66,7 @@ def functional_sam(
 def logit_sam(
     model: torch.nn.Module, theta: Theta, inputs: Tensor, targets: Tensor, rho: float, preconditioner: Theta | None = None
 ) -> Theta:
-    """J(theta)^T u(theta'): the other half."""
+    """J(theta)^T u(theta'): the other part."""
     z_of, loss = logits_of(model, inputs), mean_loss(targets)
     z, pull_back = vjp(z_of, theta)[:2]
     u = grad(loss)(z)
