@@ -6,7 +6,7 @@ import pytest
 from made_up import MadeUp
 
 from functional_sam.exhibits import draw_plan, planned
-from functional_sam.exhibits.fresh import COMPARED
+from functional_sam.exhibits.fresh_seeds import COMPARED
 from functional_sam.exhibits.output import write
 from functional_sam.study.compare import holm, paired_difference
 

@@ -84,7 +84,7 @@ def test_a_domain_that_small_embeddings_hide_is_called_open():
     assert apart.loc["domain", "p_holm"] < 0.05
     assert figure_8.told(exhibit.frame)["domain"] == figure_8.OPEN
     assert "may depend on the domain (open)" in exhibit.caption
-    assert "open: told from zero by one of two fits" in exhibit.caption
+    assert "open: significant in one of two fits" in exhibit.caption
     assert "domain is open" in figure_8.headline(exhibit.frame)
 
 

@@ -84,7 +84,7 @@ def test_pairs_are_compared_and_judged(exhibit):
     row = pairs.loc[("precond-functional-sam", "log radius", 48)]
     assert row.difference == pytest.approx(math.log(3 / math.sqrt(0.3)))
     assert row.bound == AT_LEAST  # it breaks nowhere on the grid
-    assert "Precond Functional-SAM / Precond SAM at least 5.5" in figure_9.headline(exhibit.frame)  # a bound has no interval
+    assert "Precond Functional-SAM over Precond SAM at least 5.5" in figure_9.headline(exhibit.frame)  # a bound has no interval
     assert pairs.loc[("functional-sam", "log radius", 48), "bound"] == ""
     assert slopes.bound.to_dict() == {"functional-sam": "", "precond-functional-sam": ABOUT}  # at least, at both widths
     assert slopes.verdict["precond-functional-sam"] == "inconclusive"
@@ -166,9 +166,7 @@ def test_figure_9_is_drawn(exhibit, tmp_path):
     files = write(exhibit, tmp_path)
     assert next(file for file in files if file.suffix == ".png").stat().st_size > 20_000
     assert "Precond SAM 24" in exhibit.caption  # 2 of 4 radii x 2 learning rates x 2 widths x 3 seeds
-    assert figure_9.headline(exhibit.frame).startswith(
-        "radius that costs 0.1 nats, functional over plain path: Functional-SAM / SAM 1.7 ["
-    )
+    assert figure_9.headline(exhibit.frame).startswith("radius that costs 0.1 nats: Functional-SAM over SAM 1.7 [")
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +193,7 @@ def test_bf16_is_compared_with_float32_where_both_were_run(in_bf16):
     assert row.difference == pytest.approx(-math.log(3), rel=0.05)
     assert (row.n, row.verdict) == (5, "earlier in bf16")
     assert table.loc[("bf16 over float32", "functional-sam"), "verdict"] == "the frontiers coincide"
-    assert table.loc[("functional over plain, in bf16", "functional-sam"), "verdict"] == "later"
+    assert table.loc[("functional over SAM's path, in bf16", "functional-sam"), "verdict"] == "later"
     assert "In bf16 (width 128, lr 0.01; " in exhibit.caption
     assert set(exhibit.frames["frontier"].width) == {24, 48, 96, 128}  # float32's, which bf16 moves nowhere
     assert len(exhibit.frames["frontier"]) == 4 * 2 * 4 * 5

@@ -17,7 +17,11 @@ from functional_sam.study.report import difference, judge
 from functional_sam.study.tune import Planned, plan_cells, todo, unique
 from functional_sam.tasks import TASKS
 
-DESCRIBED = ("activation", "fresh")  # parts whose comparisons are a family of their own, beside that of the exhibit's claim
+DESCRIBED = (
+    "activation",
+    "alike",
+    "fresh",
+)  # parts whose comparisons are a family of their own, beside that of the exhibit's claim
 
 
 def plan(
@@ -43,6 +47,11 @@ def plan(
         left=tuple(cell.name for cell in left),
         growing=any(cell.part not in DESCRIBED for cell in left),
     )
+
+
+def by_family(data: pd.DataFrame) -> list[pd.DataFrame]:
+    """The rows of the exhibit's claim, and those of each part that is DESCRIBED."""
+    return [own for _, own in data.groupby(data.part.where(data.part.isin(DESCRIBED), ""), sort=False)]
 
 
 def label(name: str, own: object = "") -> str:

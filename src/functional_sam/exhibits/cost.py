@@ -11,7 +11,7 @@ from functional_sam.exhibits import style
 from functional_sam.exhibits.output import paper_directory, save_figure
 
 MARKERS = ("o", "s", "^", "D")
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
+COLORS = ("#332288", "#44AA99", "#999933", "#882255")  # of models: no method has them
 CASE_LABEL = {
     "decoder-32k": "decoder, 32,000 pieces",
     "decoder-32k-bf16": "decoder, 32,000 pieces, bf16",

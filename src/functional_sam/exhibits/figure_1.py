@@ -16,7 +16,7 @@ from functional_sam.exhibits.markdown import interval, number
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import Spec
-from functional_sam.exhibits.words import answer, by_targets, firsts, sizes
+from functional_sam.exhibits.words import answer, by_targets, firsts, sentence, sizes
 from functional_sam.records import Source
 from functional_sam.study.compare import Estimate, Verdict, estimate, holm, unpaired_difference, verdict
 
@@ -93,6 +93,7 @@ def draw(plan: Plan) -> Exhibit:
     figure, ((times, steps), (origins, norms)) = plt.subplots(2, 2, figsize=(style.PAGE, 5.2))
     same, gradient = data.origin == "same", data.ascent == "gradient"
     matched = plan.configs[0].measure.targets[0]
+    names: list[float] = []
     for task in firsts(plan.configs):
         color, own = style.TASK_COLOR.get(task, "#777777"), data.task == task
         wide = data[own & same & gradient].groupby("step").targets.transform("nunique").max()
@@ -102,12 +103,11 @@ def draw(plan: Plan) -> Exhibit:
             shade = 0.25 + 0.75 * (place + 1) / len(shown)
             part = data[own & same & gradient & (data.step == step)]
             _line(times, part, "targets", "share_logit", color, alpha=shade, band=step == shown[-1])
-            _named(times, part, "targets", "share_logit", f"{step}", color)
+            names.append(_named(times, part, "targets", "share_logit", f"{step}", color, names))
         for ascent, dash in ASCENTS.items():
             _line(steps, data[own & same & (data.ascent == ascent) & (data.targets == matched)], "step", "share_logit", color, dash)
         end = data[own & gradient & at_last(data)]
-        for origin, dash in (("same", "-"), ("independent", "--")):
-            _line(origins, end[end.origin == origin], "targets", "share_logit", color, dash)
+        _line(origins, end[end.origin == "same"], "targets", "share_logit", color)
         _line(origins, end[end.origin == "independent"], "targets", "share_logit_without_noise", color, ":", "D")
         for part, dash in (("func", "-"), ("logit", ":"), ("gradient", "--")):
             found = {targets: noise(own, part) for targets, own in end[end.origin == "independent"].groupby("targets")}
@@ -116,23 +116,41 @@ def draw(plan: Plan) -> Exhibit:
         axis.set(xscale="log", xlabel="targets of the measuring batch", ylabel=label)
         axis.set_ylim(0.0, 1.02)
     steps.set_xlabel("AdamW step")
-    norms.set_ylim(0.0, 1.5)
+    norms.set_ylim(0.0, 1.25)
     times.set_title(r"At several steps (numbers), $\epsilon$ from the same batch")
     steps.set_title(f"Through training, at {matched} targets of either task")
-    origins.set_title("At the end: where $\\epsilon$ is from, and without noise")
-    norms.set_title(r"At the end: sampling noise in $|\delta|^2$ and $|g|^2$, $\epsilon$ independent")
+    origins.set_title("At the end: as a batch of SAM has it, and without noise")
+    norms.set_title(r"At the end: sampling noise ($\epsilon$ independent)")
     _legends(figure, steps, origins, norms, list(firsts(plan.configs)))
     finding = _finding(tests)
     figure.tight_layout()
-    style.finding_above(figure, finding)
+    style.finding_above(figure, sentence(headline(data)))
     sides = {"language above": Verdict.BETTER, "vision above": Verdict.WORSE}
     said = answer([sides.get(word, word) for word in tests.verdict], Verdict.BETTER)
-    return Exhibit(plan, {"": data, "tests": tests}, _caption(plan, finding), _verdict(plan, data, tests), figure, answer=said)
+    return Exhibit(
+        plan,
+        {"": data, "tests": tests},
+        _caption(plan, finding, through_training(data, matched)),
+        _verdict(plan, data, tests),
+        figure,
+        answer=said,
+    )
+
+
+def through_training(data: pd.DataFrame, targets: int) -> pd.DataFrame:
+    """Language minus vision at the steps that both were measured at: gradient ascent, eps of the same batch; described, no test."""
+    own = data[data.ascent.eq("gradient") & data.origin.eq("same") & data.targets.eq(targets)]
+    rows = []
+    for step in sorted(set.intersection(*(set(own[own.task == task].step) for task in PAIR)) if len(own) else ()):
+        found = unpaired_difference(*(list(own[own.step.eq(step) & own.task.eq(task)].share_logit) for task in PAIR))
+        rows.append({"step": step, "targets": targets, "difference": found.mean, "half_width": found.half_width})
+    return pd.DataFrame(rows)
 
 
 def headline(data: pd.DataFrame) -> str:
     """What figure and CSV say, in a few words."""
-    found = _finding(compared(data)).lower().removeprefix("logit share at the end, ")
+    found = _finding(compared(data))
+    found = found[:1].lower() + found[1:]
     end = data[at_last(data) & (data.ascent == "gradient") & (data.origin == "independent")]
     matched = set.intersection(*(set(end[end.task == task].targets) for task in PAIR)) if len(end) else set()
     if not matched:
@@ -164,12 +182,14 @@ def _line(
         axis.fill_between(xs, low, high, color=color, alpha=0.15, linewidth=0)
 
 
-def _named(axis: Axes, part: pd.DataFrame, x: str, y: str, text: str, color: str) -> None:
-    """The text at the right end of a line."""
+def _named(axis: Axes, part: pd.DataFrame, x: str, y: str, text: str, color: str, taken: list[float]) -> float:
+    """The text at the right end of a line, above or below where one of those taken is in its way; where it stands."""
     last = part[part[x] == part[x].max()]
-    axis.annotate(
-        text, (last[x].iloc[0], last[y].mean()), (3, 0), textcoords="offset points", fontsize=5.5, color=color, va="center"
-    )
+    end = float(last[y].mean())
+    beside = min((end - other for other in taken if abs(end - other) < 0.03), key=abs, default=1.0)
+    at = end if beside == 1.0 else end - beside + math.copysign(0.035, beside)
+    axis.annotate(text, (last[x].iloc[0], at), (3, 0), textcoords="offset points", fontsize=5.5, color=color, va="center")
+    return at
 
 
 def _legends(figure: Figure, steps: Axes, origins: Axes, norms: Axes, tasks: list[str]) -> None:
@@ -179,8 +199,8 @@ def _legends(figure: Figure, steps: Axes, origins: Axes, norms: Axes, tasks: lis
     colors = [Line2D([], [], color=style.TASK_COLOR.get(t, "#777777"), label=style.TASK_LABEL.get(t, t)) for t in tasks]
     figure.legend(handles=colors, loc="upper center", ncol=len(tasks), bbox_to_anchor=(0.5, 1.03))
     steps.legend(handles=[grey("-", r"$\epsilon = g/|g|$ (SAM)"), grey("--", "Adam's ascent (Precond)")], loc="lower right")
-    names = [grey("-", r"$\epsilon$ of the same batch"), grey("--", r"$\epsilon$ of an independent batch")]
-    origins.legend(handles=[*names, grey(":", "the latter without sampling noise", "D")], loc="lower right")
+    names = [grey("-", r"$\epsilon$ of the same batch"), grey(":", r"$\epsilon$ independent, without sampling noise", "D")]
+    origins.legend(handles=names, loc="lower right")
     squares = [grey("-", r"of $|\delta_{func}|^2$"), grey(":", r"of $|\delta_{logit}|^2$"), grey("--", r"of $|g|^2$")]
     norms.legend(handles=squares, loc="upper center", ncol=3, columnspacing=1.0)
 
@@ -200,18 +220,19 @@ def _finding(tests: pd.DataFrame) -> str:
     return f"Logit share at the end, language against vision: {'; '.join(words)} {numbers}"
 
 
-def _caption(plan: Plan, finding: str) -> str:
+def _caption(plan: Plan, finding: str, times: pd.DataFrame) -> str:
     n = len(plan.spec.seeds)
     others = "; ".join(f"{task} n={len(seeds)}" for task, seeds in plan.spec.seeds_by_task.items())
     more = f" ({others})" if others else ""
+    each = [f"{interval(row.difference, row.half_width, 2, sign=True)} at step {row.step:,}" for row in times.itertuples()]
+    by_time = f" (through training, at {times.targets.iloc[0]:,} targets, described: {', '.join(each)})" if each else ""
     return (
-        f"{finding}. Logit share is |delta_logit| / (|delta_logit| + |delta_func|), delta_logit = H_G eps, delta_func = H_F eps, "
-        "eps a unit vector, on batches of the rows that training would have met next, under Adam's ascent from step "
-        f"{plan.configs[0].measure.adam_from} on; without noise: inner products of two half batches in place of squared norms "
-        "(a negative one says that all is noise, and more); "
-        f"scale {plan.spec.scale}, not the paper's: {sizes(plan.configs)}. "
-        f"Means over n={n} seeds{more}, bands are 95 % t intervals, Holm's correction over both ascents "
-        "and all matched numbers."
+        f"{finding}{by_time}. Logit share is |delta_logit| / (|delta_logit| + |delta_func|), delta_logit = H_G eps, "
+        "delta_func = H_F eps, eps a unit vector, on batches of the rows that training would have met next, under Adam's ascent "
+        f"from step {plan.configs[0].measure.adam_from} on; without noise: inner products of two half batches in place of squared "
+        "norms (a negative one says that all is noise, and more); noise is a ratio of means over seeds, without an interval; "
+        f"scale {plan.spec.scale}, not the paper's: {sizes(plan.configs)}. Means over n={n} seeds{more}, bands are 95 % t "
+        "intervals, Holm's correction over both ascents and all matched numbers."
     )
 
 

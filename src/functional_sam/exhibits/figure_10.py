@@ -21,12 +21,13 @@ from functional_sam.study.tune import Planned
 
 __all__ = ["draw", "headline", "plan"]
 
+ALIKE = "alike"  # the part with one rate and weight decay for all
 CHECKPOINTS = {"last": "last checkpoint", "best": "best on validation"}
 HALVES = ("functional-sam", "logit-sam", "precond-functional-sam")  # whose gain is compared with that of the method below
 WHOLE = {"functional-sam": "sam", "logit-sam": "sam", "precond-functional-sam": "precond-sam"}
 LOOKS: dict[str, dict[str, Any]] = {
-    "adamw-double": {"color": "#000000", "linestyle": "--", "marker": "s"},
-    "smoothing": {"color": "#999999", "linestyle": ":", "marker": "D"},
+    "adamw-double": {"color": "#000000", "linestyle": "--", "marker": "X"},
+    "smoothing": {"color": "#999999", "linestyle": ":", "marker": "*"},
 }
 SHORT = {"adamw-double": "AdamW, twice the epochs", "smoothing": "AdamW, smoothed labels"}
 
@@ -35,7 +36,7 @@ def draw(plan: Plan) -> Exhibit:
     """Above accuracy, below the gain over AdamW; left at the last checkpoint, right at the best. Bars are 95 % intervals."""
     parts = [accuracies(plan.content, plan.source, name == "best").assign(checkpoint=name) for name in CHECKPOINTS]
     data = pd.concat(parts, ignore_index=True)
-    kept = what_is_kept(plan.content, plan.source)
+    kept = what_is_kept([one for one in plan.content if one.cell.part != ALIKE], plan.source)
     shown = data[~data.part.isin(DESCRIBED) & data.entry.isin(["adamw", *WHOLE, *WHOLE.values(), *LOOKS])]
     style.use()
     figure, axes = plt.subplots(2, 2, figsize=(style.PAGE, 4.4), sharex=True, sharey="row")
@@ -57,7 +58,8 @@ def draw(plan: Plan) -> Exhibit:
     claimed = claimed[claimed.entry.isin(["sam", "functional-sam"])]
     judged = data[data.checkpoint.eq("best") & ~data.part.isin(DESCRIBED)]
     missing = left_out(plan, judged, DOUBLES)
-    frames, caption = {"": data, "kept": kept}, f"{found['best']} {keeps} {_chosen(judged)}{words}{missing}"
+    caption = f"{found['best']} {keeps} {_chosen(judged)}{alike(data)}{words}{missing}"
+    frames = {"": data, "kept": kept}
     return Exhibit(plan, frames, caption, verdict, figure, answer=answer(claimed.verdict_baseline, Verdict.BETTER))
 
 
@@ -83,7 +85,7 @@ def lines(axis: Axes, part: pd.DataFrame, gain: bool) -> None:
             [POINTS * one.half_width if math.isfinite(one.half_width) else 0.0 for one in found],
             label=SHORT.get(str(name), label(str(name))),
             elinewidth=0.7,
-            **LOOKS.get(str(name), {"color": style.METHOD_COLOR.get(str(name), "#999999"), "marker": "o"}),
+            **LOOKS.get(str(name), {"color": style.METHOD_COLOR.get(str(name), "#999999"), "marker": style.marker(str(name))}),
         )
     axis.set_xticks(sorted(set(POINTS * part.noise)))
 
@@ -91,7 +93,7 @@ def lines(axis: Axes, part: pd.DataFrame, gain: bool) -> None:
 def what_is_kept(planned: Sequence[Planned], source: Source) -> pd.DataFrame:
     """A row a cell, checkpoint and half: its gain over AdamW by that of the whole, with the 95 % interval of the ratio.
 
-    The interval is nan where the gain of the whole is not told from zero, all is nan where it is a loss.
+    The interval is nan where the gain of the whole is not significant, all is nan where it is a loss.
     """
     rows = []
     for one in planned:
@@ -143,6 +145,22 @@ def _chosen(data: pd.DataFrame) -> str:
     return "".join(f"{one} " for one in words)
 
 
+def alike(data: pd.DataFrame) -> str:
+    """Every method minus AdamW at the same rate and weight decay, in points, as a sentence; empty where that was not run."""
+    own = data[data.part.eq(ALIKE) & data.checkpoint.eq("best") & data.verdict_baseline.ne("")]
+    if own.empty:
+        return ""
+    words = []
+    for lr, part in own.groupby("lr"):
+        each = ", ".join(f"{label(row.entry)} {gained(row)} ({row.verdict_baseline})" for row in part.itertuples())
+        words.append(f"at rate {lr:g} {each}")
+    decay, rho, noise = own.weight_decay.iloc[0], own.rho.iloc[0], POINTS * own.noise.iloc[0]
+    return (
+        f"With AdamW at the methods' own rate and weight decay ({noise:.0f} % noise, decay {decay:g}, rho {rho:g}, nothing chosen, "
+        f"a family of its own), points over AdamW: {'; '.join(words)}. "
+    )
+
+
 def _kept(data: pd.DataFrame, kept: pd.DataFrame) -> str:
     activations = set(data[data.part.isin(DESCRIBED)].cell)
     noisy = kept[kept.noise.gt(0) & kept.of.eq("sam") & kept.checkpoint.eq("best")]
@@ -154,7 +172,7 @@ def _kept(data: pd.DataFrame, kept: pd.DataFrame) -> str:
         if math.isfinite(row.low)
     ]
     if not words:
-        return "SAM's gain at the best checkpoint is not told from zero, so it cannot be said what is kept of it."
+        return "SAM's gain at the best checkpoint is not significant, so it cannot be said what is kept of it."
     return f"Of SAM's gain at the best checkpoint is kept by {', '.join(words)}."
 
 

@@ -163,7 +163,7 @@ def _panel(axis: Axes, data: pd.DataFrame) -> None:
             own.minus_baseline[finite],
             yerr=np.array(halves)[finite],
             color=style.METHOD_COLOR.get(name, "#666666"),
-            marker="o",
+            marker=style.marker(name),
             linestyle="none",
             elinewidth=0.8,
             label=label(name),

@@ -9,8 +9,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from functional_sam.exhibits import markdown, style
-from functional_sam.exhibits.comparison import DESCRIBED, changed, differs, label, left_out, place, plan, seen, setting
-from functional_sam.exhibits.fresh import PART, in_words, on_fresh_seeds, with_verdicts
+from functional_sam.exhibits.comparison import DESCRIBED, by_family, changed, differs, label, left_out, place, plan, seen, setting
+from functional_sam.exhibits.fresh_seeds import PART, in_words, on_fresh_seeds, with_verdicts
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.words import answer, sentence
@@ -34,7 +34,7 @@ def draw(plan: Plan) -> Exhibit:
     swept = [row for row in pairs if row["cell"] not in tests]
     paths, fresh = judged_paths(swept, margin), on_fresh_seeds(seeds[seeds.cell.isin(tests)], margin)
     data = frame(plan.content, plan.source)
-    families = [judge(own, margin) for _, own in data.groupby(data.part.isin(DESCRIBED), sort=False)]
+    families = [judge(own, margin) for own in by_family(data)]
     data = with_equal_dose(with_verdicts(pd.concat(families).sort_index(), fresh), pairs)
     style.use()
     cells = list(dict.fromkeys(seeds.cell))
@@ -42,8 +42,8 @@ def draw(plan: Plan) -> Exhibit:
     figure, axes = plt.subplots(len(cells), 2, figsize=(style.PAGE, height), squeeze=False, sharey="row")
     for (left, right), cell in zip(axes, cells, strict=True):
         part = seeds[seeds.cell == cell]
-        _panel(left, part, "rho")
-        _panel(right, part, "dose")
+        for axis, x in ((left, "rho"), (right, "dose")):
+            _panel(axis, part, x, data[data.cell == cell])
         n = f"n = {part.seed.nunique()}" + (" fresh seeds" if cell in tests else "")
         name = f"{place(next(data[data.cell == cell].itertuples()))}, {n}"
         left.set(title=f"{name}: by radius", ylabel="test loss minus AdamW's\n(nats per token)")
@@ -55,10 +55,10 @@ def draw(plan: Plan) -> Exhibit:
     style.finding_above(figure, sentence(headline(data)))
     caption = (
         f"{sentence(headline(data))} Bars are 95 % intervals of paired differences, marks moved aside so that none covers "
-        f"another; linear within {LINEAR:g} nats, logarithmic beyond; crosses at the top edge diverged; the grey band is that "
-        f"of the placebo (AdamW whose initial weights were changed by 1e-6). {setting(plan, data)}{seen(data)}"
-        f"{left_out(plan, data[~data.part.isin(DESCRIBED)])}{in_words(fresh)}{_told_at_first(paths)}"
-        f"{_still_open(plan, swept, paths, margin)}"
+        f"another, hollow where the difference is not significant by Holm; linear within {LINEAR:g} nats, logarithmic beyond; "
+        f"crosses at the top edge diverged; the grey band is that of the placebo (AdamW whose initial weights were changed by "
+        f"1e-6). {setting(plan, data)}{seen(data)}{left_out(plan, data[~data.part.isin(DESCRIBED)])}"
+        f"{in_words(fresh)}{_significant_at_first(paths)}{_still_open(plan, swept, paths, margin)}"
     )
     wanted = [*paths[paths.at_equal == "rho"].verdict] if len(paths) else []
     wanted += [*fresh[fresh.other == "sam"].verdict] if len(fresh) else []
@@ -90,7 +90,7 @@ def with_equal_dose(data: pd.DataFrame, pairs: list[dict[str, Any]]) -> pd.DataF
     )
 
 
-def _panel(axis: Axes, part: pd.DataFrame, x: str) -> None:
+def _panel(axis: Axes, part: pd.DataFrame, x: str, judged: pd.DataFrame) -> None:
     axis.axhline(0.0, color=style.METHOD_COLOR["adamw"], linewidth=0.8, label="AdamW")
     placebo = part[part.entry == "placebo"]
     if len(placebo) > 1:
@@ -98,18 +98,23 @@ def _panel(axis: Axes, part: pd.DataFrame, x: str) -> None:
         band = (own.mean - own.half_width, own.mean + own.half_width)
         axis.axhspan(*band, color=style.PLACEBO_COLOR, alpha=0.5, linewidth=0, label="placebo")
     groups = list(part[part.rho.notna()].groupby("entry", sort=False))
-    for (name, rows), offset in zip(groups, style.offsets(len(groups), 0.12), strict=True):
+    for (name, rows), offset in zip(groups, style.offsets(len(groups), 0.06), strict=True):
         aside = 1.0 + offset if x == "rho" else 1.0  # doses differ by themselves
-        places, found = [], []
+        places, found, radii = [], [], []
         for rho, at in rows.groupby("rho"):
             place = float(rho if x == "rho" else at.dose.mean()) * aside
             one = estimate(list(at.minus_baseline))
             if math.isfinite(one.mean):
                 places.append(place)
                 found.append(one)
+                radii.append(rho)
             else:
                 style.diverged(axis, place, str(name))
         style.marks(axis, places, found, str(name), label=label(str(name)))
+        told = judged[judged.entry == name].set_index("rho").verdict_baseline.isin([Verdict.BETTER, Verdict.WORSE])
+        hollow = [(place, one.mean) for place, one, rho in zip(places, found, radii, strict=True) if not told[rho]]
+        look: dict[str, Any] = {"color": style.color(str(name)), "markerfacecolor": "white", "markeredgewidth": 0.8}
+        axis.plot(*zip(*hollow, strict=True) if hollow else ([], []), style.marker(str(name)), zorder=3, **look)
     style.log_ticks(axis, "x", part[x] if x == "rho" else part[part.rho.notna()].dose)
 
 
@@ -151,18 +156,18 @@ def judged_paths(rows: list[dict[str, Any]], margin: float, more: int = 0) -> pd
     return pd.DataFrame([row | {"verdict": str(found[place])} for place, row in enumerate(rows)])
 
 
-def _told_at_first(paths: pd.DataFrame) -> str:
-    """What would be told at equal dose by the plain mean of the measurements, in words."""
-    told = paths[(paths.at_equal == DOSE_AT_FIRST) & paths.verdict.isin([Verdict.BETTER, Verdict.WORSE])] if len(paths) else paths
-    if told.empty:
+def _significant_at_first(paths: pd.DataFrame) -> str:
+    """What would be significant at equal dose by the plain mean of the measurements, in words."""
+    found = paths[(paths.at_equal == DOSE_AT_FIRST) & paths.verdict.isin([Verdict.BETTER, Verdict.WORSE])] if len(paths) else paths
+    if found.empty:
         return ""
     words = [
         f"{label(str(name))} {verdict} at rho {', '.join(f'{rho:g}' for rho in part.rho)}"
-        for (name, verdict), part in told.groupby(["entry", "verdict"], sort=False)
+        for (name, verdict), part in found.groupby(["entry", "verdict"], sort=False)
     ]
     return (
         " The dose is averaged over the steps; by the plain mean of its log-spaced measurements, half of them in warm-up, which "
-        f"the protocol had at first, these would be told from the plain path at equal dose: {'; '.join(words)}."
+        f"the protocol had at first, these would differ significantly from SAM's path at equal dose: {'; '.join(words)}."
     )
 
 

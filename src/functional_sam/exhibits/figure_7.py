@@ -45,7 +45,7 @@ def draw(plan: Plan) -> Exhibit:
             found = Estimate(getattr(row, key), getattr(row, f"{key}_stderr"), row.n)
             style.marks(axis, [place + aside], [found], row.entry, horizontal=True, filled=filled)
         cost.plot([row.cost], [place], style.marker(row.entry), color=style.color(row.entry))
-    for filled, words in ((True, "at equal steps"), (False, "AdamW given the method's time")):
+    for filled, words in ((True, "at equal steps"), (False, "against AdamW given the same time")):
         face = style.OTHER_COLOR if filled else "white"
         axis.plot([], [], "o", color=style.OTHER_COLOR, markerfacecolor=face, label=words)
     axis.axvline(0.0, color=style.METHOD_COLOR["adamw"], linewidth=0.8)

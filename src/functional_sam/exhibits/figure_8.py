@@ -319,7 +319,7 @@ def _finding(data: pd.DataFrame) -> str:
 
 def _caption(plan: Plan, data: pd.DataFrame, finding: str, beside: pd.DataFrame) -> str:
     full, either_open = fits(data)["+ both"], OPEN in told(data).values()
-    meaning = "open: told from zero by one of two fits and not by the other, the second" if either_open else "beside it a fit"
+    meaning = "open: significant in one of two fits and not in the other, the second" if either_open else "beside it a fit"
     other = below_uniform(data)
     turned = interval(other["estimate"], other["half_width"], 2, sign=True)
     there = ", ".join(f"{row.compared} {interval(row.estimate, row.half_width, 2, sign=True)}" for row in beside.itertuples())

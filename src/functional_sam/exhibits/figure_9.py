@@ -100,11 +100,11 @@ def draw(plan: Plan) -> Exhibit:
 
 
 def headline(data: pd.DataFrame) -> str:
-    """The radius that breaks training at the largest width, of the functional over the plain path, in a few words."""
+    """The radius that breaks training at the largest width, of the functional path over SAM's, in a few words."""
     pairs = compared(frontier(first_precision(data)))
     own = pairs[(pairs.what == LEVEL) & (pairs.width == pairs.width.max())]
-    found = [f"{style.METHOD_LABEL[row.method]} / {style.METHOD_LABEL[row.other]} {times(row)}" for row in own.itertuples()]
-    return f"radius that costs {RISE:g} nats, functional over plain path: {', '.join(found)}"
+    found = [f"{style.METHOD_LABEL[row.method]} over {style.METHOD_LABEL[row.other]} {times(row)}" for row in own.itertuples()]
+    return f"radius that costs {RISE:g} nats: {', '.join(found)}"
 
 
 def _against_lr(axis: Axes, found: pd.DataFrame, spec: Spec) -> None:
@@ -159,13 +159,16 @@ def _line(axis: Axes, points: list[tuple[float, pd.Series, bool]], method: str) 
     errors.append([y * math.exp(min(half, 50.0)) - y for y, half in zip(ys, halves, strict=True)])
     axis.errorbar(xs, ys, errors, color=color, elinewidth=0.7)
     for x, y, (_, _, bounded) in zip(xs, ys, points, strict=True):
-        axis.plot([x], [y], "o", color=color, markerfacecolor="white" if bounded else color, zorder=3)
+        axis.plot([x], [y], style.marker(method), color=color, markerfacecolor="white" if bounded else color, zorder=3)
 
 
 def _legend(methods: list[str], adamw: bool, in_bf16: bool) -> list[Line2D]:
     grey: dict[str, Any] = {"color": "#777777", "linestyle": "none"}
     marks = [
-        *(Line2D([], [], color=style.METHOD_COLOR[name], marker="o", label=style.METHOD_LABEL[name]) for name in methods),
+        *(
+            Line2D([], [], color=style.METHOD_COLOR[name], marker=style.marker(name), label=style.METHOD_LABEL[name])
+            for name in methods
+        ),
         Line2D([], [], marker="o", markerfacecolor="white", label="of some seeds a bound, the end of the grid", **grey),
     ]
     marks += [Line2D([], [], marker="s", markersize=7, alpha=0.5, label="AdamW itself breaks", **grey)] if adamw else []
@@ -185,7 +188,7 @@ def _finding(pairs: pd.DataFrame) -> str:
             continue
         row = own.loc[own.width.idxmax()]
         parts.append(f"{label} {times(row)} at width {row.width:.0f} ({row.verdict})")
-    return f"Radius that breaks training, functional over plain: {'; '.join(parts)}"
+    return f"Radius that breaks training, functional path over SAM's: {'; '.join(parts)}"
 
 
 def _caption(plan: Plan, data: pd.DataFrame, finding: str) -> str:

@@ -32,7 +32,7 @@ RANKED = {
     "entropy": "entropy",
     "logit_norm": "norm of the logits",
 }
-EXPLAINED, OWN, FLAT, OPEN = "mostly temperature", "mostly not temperature", "flatness not told from zero", "inconclusive"
+EXPLAINED, OWN, FLAT, OPEN = "mostly temperature", "mostly not temperature", "flatness not significant", "inconclusive"
 READINGS = ("ranks as the loss", "ranks against the loss")
 
 

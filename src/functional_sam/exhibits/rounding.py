@@ -11,7 +11,7 @@ from functional_sam.exhibits.style import METHOD_LABEL
 from functional_sam.study.compare import Verdict
 
 BF16, FLOAT32 = "bf16", "float32"
-AGAINST_FLOAT32, WITHIN = "bf16 over float32", "functional over plain, in bf16"
+AGAINST_FLOAT32, WITHIN = "bf16 over float32", "functional over SAM's path, in bf16"
 WORDS = {
     AGAINST_FLOAT32: {Verdict.BETTER: "later in bf16", Verdict.WORSE: "earlier in bf16", Verdict.SAME: "the frontiers coincide"},
     WITHIN: {Verdict.BETTER: "later", Verdict.WORSE: "earlier", Verdict.SAME: "the frontiers coincide"},
@@ -73,4 +73,4 @@ def in_words(data: pd.DataFrame, table: pd.DataFrame) -> str:
     }
     widths, lrs = (", ".join(f"{value:g}" for value in sorted(set(low[name]))) for name in ("width", "lr"))
     where = f"width {widths}, lr {lrs}; {int(low.diverged.sum())} of {len(low)} runs diverged"
-    return f" In bf16 ({where}) over float32: {parts[AGAINST_FLOAT32]}; functional over plain: {parts[WITHIN]}."
+    return f" In bf16 ({where}) over float32: {parts[AGAINST_FLOAT32]}; functional path over SAM's: {parts[WITHIN]}."

@@ -140,7 +140,7 @@ def _verdict(found: pd.DataFrame, taus: pd.DataFrame) -> str:
     n, m = int(taus.seeds.iloc[0]), int(taus.entries.max())
     return (
         f"{_finding(found)}. All methods: {'; '.join(words)}. Of {len(taus)} Kendall's taus with the loss, {m} methods, n={n} "
-        f"seeds, by the wider of the two errors and Holm: {'; '.join(ranks) or 'none is told from zero'}."
+        f"seeds, by the wider of the two errors and Holm: {'; '.join(ranks) or 'none is significant'}."
     )
 
 

@@ -143,7 +143,7 @@ def _signs(data: pd.DataFrame) -> str:
 
 def _sign(found: Estimate) -> str:
     if abs(found.mean) < found.half_width:
-        return "not told from zero"
+        return "not significant"
     return "above" if found.mean > 0 else "below"
 
 

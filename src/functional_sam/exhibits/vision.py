@@ -10,7 +10,7 @@ import pandas as pd
 
 from functional_sam.config import Config
 from functional_sam.exhibits import markdown
-from functional_sam.exhibits.comparison import DESCRIBED
+from functional_sam.exhibits.comparison import by_family
 from functional_sam.exhibits.output import paper_directory
 from functional_sam.records import Source
 from functional_sam.study.compare import Estimate, estimate
@@ -26,14 +26,14 @@ DOUBLES = frozenset(name for names in LONGER.values() for name in names)
 def accuracies(planned: Sequence[Planned], source: Source, best: bool = True) -> pd.DataFrame:
     """The frame of the study at the best or the last checkpoint, with model, noise, test loss and functional share.
 
-    Judged against AdamW, and apart against AdamW with twice the epochs: Holm over all rows of equal epochs each time, what is
-    only described in a family of its own.
+    Judged against AdamW, and apart against AdamW with twice the epochs: Holm over all rows of equal epochs each time, each part
+    that is only described in a family of its own.
     """
     of = [dataclasses.replace(one, cell=dataclasses.replace(one.cell, best=best)) for one in planned]
     data = frame(of, source, others=LONGER)
     more = [_more(one, configs, source, best) for one in of for configs in one.reported.values()]
     data = pd.concat([data, pd.DataFrame(more)], axis=1)
-    families = [own for _, own in data.groupby(data.part.isin(DESCRIBED), sort=False)]
+    families = by_family(data)
     for other in ("baseline", "longer"):
         families = [judge(own, of[0].study.margin, other, family=lambda row: row.entry not in DOUBLES) for own in families]
     return pd.concat(families).sort_index()

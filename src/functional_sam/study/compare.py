@@ -97,7 +97,7 @@ def unpaired_difference(values: Sequence[float], others: Sequence[float]) -> Est
 def ratio(values: Sequence[float], others: Sequence[float]) -> tuple[float, float, float]:
     """mean(values) / mean(others), paired, and its 95 % interval by Fieller: all r for which values - r others may have mean zero.
 
-    The interval is nan where the mean of others is not told from zero (it then has no end), or n < 2, or a value is infinite.
+    The interval is nan where the mean of others may be zero (it then has no end), or n < 2, or a value is infinite.
     """
     a, b = np.asarray(values, dtype=float), np.asarray(others, dtype=float)
     n = len(a)
