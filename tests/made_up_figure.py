@@ -8,7 +8,7 @@ from functional_sam.config import to_yaml
 from functional_sam.files import write_text
 from functional_sam.records import Run
 
-HEADLINE = "logit share at the end, language against vision: "
+HEADLINE = "language against vision: "
 HEADLINE += "language above at all 2 matched numbers of targets (0.69 against 0.59 at 2,048)"
 HEADLINE += "; without sampling noise 0.75 \N{PLUS-MINUS SIGN} 0.00 against 0.75 \N{PLUS-MINUS SIGN} 0.00"
 CELLS = 120 * 8  # 2 tasks, 3 seeds, 2 numbers of targets, 2 origins: gradient at 3 steps and adam at 2

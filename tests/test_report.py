@@ -48,6 +48,14 @@ def test_a_larger_scale_is_shown_and_the_smaller_linked():
     assert "![figure-2](figure-2.png)" not in page
 
 
+def test_a_claim_is_answered_by_the_largest_scale_that_tests_it():
+    """As in README: the larger scale is shown, and what it does not test is said of the smaller, with its finding."""
+    larger = {**RECORD, "scale": "laptop", "answer": "not tested", "files": ["paper/figures/figure-2-laptop.png"]}
+    page = report.gallery("figures", {("figure-2", "quick"): RECORD, ("figure-2", "laptop"): larger})
+    assert "![figure-2-laptop](figure-2-laptop.png)" in page
+    assert "Claim: there is one: **holds** (scale quick: the difference is 0.1)." in page
+
+
 def test_a_page_becomes_a_tree():
     found = report.tree("## A `b`\n\n| x | y |\n|:---|---:|\n| **1** | \\|2\\| |\n\n- one\n")
     heading, table, bullets = found["children"]

@@ -26,12 +26,18 @@ def table(claims: Facts, records: Records) -> str:
     """A row an exhibit that was drawn: claim; finding and verdict of the largest scale that tests it; command, its time, links."""
     rows = []
     for name, scales in drawn(records).items():
-        best = max(reversed(scales), key=lambda scale: scales[scale].get("answer") != NOT_TESTED)  # of equal ones the largest scale
-        record, others = scales[best], [scale for scale in reversed(scales) if scale != best]
+        record = answering(scales)
+        others = [scale for scale in reversed(scales) if scales[scale] is not record]
+        best = next(scale for scale in scales if scale not in others)
         links = ", ".join(f"[{scale}]({shown(scales[scale])})" for scale in (best, *others))
         made = f"`make {name}` ({claims[name]['time']}): {links}"
         rows.append((claims[name]["claim"], record["headline"], verdict(record), made))
     return markdown.table(COLUMNS, rows, text=COLUMNS).strip()
+
+
+def answering(scales: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The record that answers the claim of an exhibit: that of the largest scale which tests it, or of the largest."""
+    return max(reversed(list(scales.values())), key=lambda record: record.get("answer") != NOT_TESTED)  # of equal ones the first
 
 
 def picture(claims: Facts, records: Records) -> str:

@@ -22,6 +22,7 @@ from functional_sam.study.compare import Estimate, Verdict, estimate, holm, unpa
 
 MARGIN = 0.05  # of a share: what is called no difference (paper/PROTOCOL.md)
 PAIR = ("language", "vision")
+WHERE = "Logit share at the end"
 Dash = Any  # matplotlib's type of line
 NOISY = {"gradient": "g", "logit": "delta_logit", "func": "delta_func"}  # whose noise scale is said
 ASCENTS: dict[str, Dash] = {"gradient": "-", "adam": "--"}
@@ -124,7 +125,7 @@ def draw(plan: Plan) -> Exhibit:
     _legends(figure, steps, origins, norms, list(firsts(plan.configs)))
     finding = _finding(tests)
     figure.tight_layout()
-    style.finding_above(figure, sentence(headline(data)))
+    style.finding_above(figure, sentence(f"{WHERE}, {headline(data)}"))
     sides = {"language above": Verdict.BETTER, "vision above": Verdict.WORSE}
     said = answer([sides.get(word, word) for word in tests.verdict], Verdict.BETTER)
     return Exhibit(
@@ -149,8 +150,7 @@ def through_training(data: pd.DataFrame, targets: int) -> pd.DataFrame:
 
 def headline(data: pd.DataFrame) -> str:
     """What figure and CSV say, in a few words."""
-    found = _finding(compared(data))
-    found = found[:1].lower() + found[1:]
+    found = _finding(compared(data)).lower().removeprefix(f"{WHERE.lower()}, ")
     end = data[at_last(data) & (data.ascent == "gradient") & (data.origin == "independent")]
     matched = set.intersection(*(set(end[end.task == task].targets) for task in PAIR)) if len(end) else set()
     if not matched:
@@ -217,7 +217,7 @@ def _finding(tests: pd.DataFrame) -> str:
         words = [f"{own.verdict.iloc[0]} at all {len(own)} matched numbers of targets"]
     largest = own[own.targets == own.targets.max()].iloc[0]
     numbers = f"({number(largest.language, 2)} against {number(largest.vision, 2)} at {largest.targets:,})"
-    return f"Logit share at the end, language against vision: {'; '.join(words)} {numbers}"
+    return f"{WHERE}, language against vision: {'; '.join(words)} {numbers}"
 
 
 def _caption(plan: Plan, finding: str, times: pd.DataFrame) -> str:

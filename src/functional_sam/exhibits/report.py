@@ -10,7 +10,7 @@ from typing import Any
 
 from functional_sam.config import configs_directory
 from functional_sam.exhibits import notebook
-from functional_sam.exhibits.claims import Records, drawn, recorded, shown, verdict
+from functional_sam.exhibits.claims import Records, answering, drawn, recorded, shown, verdict
 from functional_sam.exhibits.output import paper_directory
 from functional_sam.exhibits.words import sentence
 from functional_sam.files import atomic_file, write_text
@@ -39,7 +39,12 @@ def compiled(records: Records, path: Path | None = None) -> Path:
     tables = [shown(record) for record in largest if shown(record).endswith(".md")]
     pages = {name: tree((root / name).read_text(encoding="utf-8")) for name in [*tables, *(f"paper/{page}" for page in PAGES)]}
     shows = [str(Path(record["files"][-1]).parent / f"{_stem(record)}.json") for record in largest]
-    inputs = {"exhibits": json.dumps(shows), "pages": json.dumps(pages)}
+    verdicts = [
+        {key: record[key] for key in ("exhibit", "scale", "headline")}
+        | {"claim": record.get("claim") or record["title"], "answer": record.get("answer") or "descriptive"}
+        for record in map(answering, drawn(records).values())
+    ]
+    inputs = {"exhibits": json.dumps(shows), "pages": json.dumps(pages), "verdicts": json.dumps(verdicts)}
     path = path or paper / "report.pdf"
     with atomic_file(path) as temporary:
         typst.compile(
@@ -64,9 +69,10 @@ def gallery(kind: str, records: Records) -> str:
         if not name.startswith(kind[:-1]):
             continue
         record = list(scales.values())[-1]
-        found = f"{sentence(record['headline'])}" + (
-            f" Claim: {record['claim']}: {verdict(record)}." if record.get("answer") else ""
-        )
+        found, answers = sentence(record["headline"]), answering(scales)
+        if record.get("answer"):
+            where = "" if answers is record else f" (scale {answers['scale']}: {answers['headline']})"
+            found += f" Claim: {record['claim']}: {verdict(answers)}{where}."
         pictures = [Path(file).name for file in record["files"] if file.endswith(".png")]
         links = [f"[{Path(file).name}]({Path(file).name})" for file in record["files"] if file.endswith((".md", ".csv", ".pdf"))]
         links += [f"[{scale}]({Path(shown(other)).name})" for scale, other in scales.items() if other is not record]
