@@ -189,7 +189,7 @@ def test_figure_10_compares_at_the_same_rate_and_decay_too():
         return 0.5 + 0.02 * abs(math.log2(lr / 0.002)) + 0.03 * math.sin(seed) - chosen - gain + more
 
     source = MadeUpAccuracies(loss)
-    cells = ("cells=noise-40,noise-0,alike-40",)
+    cells = ("cells=noise-40,noise-0,alike-40,alike-40-twice",)
     while source.do(planned("figure-10", "laptop", cells, source).configs):
         pass
     exhibit = draw_plan(planned("figure-10", "laptop", cells, source))
