@@ -189,11 +189,17 @@ def test_figure_10_compares_at_the_same_rate_and_decay_too():
         return 0.5 + 0.02 * abs(math.log2(lr / 0.002)) + 0.03 * math.sin(seed) - chosen - gain + more
 
     source = MadeUpAccuracies(loss)
-    cells = ("cells=noise-40,noise-0,alike-40,alike-40-twice",)
+    cells = ("cells=noise-40,noise-0,alike-40,alike-40-twice,control-40",)
     while source.do(planned("figure-10", "laptop", cells, source).configs):
         pass
     exhibit = draw_plan(planned("figure-10", "laptop", cells, source))
     data = exhibit.frame[exhibit.frame.checkpoint.eq("best")]
+    control = data[data.part.eq("control") & data.rho.notna()]
+    assert list(control.entry) == ["sam", "functional-sam", "logit-sam"]
+    assert set(control.n) == {12}
+    assert set(control.verdict_baseline) == {str(Verdict.BETTER)}
+    assert "same rate and decay, 12 fresh seeds: SAM +4.0" in exhibit.caption or "12 fresh seeds: SAM +4.0" in exhibit.headline
+    assert "On fresh seeds, written down beforehand, at AdamW's rate and weight decay (40 % noise, decay 1" in exhibit.caption
     own = data[data.part.eq("alike") & data.rho.notna()]
     assert len(own) == 10
     assert set(own.weight_decay) == {1}
@@ -208,10 +214,10 @@ def test_figure_10_compares_at_the_same_rate_and_decay_too():
     assert signs[0.002] == {str(Verdict.BETTER)}
     assert signs[0.004] == {str(Verdict.WORSE)}
     assert "With AdamW at the methods' own rate and weight decay (40 % noise, decay 1, rho 0.05" in exhibit.caption
-    assert set(exhibit.frames["kept"].cell) == {"noise-40", "noise-0"}
+    assert set(exhibit.frames["kept"].cell) == {"noise-40", "noise-0", "control-40"}
     without = draw_plan(planned("figure-10", "laptop", ("cells=noise-40,noise-0",), source))
     assert without.frame.verdict_baseline.equals(
-        exhibit.frame[~exhibit.frame.part.eq("alike")].reset_index(drop=True).verdict_baseline
+        exhibit.frame[~exhibit.frame.part.isin(["alike", "control"])].reset_index(drop=True).verdict_baseline
     )
 
 

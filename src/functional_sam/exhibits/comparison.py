@@ -17,11 +17,8 @@ from functional_sam.study.report import difference, judge
 from functional_sam.study.tune import Planned, plan_cells, todo, unique
 from functional_sam.tasks import TASKS
 
-DESCRIBED = (
-    "activation",
-    "alike",
-    "fresh",
-)  # parts whose comparisons are a family of their own, beside that of the exhibit's claim
+# Parts whose comparisons are a family of their own, beside that of the exhibit's claim.
+DESCRIBED = ("activation", "alike", "control", "fresh")
 
 
 def plan(

@@ -21,7 +21,10 @@ from functional_sam.study.tune import Planned
 
 __all__ = ["draw", "headline", "plan"]
 
-ALIKE = "alike"  # the part with one rate and weight decay for all
+ALIKE = {  # parts with one rate and weight decay for all
+    "alike": "With AdamW at the methods' own rate and weight decay",
+    "control": "On fresh seeds, written down beforehand, at AdamW's rate and weight decay",
+}
 CHECKPOINTS = {"last": "last checkpoint", "best": "best on validation"}
 HALVES = ("functional-sam", "logit-sam", "precond-functional-sam")  # whose gain is compared with that of the method below
 WHOLE = {"functional-sam": "sam", "logit-sam": "sam", "precond-functional-sam": "precond-sam"}
@@ -36,7 +39,7 @@ def draw(plan: Plan) -> Exhibit:
     """Above accuracy, below the gain over AdamW; left at the last checkpoint, right at the best. Bars are 95 % intervals."""
     parts = [accuracies(plan.content, plan.source, name == "best").assign(checkpoint=name) for name in CHECKPOINTS]
     data = pd.concat(parts, ignore_index=True)
-    kept = what_is_kept([one for one in plan.content if one.cell.part != ALIKE], plan.source)
+    kept = what_is_kept([one for one in plan.content if one.cell.part != "alike"], plan.source)
     shown = data[~data.part.isin(DESCRIBED) & data.entry.isin(["adamw", *WHOLE, *WHOLE.values(), *LOOKS])]
     style.use()
     figure, axes = plt.subplots(2, 2, figsize=(style.PAGE, 4.4), sharex=True, sharey="row")
@@ -54,7 +57,7 @@ def draw(plan: Plan) -> Exhibit:
     keeps = _kept(data, kept)
     verdict = f"{found['best']} {found['last']} {keeps}{_share(data)}"
     words = setting(plan.content[0].configs[0], plan.spec.scale, data.n, "a checkpoint")
-    claimed = data[data.checkpoint.eq("best") & data.part.eq("noise") & data.noise.gt(0)]
+    claimed = data[data.checkpoint.eq("best") & data.part.isin(["noise", "control"]) & data.noise.gt(0)]
     claimed = claimed[claimed.entry.isin(["sam", "functional-sam"])]
     judged = data[data.checkpoint.eq("best") & ~data.part.isin(DESCRIBED)]
     missing = left_out(plan, judged, DOUBLES)
@@ -64,10 +67,13 @@ def draw(plan: Plan) -> Exhibit:
 
 
 def headline(data: pd.DataFrame) -> str:
-    """SAM's and Functional-SAM's gain at the best checkpoint under the noise of most cells, 40 %."""
-    own = data[data.checkpoint.eq("best") & data.noise.eq(0.4) & data.part.eq("noise")]
-    found = [f"{label(row.entry)} {gained(row)}" for row in own.itertuples() if row.entry in ("sam", "functional-sam", "logit-sam")]
-    return f"points over AdamW at 40 % label noise, best checkpoint: {', '.join(found)}"
+    """SAM's and each part's gain at the best checkpoint at 40 % noise: of the fresh seeds, if they are done."""
+    own = data[data.checkpoint.eq("best") & data.noise.eq(0.4)]
+    part = "control" if own.part.eq("control").any() else "noise"
+    own = own[own.part.eq(part) & own.entry.isin(["sam", "functional-sam", "logit-sam"])]
+    found = ", ".join(f"{label(row.entry)} {gained(row)}" for row in own.itertuples())
+    where = f"same rate and decay, {own.n.iloc[0]} fresh seeds" if part == "control" else "best checkpoint"
+    return f"points over AdamW at 40 % label noise, {where}: {found}"
 
 
 def lines(axis: Axes, part: pd.DataFrame, gain: bool) -> None:
@@ -146,19 +152,21 @@ def _chosen(data: pd.DataFrame) -> str:
 
 
 def alike(data: pd.DataFrame) -> str:
-    """Every method minus AdamW at the same rate and weight decay, in points, as a sentence; empty where that was not run."""
-    own = data[data.part.eq(ALIKE) & data.checkpoint.eq("best") & data.verdict_baseline.ne("")]
-    if own.empty:
-        return ""
-    words = []
-    for lr, part in own.groupby("lr"):
-        each = ", ".join(f"{label(row.entry)} {gained(row)} ({row.verdict_baseline})" for row in part.itertuples())
-        words.append(f"at rate {lr:g} {each}")
-    decay, rho, noise = own.weight_decay.iloc[0], own.rho.iloc[0], POINTS * own.noise.iloc[0]
-    return (
-        f"With AdamW at the methods' own rate and weight decay ({noise:.0f} % noise, decay {decay:g}, rho {rho:g}, nothing chosen, "
-        f"a family of its own), points over AdamW: {'; '.join(words)}. "
-    )
+    """Every method minus AdamW at the same rate and weight decay, in points, a sentence for each part; empty where none was run."""
+    found = ""
+    for part, title in ALIKE.items():
+        own = data[data.part.eq(part) & data.checkpoint.eq("best") & data.verdict_baseline.ne("")]
+        words = []
+        for lr, rows in own.groupby("lr"):
+            each = ", ".join(f"{label(row.entry)} {gained(row)} ({row.verdict_baseline})" for row in rows.itertuples())
+            words.append(f"at rate {lr:g} {each}")
+        if words:
+            decay, rho, noise, n = own.weight_decay.iloc[0], own.rho.iloc[0], POINTS * own.noise.iloc[0], own.n.iloc[0]
+            found += (
+                f"{title} ({noise:.0f} % noise, decay {decay:g}, rho {rho:g}, n = {n}, nothing chosen, a family of its own), "
+                f"points over AdamW: {'; '.join(words)}. "
+            )
+    return found
 
 
 def _kept(data: pd.DataFrame, kept: pd.DataFrame) -> str:
