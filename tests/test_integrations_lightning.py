@@ -313,3 +313,13 @@ def test_a_forward_of_ones_own_runs_in_autocast():
     for words in (options, {**options, "forward": lambda model, inputs: model(inputs)}):
         results.append(theta_of(fitted(Ours(0.0, **words), precision="bf16-mixed", max_epochs=1)[0]))
     close(*results, 0)
+
+
+def test_a_batch_that_changes_while_it_waits_is_refused():
+    class Writing(lightning.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            batch[0].zero_()
+
+    fitted(Ours(method="sam", rho=0.1), max_epochs=1, callbacks=[Writing()])  # none waits
+    with pytest.raises(UserError, match="inputs of micro-batch 1 of 2 was changed while it waited"):
+        fitted(Ours(method="sam", rho=0.1), max_epochs=1, callbacks=[Writing()], accumulate_grad_batches=2)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from functional_sam.errors import UserError
-from functional_sam.integrations import carried
+from functional_sam.integrations import Waiting, carried
 from functional_sam.sharpness import SharpnessAware
 from functional_sam.weights import replicas
 
@@ -27,7 +27,7 @@ class SharpnessAwareModule(Base):  # type: ignore[misc]
 
     sharpness_options: dict[str, Any]
     sharpness: SharpnessAware | None = None
-    waiting: tuple[Any, ...] = ()
+    waiting: Waiting
     loaded: dict[str, Any] | None = None  # of the checkpoint that this fit goes on from
     mean_loss: Tensor | None = None
 
@@ -38,21 +38,24 @@ class SharpnessAwareModule(Base):  # type: ignore[misc]
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
-            self.sharpness = self.loaded = None  # of an earlier fit
+            self.sharpness, self.loaded, self.waiting = None, None, Waiting()  # of an earlier fit
         super().setup(stage)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
         if not self.automatic_optimization:
             raise UserError("automatic_optimization=False: nothing would call backward; leave it on, or use SharpnessAware itself")
-        self.sharpness, self.waiting = None, ()  # of a search for a learning rate, or a fit that was stopped between two steps
+        self.sharpness, self.waiting = (
+            None,
+            Waiting(),
+        )  # of a search for a learning rate, or a fit that was stopped between two steps
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a fit, which the next one makes anew."""
-        return {**super().__getstate__(), "sharpness": None, "waiting": (), "loaded": None, "mean_loss": None}
+        return {**super().__getstate__(), "sharpness": None, "waiting": Waiting(), "loaded": None, "mean_loss": None}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.waiting = (*self.waiting, self.micro_batch(batch))
+        self.waiting.add(*self.micro_batch(batch))
         for replica in replicas(self.trainer.strategy.model):
             replica.require_backward_grad_sync = False  # of the forward that this is called from: it has no backward
         return torch.zeros((), device=self.device)
@@ -62,8 +65,7 @@ class SharpnessAwareModule(Base):  # type: ignore[misc]
             return
         for replica in replicas(self.trainer.strategy.model):
             replica.require_backward_grad_sync = True
-        batches, self.waiting = self.waiting, ()
-        self.mean_loss = self._sharpness().backward(batches)
+        self.mean_loss = self._sharpness().backward(self.waiting.due())
         self.log("train_loss", self.mean_loss)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:

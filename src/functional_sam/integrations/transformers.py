@@ -8,7 +8,7 @@ from torch import Tensor
 
 from functional_sam.errors import UserError
 from functional_sam.files import atomic_file
-from functional_sam.integrations import carried
+from functional_sam.integrations import Waiting, carried
 from functional_sam.integrations.trainer_loss import TrainerLoss
 from functional_sam.sharpness import SharpnessAware, resolve
 
@@ -40,7 +40,7 @@ class SharpnessAwareMixin(Base):  # type: ignore[misc]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self.sharpness, self.loss = None, TrainerLoss(self, transformers.modeling_outputs.CausalLMOutput)
-        self.waiting: list[tuple[dict[str, Any], Any]] = []
+        self.waiting = Waiting()
         return super().train(*args, **kwargs)
 
     def _sharpness(self, model: Any) -> Any:
@@ -53,10 +53,10 @@ class SharpnessAwareMixin(Base):  # type: ignore[misc]
         """The loss of the step when gradients are due, 0 for the micro-batches before: the Trainer logs their sum."""
         model.train()
         self.optimizer.train()  # of schedule-free ones; Accelerate's wrapper always has it
-        self.waiting.append((self._prepare_inputs(inputs), num_items_in_batch))
+        self.waiting.add(self._prepare_inputs(inputs), num_items_in_batch)
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
-        batches, self.waiting = self.loss.begin(self.waiting), []
+        batches = self.loss.begin(self.waiting.due())
         sharpness: SharpnessAware = self._sharpness(model)
         if self.loss.words is None:
             self.loss.require_the_models_own(sharpness, *batches[0])
