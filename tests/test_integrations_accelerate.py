@@ -152,7 +152,7 @@ def test_a_buffer_that_is_written_to_again_is_refused(place):
         buffers = {"inputs": parts[0][0].clone(), "targets": parts[0][1].clone()}
 
         def given(i):
-            now = dict(zip(buffers, parts[i], strict=True))
+            now = dict(zip(("inputs", "targets"), parts[i], strict=True))
             now[place] = buffers[place].copy_(now[place])  # noqa: B023
             return [x.clone() if copies else x for x in now.values()]  # noqa: B023
 

@@ -214,7 +214,7 @@ def test_lbfgs_is_refused(words):
         def configure_optimizers(self):
             return torch.optim.LBFGS(self.parameters(), **words)
 
-    with pytest.raises(UserError, match="LBFGS asks for several gradients a step: SharpnessAware gives one. Take an optimizer"):
+    with pytest.raises(UserError, match="LBFGS asks for several gradients a step: SharpnessAware gives one"):
         fitted(Quasi(method="sam", rho=0.0), max_epochs=1, gradient_clip_val=None)
 
 

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from test_integrations_transformers import bert, rows, trained
+import transformers
+from test_integrations_transformers import VOCAB, arguments, bert, llama, rows, trained
 from test_sharpness_oracle import close, theta_of
 from torch.nn import functional as F
 from transformers import Trainer
 
 from functional_sam import UserError
-from functional_sam.integrations.transformers import SharpnessAwareMixin
+from functional_sam.integrations.transformers import SharpnessAwareMixin, SharpnessAwareTrainer
 
 ZERO = {"method": "functional-sam", "rho": 0.0}
 
@@ -145,3 +146,46 @@ def test_a_batch_that_changes_while_it_waits_is_refused(tmp_path):
 
     with pytest.raises(UserError, match=r"inputs\['input_ids'\] of micro-batch 1 of 2 was changed while it waited"):
         trained(Writing, bert(), tmp_path, data=marked(), sharpness=ZERO, gradient_accumulation_steps=2)
+
+
+def bart():
+    torch.manual_seed(0)
+    small = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    small |= {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    config = transformers.BartConfig(d_model=16, vocab_size=VOCAB, max_position_embeddings=32, pad_token_id=0, **small)
+    return transformers.BartForConditionalGeneration(config)
+
+
+def test_a_decoder_whose_inputs_are_not_made_of_labels(tmp_path):
+    """Label smoothing takes the labels away, and BART shifts its inputs; a compute_loss that does so is named."""
+    options = {"label_smoothing_factor": 0.1, "max_steps": 2}
+    found = trained(SharpnessAwareTrainer, bart(), tmp_path, sharpness=ZERO, **options)
+    close(theta_of(found.model), theta_of(trained(Trainer, bart(), tmp_path, **options).model), 0)
+
+    def without_labels(trainer, model, inputs):
+        labels = inputs.pop("labels")
+        return F.cross_entropy(model(**inputs).logits.flatten(0, 1), labels.flatten())
+
+    with pytest.raises(UserError, match="compute_loss gives the model no labels, of which its decoder_input_ids are made"):
+        trained(trainers(without_labels)[1], bart(), tmp_path, sharpness=ZERO, max_steps=1)
+
+
+def test_a_loss_that_needs_more_than_logits_is_refused(tmp_path):
+    import peft
+
+    def reads_states(outputs, labels, num_items_in_batch=None):
+        return F.cross_entropy(outputs.logits, labels) + outputs.hidden_states[-1].square().mean()
+
+    model = bert()
+    model.config.output_hidden_states = True
+    with pytest.raises(UserError, match=r"of its logits \[2, 3\] alone there is none \(TypeError: .* compute_loss_func="):
+        trained(SharpnessAwareTrainer, model, tmp_path, rows(kind="classes"), sharpness=ZERO, func=reads_states)
+    model = peft.get_peft_model(llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(UserError, match=r"of its logits \[2, 10, 29\] alone there is none .*prompt tuning lengthens texts"):
+        trained(SharpnessAwareTrainer, model, tmp_path, sharpness=ZERO)
+
+
+@pytest.mark.parametrize("word", ["forward", "loss_fn"])
+def test_forward_and_loss_are_the_trainers(word, tmp_path):
+    with pytest.raises(UserError, match=f"sharpness={{'{word}': ...}}: forward and loss are the Trainer's"):
+        SharpnessAwareTrainer(llama(), arguments(tmp_path), sharpness={"method": "sam", word: len})

@@ -31,8 +31,8 @@ class Waiting:
             changed = [place for place in before.keys() | after.keys() if after.get(place) != before.get(place)]
             if changed:
                 raise UserError(
-                    f"{min(changed)} of micro-batch {i + 1} of {len(batches)} was changed while it waited for the last of its step, "
-                    "which reads all of them: hand over a tensor of its own, buffer.clone()"
+                    f"{min(changed)} of micro-batch {i + 1} of {len(batches)} was changed while it waited for the last of its "
+                    "step, which reads all of them: hand over a tensor of its own, buffer.clone()"
                 )
         return batches
 

@@ -74,8 +74,9 @@ class SharpnessAwareModule(Base):  # type: ignore[misc]
 
         def closure() -> Any:
             if self.mean_loss is not None:
+                kind = type(getattr(optimizer, "optimizer", optimizer)).__name__
                 raise UserError(
-                    f"{type(getattr(optimizer, 'optimizer', optimizer)).__name__} asks for several gradients a step: SharpnessAware gives one. Take an "
+                    f"{kind} asks for several gradients a step: SharpnessAware gives one. Take an "
                     "optimizer that steps along a gradient (SGD, AdamW, ...)"
                 )
             loss = optimizer_closure()

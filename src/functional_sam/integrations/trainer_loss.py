@@ -20,6 +20,7 @@ ROUNDING, LOW_PRECISION = 1e-5, 1e-3  # how far two evaluations of one loss may 
 HARMLESS = {"num_items_in_batch", "return_dict", "use_cache", "output_attentions", "output_hidden_states"}  # to logits
 ONCE = "it computes the loss from outputs.logits of one model(**inputs)"
 MADE = "Inputs are made in the data collator"
+WAY_OUT = "Give the Trainer compute_loss_func=, a function of outputs.logits and labels"
 
 
 class TrainerLoss:
@@ -32,14 +33,18 @@ class TrainerLoss:
 
     def begin(self, waiting: list[tuple[dict[str, Any], Any]]) -> list[tuple[dict[str, Any], Any]]:
         """Micro-batches of a step, of the Trainer's (inputs, num_items_in_batch): what the model is given, and a target a row."""
-        model, batches = self.trainer.accelerator.unwrap_model(self.trainer.model), []
+        trainer, batches = self.trainer, []
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        # The Trainer leaves labels out where the loss is its own, and the model makes its decoder's inputs without them.
+        its_own = trainer.label_smoother is not None or trainer.compute_loss_func is not None
+        self.makes_decoder_inputs = not its_own and hasattr(model, "prepare_decoder_input_ids_from_labels")
         for inputs, _ in waiting:
             if "labels" not in inputs:
                 raise UserError(f"a batch without labels ({', '.join(inputs)}): the loss is one of logits and labels")
             labels, given = inputs["labels"], {key: value for key, value in inputs.items() if key != "labels"}
-            if "decoder_input_ids" not in given and hasattr(model, "prepare_decoder_input_ids_from_labels"):
+            if self.makes_decoder_inputs and "decoder_input_ids" not in given:
                 given["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
-            if self.trainer._loss_shifts_labels:
+            if trainer._loss_shifts_labels:
                 targets = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORE)
             else:  # an object of its own, also where one batch comes twice in a step
                 targets = labels.view_as(labels) if isinstance(labels, Tensor) else copy.copy(labels)
@@ -56,6 +61,11 @@ class TrainerLoss:
             nonlocal calls
             calls += 1
             self._require_the_batch(targets, calls, args, inputs, set(inspect.signature(type(model).forward).parameters))
+            if labels is None and self.makes_decoder_inputs and "decoder_input_ids" not in inputs:
+                raise UserError(
+                    "compute_loss gives the model no labels, of which its decoder_input_ids are made: let the data collator make "
+                    "them, DataCollatorForSeq2Seq(tokenizer, model=model)"
+                )
             if labels is None:
                 return self.output(None, z)  # the Trainer, or compute_loss, has them
             words = {key: inputs[key] for key in self.words or () if key in inputs}
@@ -113,7 +123,7 @@ class TrainerLoss:
     def require_the_models_own(self, sharpness: SharpnessAware, inputs: Any, targets: Any) -> None:
         """Raise UserError where the model's loss is not this one of its logits: another part would have no gradient."""
         model, device, found = sharpness.model, self.trainer.args.device, []
-        before, tolerance = random_state(device), ROUNDING
+        before, tolerance, failed = random_state(device), ROUNDING, None
         # Some models are given num_items_in_batch and ignore it.
         for words in (None, ("num_items_in_batch", "shift_labels"), ("shift_labels",)):
             self.words = words
@@ -122,7 +132,13 @@ class TrainerLoss:
                     loss = self.of(model, targets)
                 else:
                     output = model(**inputs)
-                    loss = self(output["logits"], targets)[0]
+                    try:
+                        loss = self(output["logits"], targets)[0]
+                    except (UserError, torch.OutOfMemoryError):
+                        raise
+                    except Exception as error:
+                        failed = error
+                        continue
                     # A router's term is a thousandth of the loss, with coefficients as published.
                     low = output["logits"].dtype in (torch.bfloat16, torch.float16) and output.get("aux_loss") is None
                     tolerance = LOW_PRECISION if low else ROUNDING
@@ -130,7 +146,13 @@ class TrainerLoss:
             found.append(float(loss))
             if words and (math.isclose(found[0], found[-1], rel_tol=tolerance) or math.isnan(found[0])):
                 return sharpness.reshard()
+        if failed is not None:
+            raise UserError(
+                f"the loss of the model is {found[0]:.6g}, and of its logits {list(output['logits'].shape)} alone there is none "
+                f"({type(failed).__name__}: {failed}): it needs another part of the output, or logits and labels do not match "
+                f"(prompt tuning lengthens texts). {WAY_OUT}"
+            ) from failed
         raise UserError(
             f"the loss of the model is {found[0]:.6g}, loss_function of its logits {found[1]:.6g}: a part of it comes from "
-            "elsewhere (a router), or it is another. Give the Trainer compute_loss_func=, a function of outputs.logits and labels"
+            f"elsewhere (a router), or it is another. {WAY_OUT}"
         )

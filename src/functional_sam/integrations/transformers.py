@@ -24,7 +24,8 @@ STATE = "sharpness.pt"  # beside optimizer.pt in a checkpoint
 class SharpnessAwareMixin(Base):  # type: ignore[misc]
     """Before a Trainer class: micro-batches wait until gradients are due, and are one step of SharpnessAware.
 
-    sharpness: keywords of SharpnessAware, e.g. {"method": "functional-sam", "rho": 0.05}; in training the object itself.
+    sharpness: method, rho and options of SharpnessAware, e.g. {"method": "functional-sam", "rho": 0.05}; in training the object
+    itself. No forward and loss_fn: those are the Trainer's.
     The loss is the Trainer's own of the logits that the model returns without labels; the first step makes sure that it is the
     model's. Raises FloatingPointError for one that is not finite, which the stock Trainer passes over.
     """
@@ -32,6 +33,11 @@ class SharpnessAwareMixin(Base):  # type: ignore[misc]
     sharpness: Any = None
 
     def __init__(self, *args: Any, sharpness: dict[str, Any], **kwargs: Any) -> None:
+        for word in sharpness.keys() & {"forward", "loss_fn"}:
+            raise UserError(
+                f"sharpness={{{word!r}: ...}}: forward and loss are the Trainer's. Another loss of logits and labels is its "
+                "compute_loss_func=, another forward the model's own"
+            )
         resolve(sharpness.get("method", "functional-sam"), {k: v for k, v in sharpness.items() if k not in ("method", "rho")})
         self.words = sharpness
         super().__init__(*args, **kwargs)
