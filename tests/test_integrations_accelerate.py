@@ -141,3 +141,30 @@ def two_processes(rank):
 @pytest.mark.slow
 def test_two_processes_equal_one(server):
     gloo(2, two_processes)
+
+
+@pytest.mark.parametrize("place", ["inputs", "targets"])
+def test_a_buffer_that_is_written_to_again_is_refused(place):
+    """All of the step would be its last micro-batch; copies of it are the loop by hand, and after the refusal nothing waits."""
+    parts = list(zip(*(x.split(2) for x in rows()), strict=True))
+    for copies in (False, True):
+        accelerator, model, *_, sharpness = prepared(METHODS[0], 2, dropout=0.0)
+        buffers = {"inputs": parts[0][0].clone(), "targets": parts[0][1].clone()}
+
+        def given(i):
+            now = dict(zip(("inputs", "targets"), parts[i], strict=True))
+            now[place] = buffers[place].copy_(now[place])  # noqa: B023
+            return [x.clone() if copies else x for x in now.values()]  # noqa: B023
+
+        with accelerator.accumulate(model):
+            assert sharpness.backward(*given(0)) is None
+        with accelerator.accumulate(model):
+            if not copies:
+                with pytest.raises(UserError, match=rf"{place} of micro-batch 1 of 2 was changed .*, buffer\.clone\(\)"):
+                    sharpness.backward(*given(1))
+                assert len(sharpness.waiting) == 0
+            else:
+                sharpness.backward(*given(1))
+    expected = make_model(TinyModel, dtype=torch.float32, dropout=0.0)
+    SharpnessAware(expected, adamw(expected), **METHODS[0]).backward(parts[:2])
+    close({n: p.grad for n, p in model.named_parameters()}, {n: p.grad for n, p in expected.named_parameters()}, 1e-6)

@@ -204,3 +204,122 @@ def test_manual_optimization_is_refused():
     model.automatic_optimization = False
     with pytest.raises(UserError, match="automatic_optimization=False: nothing would call backward"):
         fitted(model, max_epochs=1, gradient_clip_val=None)
+
+
+@pytest.mark.parametrize("words", [{"lr": 0.5, "max_iter": 4}, {"line_search_fn": "strong_wolfe"}])
+def test_lbfgs_is_refused(words):
+    """It would compare losses that are not known while it asks, and take the micro-batches of a step several times."""
+
+    class Quasi(Ours):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters(), **words)
+
+    with pytest.raises(UserError, match="LBFGS asks for several gradients a step: SharpnessAware gives one"):
+        fitted(Quasi(method="sam", rho=0.0), max_epochs=1, gradient_clip_val=None)
+
+
+def test_the_closure_returns_the_loss_of_the_step():
+    """To an optimizer that reads it, and to callbacks; by an optimizer_step of the module's own too."""
+    read, outputs = [], []
+
+    class Reading(torch.optim.SGD):
+        def step(self, closure=None):
+            read.append(float(super().step(closure)))
+
+    class Net(Ours):
+        def configure_optimizers(self):
+            return Reading(self.parameters(), lr=0.1)
+
+        def on_train_batch_end(self, found, batch, batch_idx):
+            super().on_train_batch_end(found, batch, batch_idx)
+            outputs.append(float(found["loss"]))
+
+    model, _ = fitted(Net(0.0, method="sam", rho=0.1), max_epochs=1, accumulate_grad_batches=2)
+    assert read == list(dict.fromkeys(model.losses))
+    assert outputs == [value for loss in read for value in (0.0, loss)]
+
+
+def test_a_learning_rate_is_found_as_in_the_stock_loop(tmp_path):
+    """Losses and suggestion of lr_find, whose steps are none of the fit that follows."""
+    found = []
+    for model in (Stock(0.0), Ours(0.0, method="functional-sam", rho=0.0)):
+        model.lr = 1e-3
+        model.configure_optimizers = lambda model=model: torch.optim.SGD(model.parameters(), lr=model.lr)
+        trainer = lightning.Trainer(max_epochs=9, enable_checkpointing=False, default_root_dir=tmp_path, **QUIET)
+        torch.manual_seed(7)
+        result = lightning.pytorch.tuner.Tuner(trainer).lr_find(model, data(), num_training=30, attr_name="lr")
+        found.append((result.results["loss"], result.suggestion()))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    assert found[1][1] == found[0][1]
+    assert max(found[1][0]) > 0
+    fitted(model, max_epochs=1)
+    assert model.sharpness.steps == 6
+
+
+class Net(Ours):
+    """As load_from_checkpoint makes it: without arguments."""
+
+    def __init__(self):
+        super().__init__(0.0, method="functional-sam", rho=0.3, rho_schedule="warmup", warmup_steps=50)
+
+
+class Other(Ours):
+    def __init__(self):
+        super().__init__(0.0, method="looksam", rho=0.3)
+
+
+def test_a_state_is_carried_with_the_optimizers_alone(tmp_path):
+    """Weights that were loaded, or tested, begin a fit of their own: as of a module that was given them."""
+    path = tmp_path / "first.ckpt"
+    first, trainer = fitted(Net(), max_epochs=1)
+    trainer.save_checkpoint(path)
+    expected = Net()
+    expected.load_state_dict(first.state_dict())
+    fitted(expected, max_epochs=1)
+    assert expected.sharpness.steps == 6
+    loaded = Net.load_from_checkpoint(path)
+    fitted(loaded, max_epochs=1)
+
+    class Tested(Net):
+        def test_step(self, batch, batch_idx):
+            return None
+
+    tested = Tested()
+    lightning.Trainer(**QUIET).test(tested, data(), ckpt_path=path, verbose=False)
+    fitted(tested, max_epochs=1)
+    for model in (loaded, tested):
+        assert model.sharpness.steps == 6
+        close(theta_of(model), theta_of(expected), 0)
+    other = Other.load_from_checkpoint(path)  # another method
+    fitted(other, max_epochs=1)
+    assert other.sharpness.steps == 6
+    with pytest.raises(UserError, match="load it into the method that saved it"):
+        fitted(Other(), resume=path)
+
+
+def test_a_fit_that_ended_before_its_first_step_leaves_no_state(tmp_path):
+    path = tmp_path / "first.ckpt"
+    _, trainer = fitted(Net(), max_epochs=1)
+    trainer.save_checkpoint(path)
+    model, _ = fitted(Net(), resume=path, max_epochs=1)
+    assert model.loaded["steps"] == 6
+    fitted(model, max_epochs=1)
+    assert model.sharpness.steps == 6
+
+
+def test_a_forward_of_ones_own_runs_in_autocast():
+    """The same weights as without it, bit for bit."""
+    results, options = [], {"method": "sam", "rho": 0.1}
+    for words in (options, {**options, "forward": lambda model, inputs: model(inputs)}):
+        results.append(theta_of(fitted(Ours(0.0, **words), precision="bf16-mixed", max_epochs=1)[0]))
+    close(*results, 0)
+
+
+def test_a_batch_that_changes_while_it_waits_is_refused():
+    class Writing(lightning.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            batch[0].zero_()
+
+    fitted(Ours(method="sam", rho=0.1), max_epochs=1, callbacks=[Writing()])  # none waits
+    with pytest.raises(UserError, match="inputs of micro-batch 1 of 2 was changed while it waited"):
+        fitted(Ours(method="sam", rho=0.1), max_epochs=1, callbacks=[Writing()], accumulate_grad_batches=2)

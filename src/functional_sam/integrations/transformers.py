@@ -8,7 +8,7 @@ from torch import Tensor
 
 from functional_sam.errors import UserError
 from functional_sam.files import atomic_file
-from functional_sam.integrations import carried
+from functional_sam.integrations import Waiting, carried
 from functional_sam.integrations.trainer_loss import TrainerLoss
 from functional_sam.sharpness import SharpnessAware, resolve
 
@@ -24,7 +24,8 @@ STATE = "sharpness.pt"  # beside optimizer.pt in a checkpoint
 class SharpnessAwareMixin(Base):  # type: ignore[misc]
     """Before a Trainer class: micro-batches wait until gradients are due, and are one step of SharpnessAware.
 
-    sharpness: keywords of SharpnessAware, e.g. {"method": "functional-sam", "rho": 0.05}; in training the object itself.
+    sharpness: method, rho and options of SharpnessAware, e.g. {"method": "functional-sam", "rho": 0.05}; in training the object
+    itself. No forward and loss_fn: those are the Trainer's.
     The loss is the Trainer's own of the logits that the model returns without labels; the first step makes sure that it is the
     model's. Raises FloatingPointError for one that is not finite, which the stock Trainer passes over.
     """
@@ -32,6 +33,11 @@ class SharpnessAwareMixin(Base):  # type: ignore[misc]
     sharpness: Any = None
 
     def __init__(self, *args: Any, sharpness: dict[str, Any], **kwargs: Any) -> None:
+        for word in sharpness.keys() & {"forward", "loss_fn"}:
+            raise UserError(
+                f"sharpness={{{word!r}: ...}}: forward and loss are the Trainer's. Another loss of logits and labels is its "
+                "compute_loss_func=, another forward the model's own"
+            )
         resolve(sharpness.get("method", "functional-sam"), {k: v for k, v in sharpness.items() if k not in ("method", "rho")})
         self.words = sharpness
         super().__init__(*args, **kwargs)
@@ -40,7 +46,7 @@ class SharpnessAwareMixin(Base):  # type: ignore[misc]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self.sharpness, self.loss = None, TrainerLoss(self, transformers.modeling_outputs.CausalLMOutput)
-        self.waiting: list[tuple[dict[str, Any], Any]] = []
+        self.waiting = Waiting()
         return super().train(*args, **kwargs)
 
     def _sharpness(self, model: Any) -> Any:
@@ -53,10 +59,10 @@ class SharpnessAwareMixin(Base):  # type: ignore[misc]
         """The loss of the step when gradients are due, 0 for the micro-batches before: the Trainer logs their sum."""
         model.train()
         self.optimizer.train()  # of schedule-free ones; Accelerate's wrapper always has it
-        self.waiting.append((self._prepare_inputs(inputs), num_items_in_batch))
+        self.waiting.add(self._prepare_inputs(inputs), num_items_in_batch)
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
-        batches, self.waiting = self.loss.begin(self.waiting), []
+        batches = self.loss.begin(self.waiting.due())
         sharpness: SharpnessAware = self._sharpness(model)
         if self.loss.words is None:
             self.loss.require_the_models_own(sharpness, *batches[0])
