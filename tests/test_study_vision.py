@@ -199,7 +199,7 @@ def test_figure_10_compares_at_the_same_rate_and_decay_too():
     assert set(control.n) == {12}
     assert set(control.verdict_baseline) == {str(Verdict.BETTER)}
     assert "same rate and decay, 12 fresh seeds: SAM +4.0" in exhibit.caption or "12 fresh seeds: SAM +4.0" in exhibit.headline
-    assert "On fresh seeds, written down beforehand, at AdamW's rate and weight decay (40 % noise, decay 1" in exhibit.caption
+    assert "On fresh seeds, written down beforehand, with one rate and weight decay for all (40 % noise, decay 1" in exhibit.caption
     own = data[data.part.eq("alike") & data.rho.notna()]
     assert len(own) == 10
     assert set(own.weight_decay) == {1}
@@ -213,7 +213,7 @@ def test_figure_10_compares_at_the_same_rate_and_decay_too():
     signs = own.groupby("lr").verdict_baseline.agg(set)
     assert signs[0.002] == {str(Verdict.BETTER)}
     assert signs[0.004] == {str(Verdict.WORSE)}
-    assert "With AdamW at the methods' own rate and weight decay (40 % noise, decay 1, rho 0.05" in exhibit.caption
+    assert "With one rate and weight decay for all (40 % noise, decay 1, rho 0.05" in exhibit.caption
     assert set(exhibit.frames["kept"].cell) == {"noise-40", "noise-0", "control-40"}
     without = draw_plan(planned("figure-10", "laptop", ("cells=noise-40,noise-0",), source))
     assert without.frame.verdict_baseline.equals(

@@ -22,8 +22,8 @@ from functional_sam.study.tune import Planned
 __all__ = ["draw", "headline", "plan"]
 
 ALIKE = {  # parts with one rate and weight decay for all
-    "alike": "With AdamW at the methods' own rate and weight decay",
-    "control": "On fresh seeds, written down beforehand, at AdamW's rate and weight decay",
+    "alike": "With one rate and weight decay for all",
+    "control": "On fresh seeds, written down beforehand, with one rate and weight decay for all",
 }
 CHECKPOINTS = {"last": "last checkpoint", "best": "best on validation"}
 HALVES = ("functional-sam", "logit-sam", "precond-functional-sam")  # whose gain is compared with that of the method below
@@ -47,6 +47,7 @@ def draw(plan: Plan) -> Exhibit:
         part = shown[shown.checkpoint.eq(name)]
         lines(axes[0, column], part, gain=False)
         lines(axes[1, column], part[part.entry.ne("adamw")], gain=True)
+        _on_fresh_seeds(axes[1, column], data[data.checkpoint.eq(name) & data.part.eq("control") & data.rho.notna()])
         axes[0, column].set_title(title[0].upper() + title[1:])
         axes[1, column].set_xlabel("training labels drawn at random (%)")
     axes[0, 0].set_ylabel("test accuracy (%)")
@@ -94,6 +95,17 @@ def lines(axis: Axes, part: pd.DataFrame, gain: bool) -> None:
             **LOOKS.get(str(name), {"color": style.METHOD_COLOR.get(str(name), "#999999"), "marker": style.marker(str(name))}),
         )
     axis.set_xticks(sorted(set(POINTS * part.noise)))
+
+
+def _on_fresh_seeds(axis: Axes, part: pd.DataFrame) -> None:
+    """Hollow marks right of their noise, and what they are."""
+    for number, row in enumerate(part.itertuples()):
+        found = difference(row)
+        one = Estimate(POINTS * found.mean, POINTS * found.stderr, found.n)
+        style.marks(axis, [POINTS * row.noise + 3.5 + number], [one], row.entry, filled=False)
+    if len(part):
+        words = f"hollow: one rate and decay\nfor all, {part.n.iloc[0]} fresh seeds"
+        axis.annotate(words, (0.02, 0.97), xycoords="axes fraction", ha="left", va="top", fontsize=6)
 
 
 def what_is_kept(planned: Sequence[Planned], source: Source) -> pd.DataFrame:
