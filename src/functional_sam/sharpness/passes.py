@@ -23,6 +23,7 @@ from functional_sam.head import compute_dtype, pull_back
 from functional_sam.losses import IGNORE, cross_entropy, num_valid, require_logits, require_rows
 from functional_sam.sharpness import first_step
 from functional_sam.sharpness.randomness import Randomness, random_state, set_random_state
+from functional_sam.vectors import whole
 from functional_sam.weights import is_sharded, local_bytes, process_group, replicas, reshard, unwrapped
 
 Batch = tuple[Any, Any]  # (inputs, targets), inputs any pytree
@@ -280,8 +281,9 @@ class Passes:
                 first_step.require_sum(self.loss_fn, leaf, targets, total, count)
             memory.count = torch.as_tensor(count, device=logits.device).reshape(())
             if self.divisor is None:
-                first = self.sum_over_ranks(memory.count)[0] / self.world
-                self.divisor = max(first, 1.0) * self.num_batches
+                # The same on all ranks, whose numbers of micro-batches may differ: their gradients are averaged with it in them.
+                first, batches = self.sum_over_ranks(memory.count, torch.tensor(self.num_batches, device=logits.device))
+                self.divisor = max(first / self.world, 1.0) * (batches / self.world)
             scaled = total * (1.0 / self.divisor)
             (u,) = torch.autograd.grad(scaled, leaf)
         memory.loss = scaled.detach()
@@ -410,8 +412,8 @@ class Passes:
         return stack
 
     def sum_over_ranks(self, *values: Tensor) -> tuple[float, ...]:
-        """Each value summed over the ranks, as a float."""
-        stacked = torch.stack([value.double() for value in values])
+        """Each value summed over the ranks, as a float; of logits in shards (loss_parallel) the whole value of each."""
+        stacked = torch.stack([whole(value).double() for value in values])
         if self.group is not None:
             stacked = stacked.to(self._device)
             dist.all_reduce(stacked, group=self.group)
