@@ -157,3 +157,141 @@ def test_a_graph_whose_kernels_are_watched_is_freed():
         assert all(node() is None for node in nodes)
     finally:
         gc.enable()
+
+
+# ---------------------------------------------------------------------- differences
+
+
+def with_decay():
+    model = mlp()
+    for p in model.parameters():
+        p.register_hook(lambda g, p=p: g + 0.05 * p.detach())
+    return model
+
+
+def with_scaled():
+    model = mlp()
+    model[0].weight.register_hook(lambda g: 2 * g)
+    return model
+
+
+class Clipped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x):
+        h = self.net[1](self.net[0](x))
+        if h.requires_grad:
+            h.register_hook(lambda g: g.clamp(-0.01, 0.01))
+        return self.net[2](h)
+
+
+class Normalising(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z):
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g / g.norm()
+
+
+class Normalised(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x):
+        return Normalising.apply(self.net(x))
+
+
+@pytest.mark.parametrize("phi", [0.0, 30.0, 90.0])
+def test_parts_by_difference_need_a_backward_linear_in_the_cotangent(phi):
+    words = {"rho": 0.1, "phi": phi, "derivative": "difference", "step": 1e-5}
+    for build in (with_decay, Clipped, Normalised, WithAuxiliary):
+        model = build()
+        with pytest.raises(UserError, match=r"phi other than 45 needs a backward that is linear in u"):
+            SharpnessAware(model, sgd(model), "angle-sam", **words).backward([batch()])
+    model = with_scaled()
+    SharpnessAware(model, sgd(model), "angle-sam", **words).backward([batch()], measure_dose=True)
+
+
+def test_the_difference_of_gradients_is_of_any_hook():
+    """phi = 45 with a hook that adds decay: H eps of the loss with its decay, eps along the gradient of both."""
+    model, (x, y) = with_decay(), batch()
+    SharpnessAware(model, sgd(model), "penalty-sam", rho=0.1, derivative="difference", step=1e-6).backward([(x, y)])
+    plain = mlp()
+    params = list(plain.parameters())
+    decay = sum(0.025 * p.square().sum() for p in params)
+    g = torch.autograd.grad(F.cross_entropy(plain(x), y) + decay, params, create_graph=True)
+    size = torch.cat([p.flatten() for p in g]).norm().detach()
+    Heps = torch.autograd.grad(g, params, [0.1 * p.detach() / size for p in g])
+    close(model, [a.detach() + b for a, b in zip(g, Heps, strict=True)], 1e-6)
+
+
+def test_looking_at_it_changes_no_number_of_the_step():
+    """Dropout, running statistics and the random numbers after it are those of a step that is not looked at."""
+    found = []
+    for first in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Dropout(0.3), nn.Linear(7, 4)).double()
+        sharpness = SharpnessAware(model, sgd(model), "angle-sam", phi=20.0, derivative="difference")
+        if not first:
+            sharpness._passes.watched = None
+        torch.manual_seed(1)
+        sharpness.backward([batch(), batch(2)])
+        found.append((flat(model), model[1].running_mean.clone(), torch.rand(3)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+# ---------------------------------------------------------------------- counts and means
+
+
+def focal(z, t):
+    each = F.cross_entropy(z, t, reduction="none")
+    weight = (1 - (-each).exp()).square()
+    return (weight * each).sum(), weight.sum()
+
+
+def hard(z, t):
+    each = F.cross_entropy(z, t, reduction="none")
+    kept = each > 1.35
+    return each[kept].sum(), kept.sum()
+
+
+@pytest.mark.parametrize("method", ["plain", "sam", "functional-sam", "logit-sam", "angle-sam"])
+def test_a_count_with_a_gradient_is_refused(method):
+    model = mlp()
+    with pytest.raises(UserError, match=r"a count that depends on the logits \(focal weights\)"):
+        SharpnessAware(model, sgd(model), method, loss_fn=focal).backward([batch()])
+    model = mlp()
+    numbered = SharpnessAware(model, sgd(model), method, loss_fn=lambda z, t: (focal(z, t)[0], len(t)))
+    numbered.backward([batch()])
+
+
+@pytest.mark.parametrize("method", ["sam", "logit-sam", "gsam", "asam"])
+def test_a_count_of_other_weights_is_refused_when_it_comes(method):
+    """Hard examples: in the first step the same at both weights, later not."""
+    model, (x, y) = mlp(), batch()
+    radii = [1e-6, 5.0]
+    words = {"rho_schedule": "constant"} if method == "gsam" else {}
+    sharpness = SharpnessAware(model, sgd(model), method, rho=radii.__getitem__, loss_fn=hard, **words)
+    sharpness.backward([(x, y)])
+    model.zero_grad()
+    with pytest.raises(UserError, match=r"counted other targets in a later pass"):
+        sharpness.backward([(x, y)])
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_hard_examples_of_theta_are_right_where_only_theta_counts():
+    """functional-sam takes u, and so the count, at theta alone."""
+    model, (x, y) = mlp(), batch()
+    SharpnessAware(model, sgd(model), "functional-sam", rho=2.0, loss_fn=hard).backward([(x, y)])
+    found, model = flat(model), mlp()
+    z = model(x)
+    mask = F.cross_entropy(z, y, reduction="none") > 1.35
+    masked = lambda z, t: (F.cross_entropy(z[mask], t[mask], reduction="sum"), mask.sum())  # noqa: E731
+    SharpnessAware(model, sgd(model), "functional-sam", rho=2.0, loss_fn=masked).backward([(x, y)])
+    assert 0 < int(mask.sum()) < len(y)
+    assert torch.equal(found, flat(model))

@@ -92,8 +92,8 @@ def require_no_hooks(model: torch.nn.Module) -> None:
     name = next((name for name, p in model.named_parameters() if p._backward_hooks), None)
     if name is not None:
         raise UserError(
-            f"{name} has a hook on its gradient, and second derivatives need the gradient as it is: "
-            'use derivative="difference", or no hook'
+            f"{name} has a hook on its gradient, and second derivatives need the gradient as it is: remove it, or use "
+            'derivative="difference", which takes any hook at phi=45 and at other angles one that is linear in the gradient'
         )
 
 

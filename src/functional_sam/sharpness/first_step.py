@@ -59,8 +59,16 @@ def require_gradients(params: Iterable[Tensor]) -> None:
         raise UserError("sparse gradients are not supported: build the embedding with sparse=False")
 
 
-def require_of_logits(model: torch.nn.Module, z: Tensor, total: Tensor) -> None:
-    """Raise UserError for a loss with a gradient past the logits, which no path would follow: asked in every step, at no cost."""
+def require_of_logits(model: torch.nn.Module, z: Tensor, total: Tensor, count: Any) -> None:
+    """Raise UserError for a gradient that no path would follow, of the loss past the logits or of the count by them.
+
+    Asked in every step, at no cost.
+    """
+    if isinstance(count, Tensor) and count.requires_grad:
+        raise UserError(
+            "loss_fn returned a count that depends on the logits (focal weights): the gradient of a quotient by it is none that a "
+            "path takes. Let the count depend on the targets alone (their number)"
+        )
     if total.grad_fn is None:
         raise UserError("loss_fn returned a sum that does not depend on the logits: it detaches them, or runs under no_grad")
     own = next((leaf for leaf in _leaves(total) if leaf is not z), None)

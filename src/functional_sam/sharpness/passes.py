@@ -106,6 +106,7 @@ class Passes:
         self.fused = self.may_fuse and not any(targets.is_floating_point() for _, targets in batches)
         self.num_targets = sum(targets.numel() for _, targets in batches) if self.fused else 0  # of this process
         self.divisor: float | None = None
+        self.recounted: Tensor | None = None  # by how much later passes have counted otherwise than the first
         if default:
             counts = torch.stack([num_valid(targets) for _, targets in batches])
             (total,) = self.sum_over_ranks(counts.sum())
@@ -117,7 +118,13 @@ class Passes:
         """Mean loss over all valid targets of the step (all ranks), and the factor that makes the gradients exact means."""
         assert self.divisor is not None
         losses = torch.stack([memory.loss for memory in kept if memory.loss is not None])
-        loss, count = self.sum_over_ranks(losses.double().sum(), self._count(kept))
+        recounted = [] if self.recounted is None else [self.recounted]
+        loss, count, *changed = self.sum_over_ranks(losses.double().sum(), self._count(kept), *recounted)
+        if changed and changed[0] > 1e-6 * count:
+            raise UserError(
+                "loss_fn counted other targets in a later pass, at other weights: its count depends on the logits (hard examples, "
+                "focal weights), and a mean by it has derivatives that no path takes. Let the count depend on the targets alone"
+            )
         if self.fused:
             returned = torch.stack([memory.returned for memory in kept if memory.returned is not None]).sum()
             self._require_untouched(float(losses.sum()), float(returned))
@@ -186,7 +193,7 @@ class Passes:
                     torch.autograd.backward(loss)
                 else:
                     z = self.forward(self.model, inputs)
-                    u = self._cotangent(z, targets, memory)
+                    u = self._cotangent(z, targets, memory, repeated[i] if repeated else None)
                     torch.autograd.backward(z, u)
                     if remember:
                         memory.u = u if self.keep_dtype is None else u.to(self.keep_dtype)
@@ -220,7 +227,7 @@ class Passes:
                     if logits:
                         memory.logits = z
                     else:
-                        u = self._cotangent(z, targets, memory)
+                        u = self._cotangent(z, targets, memory, repeated[i] if repeated else None)
                         memory.u = u if self.keep_dtype is None else u.to(self.keep_dtype)
             kept.append(memory)
         reshard(self.model)  # a root module stays gathered after forward; the next pass must gather the weights it will then have
@@ -253,13 +260,13 @@ class Passes:
                     z = self.forward(self.model, inputs)
                     u = memory.u.to(z.dtype)
                     if weight_here or weight_kept != 1.0:
-                        u = u * weight_kept + self._cotangent(z, targets, Kept(())) * weight_here
+                        u = u * weight_kept + self._cotangent(z, targets, Kept(()), memory) * weight_here
                     torch.autograd.backward(z, u)
 
     # ------------------------------------------------------------------ loss and cotangent
 
-    def _cotangent(self, logits: Tensor, targets: Tensor, memory: Kept) -> Tensor:
-        """dL/dlogits of a micro-batch, L its part of the step's mean loss."""
+    def _cotangent(self, logits: Tensor, targets: Tensor, memory: Kept, earlier: Kept | None = None) -> Tensor:
+        """dL/dlogits of a micro-batch, L its part of the step's mean loss; `earlier`: the same of an earlier pass."""
         if self.watched is not None:
             require_logits(logits, targets, self.loss_fn)
         with torch.enable_grad():
@@ -276,10 +283,13 @@ class Passes:
                     "a mean alone cannot be combined over micro-batches"
                 )
             total, count = result
-            first_step.require_of_logits(self.model, leaf, total)
+            first_step.require_of_logits(self.model, leaf, total, count)
             if self.watched is not None:
                 first_step.require_sum(self.loss_fn, leaf, targets, total, count)
             memory.count = torch.as_tensor(count, device=logits.device).reshape(())
+            if earlier is not None and earlier.count is not None and self.loss_fn is not cross_entropy:
+                changed = (memory.count.float() - earlier.count.float()).abs()
+                self.recounted = changed if self.recounted is None else self.recounted + changed
             if self.divisor is None:
                 # The same on all ranks, whose numbers of micro-batches may differ: their gradients are averaged with it in them.
                 first, batches = self.sum_over_ranks(memory.count, torch.tensor(self.num_batches, device=logits.device))

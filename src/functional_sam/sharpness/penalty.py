@@ -27,6 +27,7 @@ from functional_sam.head import differentiable_cotangent
 from functional_sam.losses import cross_entropy
 from functional_sam.sharpness.methods import coefficients
 from functional_sam.sharpness.passes import Kept, Passes
+from functional_sam.sharpness.trial import TOLERANCE
 from functional_sam.sharpness.perturbation import AT_PERTURBED, Perturbation, Step, complete
 from functional_sam.vectors import norm
 from functional_sam.weights import buffers_kept, unwrapped
@@ -63,6 +64,8 @@ def difference(passes: Passes, perturbation: Perturbation, step: Step, kept: lis
     """
     functional, logit = coefficients(perturbation.options["phi"])
     g = step.base
+    if functional != logit and passes.watched is not None:
+        _require_homogeneous(passes, perturbation, step, kept)
     factor = perturbation.length(step) / perturbation.options["step"]
     with perturbation.applied(step, 1.0 / factor) as theta, buffers_kept(passes.model):
         if functional == logit:
@@ -79,6 +82,21 @@ def difference(passes: Passes, perturbation: Perturbation, step: Step, kept: lis
     torch._foreach_mul_(there, factor)
     to_dose(there, g.values(), perturbation.options["dose"])
     torch._foreach_add_(there, here)
+
+
+def _require_homogeneous(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kept]) -> None:
+    """Raise UserError unless a pull of -2 u at theta gives -2 g: the parts above are sums of multiples of u pulled back."""
+    perturbation.start_gradients({})
+    with buffers_kept(passes.model):
+        passes.pull(step.batches, kept, {}, weight_kept=-2.0, sync=step.sync)
+    complete(passes.model, step.base)
+    off = norm([p.grad + 2.0 * g for p, g in step.base.items() if p.grad is not None], fast=True)
+    if off > 2.0 * TOLERANCE * norm(list(step.base.values()), fast=True):
+        raise UserError(
+            'derivative="difference" at phi other than 45 needs a backward that is linear in u, and here J^T (-2 u) is not -2 J^T u: a '
+            "hook on a gradient that adds, clamps or normalises, an injected auxiliary loss, or a coarse keep_dtype. Take it out, or "
+            'phi=45, which is the difference of two gradients as they are (or derivative="exact", without hooks)'
+        )
 
 
 # ---------------------------------------------------------------------- by second derivatives
