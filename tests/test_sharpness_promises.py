@@ -295,3 +295,88 @@ def test_hard_examples_of_theta_are_right_where_only_theta_counts():
     SharpnessAware(model, sgd(model), "functional-sam", rho=2.0, loss_fn=masked).backward([(x, y)])
     assert 0 < int(mask.sum()) < len(y)
     assert torch.equal(found, flat(model))
+
+
+W = torch.tensor([1.0, 5.0, 0.2, 2.0], dtype=torch.float64)
+
+
+class Weighted(nn.Module):
+    """nn.CrossEntropyLoss(weight=W), whose weights are a buffer."""
+
+    def __init__(self, reduction):
+        super().__init__()
+        self.criterion, self.reduction = nn.CrossEntropyLoss(weight=W, reduction=reduction), reduction
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, z, t):
+        self.calls += 1
+        return self.criterion(z, t), W[t].sum() if self.reduction == "sum" else len(t)
+
+
+MEANS = {
+    "class weights": lambda z, t: (F.cross_entropy(z, t, weight=W), len(t)),
+    "class weights, their count": lambda z, t: (F.cross_entropy(z, t, weight=W), W[t].sum()),
+    "smoothed": lambda z, t: (F.cross_entropy(z, t, label_smoothing=0.1), len(t)),
+    "squares": lambda z, t: (F.mse_loss(z, F.one_hot(t, 4).double()), t.numel()),
+    "a module with buffers": Weighted("mean"),
+}
+
+
+def infonce(z, t):
+    """In-batch negatives: no sum over rows, and no mean of them either."""
+    n = F.normalize(z, dim=-1)
+    other = n @ n.T - 1e9 * torch.eye(len(z), dtype=z.dtype)
+    return F.cross_entropy(other, torch.arange(len(z)) ^ 1, reduction="sum"), len(z)
+
+
+def barlow(z, t):
+    """A statistic of the batch, which its rows twice do not change: the mean of one number, counted as one."""
+    n = (z - z.mean(0)) / z.std(0, unbiased=False)
+    return (n.T @ n / len(z) - torch.eye(4, dtype=z.dtype)).square().sum(), 1
+
+
+SUMS = {
+    "class weights": lambda z, t: (F.cross_entropy(z, t, weight=W, reduction="sum"), W[t].sum()),
+    "a hinge of zero": lambda z, t: ((z - 1e3).relu().sum() + 0.0 * z.sum(), len(t)),
+    "contrastive": infonce,
+    "a statistic": barlow,
+    "a module with buffers": Weighted("sum"),
+    "fixed": lambda z, t: (F.cross_entropy(z, t), 1),
+}
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_a_mean_of_any_weights_is_refused(name):
+    with pytest.raises(UserError, match=r"returned a mean .* and the count"):
+        SharpnessAware(model := mlp(), sgd(model), "plain", loss_fn=MEANS[name]).backward([batch()])
+    with pytest.raises(UserError, match=r"returned a mean .* and the count"):
+        CurvatureProducts(mlp(), [batch()], loss_fn=MEANS[name]).gradient()
+
+
+def test_a_mean_of_targets_in_a_tree_is_refused():
+    x, y = batch()
+    weight = torch.ones(6, dtype=torch.float64)
+    for targets, take in (((y, weight), lambda t: t), ({"y": y, "w": weight, "name": "a"}, lambda t: (t["y"], t["w"]))):
+
+        def mean(z, t, take=take):
+            wanted, w = take(t)
+            return (F.cross_entropy(z, wanted, reduction="none") * w).mean(), len(wanted)
+
+        def total(z, t, mean=mean):
+            value, n = mean(z, t)
+            return value * n, n
+
+        model = mlp()
+        with pytest.raises(UserError, match=r"returned a mean .* and the count 6"):
+            SharpnessAware(model, sgd(model), "sam", loss_fn=mean).backward([(x, targets)])
+        model = mlp()
+        SharpnessAware(model, sgd(model), "sam", rho=0.3, loss_fn=total).backward([(x, targets)])
+        close(model, sam_by_hand(model, lambda model=model: F.cross_entropy(model(x), y), 0.3))
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_and_losses_of_the_batch_are_taken(name):
+    loss_fn, model = SUMS[name], mlp()
+    SharpnessAware(model, sgd(model), "plain", loss_fn=loss_fn).backward([batch()])
+    if name == "a module with buffers":
+        assert float(loss_fn.calls) == 1.0
