@@ -380,3 +380,122 @@ def test_sums_and_losses_of_the_batch_are_taken(name):
     SharpnessAware(model, sgd(model), "plain", loss_fn=loss_fn).backward([batch()])
     if name == "a module with buffers":
         assert float(loss_fn.calls) == 1.0
+
+
+# ---------------------------------------------------------------------- set-ups
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int64, torch.complex64])
+def test_a_dtype_that_cannot_hold_u_is_refused(dtype):
+    with pytest.raises(UserError, match=r"keep_dtype=torch.*1 / \(number of targets\)"):
+        SharpnessAware(model := mlp(), sgd(model), "functional-sam", keep_dtype=dtype)
+    for right in (torch.bfloat16, torch.float32, torch.float64):
+        SharpnessAware(model := mlp(), sgd(model), "functional-sam", keep_dtype=right).backward([batch()])
+
+
+@pytest.mark.parametrize("rho", [-0.1, float("nan"), float("inf")])
+def test_a_radius_of_a_group_that_comes_later_is_looked_at(rho):
+    model = mlp()
+    optimizer = sgd(model)
+    sharpness = SharpnessAware(model, optimizer, "sam", rho=0.1)
+    optimizer.param_groups[0]["rho"] = rho
+    with pytest.raises(UserError, match=rf"rho={rho!r} in a parameter group"):
+        sharpness.backward([batch()])
+    optimizer.param_groups[0]["rho"] = 0.3
+    sharpness.backward([batch()])
+    x, y = batch()
+    close(model, sam_by_hand(model, lambda: F.cross_entropy(model(x), y), 0.3))
+
+
+def grouped(model, **second):
+    groups = [{"params": model[0].parameters(), "momentum": 0.9}, {"params": model[2].parameters(), "momentum": 0.0, **second}]
+    return torch.optim.SGD(groups, lr=0.1)
+
+
+@pytest.mark.parametrize("method", ["momentum-sam", "momentum-functional-sam"])
+def test_a_group_without_momentum_is_refused_where_momentum_is_the_ascent(method):
+    def train(optimizer, **words):
+        sharpness = SharpnessAware(model, optimizer, method, rho=0.3, **words)
+        for _ in range(2):
+            sharpness.backward([batch()])
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model = mlp()
+    with pytest.raises(UserError, match=r"parameter group 1 of SGD has momentum=0.0: it would never be perturbed"):
+        train(grouped(model))
+    train(grouped(model, rho=0.0))
+    train(grouped(model), subset=lambda name, p: name.startswith("0"))
+    unused = mlp()
+    unused.register_parameter("extra", nn.Parameter(torch.ones(3, dtype=torch.float64)))
+    model = unused
+    train(torch.optim.SGD([{"params": list(unused.parameters())[1:]}, {"params": [unused.extra]}], lr=0.1, momentum=0.9))
+
+
+def test_two_parameters_in_the_same_memory_are_refused():
+    def tied(share):
+        model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)).double()
+        model[1].weight = share(model[0].weight)
+        return model
+
+    for share in (lambda w: nn.Parameter(w.data), lambda w: nn.Parameter(w.data.view(-1)[:].view(7, 4))):
+        model = tied(share)
+        with pytest.raises(UserError, match=r"0.weight and 1.weight are two Parameters in the same memory"):
+            SharpnessAware(model, sgd(model), "sam")
+        SharpnessAware(model, sgd(model), "plain")
+    SharpnessAware(model := tied(lambda w: w), sgd(model), "sam")
+    whole = torch.randn(40, dtype=torch.float64)  # one buffer for all, as of flattened weights of an LSTM
+    model = nn.ParameterList([nn.Parameter(whole[:20].view(4, 5)), nn.Parameter(whole[20:].view(5, 4))])
+    SharpnessAware(model, sgd(model), "sam")
+    columns = torch.randn(4, 6)
+    model = nn.ParameterList([nn.Parameter(columns[:, :3]), nn.Parameter(columns[:, 3:])])
+    SharpnessAware(model, sgd(model), "sam")
+
+
+def test_a_grad_scaler_from_the_second_step_on_is_refused():
+    model = mlp().float()
+    optimizer = sgd(model)
+    sharpness, scaler = SharpnessAware(model, optimizer, "sam"), torch.amp.GradScaler("cpu")
+    x, y = batch()
+    sharpness.backward([(x.float(), y)])
+    optimizer.step()
+    optimizer.zero_grad()
+    sharpness.backward([(x.float(), y)])
+    scaler.scale(torch.ones(()))
+    with pytest.raises(UserError, match="this step is taken by a GradScaler"):
+        scaler.step(optimizer)
+
+
+class Momentum(nn.Module):
+    """As in the public MoCo: forward moves the key encoder, which nobody trains."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.query, self.key, self.how = mlp(), mlp().requires_grad_(False), how
+        self.key[0].weight.data += 0.3
+
+    @torch.no_grad()
+    def forward_key(self):
+        for q, k in zip(self.query.parameters(), self.key.parameters(), strict=True):
+            if self.how == "assigned":
+                k.data = 0.9 * k.data + 0.1 * q.data
+            elif self.how == "data":
+                k.data.mul_(0.9).add_(q.data, alpha=0.1)
+            elif self.how == "in place":
+                k.mul_(0.9).add_(q, alpha=0.1)
+
+    def forward(self, x):
+        self.forward_key()
+        return self.query(x) + self.key(x)
+
+
+@pytest.mark.parametrize("how", ["assigned", "data", "in place"])
+@pytest.mark.parametrize("method", ["sam", "functional-sam", "logit-sam", "random-sam", "gsam"])
+def test_parameters_that_forward_moves_are_refused(method, how):
+    model = Momentum(how)
+    with pytest.raises(UserError, match=r"key.0.weight, which the optimizer does not train, moved during backward"):
+        SharpnessAware(model, sgd(model.query), method).backward([batch()])
+    model = Momentum(how)
+    SharpnessAware(model, sgd(model.query), "plain").backward([batch()])
+    still = Momentum("not at all")
+    SharpnessAware(still, sgd(still.query), method).backward([batch()])

@@ -9,10 +9,11 @@ from processes import gloo
 from test_sharpness_silent import close, sam_by_hand, sgd
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from functional_sam import SharpnessAware
+from functional_sam import SharpnessAware, UserError
 
 pytestmark = pytest.mark.slow
 WORLD = 2
@@ -76,8 +77,44 @@ def logits_in_shards(rank):
             torch.testing.assert_close(p.grad.full_tensor(), q.grad, rtol=1e-11, atol=1e-13, msg=f"{method} {name}")
 
 
+def shards_that_are_not_averaged(rank):
+    """A sum over ranks, and parameters that FSDP2 leaves out."""
+    x, y = rows()
+    for factor in (None, float(WORLD), 1.0):
+        model = mlp()
+        fully_shard(model[0])
+        fully_shard(model)
+        if factor is not None:
+            model[0].set_gradient_divide_factor(factor)
+        if factor == 1.0:
+            with pytest.raises(UserError, match=r"set_gradient_divide_factor\(1\) on 2 ranks.*Leave the factor out"):
+                SharpnessAware(model, sgd(model), "sam")
+        else:
+            SharpnessAware(model, sgd(model), "sam").backward([(x[rank::2], y[rank::2])])
+    for trained in (False, True):
+        model = mlp()
+        model[0].requires_grad_(trained)
+        fully_shard(model, ignored_params=set(model[0].parameters()))
+        if trained:
+            with pytest.raises(UserError, match=r"ignored_params=.*not averaged over ranks"):
+                SharpnessAware(model, sgd(model), "sam")
+        else:
+            SharpnessAware(model, sgd(model), "sam").backward([(x[rank::2], y[rank::2])])
+
+
+def joined(rank):
+    """DDP's join() would end in an abort."""
+    x, y = rows()
+    model = DistributedDataParallel(mlp())
+    sharpness = SharpnessAware(model, sgd(model), "sam")
+    with pytest.raises(UserError, match=r"inside of DistributedDataParallel.join\(\)"), model.join(throw_on_early_termination=True):
+        sharpness.backward([(x[rank::2], y[rank::2])])
+
+
 def worker(rank):
     warnings.simplefilter("ignore")
+    shards_that_are_not_averaged(rank)
+    joined(rank)
     uneven_numbers_of_micro_batches(rank)
     logits_in_shards(rank)
 
