@@ -499,3 +499,46 @@ def test_parameters_that_forward_moves_are_refused(method, how):
     SharpnessAware(model, sgd(model.query), "plain").backward([batch()])
     still = Momentum("not at all")
     SharpnessAware(still, sgd(still.query), method).backward([batch()])
+
+
+class Centred(nn.Module):
+    """DINO's loss: a running centre of the logits, read and then moved by every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("centre", torch.tensor([1.0, 0.3, 0.0, -0.5], dtype=torch.float64))
+
+    def forward(self, z, t):
+        total = F.cross_entropy(z - self.centre, t, reduction="sum")
+        self.centre.copy_(0.5 * self.centre + 0.5 * z.detach().mean(0))
+        return total, len(t)
+
+
+CENTRED = [("plain", {}), ("sam", {}), ("functional-sam", {}), ("logit-sam", {}), ("gsam", {"rho_schedule": "constant"})]
+CENTRED += [("angle-sam", {"phi": phi, **words}) for phi in (30.0, 45.0) for words in ({}, {"derivative": "difference"})]
+
+
+@pytest.mark.parametrize(("method", "words"), [*CENTRED, ("sam", {"ascent_steps": 2})])
+def test_a_state_of_the_loss_is_that_of_the_first_pass_in_all_of_them(method, words):
+    """The gradient is that of the loss with its centre held, and the centre is moved once."""
+    model, loss, (x, y) = mlp(), Centred(), batch()
+    before, z = loss.centre.clone(), model(x).detach()
+    sharpness = SharpnessAware(model, sgd(model), method, rho=1.0, loss_fn=loss, **words)
+    sharpness.check([(x, y)])
+    assert torch.equal(loss.centre, before)
+    sharpness.backward([(x, y)], measure_dose=True)
+    assert torch.allclose(loss.centre, 0.5 * before + 0.5 * z.mean(0), rtol=1e-14)
+    held = mlp()
+    fixed = SharpnessAware(held, sgd(held), method, rho=1.0, loss_fn=lambda z, t: summed(z - before, t), **words)
+    fixed.backward([(x, y)], measure_dose=True)
+    close(model, [p.grad for p in held.parameters()])
+    assert sharpness.dose == pytest.approx(fixed.dose, rel=1e-12)
+
+
+@pytest.mark.parametrize("path", ["sam", "functional", "logit"])
+def test_a_state_of_the_loss_moves_once_where_there_is_no_first_pass(path):
+    model, loss = mlp(), Centred()
+    sharpness = SharpnessAware(model, sgd(model), "random-sam", path=path, rho=1e-9, loss_fn=loss)
+    before, z = loss.centre.clone(), model(batch()[0]).detach()
+    sharpness.backward([batch()])
+    assert torch.allclose(loss.centre, 0.5 * before + 0.5 * z.mean(0), rtol=1e-6)

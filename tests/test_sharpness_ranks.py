@@ -4,9 +4,8 @@ import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
 from processes import gloo
-from test_sharpness_silent import close, sam_by_hand, sgd
+from test_sharpness_silent import sgd
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -67,7 +66,10 @@ def logits_in_shards(rank):
     x, y = rows()
     for method in ("plain", "sam", "functional-sam", "logit-sam"):
         one, model = mlp(), mlp()
-        parts = {"2": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False), "0": ColwiseParallel(output_layouts=Shard(-1))}
+        parts = {
+            "2": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False),
+            "0": ColwiseParallel(output_layouts=Shard(-1)),
+        }
         parts["0"] = ColwiseParallel(output_layouts=torch.distributed.tensor.Replicate())
         parallelize_module(model, init_device_mesh("cpu", (WORLD,)), parts)
         SharpnessAware(one, sgd(one), method, rho=0.3, loss_fn=summed).backward([(x, y)])

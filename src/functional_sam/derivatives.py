@@ -127,8 +127,8 @@ def nodes(outputs: Iterable[Tensor]) -> Iterator[Any]:
 def watch_kernel(node: Any) -> None:
     """Let the node raise UserError if it is of a torch.autograd.Function whose backward is no function that autograd follows.
 
-    Second derivatives of a kernel (numpy, Triton, CUDA) that is not marked once_differentiable are zeros, without a word; a constant
-    added to the gradient of an auxiliary loss is added again. Nothing but a backward with create_graph is looked at.
+    Second derivatives of a kernel (numpy, Triton, CUDA) that is not marked once_differentiable are zeros, without a word; a
+    constant added to the gradient of an auxiliary loss is added again. Nothing but a backward with create_graph is looked at.
     """
     if isinstance(node, BackwardCFunction):
         node.register_hook(partial(_require_differentiable, type(node).__name__.removesuffix("Backward")))
@@ -145,13 +145,14 @@ def differentiable_gradient(total: Tensor, z: Tensor, watch: bool = True) -> Ten
 
 def _require_differentiable(name: str, given: Sequence[Tensor | None], incoming: Sequence[Tensor | None]) -> None:
     """given: what backward returned for `incoming`, of which autograd must know it to be a function, unless it is zero."""
-    if torch.is_grad_enabled() and any(g is not None and g.requires_grad for g in incoming):
-        if any(g is not None and not g.requires_grad and bool(g.any()) for g in given):
-            raise UserError(
-                f"{name}, a torch.autograd.Function, computes its backward outside of autograd (a fused kernel), or adds a constant "
-                "there (an injected auxiliary loss): second derivatives would be wrong. Take differences of gradients "
-                "(derivative='difference', method='difference'), or give the model the plain operations"
-            )
+    if not (torch.is_grad_enabled() and any(g is not None and g.requires_grad for g in incoming)):
+        return
+    if any(g is not None and not g.requires_grad and bool(g.any()) for g in given):
+        raise UserError(
+            f"{name}, a torch.autograd.Function, computes its backward outside of autograd (a fused kernel), or adds a constant "
+            "there (an injected auxiliary loss): second derivatives would be wrong. Take differences of gradients "
+            "(derivative='difference', method='difference'), or give the model the plain operations"
+        )
 
 
 def checkpointed() -> bool | None:

@@ -182,8 +182,8 @@ def _require(optimizer: torch.optim.Optimizer, which: str, params: Container[Ten
         those = [p for p in group["params"] if p.requires_grad and (params is None or p in params)]
         if seen and without and those and all(first_moment(optimizer, p) is None for p in those):
             raise UserError(
-                f"{reads}, and parameter group {i} of {kind} has momentum={group['momentum']!r}: it would never be perturbed. Give it "
-                'momentum, or say that it is meant with "rho": 0.0 in the group, or subset='
+                f"{reads}, and parameter group {i} of {kind} has momentum={group['momentum']!r}: it would never be perturbed. "
+                'Give it momentum, or say that it is meant with "rho": 0.0 in the group, or subset='
             )
     if concerned and not seen and (never or stepped):
         raise UserError(f"{reads}, which {kind} does not keep as set up: {way_out}")

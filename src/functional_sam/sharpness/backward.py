@@ -23,7 +23,7 @@ from functional_sam.sharpness.perturbation import AT_THETA, Perturbation, Rho, S
 from functional_sam.sharpness.steps import StepsSeen
 from functional_sam.sharpness.trial import trial
 from functional_sam.vectors import norm
-from functional_sam.weights import buffers_kept, buffers_saved, reshard
+from functional_sam.weights import reshard
 
 
 class SharpnessAware:
@@ -101,7 +101,7 @@ class SharpnessAware:
         if self._seen.steps and not self._moments_known:
             require_moments(self.method, self.options, self.model, self._perturbation.optimizer, stepped=True)
             self._moments_known = True
-        restore_buffers = buffers_saved(self.model)
+        restore_buffers = self._passes.buffers_saved()
         self.dose = None
         self._perturbation.steps += 1
         unmoved = self._fingerprints()
@@ -254,7 +254,7 @@ class SharpnessAware:
         total, step.directions = torch._foreach_div(step.directions, step.size), []
         for _ in range(k - 1):
             there = Step(batches, params=step.params, directions=list(total), size=float(k), radii=step.radii)
-            with perturbation.applied(there), buffers_kept(self.model):
+            with perturbation.applied(there), self._passes.later():
                 if kept is None:
                     g = plain_gradient(self._passes, batches)
                 else:

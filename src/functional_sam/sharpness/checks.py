@@ -99,8 +99,8 @@ def require_shards_averaged(model: torch.nn.Module, optimizer: Any) -> None:
         return
     if any(p.requires_grad and not hasattr(p, "device_mesh") for p in owners(optimizer)):
         raise UserError(
-            "fully_shard(ignored_params=...) leaves trainable parameters whose gradients are not averaged over ranks: shard them too, "
-            "or requires_grad_(False)"
+            "fully_shard(ignored_params=...) leaves trainable parameters whose gradients are not averaged over ranks: shard them "
+            "too, or requires_grad_(False)"
         )
     world = dist.get_world_size(process_group(model))
     for module in units:
@@ -110,8 +110,9 @@ def require_shards_averaged(model: torch.nn.Module, optimizer: Any) -> None:
             factor = getattr(part, "gradient_divide_factor", None)
             if factor not in (None, world):
                 raise UserError(
-                    f"set_gradient_divide_factor({factor:g}) on {world} ranks: losses here are means over the targets of all ranks, and "
-                    "gradients are averaged. Leave the factor out (None); loss_fn returns the sum and number of this rank's targets"
+                    f"set_gradient_divide_factor({factor:g}) on {world} ranks: losses here are means over the targets of all "
+                    "ranks, and gradients are averaged. Leave the factor out (None); loss_fn returns the sum and number of this "
+                    "rank's targets"
                 )
 
 
@@ -120,8 +121,8 @@ def require_synchronized(replicas: Iterable[DistributedDataParallel]) -> None:
     for replica in replicas:
         if getattr(getattr(replica, "_join_config", None), "enable", False):
             raise UserError(
-                "inside of DistributedDataParallel.join(), which accounts for one pass a step, where there are several: give all ranks "
-                "as many steps (drop_last=True, or a micro-batch whose targets are all -100)"
+                "inside of DistributedDataParallel.join(), which accounts for one pass a step, where there are several: give all "
+                "ranks as many steps (drop_last=True, or a micro-batch whose targets are all -100)"
             )
 
 
@@ -137,8 +138,8 @@ def require_no_shared_memory(model: torch.nn.Module) -> None:
     for (device, _, end, one), (other_device, start, _, other) in itertools.pairwise(sorted(places)):
         if device == other_device and start < end:
             raise UserError(
-                f"{one} and {other} are two Parameters in the same memory, which would be perturbed twice: tie them as one Parameter "
-                "(head.weight = embedding.weight)"
+                f"{one} and {other} are two Parameters in the same memory, which would be perturbed twice: tie them as one "
+                "Parameter (head.weight = embedding.weight)"
             )
 
 

@@ -24,7 +24,7 @@ from functional_sam.losses import IGNORE, cross_entropy, num_valid, require_logi
 from functional_sam.sharpness import first_step
 from functional_sam.sharpness.randomness import Randomness, random_state, set_random_state
 from functional_sam.vectors import whole
-from functional_sam.weights import is_sharded, local_bytes, process_group, replicas, reshard, unwrapped
+from functional_sam.weights import buffers_kept, buffers_saved, is_sharded, local_bytes, process_group, replicas, reshard, unwrapped
 
 Batch = tuple[Any, Any]  # (inputs, targets), inputs any pytree
 LossFn = Callable[[Tensor, Tensor], tuple[Tensor, Any]]
@@ -78,12 +78,15 @@ class Passes:
         if any(replica.static_graph for replica in self.replicas):
             raise UserError("DDP(static_graph=True) takes one synchronized pass a step: build it with static_graph=False")
         self.watched: list[Tensor] | None = None  # in the first step: the weights, which no pass may change
+        holder = getattr(loss_fn, "__self__", loss_fn)
+        self.loss_module = holder if isinstance(holder, torch.nn.Module) else None  # whose buffers it may update (DINO's centre)
+        self._rewind_loss: Callable[[], None] = _nothing
         self._job: Callable[[Tensor, Tensor], Tensor] | None = None
         self._eager_readout: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is bound to this very object: a copy would run the original's readout."""
-        return self.__dict__ | {"_job": None, "_eager_readout": None}
+        return self.__dict__ | {"_job": None, "_eager_readout": None, "_rewind_loss": _nothing}
 
     def begin(self, batches: Sequence[Batch]) -> None:
         """Start a step: settle the divisor of its losses.
@@ -92,6 +95,7 @@ class Passes:
         targets beforehand; for another one the first micro-batch's count stands in and `finish` returns the correction.
         """
         self.num_batches = len(batches)
+        self._rewind_loss = self.loss_saved()
         default = self.loss_fn is cross_entropy
         if default:
             for _, targets in batches:
@@ -113,6 +117,27 @@ class Passes:
             if total == 0:
                 raise UserError(f"no valid target in this step's {len(batches)} micro-batches: all are {IGNORE} (ignored)")
             self.divisor = total / self.world
+
+    def buffers_saved(self, always: bool = False) -> Callable[[], None]:
+        """A function that puts the buffers of model and loss_fn back as they are now."""
+        model, loss = buffers_saved(self.model, always), self.loss_saved(always)
+        return lambda: (model(), loss())[0]
+
+    def loss_saved(self, always: bool = False) -> Callable[[], None]:
+        """The same of loss_fn alone."""
+        return _nothing if self.loss_module is None else buffers_saved(self.loss_module, always)
+
+    @contextlib.contextmanager
+    def later(self, model: bool = True, loss: bool = True) -> Iterator[None]:
+        """Around a pass that is not the first: it leaves no trace in buffers, and loss_fn has those that it had in the first."""
+        restore = self.loss_saved() if loss else _nothing
+        with buffers_kept(self.model, model):
+            if loss:
+                self._rewind_loss()
+            try:
+                yield
+            finally:
+                restore()
 
     def finish(self, kept: Sequence[Kept]) -> tuple[Tensor, float]:
         """Mean loss over all valid targets of the step (all ranks), and the factor that makes the gradients exact means."""
@@ -428,6 +453,10 @@ class Passes:
             stacked = stacked.to(self._device)
             dist.all_reduce(stacked, group=self.group)
         return tuple(stacked.tolist())
+
+
+def _nothing() -> None:
+    pass
 
 
 @contextlib.contextmanager

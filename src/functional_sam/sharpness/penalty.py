@@ -27,10 +27,10 @@ from functional_sam.head import differentiable_cotangent
 from functional_sam.losses import cross_entropy
 from functional_sam.sharpness.methods import coefficients
 from functional_sam.sharpness.passes import Kept, Passes
-from functional_sam.sharpness.trial import TOLERANCE
 from functional_sam.sharpness.perturbation import AT_PERTURBED, Perturbation, Step, complete
+from functional_sam.sharpness.trial import TOLERANCE
 from functional_sam.vectors import norm
-from functional_sam.weights import buffers_kept, unwrapped
+from functional_sam.weights import unwrapped
 
 
 def penalty(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kept] | None) -> list[Kept]:
@@ -67,7 +67,7 @@ def difference(passes: Passes, perturbation: Perturbation, step: Step, kept: lis
     if functional != logit and passes.watched is not None:
         _require_homogeneous(passes, perturbation, step, kept)
     factor = perturbation.length(step) / perturbation.options["step"]
-    with perturbation.applied(step, 1.0 / factor) as theta, buffers_kept(passes.model):
+    with perturbation.applied(step, 1.0 / factor) as theta, passes.later():
         if functional == logit:
             passes.gradient(step.batches, repeated=kept, sync=step.sync)
         else:
@@ -87,15 +87,15 @@ def difference(passes: Passes, perturbation: Perturbation, step: Step, kept: lis
 def _require_homogeneous(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kept]) -> None:
     """Raise UserError unless a pull of -2 u at theta gives -2 g: the parts above are sums of multiples of u pulled back."""
     perturbation.start_gradients({})
-    with buffers_kept(passes.model):
+    with passes.later():
         passes.pull(step.batches, kept, {}, weight_kept=-2.0, sync=step.sync)
     complete(passes.model, step.base)
     off = norm([p.grad + 2.0 * g for p, g in step.base.items() if p.grad is not None], fast=True)
     if off > 2.0 * TOLERANCE * norm(list(step.base.values()), fast=True):
         raise UserError(
-            'derivative="difference" at phi other than 45 needs a backward that is linear in u, and here J^T (-2 u) is not -2 J^T u: a '
-            "hook on a gradient that adds, clamps or normalises, an injected auxiliary loss, or a coarse keep_dtype. Take it out, or "
-            'phi=45, which is the difference of two gradients as they are (or derivative="exact", without hooks)'
+            'derivative="difference" at phi other than 45 needs a backward that is linear in u, and here J^T (-2 u) is not -2 J^T '
+            "u: a hook on a gradient that adds, clamps or normalises, an injected auxiliary loss, or a coarse keep_dtype. Take it "
+            'out, or phi=45, which is the difference of two gradients as they are (or derivative="exact", without hooks)'
         )
 
 
@@ -118,7 +118,7 @@ def exact(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kep
     along = dict(zip(step.params, eps, strict=True))
     step.directions = []
     reached: set[Tensor] = set()
-    with _second_order(), buffers_kept(passes.model):
+    with _second_order(), passes.later():
         for i, (inputs, targets) in enumerate(step.batches):
             z = twice_differentiable(partial(_forward, passes, i, kept, inputs))
             if passes.watched is not None:
@@ -129,7 +129,10 @@ def exact(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kep
                 (part,) = _along(_pull(z, params, u, reached), params, along, [params])
                 torch._foreach_add_(total, part, alpha=functional)
                 continue
-            before = passes.random_state()  # which a loss_fn may draw from: u and its derivative are of one draw
+            before, rewind = (
+                passes.random_state(),
+                passes.loss_saved(),
+            )  # u and its derivative are of one draw, and one state of loss_fn
             u = _cotangent(passes, z.detach(), targets).detach().requires_grad_()
             wanted = [params if functional else [], [u] if logit else []]
             part, (*Jeps,) = _along(_pull(z, params, u, reached), params, along, wanted, keep=bool(logit))
@@ -138,6 +141,7 @@ def exact(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kep
             if logit:
                 leaf = z.detach().requires_grad_()
                 passes.set_random_state(before)
+                rewind()
                 there = _cotangent(passes, leaf, targets)
                 (BJeps,) = torch.autograd.grad(there, leaf, Jeps[0], allow_unused=True, materialize_grads=True)
                 part = list(torch.autograd.grad(z, params, BJeps, allow_unused=True, materialize_grads=True))
