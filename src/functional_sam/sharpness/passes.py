@@ -121,7 +121,12 @@ class Passes:
     def buffers_saved(self, always: bool = False) -> Callable[[], None]:
         """A function that puts the buffers of model and loss_fn back as they are now."""
         model, loss = buffers_saved(self.model, always), self.loss_saved(always)
-        return lambda: (model(), loss())[0]
+
+        def restore() -> None:
+            model()
+            loss()
+
+        return restore
 
     def loss_saved(self, always: bool = False) -> Callable[[], None]:
         """The same of loss_fn alone."""
