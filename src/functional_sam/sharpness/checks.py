@@ -131,7 +131,8 @@ def require_no_shared_memory(model: torch.nn.Module) -> None:
     places = []
     for name, p in model.named_parameters():
         dense: Any = p.detach().to_local() if hasattr(p, "to_local") else p.detach()
-        if p.requires_grad and dense.layout == torch.strided and dense.numel() and dense.data_ptr():
+        real = dense.layout == torch.strided and not hasattr(dense, "fake_mode")  # of a simulated one there is no memory
+        if p.requires_grad and real and dense.numel() and dense.data_ptr():
             extent = 1 + sum((size - 1) * stride for size, stride in zip(dense.shape, dense.stride(), strict=True))
             if extent == dense.numel():  # without gaps, in which another one may lie
                 places.append((str(dense.device), dense.data_ptr(), dense.data_ptr() + dense.nbytes, name))
