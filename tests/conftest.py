@@ -13,7 +13,7 @@ torch.set_num_threads(1)  # for tiny operations a second one gains nothing, and 
 
 LONGEST = ["test_slurm", "test_distributed_training", "test_sharpness_distributed", "test_cli", "test_faults", "test_planning"]
 LONGEST += ["test_exhibits", "test_study_exhibits", "test_models", "test_sharpness_memory", "test_sharpness_state"]
-LONGEST += ["test_integrations_transformers", "test_integrations_lightning", "test_integrations_accelerate"]
+LONGEST += ["test_sharpness_ranks", "test_integrations_transformers", "test_integrations_lightning", "test_integrations_accelerate"]
 
 
 class TinyModel(torch.nn.Module):

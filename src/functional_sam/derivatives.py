@@ -11,11 +11,13 @@ Found by central differences in float64 over 128 functions of torch and torch.nn
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -108,6 +110,49 @@ def _watch_padding(module: Any, given: Any, output: Tensor) -> None:
 
     if output.requires_grad and bool(at.any()):
         output.register_hook(require_nothing_kept)  # type: ignore[no-untyped-call]
+
+
+def nodes(outputs: Iterable[Tensor]) -> Iterator[Any]:
+    """Every node of the graph of the outputs, once."""
+    pending, seen = [output.grad_fn for output in outputs], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        pending += [following for following, _ in node.next_functions]
+
+
+def watch_kernel(node: Any) -> None:
+    """Let the node raise UserError if it is of a torch.autograd.Function whose backward is no function that autograd follows.
+
+    Second derivatives of a kernel (numpy, Triton, CUDA) that is not marked once_differentiable are zeros, without a word; a
+    constant added to the gradient of an auxiliary loss is added again. Nothing but a backward with create_graph is looked at.
+    """
+    if isinstance(node, BackwardCFunction):
+        node.register_hook(partial(_require_differentiable, type(node).__name__.removesuffix("Backward")))
+
+
+def differentiable_gradient(total: Tensor, z: Tensor, watch: bool = True) -> Tensor:
+    """dtotal/dz as a function of z. watch: raise UserError where a kernel of the loss makes it a constant."""
+    for node in nodes([total] if watch else []):
+        watch_kernel(node)
+    one = torch.ones_like(total).requires_grad_()  # or a backward that does not follow z could not be told from a linear loss
+    (u,) = torch.autograd.grad(total, z, one, create_graph=True, allow_unused=True, materialize_grads=True)
+    return u
+
+
+def _require_differentiable(name: str, given: Sequence[Tensor | None], incoming: Sequence[Tensor | None]) -> None:
+    """given: what backward returned for `incoming`, of which autograd must know it to be a function, unless it is zero."""
+    if not (torch.is_grad_enabled() and any(g is not None and g.requires_grad for g in incoming)):
+        return
+    if any(g is not None and not g.requires_grad and bool(g.any()) for g in given):
+        raise UserError(
+            f"{name}, a torch.autograd.Function, computes its backward outside of autograd (a fused kernel), or adds a constant "
+            "there (an injected auxiliary loss): second derivatives would be wrong. Take differences of gradients "
+            "(derivative='difference', method='difference'), or give the model the plain operations"
+        )
 
 
 def checkpointed() -> bool | None:

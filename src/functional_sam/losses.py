@@ -1,8 +1,11 @@
 """Losses that say how many targets they summed over, loss_fn(logits, targets) -> (sum over valid targets, number of them), and
 whether logits and targets are what they take them for."""
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +15,7 @@ from torch.nn import functional as F
 from functional_sam.errors import UserError
 
 IGNORE = -100
+FEW = 2**22  # logits that a loss is tried on in the first step, to see whether it sums
 
 
 def num_valid(targets: Tensor) -> Tensor:
@@ -88,29 +92,63 @@ def require_rows(rows: torch.Size, logits: torch.Size, targets: Any) -> None:
 
 
 def require_no_mean(loss_fn: Callable[..., Any], z: Tensor, targets: Any, total: Tensor, count: Any) -> None:
-    """Raise UserError for a loss_fn that returned a mean beside a count. It is called again, with half the rows, and may draw.
+    """Raise UserError for a loss_fn that returned a mean beside a count. It is called again, with some rows twice, and may draw.
 
-    A sum over all rows is the sum of those over both halves, a mean their mean. What is no loss of rows is left alone.
+    With every row twice a sum is twice as large and a mean, of whatever weights, the same, while the count doubles. What is no
+    loss of rows (its targets do not go along with them) is left alone, and so is a count of 1, beside which a mean is a sum.
     """
-    if loss_fn is cross_entropy or not isinstance(targets, Tensor):
+    if loss_fn is cross_entropy or z.ndim == 0 or not z.numel():
         return
-    both = list(zip(z.shape, targets.shape, strict=False))
-    along = next((place for place, (a, b) in enumerate(both) if a != 1 or b != 1), None)  # of one row of a text, its positions
-    if along is None or both[along][0] != both[along][1] or along == z.ndim - 1 > 0:
+    z, along = z.detach(), 0
+    if isinstance(targets, Tensor):  # of one row of a text, its positions
+        both = list(zip(z.shape, targets.shape, strict=False))
+        along = next((place for place, (a, b) in enumerate(both) if a != 1 or b != 1), 0)
+    alike = _Rows(along, z.shape[along], min(z.shape[along], max(2, FEW * z.shape[along] // z.numel())))
+    once, twice = alike.taken(targets), alike.taken(targets, twice=True)
+    if along == z.ndim - 1 > 0 or (targets is not None and not alike.found):
         return
-    if isinstance(loss_fn, torch.nn.Module) and any(True for _ in loss_fn.buffers()):
-        return  # it may count its calls
     try:
+        called = _copied(loss_fn)  # it may count its calls
         with torch.no_grad():
-            halves = zip(z.detach().tensor_split(2, along), targets.tensor_split(2, along), strict=True)
-            results = [loss_fn(ours.clone(), theirs.clone()) for ours, theirs in halves]  # copies: it may write to them
-            (a, m), (b, n) = [(float(loss), float(number)) for loss, number in results]
+            a, m = map(float, called(alike.taken(z), once))
+            b, n = map(float, called(alike.taken(z, twice=True), twice))
     except Exception:
         return  # not a loss of rows
-    whole, number = float(total.detach()), float(count)
-    is_mean = m > 0 and n > 0 and m + n == number and math.isclose(m * a + n * b, whole * number, rel_tol=1e-4)
-    if is_mean and not math.isclose(a + b, whole, rel_tol=1e-2):
+    if 0 < m != 1 and math.isclose(n, 2 * m, rel_tol=1e-6) and a and math.isfinite(a) and math.isclose(a, b, rel_tol=1e-4):
         raise UserError(
-            f"loss_fn returned a mean ({whole:.4g}) and the count {number:g}: return the SUM over valid targets and their number "
-            '(reduction="sum"), or gradients are that much too small'
+            f"loss_fn returned a mean ({float(total.detach()):.4g}) and the count {float(count):g}: return the SUM over valid "
+            'targets and their number (reduction="sum"), or gradients are that much too small'
         )
+
+
+def _copied(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """loss_fn, or where it is a module, or a method of one, that has buffers the same of a copy."""
+    holder: Any = getattr(loss_fn, "__self__", loss_fn)
+    if not isinstance(holder, torch.nn.Module) or not any(True for _ in holder.buffers()):
+        return loss_fn
+    copied: Any = copy.deepcopy(holder)
+    return copied if holder is loss_fn else partial(loss_fn.__func__, copied)  # type: ignore[attr-defined]
+
+
+@dataclass
+class _Rows:
+    """The first `few` of so many rows, of what has them, in nested dictionaries, lists and tuples."""
+
+    dimension: int
+    rows: int
+    few: int
+    found: bool = False
+
+    def taken(self, tree: Any, twice: bool = False) -> Any:
+        """A copy, which loss_fn may write to."""
+        if isinstance(tree, Tensor):
+            if tree.ndim <= self.dimension or tree.shape[self.dimension] != self.rows:
+                return tree.clone()
+            self.found = True
+            return torch.cat([tree.narrow(self.dimension, 0, self.few)] * (1 + twice), self.dimension)
+        if isinstance(tree, Mapping):
+            return {key: self.taken(part, twice) for key, part in tree.items()}
+        if isinstance(tree, list | tuple):
+            parts = [self.taken(part, twice) for part in tree]
+            return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+        return tree

@@ -177,5 +177,13 @@ def _require(optimizer: torch.optim.Optimizer, which: str, params: Container[Ten
         if corrected and (_steps(state, group) is None or _beta(state, group) is None):
             raise UserError(f"{kind} keeps a second moment, but no step count and betas in its state or group: {way_out}")
         seen = True
+    for i, group in enumerate(optimizer.param_groups if stepped and which == "first" else []):
+        without = "betas" not in group and not group.get("momentum", True) and group.get("rho", 1.0) != 0
+        those = [p for p in group["params"] if p.requires_grad and (params is None or p in params)]
+        if seen and without and those and all(first_moment(optimizer, p) is None for p in those):
+            raise UserError(
+                f"{reads}, and parameter group {i} of {kind} has momentum={group['momentum']!r}: it would never be perturbed. "
+                'Give it momentum, or say that it is meant with "rho": 0.0 in the group, or subset='
+            )
     if concerned and not seen and (never or stepped):
         raise UserError(f"{reads}, which {kind} does not keep as set up: {way_out}")

@@ -30,7 +30,7 @@ def dot(a: Sequence[Tensor], b: Sequence[Tensor], *, fast: bool = False) -> floa
             part = (x * y).sum(dtype=torch.float64)
         else:
             part = (x * y).sum() if hasattr(x, "full_tensor") else torch.dot(x.reshape(-1), y.reshape(-1))
-        parts.append(_whole(part).double())
+        parts.append(whole(part).double())
     return float(torch.stack(parts).sum()) if parts else 0.0
 
 
@@ -45,14 +45,15 @@ def norm(tensors: Sequence[Tensor], *, fast: bool = False) -> float:
         parts.append(torch.nn.utils.get_total_norm(wide))
     if narrow:
         parts.append(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(narrow, 2, dtype=torch.float32))))
-    return math.hypot(*(float(_whole(part)) for part in parts))
+    return math.hypot(*(float(whole(part)) for part in parts))
 
 
 def _pairs(x: Tensor) -> Tensor:
     return torch.view_as_real(x.resolve_conj())
 
 
-def _whole(number: Any) -> Any:
+def whole(number: Any) -> Any:
+    """The number itself, of a sharded one."""
     return number.full_tensor() if hasattr(number, "full_tensor") else number
 
 

@@ -25,7 +25,7 @@ from torch.autograd.graph import get_gradient_edge
 from functional_sam.curvature.buffers import parts
 from functional_sam.curvature.functions import tangents_only
 from functional_sam.curvature.outer import CrossEntropyOnLogits, LossFn, OnHead, OnLogits, Outer, Tangents, by_classes, pull_back
-from functional_sam.derivatives import padding_watched
+from functional_sam.derivatives import nodes, padding_watched, watch_kernel
 from functional_sam.errors import UserError
 from functional_sam.losses import require_logits
 
@@ -77,7 +77,7 @@ class Linearization:
                     if closed
                     else OnLogits(z, targets, loss_fn, functions, set(model.parameters()))
                 )
-            _require_no_reentrant_checkpoint(outputs)
+            _require_second_derivatives(outputs)
             self.loss, self.count = outer.loss, outer.count
             self.state = _State(outer)
             # No graph of y -> c but this one, or its backward would also run through the loss.
@@ -151,20 +151,15 @@ def _handed_over(h: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return h, weight
 
 
-def _require_no_reentrant_checkpoint(outputs: Sequence[Tensor]) -> None:
-    """Raise UserError for a graph of which autograd.grad does not enter a part: it gives zeros where it does not raise."""
-    pending, seen = [output.grad_fn for output in outputs], set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
+def _require_second_derivatives(outputs: Sequence[Tensor]) -> None:
+    """Raise UserError, now or in the backward, for a graph of which autograd gives zeros where it does not raise."""
+    for node in nodes(outputs):
         if type(node).__name__ == "CheckpointFunctionBackward":
             raise UserError(
                 "curvature of a model with blocks under checkpoint(..., use_reentrant=True), which have no second derivative: "
                 "use_reentrant=False, no checkpointing, or method='difference'"
             )
-        seen.add(node)
-        pending += [following for following, _ in node.next_functions]
+        watch_kernel(node)
 
 
 class _State:

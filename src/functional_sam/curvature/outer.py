@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from functional_sam.curvature.buffers import written
+from functional_sam.derivatives import differentiable_gradient
 from functional_sam.errors import UserError
 from functional_sam.head import chunks, hessian_product, softmax_of, to_cotangent
 from functional_sam.losses import IGNORE, cross_entropy, require_logits, require_no_mean, require_rows
@@ -64,7 +65,7 @@ class OnLogits:
         with functions or nullcontext():
             total, self.count = of_logits_alone(loss_fn, self.z, targets, trained)
         self.loss = total.detach()
-        (self.u,) = pull_back([total], [self.z], create_graph=True)
+        self.u = differentiable_gradient(total, self.z) if total.requires_grad else torch.zeros_like(self.z)
 
     @property
     def num_bytes(self) -> int:

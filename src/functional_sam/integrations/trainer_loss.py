@@ -85,7 +85,7 @@ class TrainerLoss:
         if self.kind is None:
             own = {"__call__": lambda _, *args, **inputs: self.call(*args, **inputs), "forward": property(lambda _: self.call)}
             self.kind = type(type(model).__name__, (type(model),), own)
-        known = object.__new__(self.kind)
+        known: Any = object.__new__(self.kind)
         object.__setattr__(known, "__dict__", model.__dict__)
         return known
 

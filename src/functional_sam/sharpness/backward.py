@@ -11,7 +11,8 @@ from typing_extensions import Unpack  # which torch brings; typing has it from P
 from functional_sam.errors import UserError
 from functional_sam.losses import cross_entropy
 from functional_sam.moments import owners, unwrapped_optimizer
-from functional_sam.sharpness.checks import check, radius, require_moments
+from functional_sam.sharpness import first_step
+from functional_sam.sharpness.checks import check, radius, require_moments, require_synchronized
 from functional_sam.sharpness.dose import dose_of, plain_gradient
 from functional_sam.sharpness.methods import needs_cotangent, resolve
 from functional_sam.sharpness.mix import MIXES, Mix
@@ -22,7 +23,7 @@ from functional_sam.sharpness.perturbation import AT_THETA, Perturbation, Rho, S
 from functional_sam.sharpness.steps import StepsSeen
 from functional_sam.sharpness.trial import trial
 from functional_sam.vectors import norm
-from functional_sam.weights import buffers_kept, buffers_saved, reshard
+from functional_sam.weights import reshard
 
 
 class SharpnessAware:
@@ -96,15 +97,18 @@ class SharpnessAware:
         _require_micro_batches(batches)
         _require_gradients_on()
         self._seen.require_a_step(self.model)
+        require_synchronized(self._passes.replicas)
         if self._seen.steps and not self._moments_known:
             require_moments(self.method, self.options, self.model, self._perturbation.optimizer, stepped=True)
             self._moments_known = True
-        restore_buffers = buffers_saved(self.model)
+        restore_buffers = self._passes.buffers_saved()
         self.dose = None
         self._perturbation.steps += 1
+        unmoved = self._fingerprints()
         try:
             g = plain_gradient(self._passes, batches) if measure_dose else None
             loss = self._backward(batches)
+            first_step.require_unmoved(unmoved)
             dose = None if g is None else dose_of(self.model, g, self._mix.beside() if self._mix is not None else {})
         except BaseException:
             self._perturbation.steps -= 1
@@ -130,6 +134,13 @@ class SharpnessAware:
     def reshard(self) -> None:
         """Drop the whole parameters that FSDP2 still holds after a forward of the caller's own (an evaluation)."""
         reshard(self.model)
+
+    def _fingerprints(self) -> first_step.Fingerprints:
+        """In the first step, but for plain, which has one pass as any other loop."""
+        if self._passes.watched is None or self.method.path == "plain":
+            return []
+        reshard(self.model)  # what is gathered is not what is there afterwards
+        return first_step.fingerprints(self.model, set(self._passes.watched))
 
     def _backward(self, batches: Sequence[Batch]) -> Tensor:
         passes, perturbation = self._passes, self._perturbation
@@ -243,7 +254,7 @@ class SharpnessAware:
         total, step.directions = torch._foreach_div(step.directions, step.size), []
         for _ in range(k - 1):
             there = Step(batches, params=step.params, directions=list(total), size=float(k), radii=step.radii)
-            with perturbation.applied(there), buffers_kept(self.model):
+            with perturbation.applied(there), self._passes.later():
                 if kept is None:
                     g = plain_gradient(self._passes, batches)
                 else:

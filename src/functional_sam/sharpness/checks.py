@@ -1,13 +1,15 @@
 """Whether a method, its radius and its options fit the model and the optimizer: refused here, before any step."""
 
+import itertools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from functional_sam.errors import UserError
 from functional_sam.moments import has_rho_of_its_own, owners, parts_of, require_state
@@ -21,6 +23,9 @@ def check(method: Method, options: dict[str, Any], model: torch.nn.Module, optim
     require_parameters(model)
     require_no_parameters(loss_fn)
     require_the_models_own(model, optimizer)
+    require_shards_averaged(model, optimizer)
+    if method.path != "plain":
+        require_no_shared_memory(model)
     if method.path != "plain" and any(group.get("maximize") for group in optimizer.param_groups):
         raise UserError(
             "optimizer(maximize=True): eps would lead where the objective is better; minimize, with the sign in loss_fn"
@@ -87,13 +92,66 @@ def require_known_wrappers(model: torch.nn.Module) -> None:
             raise UserError(f"parameter {name} belongs to DeepSpeed or FSDP1: use DistributedDataParallel or fully_shard (FSDP2)")
 
 
+def require_shards_averaged(model: torch.nn.Module, optimizer: Any) -> None:
+    """Raise UserError where FSDP2 does not average the gradients over all ranks."""
+    units = [module for module in model.modules() if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)]
+    if not units:
+        return
+    if any(p.requires_grad and not hasattr(p, "device_mesh") for p in owners(optimizer)):
+        raise UserError(
+            "fully_shard(ignored_params=...) leaves trainable parameters whose gradients are not averaged over ranks: shard them "
+            "too, or requires_grad_(False)"
+        )
+    world = dist.get_world_size(process_group(model))
+    for module in units:
+        state: Any = getattr(module, "_get_fsdp_state", lambda: None)()
+        parts = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        for part in parts:
+            factor = getattr(part, "gradient_divide_factor", None)
+            if factor not in (None, world):
+                raise UserError(
+                    f"set_gradient_divide_factor({factor:g}) on {world} ranks: losses here are means over the targets of all "
+                    "ranks, and gradients are averaged. Leave the factor out (None); loss_fn returns the sum and number of this "
+                    "rank's targets"
+                )
+
+
+def require_synchronized(replicas: Iterable[DistributedDataParallel]) -> None:
+    """Raise UserError inside of DDP's join(), which accounts for one pass a step. Asked in every step, at no cost."""
+    for replica in replicas:
+        if getattr(getattr(replica, "_join_config", None), "enable", False):
+            raise UserError(
+                "inside of DistributedDataParallel.join(), which accounts for one pass a step, where there are several: give all "
+                "ranks as many steps (drop_last=True, or a micro-batch whose targets are all -100)"
+            )
+
+
+def require_no_shared_memory(model: torch.nn.Module) -> None:
+    """Raise UserError for two trained Parameters in the same memory, which would be moved twice. Tied ones are one Parameter."""
+    places = []
+    for name, p in model.named_parameters():
+        held: Any = p.detach()
+        dense: Any = held.to_local() if hasattr(held, "to_local") else held
+        real = dense.layout == torch.strided and not hasattr(dense, "fake_mode")  # of a simulated one there is no memory
+        if p.requires_grad and real and dense.numel() and dense.data_ptr():
+            extent = 1 + sum((size - 1) * stride for size, stride in zip(dense.shape, dense.stride(), strict=True))
+            if extent == dense.numel():  # without gaps, in which another one may lie
+                places.append((str(dense.device), dense.data_ptr(), dense.data_ptr() + dense.nbytes, name))
+    for (device, _, end, one), (other_device, start, _, other) in itertools.pairwise(sorted(places)):
+        if device == other_device and start < end:
+            raise UserError(
+                f"{one} and {other} are two Parameters in the same memory, which would be perturbed twice: tie them as one "
+                "Parameter (head.weight = embedding.weight)"
+            )
+
+
 def require_no_hooks(model: torch.nn.Module) -> None:
     """Raise UserError for a hook on a parameter, after which .grad is no gradient of the loss, and its derivative no Hessian."""
     name = next((name for name, p in model.named_parameters() if p._backward_hooks), None)
     if name is not None:
         raise UserError(
-            f"{name} has a hook on its gradient, and second derivatives need the gradient as it is: "
-            'use derivative="difference", or no hook'
+            f"{name} has a hook on its gradient, and second derivatives need the gradient as it is: remove it, or use "
+            'derivative="difference", which takes any hook at phi=45 and at other angles one that is linear in the gradient'
         )
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from functional_sam.sharpness.passes import Batch, Passes
 from functional_sam.vectors import norm
-from functional_sam.weights import buffers_kept
 
 
 def plain_gradient(passes: Passes, batches: Sequence[Batch]) -> dict[Tensor, Tensor]:
@@ -21,12 +20,14 @@ def plain_gradient(passes: Passes, batches: Sequence[Batch]) -> dict[Tensor, Ten
     parameters = list(passes.model.parameters())
     for p in parameters:
         p.grad = None
+    restore_buffers = passes.buffers_saved()
     try:
-        with _random_state_kept(passes), _replicas_untouched(passes), buffers_kept(passes.model):
+        with _random_state_kept(passes), _replicas_untouched(passes):
             passes.begin(batches)
             _, correction = passes.finish(passes.gradient(batches, sync=False))
         g: dict[Tensor, Tensor] = {p: p.grad.mul_(correction) for p in parameters if p.grad is not None}
     finally:
+        restore_buffers()
         for p in parameters:
             p.grad = None
     if passes.replicas:

@@ -1,6 +1,7 @@
 """What is looked at in the first step, mostly: whether forward and loss_fn are what later steps take them for."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -47,6 +48,37 @@ def require_same_weights(before: list[int], params: Iterable[Tensor]) -> None:
         )
 
 
+Fingerprints = list[tuple[str, Tensor, tuple[int, ...], float]]
+
+
+def fingerprints(model: torch.nn.Module, trained: Container[Tensor]) -> Fingerprints:
+    """Of every parameter that the optimizer does not move: which memory, how often written to, and its norm."""
+    result: Fingerprints = []
+    for name, p in model.named_parameters():
+        if p not in trained:
+            result.append((name, p, *_fingerprint(p)))
+    return result
+
+
+def _fingerprint(p: Tensor) -> tuple[tuple[int, ...], float]:
+    held: Any = p.detach()
+    local: Tensor = held.to_local() if hasattr(held, "to_local") else held
+    real = local.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16) and local.layout == torch.strided
+    size = float(torch.linalg.vector_norm(local, dtype=torch.promote_types(local.dtype, torch.float32))) if real else 0.0
+    return (0 if p.is_inference() else p._version, local.data_ptr() if real else 0), size
+
+
+def require_unmoved(before: Fingerprints) -> None:
+    """Raise UserError when a forward has moved parameters that nobody trains: every pass would move them once more."""
+    for name, p, where, size in before:
+        now, there = _fingerprint(p)
+        if now != where or not (there == size or (math.isnan(there) and math.isnan(size))):
+            raise UserError(
+                f"{name}, which the optimizer does not train, moved during backward: forward writes to it (a momentum encoder of "
+                "MoCo, BYOL, DINO), and does so in every pass. Move it outside, once a step, after optimizer.step()"
+            )
+
+
 def require_gradients(params: Iterable[Tensor]) -> None:
     """Raise UserError when a pass left no gradient at all, or a sparse one."""
     grads = [p.grad for p in params if p.grad is not None]
@@ -59,8 +91,16 @@ def require_gradients(params: Iterable[Tensor]) -> None:
         raise UserError("sparse gradients are not supported: build the embedding with sparse=False")
 
 
-def require_of_logits(model: torch.nn.Module, z: Tensor, total: Tensor) -> None:
-    """Raise UserError for a loss with a gradient past the logits, which no path would follow: asked in every step, at no cost."""
+def require_of_logits(model: torch.nn.Module, z: Tensor, total: Tensor, count: Any) -> None:
+    """Raise UserError for a gradient that no path would follow, of the loss past the logits or of the count by them.
+
+    Asked in every step, at no cost.
+    """
+    if isinstance(count, Tensor) and count.requires_grad:
+        raise UserError(
+            "loss_fn returned a count that depends on the logits (focal weights): the gradient of a quotient by it is none that a "
+            "path takes. Let the count depend on the targets alone (their number)"
+        )
     if total.grad_fn is None:
         raise UserError("loss_fn returned a sum that does not depend on the logits: it detaches them, or runs under no_grad")
     own = next((leaf for leaf in _leaves(total) if leaf is not z), None)

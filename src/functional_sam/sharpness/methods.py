@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from functional_sam.errors import UserError
 from functional_sam.sharpness.options import ASCENT_OPTIONS, CHOICES, FORMER, GENERAL_OPTIONS, MIX_OPTIONS, PATH_OPTIONS
 
@@ -181,6 +183,11 @@ def resolve(name: str, given: Mapping[str, Any] | None = None) -> tuple[Method, 
         raise UserError(f'subset={options["subset"]!r}: expected None, "norm", or a function (name, parameter) -> bool')
     if options["rho_schedule"] == "warmup" and options["warmup_steps"] < 1:
         raise UserError('rho_schedule="warmup" needs warmup_steps >= 1')
+    if options["keep_dtype"] not in (None, torch.bfloat16, torch.float32, torch.float64):
+        raise UserError(
+            f"keep_dtype={options['keep_dtype']!r}: what is kept, u, is of the order of 1 / (number of targets), which float16 and "
+            "whole numbers have as zeros: torch.bfloat16, torch.float32, torch.float64, or None for the logits' own"
+        )
     if options.get("step", 1.0) <= 0:
         raise UserError(f"step={options['step']!r}: the displacement of the finite difference is > 0")
     if options.get("dose") is not None:

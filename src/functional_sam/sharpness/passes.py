@@ -23,7 +23,8 @@ from functional_sam.head import compute_dtype, pull_back
 from functional_sam.losses import IGNORE, cross_entropy, num_valid, require_logits, require_rows
 from functional_sam.sharpness import first_step
 from functional_sam.sharpness.randomness import Randomness, random_state, set_random_state
-from functional_sam.weights import is_sharded, local_bytes, process_group, replicas, reshard, unwrapped
+from functional_sam.vectors import whole
+from functional_sam.weights import buffers_kept, buffers_saved, is_sharded, local_bytes, process_group, replicas, reshard, unwrapped
 
 Batch = tuple[Any, Any]  # (inputs, targets), inputs any pytree
 LossFn = Callable[[Tensor, Tensor], tuple[Tensor, Any]]
@@ -77,12 +78,15 @@ class Passes:
         if any(replica.static_graph for replica in self.replicas):
             raise UserError("DDP(static_graph=True) takes one synchronized pass a step: build it with static_graph=False")
         self.watched: list[Tensor] | None = None  # in the first step: the weights, which no pass may change
+        holder = getattr(loss_fn, "__self__", loss_fn)
+        self.loss_module = holder if isinstance(holder, torch.nn.Module) else None  # whose buffers it may update (DINO's centre)
+        self._rewind_loss: Callable[[], None] = _nothing
         self._job: Callable[[Tensor, Tensor], Tensor] | None = None
         self._eager_readout: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is bound to this very object: a copy would run the original's readout."""
-        return self.__dict__ | {"_job": None, "_eager_readout": None}
+        return self.__dict__ | {"_job": None, "_eager_readout": None, "_rewind_loss": _nothing}
 
     def begin(self, batches: Sequence[Batch]) -> None:
         """Start a step: settle the divisor of its losses.
@@ -91,6 +95,7 @@ class Passes:
         targets beforehand; for another one the first micro-batch's count stands in and `finish` returns the correction.
         """
         self.num_batches = len(batches)
+        self._rewind_loss = self.loss_saved()
         default = self.loss_fn is cross_entropy
         if default:
             for _, targets in batches:
@@ -105,6 +110,7 @@ class Passes:
         self.fused = self.may_fuse and not any(targets.is_floating_point() for _, targets in batches)
         self.num_targets = sum(targets.numel() for _, targets in batches) if self.fused else 0  # of this process
         self.divisor: float | None = None
+        self.recounted: Tensor | None = None  # by how much later passes have counted otherwise than the first
         if default:
             counts = torch.stack([num_valid(targets) for _, targets in batches])
             (total,) = self.sum_over_ranks(counts.sum())
@@ -112,11 +118,43 @@ class Passes:
                 raise UserError(f"no valid target in this step's {len(batches)} micro-batches: all are {IGNORE} (ignored)")
             self.divisor = total / self.world
 
+    def buffers_saved(self, always: bool = False) -> Callable[[], None]:
+        """A function that puts the buffers of model and loss_fn back as they are now."""
+        model, loss = buffers_saved(self.model, always), self.loss_saved(always)
+
+        def restore() -> None:
+            model()
+            loss()
+
+        return restore
+
+    def loss_saved(self, always: bool = False) -> Callable[[], None]:
+        """The same of loss_fn alone."""
+        return _nothing if self.loss_module is None else buffers_saved(self.loss_module, always)
+
+    @contextlib.contextmanager
+    def later(self, model: bool = True, loss: bool = True) -> Iterator[None]:
+        """Around a pass that is not the first: it leaves no trace in buffers, and loss_fn has those that it had in the first."""
+        restore = self.loss_saved() if loss else _nothing
+        with buffers_kept(self.model, model):
+            if loss:
+                self._rewind_loss()
+            try:
+                yield
+            finally:
+                restore()
+
     def finish(self, kept: Sequence[Kept]) -> tuple[Tensor, float]:
         """Mean loss over all valid targets of the step (all ranks), and the factor that makes the gradients exact means."""
         assert self.divisor is not None
         losses = torch.stack([memory.loss for memory in kept if memory.loss is not None])
-        loss, count = self.sum_over_ranks(losses.double().sum(), self._count(kept))
+        recounted = [] if self.recounted is None else [self.recounted]
+        loss, count, *changed = self.sum_over_ranks(losses.double().sum(), self._count(kept), *recounted)
+        if changed and changed[0] > 1e-6 * count:
+            raise UserError(
+                "loss_fn counted other targets in a later pass, at other weights: its count depends on the logits (hard examples, "
+                "focal weights), and a mean by it has derivatives that no path takes. Let the count depend on the targets alone"
+            )
         if self.fused:
             returned = torch.stack([memory.returned for memory in kept if memory.returned is not None]).sum()
             self._require_untouched(float(losses.sum()), float(returned))
@@ -185,7 +223,7 @@ class Passes:
                     torch.autograd.backward(loss)
                 else:
                     z = self.forward(self.model, inputs)
-                    u = self._cotangent(z, targets, memory)
+                    u = self._cotangent(z, targets, memory, repeated[i] if repeated else None)
                     torch.autograd.backward(z, u)
                     if remember:
                         memory.u = u if self.keep_dtype is None else u.to(self.keep_dtype)
@@ -219,7 +257,7 @@ class Passes:
                     if logits:
                         memory.logits = z
                     else:
-                        u = self._cotangent(z, targets, memory)
+                        u = self._cotangent(z, targets, memory, repeated[i] if repeated else None)
                         memory.u = u if self.keep_dtype is None else u.to(self.keep_dtype)
             kept.append(memory)
         reshard(self.model)  # a root module stays gathered after forward; the next pass must gather the weights it will then have
@@ -252,13 +290,13 @@ class Passes:
                     z = self.forward(self.model, inputs)
                     u = memory.u.to(z.dtype)
                     if weight_here or weight_kept != 1.0:
-                        u = u * weight_kept + self._cotangent(z, targets, Kept(())) * weight_here
+                        u = u * weight_kept + self._cotangent(z, targets, Kept(()), memory) * weight_here
                     torch.autograd.backward(z, u)
 
     # ------------------------------------------------------------------ loss and cotangent
 
-    def _cotangent(self, logits: Tensor, targets: Tensor, memory: Kept) -> Tensor:
-        """dL/dlogits of a micro-batch, L its part of the step's mean loss."""
+    def _cotangent(self, logits: Tensor, targets: Tensor, memory: Kept, earlier: Kept | None = None) -> Tensor:
+        """dL/dlogits of a micro-batch, L its part of the step's mean loss; `earlier`: the same of an earlier pass."""
         if self.watched is not None:
             require_logits(logits, targets, self.loss_fn)
         with torch.enable_grad():
@@ -275,13 +313,17 @@ class Passes:
                     "a mean alone cannot be combined over micro-batches"
                 )
             total, count = result
-            first_step.require_of_logits(self.model, leaf, total)
+            first_step.require_of_logits(self.model, leaf, total, count)
             if self.watched is not None:
                 first_step.require_sum(self.loss_fn, leaf, targets, total, count)
             memory.count = torch.as_tensor(count, device=logits.device).reshape(())
+            if earlier is not None and earlier.count is not None and self.loss_fn is not cross_entropy:
+                changed = (memory.count.float() - earlier.count.float()).abs()
+                self.recounted = changed if self.recounted is None else self.recounted + changed
             if self.divisor is None:
-                first = self.sum_over_ranks(memory.count)[0] / self.world
-                self.divisor = max(first, 1.0) * self.num_batches
+                # The same on all ranks, whose numbers of micro-batches may differ: their gradients are averaged with it in them.
+                first, batches = self.sum_over_ranks(memory.count, torch.tensor(self.num_batches, device=logits.device))
+                self.divisor = max(first / self.world, 1.0) * (batches / self.world)
             scaled = total * (1.0 / self.divisor)
             (u,) = torch.autograd.grad(scaled, leaf)
         memory.loss = scaled.detach()
@@ -410,12 +452,16 @@ class Passes:
         return stack
 
     def sum_over_ranks(self, *values: Tensor) -> tuple[float, ...]:
-        """Each value summed over the ranks, as a float."""
-        stacked = torch.stack([value.double() for value in values])
+        """Each value summed over the ranks, as a float; of logits in shards (loss_parallel) the whole value of each."""
+        stacked = torch.stack([whole(value).double() for value in values])
         if self.group is not None:
             stacked = stacked.to(self._device)
             dist.all_reduce(stacked, group=self.group)
         return tuple(stacked.tolist())
+
+
+def _nothing() -> None:
+    pass
 
 
 @contextlib.contextmanager

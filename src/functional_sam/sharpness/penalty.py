@@ -21,15 +21,16 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from functional_sam.derivatives import padding_watched, twice_differentiable
+from functional_sam.derivatives import differentiable_gradient, nodes, padding_watched, twice_differentiable, watch_kernel
 from functional_sam.errors import UserError
 from functional_sam.head import differentiable_cotangent
 from functional_sam.losses import cross_entropy
 from functional_sam.sharpness.methods import coefficients
-from functional_sam.sharpness.passes import Kept, LossFn, Passes
+from functional_sam.sharpness.passes import Kept, Passes
 from functional_sam.sharpness.perturbation import AT_PERTURBED, Perturbation, Step, complete
+from functional_sam.sharpness.trial import TOLERANCE
 from functional_sam.vectors import norm
-from functional_sam.weights import buffers_kept, unwrapped
+from functional_sam.weights import unwrapped
 
 
 def penalty(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kept] | None) -> list[Kept]:
@@ -63,8 +64,10 @@ def difference(passes: Passes, perturbation: Perturbation, step: Step, kept: lis
     """
     functional, logit = coefficients(perturbation.options["phi"])
     g = step.base
+    if functional != logit and passes.watched is not None:
+        _require_homogeneous(passes, perturbation, step, kept)
     factor = perturbation.length(step) / perturbation.options["step"]
-    with perturbation.applied(step, 1.0 / factor) as theta, buffers_kept(passes.model):
+    with perturbation.applied(step, 1.0 / factor) as theta, passes.later():
         if functional == logit:
             passes.gradient(step.batches, repeated=kept, sync=step.sync)
         else:
@@ -79,6 +82,21 @@ def difference(passes: Passes, perturbation: Perturbation, step: Step, kept: lis
     torch._foreach_mul_(there, factor)
     to_dose(there, g.values(), perturbation.options["dose"])
     torch._foreach_add_(there, here)
+
+
+def _require_homogeneous(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kept]) -> None:
+    """Raise UserError unless a pull of -2 u at theta gives -2 g: the parts above are sums of multiples of u pulled back."""
+    perturbation.start_gradients({})
+    with passes.later():
+        passes.pull(step.batches, kept, {}, weight_kept=-2.0, sync=step.sync)
+    complete(passes.model, step.base)
+    off = norm([p.grad + 2.0 * g for p, g in step.base.items() if p.grad is not None], fast=True)
+    if off > 2.0 * TOLERANCE * norm(list(step.base.values()), fast=True):
+        raise UserError(
+            'derivative="difference" at phi other than 45 needs a backward that is linear in u, and here J^T (-2 u) is not -2 J^T '
+            "u: a hook on a gradient that adds, clamps or normalises, an injected auxiliary loss, or a coarse keep_dtype. Take it "
+            'out, or phi=45, which is the difference of two gradients as they are (or derivative="exact", without hooks)'
+        )
 
 
 # ---------------------------------------------------------------------- by second derivatives
@@ -100,17 +118,22 @@ def exact(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kep
     along = dict(zip(step.params, eps, strict=True))
     step.directions = []
     reached: set[Tensor] = set()
-    assert passes.divisor is not None
-    with _second_order(), buffers_kept(passes.model):
+    with _second_order(), passes.later():
         for i, (inputs, targets) in enumerate(step.batches):
             z = twice_differentiable(partial(_forward, passes, i, kept, inputs))
+            if passes.watched is not None:
+                for node in nodes([z]):
+                    watch_kernel(node)
             if functional == logit:
-                u = _cotangent(passes.loss_fn, z, targets, passes.divisor)
+                u = _cotangent(passes, z, targets)
                 (part,) = _along(_pull(z, params, u, reached), params, along, [params])
                 torch._foreach_add_(total, part, alpha=functional)
                 continue
-            before = passes.random_state()  # which a loss_fn may draw from: u and its derivative are of one draw
-            u = _cotangent(passes.loss_fn, z.detach(), targets, passes.divisor).detach().requires_grad_()
+            before, rewind = (
+                passes.random_state(),
+                passes.loss_saved(),
+            )  # u and its derivative are of one draw, and one state of loss_fn
+            u = _cotangent(passes, z.detach(), targets).detach().requires_grad_()
             wanted = [params if functional else [], [u] if logit else []]
             part, (*Jeps,) = _along(_pull(z, params, u, reached), params, along, wanted, keep=bool(logit))
             if functional:
@@ -118,7 +141,9 @@ def exact(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kep
             if logit:
                 leaf = z.detach().requires_grad_()
                 passes.set_random_state(before)
-                (BJeps,) = torch.autograd.grad(_cotangent(passes.loss_fn, leaf, targets, passes.divisor), leaf, Jeps[0])
+                rewind()
+                there = _cotangent(passes, leaf, targets)
+                (BJeps,) = torch.autograd.grad(there, leaf, Jeps[0], allow_unused=True, materialize_grads=True)
                 part = list(torch.autograd.grad(z, params, BJeps, allow_unused=True, materialize_grads=True))
                 torch._foreach_add_(total, part, alpha=logit)
     _require_reached(passes.model, step.base, reached)
@@ -179,14 +204,14 @@ def _along(
     return [[flat.pop(0) for _ in leaves] for leaves in wanted]
 
 
-def _cotangent(loss_fn: LossFn, z: Tensor, targets: Tensor, divisor: float) -> Tensor:
+def _cotangent(passes: Passes, z: Tensor, targets: Tensor) -> Tensor:
     """dL/dz as a differentiable function of z."""
-    if loss_fn is cross_entropy and not targets.is_floating_point():
-        return differentiable_cotangent(z, targets, divisor)
+    assert passes.divisor is not None
+    if passes.loss_fn is cross_entropy and not targets.is_floating_point():
+        return differentiable_cotangent(z, targets, passes.divisor)
     if not z.requires_grad:
         z = z.detach().requires_grad_()
-    (u,) = torch.autograd.grad(loss_fn(z, targets)[0] / divisor, z, create_graph=True)
-    return u
+    return differentiable_gradient(passes.loss_fn(z, targets)[0] / passes.divisor, z, watch=passes.watched is not None)
 
 
 @contextlib.contextmanager

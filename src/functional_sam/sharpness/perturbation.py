@@ -78,7 +78,7 @@ class Perturbation:
         for p, group in owners(self.optimizer).items():
             if self.chosen is not None and p not in self.chosen:
                 continue
-            rho = float(general if p in own else group.get("rho", general))
+            rho = general if p in own or "rho" not in group else radius(group["rho"], "in a parameter group")
             if options["rho_schedule"] == "warmup":
                 rho *= min(1.0, self.steps / options["warmup_steps"])
             elif options["rho_schedule"] == "lr":

@@ -48,7 +48,7 @@ class StepsSeen:
 
     def before(self) -> None:
         """Called before every step."""
-        if self.steps == 0 and _scales():
+        if _scales():
             raise UserError(
                 "this step is taken by a GradScaler, which divides by its scale gradients that SharpnessAware never multiplied "
                 "by it: fp16 with loss scaling is not supported. Use bfloat16 autocast (bf16-mixed), which needs no scaler"

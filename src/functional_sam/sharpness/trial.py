@@ -9,7 +9,7 @@ from torch import Tensor
 from functional_sam.errors import UserError
 from functional_sam.sharpness.dose import dose_of, plain_gradient
 from functional_sam.sharpness.passes import Batch
-from functional_sam.weights import buffers_saved, reshard
+from functional_sam.weights import reshard
 
 TOLERANCE = 1e-3  # of the gradient's norm: far above rounding (also of bf16, which repeats itself), far below another dropout mask
 TINY = 1e-300  # a radius that moves no weight
@@ -26,7 +26,7 @@ def trial(sharpness: Any, batches: Sequence[Batch]) -> None:
         sharpness._mix.drop()
     reshard(model)  # after a forward of the caller's own the parameters of FSDP2 are not the ones that it trains
     theta = [(name, p, _local(p).clone()) for name, p in model.named_parameters()]
-    restore_buffers = buffers_saved(model, always=True)
+    restore_buffers = passes.buffers_saved(always=True)
     state, rng, stepped = _copied(sharpness.state_dict()), passes.random_state(), seen.steps
     keep_u, dose, due = passes.keep_u, sharpness.dose, seen._due
     grads = {p: p.grad for p in model.parameters()}
