@@ -48,31 +48,30 @@ def require_same_weights(before: list[int], params: Iterable[Tensor]) -> None:
         )
 
 
-Fingerprints = list[tuple[str, Tensor, tuple[int, ...], float]]
+Fingerprints = list[tuple[str, Tensor, float]]
 
 
 def fingerprints(model: torch.nn.Module, trained: Container[Tensor]) -> Fingerprints:
-    """Of every parameter that the optimizer does not move: which memory, how often written to, and its norm."""
-    result: Fingerprints = []
-    for name, p in model.named_parameters():
-        if p not in trained:
-            result.append((name, p, *_fingerprint(p)))
-    return result
+    """The norm of every parameter that the optimizer does not move; of those without one how often they were written to.
+
+    A table that forward writes its own values to (max_norm) has the same norm after it.
+    """
+    return [(name, p, _fingerprint(p)) for name, p in model.named_parameters() if p not in trained]
 
 
-def _fingerprint(p: Tensor) -> tuple[tuple[int, ...], float]:
+def _fingerprint(p: Tensor) -> float:
     held: Any = p.detach()
     local: Tensor = held.to_local() if hasattr(held, "to_local") else held
-    real = local.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16) and local.layout == torch.strided
-    size = float(torch.linalg.vector_norm(local, dtype=torch.promote_types(local.dtype, torch.float32))) if real else 0.0
-    return (0 if p.is_inference() else p._version, local.data_ptr() if real else 0), size
+    if local.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16) and local.layout == torch.strided:
+        return float(torch.linalg.vector_norm(local, dtype=torch.promote_types(local.dtype, torch.float32)))
+    return 0.0 if p.is_inference() else float(p._version)
 
 
 def require_unmoved(before: Fingerprints) -> None:
     """Raise UserError when a forward has moved parameters that nobody trains: every pass would move them once more."""
-    for name, p, where, size in before:
-        now, there = _fingerprint(p)
-        if now != where or not (there == size or (math.isnan(there) and math.isnan(size))):
+    for name, p, size in before:
+        now = _fingerprint(p)
+        if not (now == size or (math.isnan(now) and math.isnan(size))):
             raise UserError(
                 f"{name}, which the optimizer does not train, moved during backward: forward writes to it (a momentum encoder of "
                 "MoCo, BYOL, DINO), and does so in every pass. Move it outside, once a step, after optimizer.step()"

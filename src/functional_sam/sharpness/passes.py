@@ -6,49 +6,31 @@ that k micro-batches equal one batch. What a later pass at other weights needs o
 
 import contextlib
 import inspect
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from functional_sam.derivatives import slow_attention
 from functional_sam.errors import UserError
 from functional_sam.head import compute_dtype, pull_back
-from functional_sam.losses import IGNORE, cross_entropy, num_valid, require_logits, require_rows
+from functional_sam.losses import cross_entropy, require_logits, require_rows
 from functional_sam.sharpness import first_step
+from functional_sam.sharpness.counting import Batch, Counting, Kept, LossFn
 from functional_sam.sharpness.randomness import Randomness, random_state, set_random_state
-from functional_sam.vectors import whole
-from functional_sam.weights import buffers_kept, buffers_saved, is_sharded, local_bytes, process_group, replicas, reshard, unwrapped
+from functional_sam.weights import buffers_kept, buffers_saved, is_sharded, local_bytes, replicas, reshard, unwrapped
 
-Batch = tuple[Any, Any]  # (inputs, targets), inputs any pytree
-LossFn = Callable[[Tensor, Tensor], tuple[Tensor, Any]]
-
-
-@dataclass
-class Kept:
-    """Of one micro-batch: random state before its forward, loss, number of valid targets, and u = dL/dz as u or as (h, weight)."""
-
-    rng: Randomness
-    loss: Tensor | None = None
-    count: Tensor | None = None
-    u: Tensor | None = None
-    logits: Tensor | None = None
-    h: Tensor | None = None
-    weight: Tensor | None = None
-    returned: Tensor | None = None  # by a model whose readout returned `loss`
+__all__ = ["Batch", "Kept", "LossFn", "Passes"]
 
 
 def _forward(model: torch.nn.Module, inputs: Any, **readout: Any) -> Any:
     return model(inputs, **readout)
 
 
-class Passes:
+class Passes(Counting):
     """Runs passes for one model, loss and forward function; SharpnessAware explains the arguments."""
 
     def __init__(
@@ -59,7 +41,8 @@ class Passes:
         keep: str,
         keep_dtype: torch.dtype | None,
     ):
-        self.model, self.loss_fn, self.keep_dtype = model, loss_fn, keep_dtype
+        super().__init__(model, loss_fn)
+        self.keep_dtype = keep_dtype
         self.forward: Callable[..., Any] = forward or _forward
         takes_readout = forward is None or "readout" in inspect.signature(forward).parameters
         possible = bool(getattr(unwrapped(model), "has_readout", False)) and takes_readout and loss_fn is cross_entropy
@@ -71,8 +54,6 @@ class Passes:
         self.may_fuse = self.fused = possible and keep != "cotangent"  # fused: in the step at work
         self.keep_u = None if keep == "auto" else keep == "u"  # None: decided at the first step that keeps anything
         self.parameter_bytes = local_bytes(model.parameters())  # now: inside of a forward FSDP2 has some of them gathered
-        self.group = process_group(model)
-        self.world = dist.get_world_size(self.group) if self.group is not None else 1
         self.sharded = is_sharded(model)
         self.replicas = replicas(model)
         if any(replica.static_graph for replica in self.replicas):
@@ -89,34 +70,12 @@ class Passes:
         return self.__dict__ | {"_job": None, "_eager_readout": None, "_rewind_loss": _nothing}
 
     def begin(self, batches: Sequence[Batch]) -> None:
-        """Start a step: settle the divisor of its losses.
-
-        Ranks are averaged, so the divisor is (valid targets of the step) / (number of ranks). The default loss_fn counts the
-        targets beforehand; for another one the first micro-batch's count stands in and `finish` returns the correction.
-        """
-        self.num_batches = len(batches)
+        """Start a step."""
         self._rewind_loss = self.loss_saved()
-        default = self.loss_fn is cross_entropy
-        if default:
-            for _, targets in batches:
-                if not isinstance(targets, Tensor):
-                    raise UserError(
-                        f"targets are a {type(targets).__name__}: the default loss takes a tensor of class indices; for one "
-                        "without targets give loss_fn=, which gets them as they are"
-                    )
-                if not targets.is_floating_point() and targets.dtype != torch.int64:  # -100 in uint8 is 156, a class
-                    raise UserError(f"targets are {targets.dtype}: class indices are int64, targets.long()")
+        self.start(batches)
         # Soft labels need whole logits.
         self.fused = self.may_fuse and not any(targets.is_floating_point() for _, targets in batches)
         self.num_targets = sum(targets.numel() for _, targets in batches) if self.fused else 0  # of this process
-        self.divisor: float | None = None
-        self.recounted: Tensor | None = None  # by how much later passes have counted otherwise than the first
-        if default:
-            counts = torch.stack([num_valid(targets) for _, targets in batches])
-            (total,) = self.sum_over_ranks(counts.sum())
-            if total == 0:
-                raise UserError(f"no valid target in this step's {len(batches)} micro-batches: all are {IGNORE} (ignored)")
-            self.divisor = total / self.world
 
     def buffers_saved(self, always: bool = False) -> Callable[[], None]:
         """A function that puts the buffers of model and loss_fn back as they are now."""
@@ -143,57 +102,6 @@ class Passes:
                 yield
             finally:
                 restore()
-
-    def finish(self, kept: Sequence[Kept]) -> tuple[Tensor, float]:
-        """Mean loss over all valid targets of the step (all ranks), and the factor that makes the gradients exact means."""
-        assert self.divisor is not None
-        losses = torch.stack([memory.loss for memory in kept if memory.loss is not None])
-        recounted = [] if self.recounted is None else [self.recounted]
-        loss, count, *changed = self.sum_over_ranks(losses.double().sum(), self._count(kept), *recounted)
-        if changed and changed[0] > 1e-6 * count:
-            raise UserError(
-                "loss_fn counted other targets in a later pass, at other weights: its count depends on the logits (hard examples, "
-                "focal weights), and a mean by it has derivatives that no path takes. Let the count depend on the targets alone"
-            )
-        if self.fused:
-            returned = torch.stack([memory.returned for memory in kept if memory.returned is not None]).sum()
-            self._require_untouched(float(losses.sum()), float(returned))
-        correction = 1.0 if self.loss_fn is cross_entropy else self._correction(count)
-        return losses.new_tensor(loss / self.world * correction), correction
-
-    @staticmethod
-    def _require_untouched(loss: float, returned: float) -> None:
-        """The head's backward counts on a cotangent of 1 (2 % for a model that casts its outputs to bf16)."""
-        if math.isfinite(loss) and not math.isclose(loss, returned, rel_tol=0.02):
-            raise UserError(
-                f"readout(h, weight) returned {loss:g} and the model {returned:g}: a model with has_readout returns what readout "
-                'returned, and scales h or weight where it would scale logits (keep="cotangent" does without readout)'
-            )
-
-    def settle(self, kept: Sequence[Kept]) -> float:
-        """After a pass over the whole step: the true divisor for the one that stood in; returns the factor for its gradients."""
-        if self.loss_fn is cross_entropy:
-            return 1.0
-        (count,) = self.sum_over_ranks(self._count(kept))
-        correction = self._correction(count)
-        if correction != 1.0:
-            self.divisor = count / self.world
-            for memory in kept:
-                for tensor in (memory.loss, memory.u):
-                    if tensor is not None:
-                        tensor.mul_(correction)
-        return correction
-
-    def _count(self, kept: Sequence[Kept]) -> Tensor:
-        counts = [memory.count for memory in kept if memory.count is not None]
-        return torch.stack(counts).sum() if counts else torch.tensor(0.0)
-
-    def _correction(self, count: float) -> float:
-        assert self.divisor is not None
-        if not count > 0:
-            raise UserError(f"loss_fn counted no valid target in this step (it says {count:g}): the number is > 0")
-        correction = self.world * self.divisor / count
-        return 1.0 if math.isclose(correction, 1.0, rel_tol=1e-12) else correction
 
     # ------------------------------------------------------------------ the passes
 
@@ -317,14 +225,7 @@ class Passes:
             if self.watched is not None:
                 first_step.require_sum(self.loss_fn, leaf, targets, total, count)
             memory.count = torch.as_tensor(count, device=logits.device).reshape(())
-            if earlier is not None and earlier.count is not None and self.loss_fn is not cross_entropy:
-                changed = (memory.count.float() - earlier.count.float()).abs()
-                self.recounted = changed if self.recounted is None else self.recounted + changed
-            if self.divisor is None:
-                # The same on all ranks, whose numbers of micro-batches may differ: their gradients are averaged with it in them.
-                first, batches = self.sum_over_ranks(memory.count, torch.tensor(self.num_batches, device=logits.device))
-                self.divisor = max(first / self.world, 1.0) * (batches / self.world)
-            scaled = total * (1.0 / self.divisor)
+            scaled = total * (1.0 / self.counted(memory.count, earlier))
             (u,) = torch.autograd.grad(scaled, leaf)
         memory.loss = scaled.detach()
         return u
@@ -451,17 +352,9 @@ class Passes:
             stack.enter_context(replica.no_sync())
         return stack
 
-    def sum_over_ranks(self, *values: Tensor) -> tuple[float, ...]:
-        """Each value summed over the ranks, as a float; of logits in shards (loss_parallel) the whole value of each."""
-        stacked = torch.stack([whole(value).double() for value in values])
-        if self.group is not None:
-            stacked = stacked.to(self._device)
-            dist.all_reduce(stacked, group=self.group)
-        return tuple(stacked.tolist())
-
 
 def _nothing() -> None:
-    pass
+    """What a function without an effect does."""
 
 
 @contextlib.contextmanager
