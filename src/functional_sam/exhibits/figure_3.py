@@ -67,12 +67,12 @@ def draw(plan: Plan) -> Exhibit:
 
 
 def headline(data: pd.DataFrame) -> str:
-    """The path alone at one radius and AdamW's learning rate, in the cell of the most rows (and seeds), in a few words."""
+    """The path alone at one radius and AdamW's learning rate, in the cell of the most seeds (and rows), in a few words."""
     name, other = PAIRS[0]
     own = data[data.rho.sub(SHOWN).abs().lt(1e-9) & data.lr_over_centre.sub(1).abs().lt(0.01) & data.entry.eq(name)]
     if own.empty:
         return f"nothing at rho {SHOWN:g}"
-    row = own.sort_values(["batch", "n"]).iloc[-1]
+    row = own.sort_values(["n", "batch"]).iloc[-1]
     words = f"{label(name)} minus {label(other)} {differs(row, other)} nats ({row.batch} rows, rho {SHOWN:g})"
     if math.isnan(row.plain_at_dose):
         return words
