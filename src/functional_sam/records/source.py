@@ -41,4 +41,7 @@ class RunDirectories:
         return Run(config).read(file)
 
     def metrics(self, config: Config, kind: str | None = None) -> list[dict[str, Any]]:
-        return Run(config).metrics(kind)
+        run = Run(config)
+        if run.done and not run.summary().get("diverged"):
+            run.require_metrics_until(config.training.steps)
+        return run.metrics(kind)
