@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -14,7 +15,7 @@ from functional_sam.exhibits import check
 from functional_sam.exhibits.output import as_written
 from functional_sam.exhibits.spec import Bound, Spec, Tolerance, load_spec
 from functional_sam.files import write_text
-from functional_sam.records import Run, RunDirectories, RunLocked, code, move_aside, released, status
+from functional_sam.records import Run, RunDirectories, RunLocked, code, move_aside, own, released, status
 from functional_sam.records.provenance import machine, provenance, resumed
 from functional_sam.training.speed import estimate, measured
 
@@ -148,6 +149,57 @@ def test_a_complete_run_has_its_metrics(tmp_path):
             here.metrics(run.config)
         with pytest.raises(UserError, match=words):
             released.save_pack("figure-1", "quick", [run])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("done.json", '{"step": 10, "test_loss": NaN}', "test_loss is nan"),
+        ("done.json", '{"step": 10, "test_loss": "1"}', "test_loss is '1'"),
+        ("done.json", "{}", "no step"),
+        ("done.json", "[]", "a list, no JSON object"),
+        ("done.json", '{"step": ', "is damaged"),
+        ("provenance.json", "{}", "no commit, diff, versions, data"),
+        ("provenance.json", "[]", "a list, no JSON object"),
+        ("provenance.json", None, "is missing"),
+        ("config.yaml", None, "is missing"),
+    ],
+)
+def test_a_damaged_record_is_not_drawn(tmp_path, name, content, words):
+    run, here = record(tmp_path), RunDirectories()
+    assert here.summary(run.config)["loss"] == 3.0
+    path = run.directory / name
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(UserError, match=rf"{name} .*{words}.* away and run again"):
+        here.summary(run.config)
+    if name == "done.json":
+        assert status(run).state == "damaged"
+        assert words in status(run).words(run)
+
+
+def test_the_files_of_another_run_are_not_drawn(tmp_path):
+    run, other, here = record(tmp_path), record(tmp_path, "sam"), RunDirectories()
+    assert here.summary(run.config)["step"] == 10
+    shutil.copy(other.directory / "config.yaml", run.directory)
+    for read in (here.summary, here.metrics, lambda config: here.read(config, "provenance.json")):
+        with pytest.raises(UserError, match=f"config.yaml is that of another run .{other.config.name}"):
+            read(run.config)
+    write_text(run.directory / "config.yaml", to_yaml(run.config))
+    assert here.summary(run.config)["step"] == 10
+    made = run.read("provenance.json")
+    run.write("provenance.json", {**made, "hash": other.config.hash})
+    with pytest.raises(UserError, match=r"provenance.json is that of another run"):
+        here.summary(run.config)
+
+
+def test_a_config_with_other_runtime_settings_or_without_newer_ones_is_the_runs_own(tmp_path):
+    run = record(tmp_path)
+    path = run.directory / "config.yaml"
+    text = path.read_text().replace("threads: null", "threads: 7").replace("  jitter: 0.0\n", "")
+    path.write_text(text)
+    assert own._says(path, run.config)
+    path.write_text(text.replace("lr_start: 0.1", "lr_start: 1e-1"))  # as OmegaConf reads it, and YAML 1.1 does not
+    assert RunDirectories().summary(run.config)["step"] == 10
 
 
 def test_moving_aside_keeps_everything(tmp_path):

@@ -5,6 +5,7 @@ Complete: skipped. Partial: resumed. Another config under the same name, or two 
 
 import fcntl
 import json
+import math
 import os
 import platform
 from contextlib import suppress
@@ -81,15 +82,25 @@ class Run:
         path = self.directory / name
         try:
             content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
+                raise ValueError(f"a {type(content).__name__}, no JSON object")
         except FileNotFoundError:
             raise UserError(f"{path} is missing: the run is not complete, or its directory was damaged") from None
         except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}): move {self.directory} away and run again") from error
+            raise UserError(f"{path} is damaged ({error}): {self._way_out}") from error
         return content
 
     def summary(self) -> dict[str, Any]:
-        """Content of done.json."""
-        return self.read("done.json")
+        """Content of done.json. Raises UserError unless it says that the run diverged, or holds the numbers that it came to."""
+        content = self.read("done.json")
+        if content.get("diverged") is True:
+            return content
+        bad = {key: value for key, value in content.items() if isinstance(value, bool) or not isinstance(value, int | float)}
+        bad |= {key: value for key, value in content.items() if key not in bad and not math.isfinite(value)}
+        if bad or "step" not in content:
+            what = ", ".join(f"{key} is {value!r}" for key, value in bad.items()) or "no step"
+            raise UserError(f"{self.directory / 'done.json'} is damaged ({what}): {self._way_out}")
+        return content
 
     def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl, those of one kind or all; of a run not yet complete a last line cut by a crash is left out.
