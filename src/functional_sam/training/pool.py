@@ -137,6 +137,10 @@ def execute(configs: Sequence[Config], jobs: int, console: Console) -> list[tupl
     missing = [run for run in runs if not run.done]
     if not missing:
         return []
+    from functional_sam.training.attempt import require_device  # with it comes the whole library
+
+    for run in missing:
+        require_device(run.config)
     for config in {(c.task, repr(c.data), c.runtime.cache): c for c in (run.config for run in missing)}.values():
         prepare(config, lambda line: console.print(f"[dim]{line}[/dim]", highlight=False))
     for config in {run.config.training.precision: run.config for run in missing}.values():
