@@ -69,10 +69,11 @@ def estimate_command(options: argparse.Namespace) -> int:
     overrides, names = tuple(one for one in words if "=" in one), [one for one in words if "=" not in one]
     if not names:
         raise UserError(f"estimate {' '.join(overrides)}: no exhibit and no task; for instance estimate table-2 {overrides[0]}")
+    refuse_names(overrides)
     for name in names:
         if name in known() or name in KINDS:
             configs += foreseen(name, options.scale, overrides)
-        elif refuse_names(overrides) is None and (configs_directory() / "tasks" / f"{name}.yaml").is_file():
+        elif (configs_directory() / "tasks" / f"{name}.yaml").is_file():
             configs += [compose(name, method, options.scale, overrides=overrides) for method in options.method or FIVE]
         else:
             raise UserError(f"{name} is neither an exhibit ({', '.join([*known(), *KINDS])}) nor a file of configs/tasks")
