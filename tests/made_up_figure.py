@@ -40,6 +40,7 @@ def do(configs, machine="processor A, 2 cores", of=share):
             }
             ascents = config.measure.ascents if step >= config.measure.adam_from else ["gradient"]
             lines.append({**about, **dict.fromkeys(ascents, origins)})
+        lines += [{"kind": kind, "step": config.training.steps, "loss": 3.0} for kind in ("train", "validation", "decompose")]
         write_text(run.directory / "config.yaml", to_yaml(config))
         write_text(run.directory / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         run.write("provenance.json", {**PROVENANCE, "machine": machine, "data": {"data": "d", "sha256": "s"}})

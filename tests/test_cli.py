@@ -58,7 +58,15 @@ def here(capsys, *arguments):
         (["train", "--task", "language", "--method", "sum"], "did you mean 'sam'"),
         (["train", "nowhere"], "no config.yaml there"),
         (["run", "figure-1", "--jobs", "-1"], "--jobs -1"),
-        (["draw", "figure-1", "runtime.runs=nowhere"], "functional-sam run figure-1 --scale quick"),
+        (["draw", "figure-1", "runtime.runs=nowhere"], "functional-sam run figure-1 --scale quick runtime.runs=nowhere"),
+        (["draw", "figure-1", "training={steps: 7}"], "run figure-1 --scale quick 'training={steps: 7}'"),
+        (["train", "--task", "language", "--threads", "-3"], "--threads -3"),
+        (["train", "--task", "language", "--threads", "100000"], "--threads 100000: a number of threads, at most 1024"),
+        (["train", "--task", "language", "runtime.device=cuda:99"], "runtime.device=cuda:99: "),
+        (["train", "--task", "language", "task=vision"], "'task=vision': task is no setting but what a run is"),
+        (["train", "--task", "language", "method.rho=0.1"], "'method.rho=0.1' does nothing with --method adamw"),
+        (["plan", "figure-1", "method={name: sam}"], "functional-sam train --method NAME"),
+        (["status", "nope"], "nope: no such directory"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, words, capsys):
@@ -75,6 +83,13 @@ def test_a_process_ends_with_the_code_and_without_a_traceback():
     assert done.returncode == 2
     assert done.stderr.startswith("functional-sam: unknown exhibit 'figure-99'")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_terminal_without_the_signs_of_an_output_shows_question_marks():
+    text = "from functional_sam import cli; cli.main(['status', 'nope']); print('\\N{PLUS-MINUS SIGN}')"
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (0, "?\n"), done.stderr
 
 
 def test_a_missing_data_package_names_the_command(tmp_path, monkeypatch, capsys):

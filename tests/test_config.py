@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from functional_sam.config import Config, compose, configs_directory, load, to_yaml, validated
+from functional_sam.config import Config, compose, configs_directory, load, refuse_names, settings_of, to_yaml, validated
 from functional_sam.errors import UserError
 from functional_sam.models import PUBLISHED, Decoder
 
@@ -36,6 +36,13 @@ from functional_sam.models import PUBLISHED, Decoder
         ("optimizer.clip=0", "null for none"),
         ("optimizer.lr=-1", "optimizer.lr=-1"),
         ("runtime.checkpoint_every=0", "checkpoint_every=0"),
+        ("runtime.device=foo", "runtime.device=foo: cpu, cuda or cuda:0"),
+        ("runtime.threads=100000", "runtime.threads=100000: at most 1024"),
+        ("measure.ascents=[foo]", "measure.ascents: 'foo'"),
+        ("measure={ascents: [], points: 2}", "measure.ascents=[]"),
+        ("measure={targets: [8], temperatures: []}", "measure.temperatures=[]"),
+        ("measure={curvature: true, geometries: []}", "measure.geometries=[]"),
+        ("training.steps=[1", "cannot be read"),
     ],
 )
 def test_bad_values(override, words):
@@ -55,6 +62,25 @@ def test_bad_values(override, words):
 def test_unknown_names(arguments, words):
     with pytest.raises(UserError, match=words):
         compose(*arguments)
+
+
+def test_a_task_without_a_section_names_the_file():
+    with pytest.raises(UserError, match=r"configs/scales/paper.yaml has no section lead-topic: write one, `lead-topic: {}`"):
+        compose("lead-topic", "adamw", "paper")
+
+
+def test_overrides_by_key_however_they_are_written():
+    given = settings_of(("training={steps: 5}", "optimizer[lr]=1", "method.options.every=5", "cells=a,b"))
+    assert list(given) == ["training.steps", "optimizer.lr", "method.options.every", "cells"]
+    for override, option in (("task=vision", "--task"), ("kind=vision", "--task"), ("method={name: adamw}", "--method")):
+        with pytest.raises(UserError, match=f"train {option} NAME"):
+            refuse_names([override])
+
+
+def test_a_home_directory_is_meant(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    runtime = compose("language", overrides=["runtime.runs=~/runs", "runtime.cache=~/cache", "runtime.data=~/data"]).runtime
+    assert (runtime.runs, runtime.cache, runtime.data) == ("/home/me/runs", "/home/me/cache", "/home/me/data")
 
 
 def test_what_cannot_change_a_result_is_not_in_the_hash():

@@ -11,10 +11,11 @@ import torch
 from scipy import stats
 
 from functional_sam import exhibits
-from functional_sam.config import compose
+from functional_sam.config import compose, to_yaml
 from functional_sam.curvature import CurvatureProducts, decompose, scaled
 from functional_sam.exhibits import figure_2, figure_4, flatness, table_4
 from functional_sam.exhibits.spec import load_spec
+from functional_sam.files import write_text
 from functional_sam.records import Run
 from functional_sam.study.compare import Estimate, paired_difference
 from functional_sam.tasks import prepare
@@ -25,7 +26,10 @@ from functional_sam.training.measure import MATRICES, final_curvature
 def record(config, **summary):
     run = Run(config)
     run.directory.mkdir(parents=True, exist_ok=True)
-    run.write("done.json", {"seconds": 1.0, **summary})
+    write_text(run.directory / "config.yaml", to_yaml(config))
+    last = [{"kind": kind, "step": config.training.steps, "loss": 3.0} for kind in ("train", "validation", "decompose")]
+    write_text(run.directory / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in last))
+    run.write("done.json", {"seconds": 1.0, "step": config.training.steps, **summary})
     run.write("provenance.json", {"commit": "c", "diff": "", "versions": {}, "data": {"data": "d", "sha256": "s"}})
     return run
 

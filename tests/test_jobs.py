@@ -263,3 +263,25 @@ def test_processes_of_a_job_meet_at_a_port_that_no_program_is_handed(monkeypatch
     assert min(drawn) > 1023
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert meeting_port() != drawn[-1]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("sbatch: {time: 60}", "sbatch: time is set by time"),
+        ("sbatch: {ntasks_per_node: 2}", "sbatch: ntasks_per_node is set by tasks_per_node"),
+        ("sbatch: {array: 0-5}", "sbatch: array is set by the submission itself"),
+        ("draw: []", None),
+        ("draw: [x]", "draw: expected key: value lines, found a list"),
+        ('partition: "a\\nb"', "partition: .* more than one line"),
+        ('sbatch: {mail-user: "a\\nb"}', "sbatch: mail-user: .* more than one line"),
+    ],
+)
+def test_a_profile_that_would_say_two_things(tmp_path, more, words):
+    path = tmp_path / "site.yaml"
+    path.write_text(f"time: 90\n{more}\n")
+    if words is None:
+        load_profile(str(path))
+        return
+    with pytest.raises(UserError, match=words):
+        load_profile(str(path))

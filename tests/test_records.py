@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -14,16 +15,18 @@ from functional_sam.exhibits import check
 from functional_sam.exhibits.output import as_written
 from functional_sam.exhibits.spec import Bound, Spec, Tolerance, load_spec
 from functional_sam.files import write_text
-from functional_sam.records import Run, RunDirectories, RunLocked, code, move_aside, released, status
+from functional_sam.records import Run, RunDirectories, RunLocked, code, move_aside, own, released, status
 from functional_sam.records.provenance import machine, provenance, resumed
 from functional_sam.training.speed import estimate, measured
 
 HERE = {"code": code.fingerprint(), "versions": {}, "data": {"data": "d", "sha256": "s" * 64}}
 
+AT_THE_END = [{"kind": kind, "step": 10, "loss": 3.0} for kind in ("train", "validation", "decompose")]
 
-def record(root, method="adamw", steps=10, seconds=5.0, done=True, lines=(), **changes):
+
+def record(root, method="adamw", steps=10, seconds=5.0, done=True, lines=(), more=(), **changes):
     """A run's directory, as if it had been run here."""
-    config = compose("language", method, "quick", overrides=[f"training.steps={steps}", f"runtime.runs={root}"])
+    config = compose("language", method, "quick", overrides=[f"training.steps={steps}", f"runtime.runs={root}", *more])
     run = Run(config)
     write_text(run.directory / "config.yaml", to_yaml(config))
     run.write("provenance.json", {"commit": "c", "diff": "", "machine": machine(), "threads": 1, **HERE, **changes})
@@ -106,6 +109,99 @@ def test_states(tmp_path):
     assert status(partial).state == "partial"
 
 
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda lines: [*lines[:1], b'{"kind": "tr', *lines[1:]], "line 2 is damaged"),
+        (lambda lines: [b"\xff\xfe", *lines], "line 1 is damaged"),
+        (lambda lines: [*lines, b"[1]"], "line 4 is damaged .no JSON object"),
+        (lambda lines: [*lines, b'{"step": 3}'], "line 4 is damaged .no JSON object"),
+    ],
+)
+@pytest.mark.parametrize("done", [True, False])
+def test_damaged_metrics_are_refused(tmp_path, damage, words, done):
+    run = record(tmp_path, lines=[{"kind": "train", "step": step, "loss": 3.0} for step in (1, 2, 3)], done=done)
+    path = run.directory / "metrics.jsonl"
+    content = b"".join(line + b"\n" for line in damage(path.read_bytes().splitlines()))
+    path.write_bytes(content)
+    for read in (run.metrics, run.open):
+        with pytest.raises(UserError, match=words):
+            read()
+    assert path.read_bytes() == content
+    assert not run.running
+
+
+def test_a_complete_run_has_its_metrics(tmp_path):
+    """Cut in a line, at the end of one, or gone: none is drawn or released."""
+    run = record(tmp_path, lines=AT_THE_END, more=["measure.points=2"])
+    path, here = run.directory / "metrics.jsonl", RunDirectories()
+    whole = path.read_bytes()
+    assert len(here.metrics(run.config)) == 3
+    first, second, _ = whole.splitlines(True)
+    damages = [
+        (whole[:-3], "line 3 is cut"),
+        (first, "kind validation end at step 0"),
+        (first + second, "kind decompose or targets end"),
+    ]
+    for content, words in (*damages, (None, "is missing")):
+        path.unlink() if content is None else path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"metrics\.jsonl.*{words}"):
+            here.metrics(run.config)
+        with pytest.raises(UserError, match=words):
+            released.save_pack("figure-1", "quick", [run])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("done.json", '{"step": 10, "test_loss": NaN}', "test_loss is nan"),
+        ("done.json", '{"step": 10, "test_loss": "1"}', "test_loss is '1'"),
+        ("done.json", "{}", "no step"),
+        ("done.json", "[]", "a list, no JSON object"),
+        ("done.json", '{"step": ', "is damaged"),
+        ("provenance.json", "{}", "no commit, diff, versions, data"),
+        ("provenance.json", "[]", "a list, no JSON object"),
+        ("provenance.json", None, "is missing"),
+        ("config.yaml", None, "is missing"),
+    ],
+)
+def test_a_damaged_record_is_not_drawn(tmp_path, name, content, words):
+    run, here = record(tmp_path), RunDirectories()
+    assert here.summary(run.config)["loss"] == 3.0
+    path = run.directory / name
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(UserError, match=rf"{name} .*{words}.* away and run again"):
+        here.summary(run.config)
+    if name == "done.json":
+        assert status(run).state == "damaged"
+        assert words in status(run).words(run)
+
+
+def test_the_files_of_another_run_are_not_drawn(tmp_path):
+    run, other, here = record(tmp_path), record(tmp_path, "sam"), RunDirectories()
+    assert here.summary(run.config)["step"] == 10
+    shutil.copy(other.directory / "config.yaml", run.directory)
+    for read in (here.summary, here.metrics, lambda config: here.read(config, "provenance.json")):
+        with pytest.raises(UserError, match=f"config.yaml is that of another run .{other.config.name}"):
+            read(run.config)
+    write_text(run.directory / "config.yaml", to_yaml(run.config))
+    assert here.summary(run.config)["step"] == 10
+    made = run.read("provenance.json")
+    run.write("provenance.json", {**made, "hash": other.config.hash})
+    with pytest.raises(UserError, match=r"provenance.json is that of another run"):
+        here.summary(run.config)
+
+
+def test_a_config_with_other_runtime_settings_or_without_newer_ones_is_the_runs_own(tmp_path):
+    run = record(tmp_path)
+    path = run.directory / "config.yaml"
+    text = path.read_text().replace("threads: null", "threads: 7").replace("  jitter: 0.0\n", "")
+    path.write_text(text)
+    assert own._says(path, run.config)
+    path.write_text(text.replace("lr_start: 0.1", "lr_start: 1e-1"))  # as OmegaConf reads it, and YAML 1.1 does not
+    assert RunDirectories().summary(run.config)["step"] == 10
+
+
 def test_moving_aside_keeps_everything(tmp_path):
     first = record(tmp_path)
     content = {path.name: path.read_bytes() for path in first.directory.iterdir()}
@@ -166,6 +262,7 @@ def test_a_pack_gives_back_what_the_runs_hold(tmp_path, results):
     lines = [
         {"kind": "train", "step": 1, "loss": 4.0, "seconds": 0.1},
         {"kind": "decompose", "step": 1, "gradient": {"share": 1 / 3}},
+        *AT_THE_END,
     ]
     other = {"sha256": "0", "files": {"losses.py": "0"}}
     command = [str(code.ROOT / "src" / "x.py"), "train", "/elsewhere/runs/y"]
@@ -187,7 +284,7 @@ def test_a_pack_gives_back_what_the_runs_hold(tmp_path, results):
         assert source.read(config, "curvature.json") == {"trace": 0.1 + 0.2}
         assert source.summary(config)["loss"] == 3.0
     assert here.metrics(config) == lines
-    assert pack.metrics(config) == lines[1:]
+    assert pack.metrics(config) == [line for line in lines if line["kind"] != "train"]
     record_back = pack.read(config, "provenance.json")
     assert record_back["code"] == code.fingerprint()
     assert record_back["resumed"][0]["code"] == other
@@ -208,9 +305,9 @@ def test_a_pack_gives_back_what_the_runs_hold(tmp_path, results):
 
 
 def test_released_records_become_runs_that_release_as_the_same_file(tmp_path, results):
-    lines = [{"kind": "decompose", "step": 1, "gradient": {"share": 1 / 3}}]
+    lines = [{"kind": "decompose", "step": 1, "gradient": {"share": 1 / 3}}, *AT_THE_END]
     first = record(tmp_path / "there", lines=lines, diff="secret", commit="c", machine="processor A")
-    second = record(tmp_path / "there", steps=20)
+    second = record(tmp_path / "there", steps=20, lines=[{**line, "step": 20} for line in AT_THE_END])
     path = released.save_pack("figure-1", "quick", [first, second])
     whole, pack = path.read_bytes(), released.load_pack("figure-1", "quick")
     here = [
@@ -225,7 +322,7 @@ def test_released_records_become_runs_that_release_as_the_same_file(tmp_path, re
     (run,) = released.restore(pack, here)  # not the one that was begun here, nor the one that was not released
     assert run.directory == Run(here[0]).directory
     assert (run.done, run.released, run.summary()) == (True, True, {"step": 10, "seconds": 5.0, "loss": 3.0})
-    assert run.metrics() == lines
+    assert run.metrics() == [line for line in lines if line["kind"] != "train"]
     assert run.read("provenance.json")["machine"] == "processor A"
     assert (begun.state, begun.released, Run(here[2]).state) == ("partial", False, "missing")
     assert "(released)" in status(run).words(run)

@@ -72,6 +72,23 @@ def test_the_last_line_of_a_drawing(home, capsys):
     assert line_of().startswith("figure-1: drawn from the released results in results/runs/figure-1-quick.jsonl.gz")
 
 
+def test_a_drawing_with_settings_of_the_command_line_is_not_the_exhibits(home, capsys):
+    """Neither its files nor what claims and report read are touched; where runs are is no such setting."""
+    steps = ["training={steps: 200}"]
+    do(exhibits.needed("figure-1"))
+    do(exhibits.needed("figure-1", overrides=tuple(steps)))
+    assert results.draw_command(options(overrides=["runtime.runs=runs"])) == 0
+    before = {path: path.read_bytes() for path in (home / "paper").rglob("*.*")}
+    assert home / "paper" / "figures" / "figure-1.json" in before
+    assert results.draw_command(options(overrides=steps)) == 0
+    assert "wrote paper/overridden/figures/figure-1.png" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in before} == before
+    there = json.loads((home / "paper" / "overridden" / "figures" / "figure-1.json").read_text())
+    assert there["overrides"] == steps
+    assert "overrides" not in json.loads(before[home / "paper" / "figures" / "figure-1.json"])
+    assert not list((home / "paper").glob("overridden/*.json"))  # claims reads paper/*/*.json
+
+
 def test_check_compares_what_is_written(home):
     do(exhibits.needed("figure-1"))
     results.release_command(options())

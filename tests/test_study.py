@@ -414,3 +414,44 @@ def test_holm_runs_over_the_family_alone(study):
     assert list(few[few.entry == "sam"].verdict_baseline) == expected
     assert set(every.verdict_baseline) <= {str(word) for word in Verdict}
     assert list(every[every.entry == "adamw"].verdict_baseline) == [""]
+
+
+@pytest.mark.parametrize("override", ["training={steps: 5}", "training[steps]=5", "training.steps=5"])
+def test_an_override_counts_however_it_is_written(override):
+    study = load_study("language", "quick", (override,))
+    cell = study.cells["batch-4"]
+    (trial, *_) = trials(study, cell, "adamw", 0.02)
+    assert make(study, cell, "adamw", trial, 0).training.steps == 5
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "training.test=false",
+        "training={init_seed: 7}",
+        "training.test_best=true",
+        "measure.curvature=true",
+        "method.rho=0.1",
+        "optimizer.lr=1",
+    ],
+)
+def test_what_tells_the_runs_apart_is_not_overridden(override):
+    with pytest.raises(UserError, match=r"the study language sets .* of each of its runs itself"):
+        load_study("language", "quick", (override,))
+
+
+def test_two_that_diverge_at_different_seeds_stay_in_the_family():
+    import pandas as pd
+
+    lost = Estimate(math.nan, math.inf, 3)
+    rows = [
+        {"n": 3, "metric": "loss", "minus_baseline": one.mean, "minus_baseline_stderr": one.stderr}
+        for one in (Estimate(-0.1, 0.01, 3), Estimate(math.nan, math.nan, 0), lost)
+    ]
+    found = judge(pd.DataFrame(rows), 0.005)
+    assert list(found.verdict_baseline) == ["better", "", "inconclusive"]
+    p = Estimate(-0.1, 0.0165, 3).p
+    assert 0.025 < p < 0.05  # of a family of two no longer significant
+    rows[0]["minus_baseline_stderr"] = 0.0165
+    assert judge(pd.DataFrame(rows[:2]), 0.0).verdict_baseline[0] == "better"
+    assert judge(pd.DataFrame(rows), 0.0).verdict_baseline[0] == "inconclusive"

@@ -302,11 +302,31 @@ def test_a_line_cut_by_a_crash_is_dropped(cache, tmp_path):
     path = run.directory / "metrics.jsonl"
     lines = path.read_text()
     path.write_text(lines + '{"kind": "train", "st')
+    with pytest.raises(UserError, match="is cut, and the run is complete"):
+        run.metrics()
+    (run.directory / "done.json").unlink()
     assert len(run.metrics()) == lines.count("\n")
     run.open()
     run.restart_at(4)
     run.close()
     assert max(line["step"] for line in run.metrics()) == 4
+
+
+def test_a_resume_needs_the_metrics_until_its_checkpoint(cache, tmp_path):
+    """What a checkpoint is past would never be measured again: nothing is touched."""
+    run = loop.train(tiny(cache, tmp_path))
+    whole = {path.name: path.read_bytes() for path in run.directory.iterdir() if path.is_file()}
+    (run.directory / "done.json").unlink()
+    path = run.directory / "metrics.jsonl"
+    for content in (None, b"", b"".join(whole[path.name].splitlines(True)[:3])):
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(UserError, match=r"metrics\.jsonl: its lines of kind train end at step .* remove the checkpoints"):
+            loop.train(run.config)
+        assert (path.read_bytes() if path.exists() else None) == content
+    path.write_bytes(whole[path.name])
+    assert loop.train(run.config).metrics() == [json.loads(line) for line in whole[path.name].splitlines()]
 
 
 def test_full_disk_leaves_no_complete_run(cache, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from functional_sam.errors import UserError
 from functional_sam.losses import IGNORE, cross_entropy, smoothed
 from functional_sam.models import ConvNet, ViT
 from functional_sam.sharpness import SharpnessAware
-from functional_sam.study.design import RHO, Trial, load_study, make
+from functional_sam.study.design import LR, RHO, Trial, load_study, make
 from functional_sam.tasks import prepare
 from functional_sam.training.optimizers import optimizer_of
 
@@ -225,9 +225,9 @@ def test_one_real_step_of_each_published_model(name, method, rho, source, tmp_pa
 
     The loss of 1,000 classes untrained, and after the step a lower one on the same crops.
     """
-    small = ("training.batch=4", "training.micro_batch=2", "training.precision=float32", "optimizer.lr=0.001")
+    small = ("training.batch=4", "training.micro_batch=2", "training.precision=float32")
     study = load_study("vision", "paper", (*small, f"runtime.data={source}", f"runtime.cache={tmp_path}", "runtime.workers=0"))
-    config = make(study, study.cells[name], method, Trial(((RHO, rho),)), 0)
+    config = make(study, study.cells[name], method, Trial(((LR, 0.001), (RHO, rho))), 0)
     assert (config.data.augment, config.method.rho) == ("inception", rho)
     task = prepare(config)
     model = task.model()

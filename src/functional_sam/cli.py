@@ -6,6 +6,8 @@ Exit codes: 0 done; 1 a run failed or diverged, a check found a difference; 2 ba
 
 import argparse
 import importlib
+import io
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         setattr(options, taking, [*getattr(options, taking), *rest])
     warnings.showwarning = _warn
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a sign shows a question mark
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         code: int = options.command(options)
         return code
@@ -149,13 +154,18 @@ def _warn(
 
 
 def _train(options: argparse.Namespace) -> int:
-    from functional_sam.config import compose, load
+    from functional_sam.config import compose, load, refuse_names, settings_of
+    from functional_sam.config.check import MOST_THREADS
+    from functional_sam.sharpness import resolve
     from functional_sam.tasks.settings import require_read
+    from functional_sam.training.attempt import require_device
     from functional_sam.training.distributed import leave
     from functional_sam.training.loop import train
     from functional_sam.training.pool import AGAIN, work
     from functional_sam.training.signals import Stop
 
+    if not 0 <= options.threads <= MOST_THREADS:
+        raise UserError(f"--threads {options.threads}: a number of threads, at most {MOST_THREADS}, or 0 for all cores")
     with Stop(at_once=f"no step was under way; {AGAIN}"):
         if options.worker or options.task is None:
             if not options.arguments:
@@ -168,11 +178,16 @@ def _train(options: argparse.Namespace) -> int:
                 return 1 if work(directories, options.threads) else 0
             todo = [(load(directory / "config.yaml"), directory.parent) for directory in directories]
         else:
+            refuse_names(options.arguments)
             config = compose(options.task, options.method, options.scale, overrides=options.arguments)
             require_read(config, options.arguments)
+            given = settings_of(tuple(options.arguments)).get("method.rho")
+            if given and config.method.rho is not None and resolve(config.method.name, config.method.options)[0].ascent is None:
+                raise UserError(f"override {given!r} does nothing with --method {config.method.name}, which moves no weights")
             todo = [(config, Path(config.runtime.runs))]
         for config, root in todo:
             config.runtime.threads = options.threads or config.runtime.threads
+            require_device(config)
             run = train(config, root, progress=lambda line: console.print(line, style="dim", highlight=False))
             console.print(f"wrote {run.directory}: {run.summary()}", highlight=False, soft_wrap=True)
     leave()

@@ -11,9 +11,9 @@ from functional_sam.commands import console, wide
 from functional_sam.commands.runs import stale_words, statuses
 from functional_sam.config import Config
 from functional_sam.errors import UserError
-from functional_sam.exhibits import Plan, draw_plan, fresh, module_of, pack_name, planned, ready, sharing, write
+from functional_sam.exhibits import Plan, changing, draw_plan, fresh, module_of, pack_name, planned, ready, sharing, write
 from functional_sam.exhibits.check import check, load_released, released_path
-from functional_sam.exhibits.output import as_written, csv_text, stem
+from functional_sam.exhibits.output import as_written, csv_text, overridden_directory, stem
 from functional_sam.exhibits.spec import load_spec
 from functional_sam.files import write_text
 from functional_sam.records import Run, RunDirectories
@@ -25,15 +25,17 @@ def draw_command(options: argparse.Namespace) -> int:
     from functional_sam.exhibits.notebooks import execute_notebook
 
     plan = ready(options.exhibit, options.scale, tuple(options.overrides))
+    changed = changing(options.overrides)
+    place = overridden_directory() if changed else None
     if options.no_notebook or options.overrides:
         exhibit = draw_plan(plan)
-        paths, verdict = write(exhibit), exhibit.verdict
+        paths, verdict = write(exhibit, place, changed), exhibit.verdict
     else:
         paths, verdict = execute_notebook(plan)
     for path in paths:
         console.print(f"wrote {shown(path)}", highlight=False, soft_wrap=True)
     console.print(f"[bold]{options.exhibit}[/bold]: {verdict}", highlight=False, soft_wrap=True)
-    frame = pd.read_csv(stem(plan.spec).with_suffix(".csv"))
+    frame = pd.read_csv(stem(plan.spec, place).with_suffix(".csv"))
     console.print(against_released(plan, frame, bool(options.overrides)), highlight=False, soft_wrap=True, markup=False)
     return 0
 

@@ -11,10 +11,12 @@ from functional_sam.commands import console, wide
 from functional_sam.commands.scale import show_on
 from functional_sam.config import Config
 from functional_sam.errors import UserError
-from functional_sam.exhibits import needed, packs_of, take_released
+from functional_sam.exhibits import needed, packs_of, take_released, way
 from functional_sam.jobs.queue import log_of, states
 from functional_sam.records import Run, Status, content, found_in, move_aside, status
 from functional_sam.tasks import prepared_manifest
+
+STATES = ("done", "stale", "damaged", "running", "partial", "missing")
 
 
 def plan_command(options: argparse.Namespace) -> int:
@@ -31,7 +33,7 @@ def plan_command(options: argparse.Namespace) -> int:
         config = run.config
         amount, unit = seen(config)
         speed = estimate(config, speeds)
-        took = run.summary().get("seconds") if run.done else None
+        took = run.summary().get("seconds") if now.state in ("done", "stale") else None
         if took is not None:
             time = f"{took_words(took)}, measured"
         elif run.done:
@@ -64,7 +66,7 @@ def plan_command(options: argparse.Namespace) -> int:
     packs = packs_of(options.exhibit, options.scale)
     waiting = sum(now.state == "missing" and any(pack.done(run.config) for pack in packs) for run, now in found)
     if waiting:
-        command = f"functional-sam run {options.exhibit} --scale {options.scale} --released"
+        command = way("run", options.exhibit, options.scale, options.overrides, "--released")
         console.print(f"{waiting} of them are released: `{command}` takes them as they are, and does the rest", soft_wrap=True)
     if options.cluster:
         show_on(configs, options.cluster)
@@ -74,6 +76,8 @@ def plan_command(options: argparse.Namespace) -> int:
 def status_command(options: argparse.Namespace) -> int:
     """The same of all runs in a directory of runs."""
     root = Path(options.directory)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such directory; runs are made there by functional-sam run or train, or give another directory")
     table = Table("run", "step", "of", "loss", "state")
     runs, others = found_in(root)
     found, queued = statuses(runs), states(root)
@@ -92,7 +96,7 @@ def status_command(options: argparse.Namespace) -> int:
             log = log_of(run.directory.name, root)
             text = f"{run.directory.name} failed: {reason.read_text().strip()}" + (f"; log: {log}" if log else "")
             console.print(text, style="red", highlight=False, soft_wrap=True, markup=False)
-    counts = {state: sum(now.state == state for _, now in found) for state in ("done", "stale", "running", "partial", "missing")}
+    counts = {state: sum(now.state == state for _, now in found) for state in STATES}
     text = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     console.print(f"{root}: {len(found)} runs; {text}", highlight=False, soft_wrap=True)
     if others:

@@ -14,7 +14,7 @@ from rich.progress import (
 )
 
 from functional_sam.commands import console, wide
-from functional_sam.config import Config, compose, configs_directory
+from functional_sam.config import Config, compose, configs_directory, refuse_names
 from functional_sam.data.shards import Status
 from functional_sam.errors import UserError
 from functional_sam.exhibits import KINDS, foreseen, known
@@ -27,6 +27,7 @@ FIVE = ("adamw", "sam", "functional-sam", "precond-sam", "precond-functional-sam
 
 def data_command(options: argparse.Namespace) -> int:
     """Prepare a task's data, with a bar for what takes long."""
+    refuse_names(options.overrides)
     config = compose(options.task, "adamw", options.scale, overrides=options.overrides)
     if options.processes < 0:
         raise UserError(f"--processes {options.processes}: a number of processes, or 0 for one per core")
@@ -68,6 +69,7 @@ def estimate_command(options: argparse.Namespace) -> int:
     overrides, names = tuple(one for one in words if "=" in one), [one for one in words if "=" not in one]
     if not names:
         raise UserError(f"estimate {' '.join(overrides)}: no exhibit and no task; for instance estimate table-2 {overrides[0]}")
+    refuse_names(overrides)
     for name in names:
         if name in known() or name in KINDS:
             configs += foreseen(name, options.scale, overrides)

@@ -4,7 +4,7 @@ compose() = defaults <- tasks/TASK.yaml <- scales/SCALE.yaml (its section for th
 """
 
 from functional_sam.config.check import validated
-from functional_sam.config.compose import compose, instance, load, to_yaml
+from functional_sam.config.compose import compose, instance, load, refuse_names, settings_of, to_yaml
 from functional_sam.config.files import configs_directory, nearest, read_yaml
 from functional_sam.config.schema import Config, OptimizerConfig, RuntimeConfig
 
@@ -18,6 +18,8 @@ __all__ = [
     "load",
     "nearest",
     "read_yaml",
+    "refuse_names",
+    "settings_of",
     "to_yaml",
     "validated",
 ]

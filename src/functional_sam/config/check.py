@@ -1,8 +1,12 @@
 """Values that no run can have."""
 
+import re
+
 from functional_sam.config.files import nearest
 from functional_sam.config.schema import Config
 from functional_sam.errors import UserError
+
+MOST_THREADS = 1024  # with many more PyTorch ends the process
 
 
 def validated(config: Config) -> Config:
@@ -77,13 +81,21 @@ def validated(config: Config) -> Config:
         not measure.more_targets or bool(measure.targets),
         "measure.more_targets are measured beside measure.targets: give those too",
     )
+    measures = bool(measure.points or measure.curvature)
+    for ascent in measure.ascents:
+        if ascent not in ("gradient", "adam"):
+            raise nearest("value of measure.ascents:", ascent, ["gradient", "adam"])
+    require(
+        bool(measure.ascents) or not measures, "measure.ascents=[]: measure.points and measure.curvature need one, as [gradient]"
+    )
+    require(bool(measure.temperatures) or not measure.targets, "measure.temperatures=[]: measure.targets needs one, as [1.0]")
+    require(bool(measure.geometries) or not measure.curvature, "measure.geometries=[]: measure.curvature needs one, as [plain]")
     for temperature in measure.temperatures:
         require(0 < temperature < float("inf"), f"measure.temperatures: {temperature} is not above 0 and finite")
     counts("measure", 2, "probes", "density_order")
     counts("measure", 4, "lanczos")
-    measured = (measure.points or measure.curvature) and "adam" in measure.ascents
     require(
-        not measured or optimizer.name == "adamw",
+        not measures or "adam" not in measure.ascents or optimizer.name == "adamw",
         f"measure.ascents={measure.ascents}: adam is the second moment of adamw, which optimizer.name={optimizer.name} has not; "
         "measure.ascents=[gradient] does without",
     )
@@ -91,7 +103,13 @@ def validated(config: Config) -> Config:
         if geometry not in ("plain", "adam"):
             raise nearest("value of measure.geometries:", geometry, ["plain", "adam"])
     require(not measure.temperature or measure.curvature, "measure.temperature=True: it goes with measure.curvature=true")
+    require(
+        bool(re.fullmatch(r"cpu|cuda(:\d+)?", config.runtime.device)),
+        f"runtime.device={config.runtime.device}: cpu, cuda or cuda:0",
+    )
     one_of("runtime", "parallel", "auto", "none", "ddp", "fsdp")
     counts("runtime", 0, "workers")
     counts("runtime", 1, "threads", "checkpoint_every", "log_every")
+    threads = config.runtime.threads
+    require(threads is None or threads <= MOST_THREADS, f"runtime.threads={threads}: at most {MOST_THREADS}")
     return config

@@ -3,10 +3,12 @@
 import copy
 import dataclasses
 import difflib
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -31,23 +33,63 @@ def compose(
     if scale is not None:
         by_task = read_yaml("scales", scale)
         if task not in by_task:
-            raise nearest(f"task of scale {scale!r}:", task, by_task)
+            raise UserError(
+                f"configs/scales/{scale}.yaml has no section {task}: write one, `{task}: {{}}` where its file of configs/tasks "
+                f"says all, or take another scale (sections there: {', '.join(sorted(by_task))})"
+            )
         layers.append((f"configs/scales/{scale}.yaml, {task}", by_task[task] or {}))
     layers += [("exhibit", dict(layer)) for layer in extra]
     layers.append(("command", {"task": task, "method": {"name": method}}))
-    for override in overrides:
-        if "=" not in override:
-            raise UserError(f"override {override!r}: expected key=value, for instance training.steps=100")
-        content: Any = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
-        layers.append((f"override {override!r}", content))
+    layers += [(f"override {override!r}", _parsed(override)) for override in overrides]
     together: dict[str, Any] = {}
     for where, layer in layers:
         _check_keys(layer, where)
         together = _over(together, layer)
     config = validated(_merged(together, layers))
+    for place in ("cache", "data", "runs"):  # a shell leaves the ~ of key=~/x alone
+        value = getattr(config.runtime, place)
+        setattr(config.runtime, place, value and str(Path(value).expanduser()))
     check(config)
     resolve(config.method.name, config.method.options)
     return config
+
+
+def _parsed(override: str) -> dict[str, Any]:
+    if "=" not in override:
+        raise UserError(f"override {override!r}: expected key=value, for instance training.steps=100")
+    try:
+        content: Any = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(f"override {override!r}: cannot be read ({' '.join(str(error).split())})") from error
+    return {str(key): value for key, value in content.items()}
+
+
+@functools.lru_cache(maxsize=256)
+def settings_of(overrides: tuple[str, ...]) -> dict[str, str]:
+    """section.key, or method.options.key, of all that overrides set -> the override; training={steps: 5} sets training.steps."""
+    found: dict[str, str] = {}
+
+    def walk(content: dict[str, Any], prefix: str, override: str) -> None:
+        for key, value in content.items():
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{key}.", override)
+            else:
+                found[f"{prefix}{key}"] = override
+
+    for override in overrides:
+        walk(_parsed(override), "", override)
+    return found
+
+
+def refuse_names(overrides: Sequence[str]) -> None:
+    """Raise UserError for one of the overrides of a command that would call a run what it is not."""
+    for key, override in settings_of(tuple(overrides)).items():
+        if key in ("task", "kind", "method.name"):
+            option = "--method" if key == "method.name" else "--task"
+            raise UserError(
+                f"override {override!r}: {key} is no setting but what a run is: functional-sam train {option} NAME chooses it, an "
+                "exhibit has its own"
+            )
 
 
 def instance(kind: type[T], *layers: dict[str, Any]) -> T:

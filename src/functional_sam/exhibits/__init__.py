@@ -5,11 +5,12 @@ Nothing here trains. A missing run stops the drawing and names the command that 
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterable
+import shlex
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from functional_sam.config import Config, configs_directory, nearest
+from functional_sam.config import Config, configs_directory, nearest, refuse_names, settings_of
 from functional_sam.errors import UserError
 from functional_sam.exhibits.check import released_path
 from functional_sam.exhibits.output import Exhibit, as_written, write
@@ -28,6 +29,7 @@ __all__ = [
     "Exhibit",
     "NotComplete",
     "Plan",
+    "changing",
     "draw",
     "draw_plan",
     "foreseen",
@@ -39,6 +41,7 @@ __all__ = [
     "planned",
     "ready",
     "take_released",
+    "way",
     "write",
 ]
 
@@ -77,6 +80,7 @@ def members(name: str, scale: str) -> list[str]:
 def planned(name: str, scale: str = "quick", overrides: tuple[str, ...] = (), source: Source | None = None) -> Plan:
     """The plan of one exhibit by the records of a source, by default the run directories."""
     module = module_of(name)
+    refuse_names([one for one in overrides if not one.startswith(CELLS)])
     plan: Plan = module.plan(load_spec(name, scale), source or RunDirectories(), overrides)
     return plan
 
@@ -124,6 +128,7 @@ def take_released(name: str, scale: str, overrides: tuple[str, ...], tell: Calla
 def foreseen(name: str, scale: str = "quick", overrides: tuple[str, ...] = ()) -> list[Config]:
     """As many runs as `needed` will name in the end, those included that follow from what earlier ones find."""
     found: dict[str, Config] = {}
+    refuse_names([one for one in overrides if not one.startswith(CELLS)])
     for one in members(name, scale):
         spec = load_spec(one, scale)
         if spec.study:
@@ -154,8 +159,13 @@ def ready(name: str, scale: str = "quick", overrides: tuple[str, ...] = ()) -> P
         return here
     raise NotComplete(
         f"{name} at scale {scale}: {len(here.missing)} of {len(here.configs)} runs are not complete "
-        f"(first: {Run(here.missing[0]).directory}); make them with: functional-sam run {name} --scale {scale}"
+        f"(first: {Run(here.missing[0]).directory}); make them with: {way('run', name, scale, overrides)}"
     )
+
+
+def changing(overrides: Sequence[str]) -> list[str]:
+    """Those of the overrides that change which runs an exhibit shows: all but where runs are, and how they are run."""
+    return [one for one in overrides if any(not key.startswith("runtime.") for key in settings_of((one,)))]
 
 
 def draw(name: str, scale: str = "quick", overrides: tuple[str, ...] = ()) -> Exhibit:
@@ -182,8 +192,13 @@ def fresh(name: str, scale: str = "quick", overrides: tuple[str, ...] = ()) -> E
     """The same from run directories alone. Raises NotComplete where the released records hold more of it."""
     plan = ready(name, scale, overrides)
     if not isinstance(plan.source, RunDirectories):
-        raise NotComplete(f"{name} at scale {scale}: runs are missing; make them with: functional-sam run {name} --scale {scale}")
+        raise NotComplete(f"{name} at scale {scale}: runs are missing; make them with: {way('run', name, scale, overrides)}")
     return draw_plan(plan)
+
+
+def way(verb: str, name: str, scale: str, overrides: Sequence[str] = (), *options: str) -> str:
+    """A command to give to a shell, about the same runs."""
+    return shlex.join(["functional-sam", verb, name, "--scale", scale, *options, *overrides])
 
 
 def pack_name(name: str, scale: str) -> str:

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,11 @@ def paper_directory() -> Path:
     return configs_directory().parent / "paper"
 
 
+def overridden_directory() -> Path:
+    """Where drawings of runs with settings of the command line go: those under paper/ are of the exhibit as it is stated."""
+    return paper_directory() / "overridden"
+
+
 def stem(spec: Spec, directory: Path | None = None) -> Path:
     """DIRECTORY/figures/figure-1 or DIRECTORY/tables/table-1 (default: paper/); another scale than quick is part of the name."""
     folder = "figures" if spec.name.startswith("figure") else "tables"
@@ -79,10 +84,10 @@ def as_written(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.read_csv(io.StringIO(csv_text(frame)))
 
 
-def write(exhibit: Exhibit, directory: Path | None = None) -> list[Path]:
+def write(exhibit: Exhibit, directory: Path | None = None, overrides: Sequence[str] = ()) -> list[Path]:
     """Write pdf and png of a figure, md of a table, a csv a part, and json under DIRECTORY (default: paper/); the paths, json last.
 
-    The same bytes whether the records came from run directories or from results/.
+    overrides: of the command line; the record has them. The same bytes whether the records came from run directories or results/.
     """
     place = stem(exhibit.plan.spec, directory)
     paths = []
@@ -96,7 +101,8 @@ def write(exhibit: Exhibit, directory: Path | None = None) -> list[Path]:
         path = place.with_name(f"{place.name}-{part}.csv" if part else f"{place.name}.csv")
         paths.append(_written(path, csv_text(frame)))
     root = place.parents[1].parent
-    content = {**record(exhibit), "files": [str(path.relative_to(root)) for path in paths]}
+    told = {"overrides": list(overrides)} if overrides else {}
+    content = {**record(exhibit), **told, "files": [str(path.relative_to(root)) for path in paths]}
     paths.append(_written(place.with_suffix(".json"), json.dumps(content, indent=1, ensure_ascii=False) + "\n"))
     return paths
 

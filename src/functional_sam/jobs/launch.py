@@ -69,7 +69,7 @@ def submit(
 
 def _absolute(override: str) -> str:
     key, _, value = override.partition("=")
-    return f"{key}={Path(value).resolve()}" if key in PLACES and value else override
+    return f"{key}={Path(value).expanduser().resolve()}" if key in PLACES and value else override
 
 
 def _unused(parent: Path, exhibit: str) -> Path:

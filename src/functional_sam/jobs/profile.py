@@ -17,6 +17,28 @@ from functional_sam.errors import UserError
 
 PATIENCE = 20  # seconds that a question to SLURM may take
 
+# option of sbatch -> what sets it: a key of the profile, or the submission
+SET = {
+    **{key: key for key in ("time", "partition", "account", "qos", "constraint", "nodes")},
+    **{"gpus-per-node": "gpus_per_node", "ntasks-per-node": "tasks_per_node", "cpus-per-task": "cpus_per_task", "mem": "memory"},
+    "signal": "signal_delay",
+    **dict.fromkeys(
+        (
+            "array",
+            "job-name",
+            "output",
+            "error",
+            "open-mode",
+            "requeue",
+            "no-requeue",
+            "dependency",
+            "kill-on-invalid-dep",
+            "wckey",
+        ),
+        "the submission itself",
+    ),
+}
+
 
 @dataclass
 class Profile:
@@ -80,6 +102,9 @@ def load_profile(cluster: str) -> Profile:
         raise UserError(f"{path}: cannot be read ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected key: value lines, found a {type(content).__name__}")
+    content["draw"] = content.get("draw") or {}
+    if not isinstance(content["draw"], dict):
+        raise UserError(f"{path}: draw: expected key: value lines, found a {type(content['draw']).__name__}")
     profile = _typed(content, str(path))
     checked(profile, str(path))
     draw = _typed({"time": profile.time, **profile.draw}, f"{path}, draw")
@@ -127,6 +152,12 @@ def checked(profile: Profile, where: str) -> None:
         f"signal_delay={profile.signal_delay}: seconds, more than 0 and less than time={profile.time}",
     )
     require(0 < profile.utilization <= 1, f"utilization={profile.utilization}: a fraction of the GPU's peak, above 0, at most 1")
+    words = {key: value for key, value in vars(profile).items() if isinstance(value, str)}
+    for name, value in {**words, **{f"sbatch: {key}": f"{key}{value}" for key, value in profile.sbatch.items()}}.items():
+        require("\n" not in value, f"{name}: {value!r} has more than one line")
+    for key in profile.sbatch:
+        own = SET.get(key.strip("-").replace("_", "-"))
+        require(own is None, f"sbatch: {key} is set by {own}: leave it out here")
     for name in profile.environment:
         require(bool(re.fullmatch(r"[A-Za-z_]\w*", name)), f"environment: {name!r} is not the name of a variable")
 

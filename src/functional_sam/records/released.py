@@ -146,6 +146,8 @@ def _parts(lines: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def _line(run: Run) -> dict[str, Any]:
     names = sorted(path.name for path in run.directory.glob("[!.]*.json"))
+    if not run.summary().get("diverged"):
+        run.require_metrics_until(run.config.training.steps)
     line = {
         "run": run.config.name,
         "config": _settings(run.directory / "config.yaml"),

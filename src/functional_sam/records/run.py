@@ -5,9 +5,9 @@ Complete: skipped. Partial: resumed. Another config under the same name, or two 
 
 import fcntl
 import json
+import math
 import os
 import platform
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -82,30 +82,83 @@ class Run:
         path = self.directory / name
         try:
             content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
+                raise ValueError(f"a {type(content).__name__}, no JSON object")
         except FileNotFoundError:
             raise UserError(f"{path} is missing: the run is not complete, or its directory was damaged") from None
         except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}): move {self.directory} away and run again") from error
+            raise UserError(f"{path} is damaged ({error}): {self._way_out}") from error
         return content
 
     def summary(self) -> dict[str, Any]:
-        """Content of done.json."""
-        return self.read("done.json")
+        """Content of done.json. Raises UserError unless it says that the run diverged, or holds the numbers that it came to."""
+        content = self.read("done.json")
+        if content.get("diverged") is True:
+            return content
+        bad = {key: value for key, value in content.items() if isinstance(value, bool) or not isinstance(value, int | float)}
+        bad |= {key: value for key, value in content.items() if key not in bad and not math.isfinite(value)}
+        if bad or "step" not in content:
+            what = ", ".join(f"{key} is {value!r}" for key, value in bad.items()) or "no step"
+            raise UserError(f"{self.directory / 'done.json'} is damaged ({what}): {self._way_out}")
+        return content
 
     def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
-        """Lines of metrics.jsonl, those of one kind or all; a line cut by a crash is left out."""
+        """Lines of metrics.jsonl, those of one kind or all; of a run not yet complete a last line cut by a crash is left out.
+
+        Raises UserError, with the number of the line, for any other that is none, and where a complete run has no such file.
+        """
         return [line for line in self._lines() if kind is None or line["kind"] == kind]
 
-    def _lines(self) -> Iterator[dict[str, Any]]:
+    def _lines(self) -> list[dict[str, Any]]:
+        path, done = self.directory / "metrics.jsonl", self.done  # asked first: the run may be at work
         try:
-            text = (self.directory / "metrics.jsonl").read_text(encoding="utf-8")
+            *whole, unfinished = path.read_bytes().split(b"\n")
         except FileNotFoundError:
-            return
-        for line in text.splitlines():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                return
+            if done:
+                raise UserError(f"{path} is missing, and the run is complete: {self._way_out}") from None
+            return []
+        if unfinished and done:  # of a run that was killed it will be measured again; a complete one has lost it
+            raise UserError(f"{path}, line {len(whole) + 1} is cut, and the run is complete: {self._way_out}")
+        return [self._parsed(line, number) for number, line in enumerate(whole, 1)]
+
+    def _parsed(self, line: bytes, number: int) -> dict[str, Any]:
+        try:
+            content = json.loads(line.decode("utf-8"))
+            if not isinstance(content, dict) or not isinstance(content.get("kind"), str) or type(content.get("step")) is not int:
+                raise ValueError("no JSON object with kind and step")
+        except ValueError as error:
+            raise UserError(f"{self.directory / 'metrics.jsonl'}, line {number} is damaged ({error}): {self._way_out}") from error
+        found: dict[str, Any] = content
+        return found
+
+    @property
+    def _way_out(self) -> str:
+        return f"restore the file, or move {self.directory} away and run again"
+
+    def require_metrics_until(self, step: int) -> None:
+        """Raise UserError where metrics.jsonl lacks what training logs until `step` by the config: its end was lost."""
+        training, measure = self.config.training, self.config.measure
+        last = step == training.steps
+        due: dict[tuple[str, ...], int] = {}  # kinds of lines, one of which reaches this step
+        if not self.released:  # what was released has no training lines
+            # Other runtime settings may have begun the run: its name is the same.
+            every = max(self.config.runtime.log_every, self._begun_with().runtime.log_every)
+            due["train",] = step if last else max(min(1, step), step // every * every)
+        if last or training.eval_every:
+            due["validation",] = step if last else step // (training.eval_every or 1) * (training.eval_every or 1)
+        if last and measure.points and (measure.targets or "gradient" in measure.ascents):
+            due["decompose", "targets"] = step
+        for kinds, least in due.items():
+            reached = max((line["step"] for line in self._lines() if line["kind"] in kinds), default=0)
+            if reached < least:
+                raise UserError(
+                    f"{self.directory / 'metrics.jsonl'}: its lines of kind {' or '.join(kinds)} end at step {reached}, and step "
+                    f"{step} was done, so that some are lost; {self._way_out}"
+                )
+
+    def _begun_with(self) -> Config:
+        path = self.directory / "config.yaml"
+        return load(path) if path.is_file() else self.config
 
     # ------------------------------------------------------------------ writing
 
@@ -141,6 +194,7 @@ class Run:
                 raise UserError(f"{self.directory} holds the run of another config (hash {there.hash}): move it away")
         else:
             write_text(path, to_yaml(self.config))
+        self._lines()  # damaged ones are refused before the data is prepared
         job = {"job": os.environ["SLURM_JOB_ID"]} if "SLURM_JOB_ID" in os.environ else {}
         self.write(".holder", {"pid": os.getpid(), "host": platform.node(), **job})
         for leftover in self.directory.rglob(".*.tmp"):  # of a process killed while it wrote
@@ -154,7 +208,16 @@ class Run:
         return f"another process ({holder['pid']} on {holder['host']}{job})"
 
     def restart_at(self, step: int) -> None:
-        """Drop the lines after `step` (they will be measured again) and open metrics.jsonl to append."""
+        """Drop the lines after `step` (they will be measured again) and open metrics.jsonl to append.
+
+        Raises UserError, and leaves all as it is, where lines until `step` are missing: nobody would measure them again.
+        """
+        try:
+            self.require_metrics_until(step)
+        except UserError as error:
+            raise UserError(
+                f"{error}; or remove the checkpoints from step {step} on, and it goes on from the one before"
+            ) from error
         (self.directory / RELEASED).unlink(missing_ok=True)  # from here on it is trained here
         path = self.directory / "metrics.jsonl"
         kept = [line for line in self._lines() if line["step"] <= step]

@@ -3,6 +3,7 @@
 from typing import Any, Protocol
 
 from functional_sam.config import Config
+from functional_sam.records.own import require_own
 from functional_sam.records.run import Run
 
 
@@ -27,7 +28,7 @@ class Source(Protocol):
 
 
 class RunDirectories:
-    """The run directories that configs name, under their runtime.runs."""
+    """The run directories that configs name, under their runtime.runs. Another run's files are refused as they are read."""
 
     name = "runs"
 
@@ -35,10 +36,19 @@ class RunDirectories:
         return Run(config).done
 
     def summary(self, config: Config) -> dict[str, Any]:
-        return Run(config).summary()
+        return _own(config).summary()
 
     def read(self, config: Config, file: str) -> dict[str, Any]:
-        return Run(config).read(file)
+        return _own(config).read(file)
 
     def metrics(self, config: Config, kind: str | None = None) -> list[dict[str, Any]]:
-        return Run(config).metrics(kind)
+        run = _own(config)
+        if run.done and not run.summary().get("diverged"):
+            run.require_metrics_until(config.training.steps)
+        return run.metrics(kind)
+
+
+def _own(config: Config) -> Run:
+    run = Run(config)
+    require_own(run)
+    return run

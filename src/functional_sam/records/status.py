@@ -13,7 +13,7 @@ from functional_sam.records.run import Run, RunLocked
 
 @dataclass(frozen=True)
 class Status:
-    """state: done, stale (done by other code or data than is here), running, partial or missing."""
+    """state: done, stale (done by other code or data than is here), damaged, running, partial or missing."""
 
     state: str
     step: int  # steps done
@@ -43,9 +43,12 @@ def status(run: Run, present: str | None = None) -> Status:
         differs = differences(run.read("provenance.json"), present)
     except UserError as error:
         differs = [] if state == "running" else [str(error)]
-    lines = run.metrics("train")
-    step, loss = (lines[-1]["step"], lines[-1]["loss"]) if lines else (0, None)
-    diverged = state == "done" and bool(run.summary().get("diverged"))
+    try:
+        lines = run.metrics("train")
+        diverged = state == "done" and bool(run.summary().get("diverged"))
+    except UserError as error:
+        return Status("damaged", 0, [str(error)])
+    step, loss = (lines[-1]["step"], lines[-1].get("loss")) if lines else (0, None)
     return Status("stale" if state == "done" and differs else state, step, differs, loss, diverged)
 
 

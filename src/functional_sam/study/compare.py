@@ -151,9 +151,10 @@ def verdict(difference: Estimate, *, lower_is_better: bool = True, margin: float
 def judged(differences: Sequence[Estimate], *, lower_is_better: bool = True, margin: float = 0.0, more: int = 0) -> list[Verdict]:
     """The verdicts of a family of comparisons, Holm's correction within it; of divergences and single seeds no p is counted.
 
+    Where both diverged, at different seeds, nothing is told, and that counts as a member with p = 1.
     more: comparisons of the family that are still to come, counted as null.
     """
-    tested = [i for i, one in enumerate(differences) if one.n > 1 and math.isfinite(one.mean)]
+    tested = [i for i, one in enumerate(differences) if one.n > 1 and not math.isinf(one.mean)]
     adjusted = dict(zip(tested, holm([differences[i].p for i in tested], more), strict=True))
     return [
         verdict(one, lower_is_better=lower_is_better, margin=margin, p=adjusted.get(i, 1.0)) for i, one in enumerate(differences)

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf.errors import OmegaConfBaseException
 
-from functional_sam.config import Config, compose, instance, nearest, read_yaml, validated
+from functional_sam.config import Config, compose, instance, nearest, read_yaml, settings_of, validated
 from functional_sam.errors import UserError
 from functional_sam.sharpness.methods import METHODS
 from functional_sam.tasks import TASKS
@@ -123,7 +123,24 @@ def load_study(name: str, scale: str, overrides: tuple[str, ...] = ()) -> Study:
     for cell_name, cell in study.cells.items():
         cell.name = cell_name
         _check(study, cell, f"{where}, cell {cell_name}")
+        _require_not_its_own(study, cell)
     return study
+
+
+def _require_not_its_own(study: Study, cell: Cell) -> None:
+    """Raise UserError for an override of what tells a cell's runs apart: they would be called what they are not."""
+    own = {LR, RHO, *cell.report, "training.init_seed", "training.data_seed", "training.test", "training.test_best"}
+    own |= {"measure.curvature", "training.jitter"}
+    for name in cell.entries:
+        own |= {*study.entries[name].settings, *grid_of(study, cell, name)}
+    if cell.epochs is not None:
+        own |= {f"data.unique_{task.unit}" for task in TASKS.values()}
+    for key, override in settings_of(study.overrides).items():
+        if key in own:
+            raise UserError(
+                f"override {override!r}: the study {study.name} sets {key} of each of its runs itself, by entry, trial and seed: "
+                f"leave it out, or change configs/studies/{study.name}.yaml"
+            )
 
 
 def _check(study: Study, cell: Cell, where: str) -> None:
@@ -206,7 +223,7 @@ def make(
     """The config of one run: task, scale, study, cell, entry, trial, seed, and the command line's overrides over all of them."""
     config = copy.deepcopy(_base(study.name, study.scale, study.overrides, _key(study.settings), _key(cell.settings), cell.task))
     entry = study.entries[name]
-    given = {override.partition("=")[0] for override in study.overrides}
+    given = settings_of(study.overrides)
     steps = config.training.steps if "training.steps" in given else round(entry.steps * steps_of(study, cell))
     rows = steps_of(study, cell) * config.training.batch * TASKS[config.kind].units(config)
     values: dict[str, Any] = {
@@ -255,7 +272,7 @@ def _key(settings: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
 def _base(name: str, scale: str, overrides: tuple[str, ...], of_study: Any, of_cell: Any, task: str) -> Config:
     """Composing takes 30 ms, and a study has hundreds of runs."""
     config = compose(task, "adamw", scale, overrides=overrides)
-    given = {override.partition("=")[0] for override in overrides}
+    given = settings_of(overrides)
     for key, value in (*of_study, *of_cell):
         if key not in given:
             put(config, key, list(value) if isinstance(value, tuple) else value)

@@ -137,6 +137,8 @@ def _row(
         if twin is not None and twin != (name, trial):
             theirs = tested(one.reported[twin], source, cell.best)
             difference = paired_difference([sign * a for a in losses], [sign * b for b in theirs])
+            if math.isnan(difference.mean):  # each diverged at a seed of its own: there is a difference, and it has no mean
+                difference = Estimate(math.nan, math.inf, difference.n)
         row |= {f"minus_{other}": difference.mean, f"minus_{other}_stderr": difference.stderr}
     measured = [c for c in configs if c.measure.curvature and not source.summary(c).get("diverged")]
     row["n_curvature"] = len(measured)
@@ -205,9 +207,9 @@ def by_seed(planned: Sequence[Planned], source: Source) -> pd.DataFrame:
 
 
 def difference(row: Any, other: str = "baseline") -> Estimate:
-    """A row's paired difference."""
-    n = int(row.n) if math.isfinite(getattr(row, f"minus_{other}")) or math.isinf(getattr(row, f"minus_{other}")) else 0
-    return Estimate(float(getattr(row, f"minus_{other}")), float(getattr(row, f"minus_{other}_stderr")), n)
+    """A row's paired difference; n = 0 where there is none. Of two that diverged at different seeds its standard error is inf."""
+    mean, stderr = float(getattr(row, f"minus_{other}")), float(getattr(row, f"minus_{other}_stderr"))
+    return Estimate(mean, stderr, 0 if math.isnan(mean) and not math.isinf(stderr) else int(row.n))
 
 
 def judge(

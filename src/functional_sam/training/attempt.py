@@ -2,12 +2,23 @@
 
 from pathlib import Path
 
-from functional_sam.config import load
+import torch
+
+from functional_sam.config import Config, load
 from functional_sam.data.cache import Progress
-from functional_sam.errors import Interrupted
+from functional_sam.errors import Interrupted, UserError
 from functional_sam.files import write_text
 from functional_sam.records import Run, RunLocked
 from functional_sam.training.loop import train
+
+
+def require_device(config: Config) -> None:
+    """Raise UserError where this machine lacks the device of a run."""
+    kind, _, index = config.runtime.device.partition(":")
+    if kind == "cuda" and int(index or 0) >= (count := torch.cuda.device_count()):
+        raise UserError(
+            f"runtime.device={config.runtime.device}: {count} GPUs are visible to PyTorch here; runtime.device=cpu trains without"
+        )
 
 
 def attempt(
@@ -21,6 +32,7 @@ def attempt(
     try:
         config = load(directory / "config.yaml")
         config.runtime.threads, config.runtime.device = threads, device or config.runtime.device
+        require_device(config)
         run = Run(config, directory.parent)
         try:
             train(config, directory.parent, progress)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from functional_sam.config import Config, to_yaml
-from functional_sam.errors import Interrupted
+from functional_sam.errors import Interrupted, UserError
 from functional_sam.files import write_text
 from functional_sam.records import Run, RunLocked
 from functional_sam.tasks import prepare
@@ -58,7 +58,10 @@ class Watched:
             return
         if size != self.size:
             self.size = size
-            lines = self.run.metrics("train")
+            try:
+                lines = self.run.metrics("train")
+            except UserError:  # damaged: its worker says so, and the others go on
+                return
             if lines:
                 self.step, self.loss, self.seconds = lines[-1]["step"], lines[-1]["loss"], lines[-1]["seconds"]
 
@@ -134,6 +137,10 @@ def execute(configs: Sequence[Config], jobs: int, console: Console) -> list[tupl
     missing = [run for run in runs if not run.done]
     if not missing:
         return []
+    from functional_sam.training.attempt import require_device  # with it comes the whole library
+
+    for run in missing:
+        require_device(run.config)
     for config in {(c.task, repr(c.data), c.runtime.cache): c for c in (run.config for run in missing)}.values():
         prepare(config, lambda line: console.print(f"[dim]{line}[/dim]", highlight=False))
     for config in {run.config.training.precision: run.config for run in missing}.values():
