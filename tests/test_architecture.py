@@ -207,7 +207,7 @@ def test_readme_advises_what_the_records_say():
     memory = {row["method"]: float(row["extra_in_parameters"]) for row in rows["memory"]}
     ours, naive = memory["functional-sam"], memory["functional-sam naive"]
     assert f"{time:.1f} times AdamW's time per step and {ours:.1f} more copies of the parameters" in readme
-    assert f"code that keeps whole logits takes {naive:.0f}" in readme
+    assert f"a version that keeps whole logits needs {naive:.0f}" in readme
     found = [content["headline"] for (name, _), content in claims.recorded().items() if name == "figure-7"]
     assert "No method was better than AdamW at equal steps" in readme
     at_steps = r"better than AdamW at equal steps: 0 of \d+; AdamW given the time: better than (\d+) of (\d+), worse than 0"
