@@ -40,7 +40,12 @@ def test_methods_that_are_advised_exist():
 
 
 def test_messages_under_troubleshooting_are_the_codes():
-    files = [*(PACKAGE / "sharpness").glob("*.py"), *(PACKAGE / "integrations").glob("*.py"), PACKAGE / "losses.py"]
+    files = [
+        *(PACKAGE / "sharpness").glob("*.py"),
+        *(PACKAGE / "integrations").glob("*.py"),
+        PACKAGE / "losses.py",
+        PACKAGE / "derivatives.py",
+    ]
     source = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text() for path in files))
     messages = [line.split("|")[1].strip() for line in section("Troubleshooting").splitlines() if line.startswith("| `")]
     assert len(messages) >= 12
