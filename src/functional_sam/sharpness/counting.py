@@ -137,7 +137,3 @@ class Counting:
             stacked = stacked.to(next(self.model.parameters()).device)
             dist.all_reduce(stacked, group=self.group)
         return tuple(stacked.tolist())
-
-
-def _nothing() -> None:
-    pass
