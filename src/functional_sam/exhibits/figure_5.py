@@ -6,6 +6,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from functional_sam.exhibits import style
 from functional_sam.exhibits.comparison import counted, differs, label, left_out, plan, same_runs, seen, setting
@@ -23,13 +24,13 @@ LONG = "long"  # as batch, at its largest length
 PARTS = {
     "fixed": "Fixed length",
     "chinchilla": "20 tokens per parameter",
-    "repeated": "Repeated data, best checkpoint",
+    "repeated": "Repeated data",
     LONG: "200 tokens per parameter",
 }
 
 
 def draw(plan: Plan) -> Exhibit:
-    """Above the batch, one panel a radius; below size in both regimes, and epochs. Bars are 95 % intervals; placebo in grey."""
+    """First the batch, one panel a radius; then size in both regimes, and epochs. Bars are 95 % intervals; placebo in grey."""
     margin = plan.content[0].study.margin
     twins = same_runs(plan.content)
     once = judge(frame([one for one in plan.content if one.cell.name not in twins], plan.source), margin)
@@ -44,38 +45,44 @@ def draw(plan: Plan) -> Exhibit:
     radii = sorted(batch.rho.dropna().unique()) or [math.nan]
     style.use()
     parts_shown = {part: title for part, title in PARTS.items() if data.part.eq(part).any()}
-    columns, tall = max(3, len(radii), len(parts_shown)), bool(parts_shown)
-    figure, axes = plt.subplots(1 + tall, columns, figsize=(style.PAGE, 4.4 if tall else 2.6), squeeze=False)
-    for axis, rho in zip(axes[0], radii, strict=False):
+    figure, above, below = _panels(len(radii), len(parts_shown))
+    for axis, rho in zip(above, radii, strict=True):
         with_methods = batch[batch.rho.eq(rho)]
         lines(axis, pd.concat([with_methods, batch[batch.entry.eq("placebo") & batch.batch.isin(with_methods.batch)]]), "batch")
         axis.set(title=rf"Batch, $\rho$ = {rho:g}", xlabel="rows of a step")
-    for axis, (part, title) in zip(axes[1:].flat, parts_shown.items(), strict=False):
+    for axis, (part, title) in zip(below, parts_shown.items(), strict=True):
         x = "epochs" if part == "repeated" else "parameters"
         own = data[data.part == part]
         lines(axis, own[own.batch == own.batch.max()] if part == "fixed" else own, x)
-        axis.set(title=title, xlabel="epochs over the data" if part == "repeated" else "non-embedding parameters")
-    for axis in axes.flat:
-        if not axis.lines:
-            axis.set_axis_off()
-    for axis in axes[:, 0]:
-        axis.set_ylabel("test loss minus AdamW's\n(nats per token)")
-    if len(radii) < columns:
-        figure.tight_layout()
-        axes[0, len(radii)].legend(*axes[0, 0].get_legend_handles_labels(), loc="center left")
-    else:
-        style.legend_above(figure, axes[0, 0], columns=4)
+        axis.set(title=title, xlabel="epochs over the data" if part == "repeated" else "non-embedding\nparameters")
+    style.legend_above(figure, above[0], columns=4)
     style.finding_above(figure, sentence(headline(data)))
     with_sam = f"Against SAM at equal rho, a family of its own: {tally(once.verdict_sam)}."
     caption = (
-        f"{sentence(headline(data))} {'Above n' if tall else 'N'}othing is chosen (AdamW's learning rate at each batch)"
-        f"{', below every method has as many trials' if tall else ''}; 95 % intervals of paired differences; linear within "
+        f"{sentence(headline(data))} Against the batch nothing is chosen (AdamW's learning rate at each batch)"
+        f"{', else every method has as many trials' if below else ''}; 95 % intervals of paired differences; linear within "
         f"{LINEAR:g} nats, logarithmic beyond. "
         f"{setting(plan, data)}{seen(once)} {with_sam}{left_out(plan, once)}"
     )
     tuned = once[once.part.isin(["fixed", "chinchilla"]) & once.entry.eq("precond-functional-sam")]
     found = answer(tuned.verdict_baseline, Verdict.BETTER)
     return Exhibit(plan, {"": data}, caption, _finding(data, batch), figure, answer=found)
+
+
+def _panels(first: int, others: int) -> tuple[Figure, list[Axes], list[Axes]]:
+    """A panel for each radius, and one for each other part: beside them where four are enough, else below."""
+    if first + others <= 4:
+        columns = max(3, first + others)
+        figure = plt.figure(figsize=(style.PAGE, 2.6))
+        found = [figure.add_subplot(1, columns, 1 + number) for number in range(first + others)]
+    else:
+        columns = max(first, others)
+        figure = plt.figure(figsize=(style.PAGE, 4.4))
+        places = [*range(first), *range(columns, columns + others)]
+        found = [figure.add_subplot(2, columns, 1 + place) for place in places]
+    for axis in found[:1] if first + others <= 4 else [found[0], found[first]]:
+        axis.set_ylabel("test loss minus AdamW's\n(nats per token)")
+    return figure, found[:first], found[first:]
 
 
 def _at_equal_rho(row: Any) -> bool:

@@ -70,14 +70,10 @@ def draw(plan: Plan) -> Exhibit:
     left.set_xticks(ticks, [f"{tick:.0%}" for tick in ticks])
     left.xaxis.set_minor_locator(NullLocator())
     tasks = ", ".join(dict.fromkeys(several.task))
-    left.set(xlabel=f"share of the training texts ({tasks})", ylabel="test metric minus AdamW's")
+    left.set(xlabel=f"share of the training texts ({tasks})", ylabel=f"{_metric(several)} minus AdamW's")
+    right.set_ylabel(f"{_metric(common)} minus AdamW's")
     right.set(xlabel=r"functional share $|\delta_{func}|/(|\delta_{func}|+|\delta_{logit}|)$, pretrained")
-    low, high = right.get_ylim()
-    right.set_ylim(low - 0.8 * (high - low), high)  # room for the names
-    for number, (task, own) in enumerate(common.groupby("task", sort=False)):
-        x, half, y = own.share.iloc[0], own.half_share.iloc[0], 0.02 + 0.025 * number
-        right.plot([x - half, x + half], [y, y], color="#999999", linewidth=0.8, transform=right.get_xaxis_transform())
-        right.text(x, 0.15, str(task), rotation=90, fontsize=6, ha="center", transform=right.get_xaxis_transform())
+    _shares_below(right, common)
     style.legend_above(figure, right, columns=4)
     style.finding_above(figure, sentence(headline(data)))
     correlations = ranks(common)
@@ -85,6 +81,29 @@ def draw(plan: Plan) -> Exhibit:
     caption = f"{finding} {_setting(plan, data)}{comparison.seen(data)}{comparison.left_out(plan_of_cells(plan))}"
     said = answer([_little_against_much(data)], Verdict.BETTER)
     return Exhibit(plan, {"": data, "ranks": correlations}, caption, finding, figure, answer=said)
+
+
+def _shares_below(axis: Axes, common: pd.DataFrame) -> None:
+    """Under the marks a row for each task: its name, its functional share and the 95 % interval over heads."""
+    rows = [own.iloc[0] for _, own in common.groupby("task", sort=False)]
+    low, high = axis.get_ylim()
+    axis.set_ylim(low - 0.09 * len(rows) * (high - low), high)  # room for the rows
+    left, right = axis.get_xlim()
+    for number, row in enumerate(sorted(rows, key=lambda row: row.share)):
+        y, ends = 0.03 + 0.065 * number, (row.share - row.half_share, row.share + row.half_share)
+        before = row.share > (left + right) / 2  # the name stands where there is room
+        axis.plot(ends, [y, y], color="#999999", linewidth=0.8, transform=axis.get_xaxis_transform())
+        axis.plot([row.share], [y], "|", color="#777777", transform=axis.get_xaxis_transform())
+        axis.text(
+            ends[0] - 0.01 if before else ends[1] + 0.01, y, row.task, fontsize=6, color="#555555", va="center",
+            ha="right" if before else "left", transform=axis.get_xaxis_transform(),
+        )  # fmt: skip
+
+
+def _metric(part: pd.DataFrame) -> str:
+    """What most tasks of a panel are judged by, on the test split; the caption names those that are judged by another measure."""
+    label = {task.metric.name: task.metric.label for task in TASKS.values()}[part.metric.mode()[0]]
+    return f"test {label[0].lower()}{label[1:]}"
 
 
 def headline(data: pd.DataFrame) -> str:
@@ -171,10 +190,13 @@ def _finding(several: pd.DataFrame, common: pd.DataFrame, correlations: pd.DataF
 def _setting(plan: Plan, data: pd.DataFrame) -> str:
     config = _config(plan.content[0][0])
     n = "/".join(str(value) for value in sorted(set(data.n)))
+    units = {task.metric.name: task.metric.label for task in TASKS.values()}
+    others = data[data.metric != data.metric.mode()[0]].groupby("metric", sort=False).task.unique()
+    judged = "".join(f" ({', '.join(tasks)}: {units[str(name)]})" for name, tasks in others.items())
     steps = "/".join(str(value) for value in sorted(set(data.steps)))
     return (
         f"Scale {plan.spec.scale}: {TASKS[config.kind].model_name(config)}, {steps} steps of {config.training.batch} texts, rho as "
-        f"given, nothing chosen; the functional share is that of the pretrained model with a fresh head on {config.measure.rows} "
-        f"validation texts, grey its interval over heads; bars are 95 % intervals of differences paired by seed, n = {n}, Holm's "
-        "correction within the figure."
+        f"given, nothing chosen{judged}; the functional share is that of the pretrained model with a fresh head on "
+        f"{config.measure.rows} validation texts, grey its interval over heads; bars are 95 % intervals of differences "
+        f"paired by seed, n = {n}, Holm's correction within the figure."
     )

@@ -1,5 +1,6 @@
 """figure-9: where training breaks: the frontier in learning rate and radius, per width and method, and how it moves with width."""
 
+import itertools
 import math
 from typing import Any
 
@@ -55,7 +56,7 @@ def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
 
 
 def draw(plan: Plan) -> Exhibit:
-    """Above the frontier against lr, a panel a width; below frontier, its dose and the best radius against width."""
+    """Above the frontier against lr, a panel a width; below, against width, frontier, its ratios, its dose and the best radius."""
     data = frame(plan)
     full, in_bf16 = first_precision(data), compared_in_bf16(data)
     found = frontier(full)
@@ -74,12 +75,16 @@ def draw(plan: Plan) -> Exhibit:
     above[0].set_ylabel("radius $\\rho$ that\nbreaks training")
     labels = {
         "frontier": "radius $\\rho$ that\nbreaks training",
+        "ratio": "that radius,\nfunctional over SAM's",
         "dose": "dose there,\n|correction| / |g|",
         "best": "radius $\\rho$ of\nthe lowest loss",
     }
     for axis, (field, label) in zip(bottom.subplots(1, len(labels)), labels.items(), strict=True):
-        _against_width(axis, table, field, widths)
-        _in_bf16(axis, rounded_table, field)
+        if field == "ratio":
+            _ratios(axis, pairs, widths)
+        else:
+            _against_width(axis, table, field, widths)
+            _in_bf16(axis, rounded_table, field)
         axis.set_ylabel(label)
     figure.legend(
         handles=_legend(plan.spec.methods, bool((found.bound == ADAMW).any()), bool(len(low))),
@@ -136,7 +141,31 @@ def _against_width(axis: Axes, table: pd.DataFrame, field: str, widths: list[int
     values = table[field].dropna()
     axis.set(xscale="log", yscale="log", xlabel="width", ylim=(values.min() / 2, values.max() * 2))
     style.plain_log(axis)
-    axis.set_xticks(widths, [str(width) for width in widths])
+    _ticks_of(axis, widths)
+
+
+def _ratios(axis: Axes, pairs: pd.DataFrame, widths: list[int]) -> None:
+    """The figure's question: the radius of a functional method over its plain twin's; above 1 it bears more."""
+    axis.axhline(1.0, color=style.METHOD_COLOR["adamw"], linewidth=0.8)
+    for name, shift in zip(PAIRS, (0.97, 1.03), strict=True):
+        own = pairs[(pairs.method == name) & (pairs.what == LEVEL) & (pairs.n > 0)]
+        color = style.METHOD_COLOR[name]
+        for row in own.itertuples():
+            mean, half = math.exp(row.difference), row.half_width if math.isfinite(row.half_width) else 0.0
+            error = [[mean - mean * math.exp(-half)], [mean * math.exp(min(half, 50.0)) - mean]]
+            face = color if row.bound == BETWEEN else "white"
+            axis.errorbar(
+                [row.width * shift], [mean], error, fmt=style.marker(name), color=color, markerfacecolor=face, elinewidth=0.7
+            )
+    axis.set(xscale="log", yscale="log", xlabel="width", ylim=(0.05, 20))
+    style.plain_log(axis)
+    _ticks_of(axis, widths)
+
+
+def _ticks_of(axis: Axes, widths: list[int]) -> None:
+    """A tick a width, with its number unless that of the next would touch it."""
+    near = [below * 1.5 > above for below, above in itertools.pairwise(widths)]
+    axis.set_xticks(widths, ["" if close else str(width) for width, close in zip(widths, [*near, False], strict=True)])
     axis.xaxis.set_minor_locator(NullLocator())
 
 
