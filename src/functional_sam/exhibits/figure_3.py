@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from functional_sam.exhibits import markdown, style
 from functional_sam.exhibits.comparison import DESCRIBED, by_family, changed, differs, label, left_out, place, plan, seen, setting
@@ -21,12 +22,13 @@ __all__ = ["draw", "headline", "plan"]
 
 PAIRS = (("functional-sam", "sam"), ("precond-functional-sam", "precond-sam"))  # the path alone differs
 LINEAR = 0.01  # nats: within it the axis is linear
+MANY = 3  # cells, from which on two stand side by side
 SHOWN = 0.05  # the radius of the headline
 DOSE, DOSE_AT_FIRST = "dose", "dose, plain mean of the measured steps"  # the second is described: paper/PROTOCOL.md, 2026-11-29
 
 
 def draw(plan: Plan) -> Exhibit:
-    """A row a cell; left against rho, right against the measured dose; bars are 95 % intervals, the grey band is the placebo's."""
+    """Two panels a cell: against rho, and against the measured dose; bars are 95 % intervals, the grey band is the placebo's."""
     seeds = by_seed(plan.content, plan.source)
     margin = plan.content[0].study.margin
     tests = [one.cell.name for one in plan.content if one.cell.part == PART]
@@ -38,24 +40,23 @@ def draw(plan: Plan) -> Exhibit:
     data = with_equal_dose(with_verdicts(pd.concat(families).sort_index(), fresh), pairs)
     style.use()
     cells = list(dict.fromkeys(seeds.cell))
-    height = min(2.4 * len(cells), 9.2) + 0.4
-    figure, axes = plt.subplots(len(cells), 2, figsize=(style.PAGE, height), squeeze=False, sharey="row")
-    for (left, right), cell in zip(axes, cells, strict=True):
+    figure, panels = _panels(len(cells))
+    for (left, right), cell in zip(panels, cells, strict=True):
         part = seeds[seeds.cell == cell]
         for axis, x in ((left, "rho"), (right, "dose")):
-            _panel(axis, part, x, data[data.cell == cell])
+            _panel(axis, part, x, data[data.cell == cell], ticks=6 if len(cells) < MANY else 4)
         n = f"n = {part.seed.nunique()}" + (" fresh seeds" if cell in tests else "")
-        name = f"{place(next(data[data.cell == cell].itertuples()))}, {n}"
-        left.set(title=f"{name}: by radius", ylabel="test loss minus AdamW's\n(nats per token)")
-        right.set(title="by dose")
+        left.set_title(f"{place(next(data[data.cell == cell].itertuples()))}, {n}", loc="left")
         left.set_xlabel(r"radius $\rho$")
-        right.set_xlabel(r"dose $|g_{method} - g|\,/\,|g|$, average over the steps")
+        right.set_xlabel(r"dose $|g_{method} - g|\,/\,|g|$")
+        right.tick_params(labelleft=False)
         style.signed_log(left, LINEAR)
-    style.legend_above(figure, axes[0, 0], columns=4)
+    style.legend_above(figure, panels[0][0], columns=4)
     style.finding_above(figure, sentence(headline(data)))
     caption = (
-        f"{sentence(headline(data))} Bars are 95 % intervals of paired differences, marks moved aside so that none covers "
-        f"another, hollow where the difference is not significant by Holm; linear within {LINEAR:g} nats, logarithmic beyond; "
+        f"{sentence(headline(data))} Left of each two panels by the radius, right by the dose, its average "
+        "over the steps. Bars are 95 % intervals of paired differences, marks moved aside so that none covers another, hollow "
+        f"where the difference is not significant by Holm; linear within {LINEAR:g} nats, logarithmic beyond; "
         f"crosses at the top edge diverged; the grey band is that of the placebo (AdamW whose initial weights were changed by "
         f"1e-6). {setting(plan, data)}{seen(data)}{left_out(plan, data[~data.part.isin(DESCRIBED)])}"
         f"{in_words(fresh)}{_significant_at_first(paths)}{_still_open(plan, swept, paths, margin)}"
@@ -64,6 +65,21 @@ def draw(plan: Plan) -> Exhibit:
     wanted += [*fresh[fresh.other == "sam"].verdict] if len(fresh) else []
     frames = {"": data, "seeds": seeds, "path": paths} | ({"fresh": fresh} if len(fresh) else {})
     return Exhibit(plan, frames, caption, _finding(paths) + in_words(fresh), figure, answer=answer(wanted, Verdict.BETTER))
+
+
+def _panels(cells: int) -> tuple[Figure, list[tuple[Axes, Axes]]]:
+    """Two panels with one y axis for each cell; two cells side by side where there are MANY."""
+    across = 1 if cells < MANY else 2
+    rows = math.ceil(cells / across)
+    figure = plt.figure(figsize=(style.PAGE, 2.4 * rows + 0.4))
+    found = []
+    for number in range(cells):
+        first = 1 + 2 * number
+        left = figure.add_subplot(rows, 2 * across, first)
+        found.append((left, figure.add_subplot(rows, 2 * across, first + 1, sharey=left)))
+        if number % across == 0:
+            left.set_ylabel("test loss minus AdamW's\n(nats per token)")
+    return figure, found
 
 
 def headline(data: pd.DataFrame) -> str:
@@ -90,7 +106,7 @@ def with_equal_dose(data: pd.DataFrame, pairs: list[dict[str, Any]]) -> pd.DataF
     )
 
 
-def _panel(axis: Axes, part: pd.DataFrame, x: str, judged: pd.DataFrame) -> None:
+def _panel(axis: Axes, part: pd.DataFrame, x: str, judged: pd.DataFrame, ticks: int) -> None:
     axis.axhline(0.0, color=style.METHOD_COLOR["adamw"], linewidth=0.8, label="AdamW")
     placebo = part[part.entry == "placebo"]
     if len(placebo) > 1:
@@ -115,7 +131,10 @@ def _panel(axis: Axes, part: pd.DataFrame, x: str, judged: pd.DataFrame) -> None
         hollow = [(place, one.mean) for place, one, rho in zip(places, found, radii, strict=True) if not told[rho]]
         look: dict[str, Any] = {"color": style.color(str(name)), "markerfacecolor": "white", "markeredgewidth": 0.8}
         axis.plot(*zip(*hollow, strict=True) if hollow else ([], []), style.marker(str(name)), zorder=3, **look)
-    style.log_ticks(axis, "x", part[x] if x == "rho" else part[part.rho.notna()].dose)
+    shown = sorted(set(part[part.rho.notna()][x]))
+    if x == "rho" and len(shown) > ticks:
+        shown = shown[::2]
+    style.log_ticks(axis, "x", shown, ticks)
 
 
 def path_alone(part: pd.DataFrame) -> list[dict[str, Any]]:
