@@ -17,7 +17,7 @@ def loss(config):
     """The logit part is .02 worse than AdamW, the functional part 1 / rows better or worse; seeds differ by .3 and wobble."""
     seed, rows, phi = config.training.init_seed, config.training.batch, config.method.options.get("phi")
     harm = 0.0 if phi is None else 0.02 if phi else 0.02 + (1.0 if rows < 256 else -1.0) / rows
-    return 4.0 + 0.3 * seed + harm + 1e-4 * math.sin(seed * 5 + rows + (phi or 0))
+    return 4.0 + 0.3 * seed + harm + 1e-4 * math.sin(seed * 5 + rows + (-1 if phi is None else phi))
 
 
 class Measured(MadeUp):
@@ -87,6 +87,21 @@ def test_each_batch_is_compared_with_the_smallest_seed_by_seed(exhibit):
     assert set(own.verdict) == {""}
 
 
+def test_fresh_seeds_are_a_family_of_their_own(exhibit):
+    """Eight other seeds, AdamW and the functional part alone: one comparison, in no other table."""
+    (row,) = exhibit.frames["fresh"].itertuples()
+    phi = [4.0 + 0.3 * seed + 0.02 - 1 / 256 + 1e-4 * math.sin(seed * 5 + 256) for seed in range(5, 13)]
+    adamw = [4.0 + 0.3 * seed + 1e-4 * math.sin(seed * 5 + 255) for seed in range(5, 13)]
+    by_hand = paired_difference(phi, adamw)
+    assert (row.batch, row.dose, row.n, row.what) == (256, 0.2, 8, FUNCTIONAL)
+    assert (row.difference, row.half_width, row.p) == pytest.approx((by_hand.mean, by_hand.half_width, by_hand.p))
+    assert row.verdict == "worse"
+    assert "on 8 fresh seeds at 256 rows and dose 0.2 the functional part minus AdamW +0.016" in exhibit.caption
+    assert set(exhibit.frames["batches"].n) == {5, 3}
+    alone = drawn(left_out=(8, 64, 1024))  # with its own batch, and without any other
+    assert alone.frames["fresh"].equals(exhibit.frames["fresh"])
+
+
 def test_noise_is_that_of_the_first_and_the_last_step(exhibit):
     table = exhibit.frames["batches"]
     assert table.noise_func.to_list() == pytest.approx([0.9] * len(table))
@@ -100,13 +115,13 @@ def test_the_sweep_of_the_figure_does_not_know_the_batches(exhibit):
     without = drawn(left_out=ROWS[1:])
     assert without.frames["comparisons"].equals(exhibit.frames["comparisons"])
     assert set(without.frames["batches"].batch) == {8}
-    assert "not shown, their runs are not complete: rows-64, rows-256, rows-1024" in without.caption
+    assert "not shown, their runs are not complete: rows-64, rows-256, fresh-256, rows-1024" in without.caption
     assert "not shown" not in exhibit.caption
     keys = ["part", "task", "batch", "method", "dose", "phi", "seed"]
     assert not exhibit.frame.duplicated(keys).any()
     assert without.answer.endswith(" so far")
     assert not exhibit.answer.endswith(" so far")
-    assert len(exhibit.frame) == 220 + 54
+    assert len(exhibit.frame) == 220 + 54 + 16
 
 
 def test_it_is_written(exhibit, tmp_path):

@@ -10,7 +10,16 @@ from matplotlib.axes import Axes
 
 from functional_sam.config import Config, compose
 from functional_sam.exhibits import style
-from functional_sam.exhibits.held_dose import by_batch, configs_of, draw_by_batch, in_words, noise_by_batch, significant
+from functional_sam.exhibits.held_dose import (
+    by_batch,
+    configs_of,
+    draw_by_batch,
+    fresh_in_words,
+    in_words,
+    noise_by_batch,
+    on_fresh_seeds,
+    significant,
+)
 from functional_sam.exhibits.markdown import interval
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
@@ -22,7 +31,8 @@ from functional_sam.study.compare import Estimate, Verdict, estimate, judged, pa
 from functional_sam.tasks import TASKS
 
 LOOKS = (("-", "o"), ("--", "s"), (":", "^"))  # line and marker, one pair a dose
-SWEEP, BY_BATCH = "sweep", "by batch"  # of the figure: all angles at one batch, and the ends at several
+# Parts of the figure: all angles at one batch, the ends at several, and a test of what they suggested.
+SWEEP, BY_BATCH, FRESH = "sweep", "by batch", "fresh"
 LOWER = {task.metric.name: task.metric.lower_is_better for task in TASKS.values()}
 
 
@@ -98,13 +108,16 @@ def comparisons(data: pd.DataFrame, margin: float) -> pd.DataFrame:
 def draw(plan: Plan) -> Exhibit:
     """Above the metric, below its difference to AdamW, seed by seed; one column per task; bars are 95 % t intervals.
 
-    A further column is the two parts by batch, where cells of them are complete.
+    A further column is the two parts by batch, and what fresh seeds say of them, where their cells are complete.
     """
     spec, (grid, cells) = plan.spec, plan.content
+    batches, tests = (
+        [c for n, own in cells.items() if bool(spec.cells[n].get("fresh")) == apart for c in own] for apart in (False, True)
+    )
     data = frame(grid, plan.source)
     found = comparisons(data, spec.margin)
     style.use()
-    figure, axes = plt.subplots(2, len(spec.tasks) + bool(cells), figsize=(style.PAGE, 3.9), sharex="col", squeeze=False)
+    figure, axes = plt.subplots(2, len(spec.tasks) + bool(batches), figsize=(style.PAGE, 3.9), sharex="col", squeeze=False)
     for column, (task, config) in enumerate(firsts(grid).items()):
         part, metric = data[data.task == task], TASKS[config.kind].metric
         own = found[(found.task == task) & (found.against == "AdamW")]
@@ -128,15 +141,19 @@ def draw(plan: Plan) -> Exhibit:
             ylabel=f"{metric.name} minus\nAdamW's{' (points)' * (metric.name == 'accuracy')}",
         )
         below.set_xticks(range(len(spec.phi)), [f"{phi:g}" for phi in spec.phi])
-    frames, batches, table = {"": data, "comparisons": found}, "", pd.DataFrame()
-    if cells:
-        own_configs = [config for configs in cells.values() for config in configs]
-        own = frame(own_configs, plan.source, BY_BATCH)
-        table = by_batch(own, spec.margin).merge(noise_by_batch(plan, own_configs), on="batch")
-        dose = float(own.dose.max())
-        draw_by_batch(axes[:, -1], table, dose, own_configs[0].training.steps)
-        frames = {"": pd.concat([data, own], ignore_index=True), "comparisons": found, "batches": table}
-        batches = in_words(table, dose, own_configs[0].training.steps)
+    frames, table = {"": data, "comparisons": found}, pd.DataFrame()
+    tested = frame(tests, plan.source, FRESH) if tests else pd.DataFrame()
+    fresh = on_fresh_seeds(tested, spec.margin) if tests else tested
+    words = [fresh_in_words(fresh)]
+    if batches:
+        own = frame(batches, plan.source, BY_BATCH)
+        table = by_batch(own, spec.margin).merge(noise_by_batch(plan, batches), on="batch")
+        dose, steps = float(own.dose.max()), batches[0].training.steps
+        draw_by_batch(axes[:, -1], table, fresh, dose, steps)
+        words.insert(0, in_words(table, dose, steps))
+        frames |= {"": pd.concat([data, own, tested], ignore_index=True), "batches": table}
+    frames |= {"fresh": fresh} if tests else {}
+    further = "; ".join(filter(None, words))
     figure.align_ylabels()
     style.legend_above(figure, axes[0, 0], columns=2)
     finding = _finding(found)
@@ -146,7 +163,7 @@ def draw(plan: Plan) -> Exhibit:
         *(table.verdict if len(table) else ()),
     ]
     said = answer(language, Verdict.BETTER)
-    return Exhibit(plan, frames, _caption(plan, finding, batches), _verdict(found, batches), figure, answer=said)
+    return Exhibit(plan, frames, _caption(plan, finding, further), _verdict(found, further), figure, answer=said)
 
 
 def headline(data: pd.DataFrame) -> str:

@@ -13,7 +13,7 @@ from functional_sam.exhibits.markdown import interval
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import Spec
 from functional_sam.exhibits.words import by_targets
-from functional_sam.study.compare import Estimate, judged, paired_difference
+from functional_sam.study.compare import Estimate, Verdict, judged, paired_difference
 
 # What is compared: its name in the table, and how the figure draws it.
 AGAINST_LOGIT, FUNCTIONAL, LOGIT = "functional minus logit part", "functional part minus AdamW", "logit part minus AdamW"
@@ -22,14 +22,15 @@ LOOKS = {FUNCTIONAL: {"linestyle": "-"}, LOGIT: {"linestyle": "--", "marker": "s
 
 
 def configs_of(spec: Spec, cell: dict[str, Any], overrides: tuple[str, ...]) -> list[Config]:
-    """AdamW, which measures the noise of its batch, and Angle-SAM's two parts at the cell's dose; seeds first."""
+    """AdamW, which measures the noise of its batch, and Angle-SAM's two parts (or the cell's) at the cell's dose; seeds first."""
     task, rows = cell["task"], {"training": {name: cell[name] for name in ("batch", "micro_batch")}}
     noise = {"points": 2, "targets": [cell["targets"]], "ascents": ["gradient"], "micro_batch": cell["micro_batch"]}
+    measured = [{"measure": noise}] if cell["targets"] else []
     configs = []
     for seed in cell["seeds"]:
         layers = [*spec.layers(task, seed, **cell["settings"]), rows]
-        configs.append(compose(task, "adamw", spec.scale, [*layers, {"measure": noise}], overrides))
-        for phi in (min(spec.phi), max(spec.phi)):
+        configs.append(compose(task, "adamw", spec.scale, [*layers, *measured], overrides))
+        for phi in cell.get("phi", (min(spec.phi), max(spec.phi))):
             method = {"method": {"options": {"phi": phi, "dose": cell["dose"]}}}
             configs.append(compose(task, "angle-sam", spec.scale, [*layers, method], overrides))
     return configs
@@ -63,6 +64,21 @@ def by_batch(data: pd.DataFrame, margin: float) -> pd.DataFrame:
     return table
 
 
+def on_fresh_seeds(data: pd.DataFrame, margin: float) -> pd.DataFrame:
+    """The functional part minus AdamW on seeds that suggested nothing, paired by seed: a row and a family for each cell.
+
+    data: figure_2.frame of these cells.
+    """
+    rows = []
+    for batch, part in data.groupby("batch"):
+        losses = part.assign(phi=part.phi.fillna(-1.0)).pivot(index="seed", columns="phi", values="value")  # -1: AdamW
+        found = paired_difference(list(losses.iloc[:, 1]), list(losses.iloc[:, 0]))
+        row = {"batch": batch, "dose": part.dose.max(), "what": FUNCTIONAL, "n": found.n, "difference": found.mean}
+        (verdict,) = judged([found], margin=margin)
+        rows.append(row | {"stderr": found.stderr, "half_width": found.half_width, "p": found.p, "verdict": str(verdict)})
+    return pd.DataFrame(rows)
+
+
 def noise_by_batch(plan: Plan, configs: list[Config]) -> pd.DataFrame:
     """One row per number of rows: its targets, and the part of |H_F eps|^2 that is sampling noise at AdamW's first and last step.
 
@@ -80,7 +96,7 @@ def noise_by_batch(plan: Plan, configs: list[Config]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def draw_by_batch(column: Iterable[Axes], table: pd.DataFrame, dose: float, steps: int) -> None:
+def draw_by_batch(column: Iterable[Axes], table: pd.DataFrame, fresh: pd.DataFrame, dose: float, steps: int) -> None:
     """Above both parts minus AdamW, below the one minus the other, against targets a step and the noise in H_F eps.
 
     Hollow where nothing is tested or nothing is significant.
@@ -94,6 +110,12 @@ def draw_by_batch(column: Iterable[Axes], table: pd.DataFrame, dose: float, step
         own = table[table.what == what]
         label = what.removesuffix(" minus AdamW")
         above.errorbar(own.targets * beside, own.difference, own.half_width, **look | other, label=label)
+    targets = table.set_index("batch").targets.groupby("batch").first()
+    for row in (one for one in fresh.itertuples() if one.batch in targets.index):
+        face = look["color"] if row.verdict in (Verdict.BETTER, Verdict.WORSE) else "white"
+        own_look = look | {"marker": "D", "markerfacecolor": face, "linestyle": ""}
+        at, words = 1.25 * targets[row.batch], f"functional part, {row.n} fresh seeds"
+        above.errorbar([at], [row.difference], row.half_width, **own_look, label=words)
     own = table[table.what == AGAINST_LOGIT]
     below.errorbar(own.targets, own.difference, own.half_width, **look)
     significant = own[own.verdict.str.startswith(("better", "worse"))]
@@ -124,6 +146,16 @@ def in_words(table: pd.DataFrame, dose: float, steps: int) -> str:
             words += f"; minus the first {interval(other.difference, other.half_width, sign=True)}"
         each.append(f"{interval(row.difference, row.half_width, sign=True)} at {row.targets:,} targets ({words})")
     return f"by batch, functional minus logit part after {steps} steps at dose {dose:g}: {', '.join(each)}"
+
+
+def fresh_in_words(fresh: pd.DataFrame) -> str:
+    """What fresh seeds say, in a sentence's part; empty without them."""
+    each = [
+        f"on {row.n} fresh seeds at {row.batch} rows and dose {row.dose:g} the functional part minus AdamW "
+        f"{interval(row.difference, row.half_width, sign=True)} ({row.verdict}, a family of its own)"
+        for row in fresh.itertuples()
+    ]
+    return "; ".join(each)
 
 
 def significant(table: pd.DataFrame) -> list[str]:
