@@ -98,7 +98,7 @@ def test_fresh_seeds_are_a_family_of_their_own(exhibit):
     assert row.verdict == "worse"
     assert "on 8 fresh seeds at 256 rows and dose 0.2 the functional part minus AdamW +0.016" in exhibit.caption
     assert set(exhibit.frames["batches"].n) == {5, 3}
-    alone = drawn(left_out=(8, 64, 1024))  # with its own batch, and without any other
+    alone = drawn(left_out=(64, 1024))  # whatever other batches are complete
     assert alone.frames["fresh"].equals(exhibit.frames["fresh"])
 
 
