@@ -46,7 +46,7 @@ def draw(plan: Plan) -> Exhibit:
     caption = f"{finding} {_setting(plan, data)}{_idle(data)}{left_out(plan)}"
     tuned = at_home[at_home.metric != SCRATCH]
     tram = away[away.entry.str.startswith("tram")]
-    said = answer([*tuned[tuned.entry == "sam"].verdict_baseline, *tram.verdict_baseline], Verdict.BETTER)
+    said = answer([*tuned[tuned.method == "sam"].verdict_baseline, *tram.verdict_baseline], Verdict.BETTER)
     return Exhibit(plan, {"": data}, caption, finding, markdown="\n".join(blocks), answer=said)
 
 
