@@ -29,9 +29,9 @@ MAY_IMPORT = {
     "tasks": SHARED | {"models", "data", "config"},
     # names of data have a package and version; to compose a config asks the table of methods and the task whether it can be
     "config": SHARED | {"data", "sharpness", "tasks"},
-    "records": SHARED | {"config"},
+    "records": SHARED | {"config", "log_spaced"},
     # training measures the decomposition on its way, hence curvature
-    "training": SHARED | FLOOR | {"sharpness", "curvature", "tasks", "records", "config", "data"},
+    "training": SHARED | FLOOR | {"log_spaced", "sharpness", "curvature", "tasks", "records", "config", "data"},
     # planning reads the table of methods and the chunks of the head, and nothing else of sharpness
     "planning": SHARED | {"config", "models", "sharpness", "head", "tasks"},
     # a study reads the table of methods: which have a radius, and what they cost

@@ -132,16 +132,20 @@ def test_damaged_metrics_are_refused(tmp_path, damage, words, done):
 
 
 def test_a_complete_run_has_its_metrics(tmp_path):
-    """Cut in a line, at the end of one, or gone: none is drawn or released."""
-    run = record(tmp_path, lines=AT_THE_END, more=["measure.points=2"])
+    """Cut in a line, at the end of one, in the middle, or gone, or with a line twice: none is drawn or released."""
+    lines = [{"kind": "decompose", "step": 1, "loss": 3.0}, *AT_THE_END]
+    run = record(tmp_path, lines=lines, more=["measure.points=2"])
     path, here = run.directory / "metrics.jsonl", RunDirectories()
     whole = path.read_bytes()
-    assert len(here.metrics(run.config)) == 3
-    first, second, _ = whole.splitlines(True)
+    assert len(here.metrics(run.config)) == 4
+    first, *others = whole.splitlines(True)
     damages = [
-        (whole[:-3], "line 3 is cut"),
-        (first, "kind validation end at step 0"),
-        (first + second, "kind decompose or targets end"),
+        (whole[:-3], "line 4 is cut"),
+        (first, "kind train end at step 0"),
+        (first + others[0], "0 lines of kind validation at step 10, where training wrote 1"),
+        (first + others[0] + others[1], "0 lines of kind decompose at step 10"),
+        (b"".join(others), "0 lines of kind decompose at step 1"),
+        (first + whole, "2 lines of kind decompose at step 1"),
     ]
     for content, words in (*damages, (None, "is missing")):
         path.unlink() if content is None else path.write_bytes(content)

@@ -12,7 +12,7 @@ from typing import Any
 PACKAGE = Path(__file__).resolve().parents[1]
 ROOT = PACKAGE.parents[1]
 # config is not among them: it acts on a result through the resolved config alone, and that has its own hash.
-FLOOR = ("losses.py", "vectors.py", "ascents.py", "head.py", "weights.py")
+FLOOR = ("losses.py", "vectors.py", "moments.py", "ascents.py", "head.py", "weights.py", "derivatives.py", "log_spaced.py")
 SOURCES = (*FLOOR, "models", "sharpness", "curvature", "tasks", "data", "training")
 TOKENIZER = "tokenizer.model"  # a file of prepared text
 # What only starts, stops and watches runs.
