@@ -101,6 +101,23 @@ def test_no_circles():
         visit(name, [])
 
 
+@pytest.mark.parametrize(
+    ("words", "ends"),
+    [
+        (["figure-1", "FRESH=0", "RELEASED=no"], "--jobs 0"),
+        (["figure-1", "FRESH=1"], "--jobs 0  --fresh"),
+        (["tables", "SCALE=laptop", "FRESH=0"], "draw tables --scale laptop"),
+        (["submit-figure-1", "CLUSTER=mine", "RELEASED=1"], "--cluster mine --released"),
+    ],
+)
+def test_a_switch_of_make_that_is_off_is_off(words, ends):
+    """FRESH=0 moved every run aside."""
+    done = subprocess.run(["make", "-n", "-s", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = [re.sub(" +", " ", line.strip()) for line in done.stdout.splitlines() if "functional-sam" in line]
+    first = next(line for line in lines if " pip " not in line)
+    assert first.endswith(re.sub(" +", " ", ends)), first
+
+
 def test_planning_reads_the_table_of_methods_alone():
     for path in (PACKAGE / "planning").glob("*.py"):
         assert set(re.findall(r"functional_sam\.(sharpness[.\w]*)", path.read_text())) <= {"sharpness.methods"}

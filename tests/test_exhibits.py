@@ -170,6 +170,39 @@ FACTS = {"figure-10": {}, "figure-2": {"claim": "a | b", "title": "T", "time": "
 RECORD = {"files": ["paper/figures/figure-2.pdf", "paper/figures/figure-2.png"], "headline": "|g| is small"}
 
 
+def test_what_was_drawn_stays_whole_until_all_of_the_next_is_made(home, monkeypatch):
+    """A drawing that is interrupted, here in its PNG, leaves picture, numbers and record as they were, and nothing else."""
+    do(exhibits.needed("figure-1"))
+    exhibit = exhibits.draw("figure-1")
+    before = {path: path.read_bytes() for path in exhibits.write(exhibit)}
+    save = type(exhibit.figure).savefig
+
+    def interrupted(figure, path, **words):
+        if words["format"] == "png":
+            raise KeyboardInterrupt
+        save(figure, path, **words)
+
+    monkeypatch.setattr(type(exhibit.figure), "savefig", interrupted)
+    exhibit.figure.set_facecolor("red")
+    with pytest.raises(KeyboardInterrupt):
+        exhibits.write(exhibit)
+    assert {path: path.read_bytes() for path in (home / "paper").rglob("*.*")} == before
+
+
+def test_claims_and_report_refuse_what_is_not_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "paper_directory", lambda: tmp_path / "paper")
+    path = tmp_path / "paper" / "figures" / "figure-2.json"
+    write_text(path, '{"exhibit": "figure-2", "scale": "quick", "files": ["paper/figures/figure-2.png"]}')
+    with pytest.raises(UserError, match=r"figure-2.png is missing; draw it again: functional-sam draw figure-2 --scale quick"):
+        claims.recorded()
+    write_text(path.with_suffix(".png"), "")
+    assert list(claims.recorded()) == [("figure-2", "quick")]
+    for damaged in ('{"exhibit": ', "[]", "{}"):
+        write_text(path, damaged)
+        with pytest.raises(UserError, match=r"figure-2.json is damaged .*: draw the exhibit again"):
+            claims.recorded()
+
+
 def test_the_table_of_claims():
     text = claims.table(FACTS, {("figure-2", "quick"): RECORD})
     row = r"| a \| b | \|g\| is small | descriptive | `make figure-2` (1 min): [quick](paper/figures/figure-2.png) |"

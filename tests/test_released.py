@@ -89,6 +89,14 @@ def test_a_drawing_with_settings_of_the_command_line_is_not_the_exhibits(home, c
     assert not list((home / "paper").glob("overridden/*.json"))  # claims reads paper/*/*.json
 
 
+def test_a_release_takes_no_settings_of_the_command_line(home):
+    """It would be of the exhibit as it is stated all the same."""
+    do(exhibits.needed("figure-1"))
+    with pytest.raises(UserError, match="release figure-1: training.steps=7: only runs as the exhibit states them"):
+        results.release_command(options(overrides=["training.steps=7"]))
+    assert not (home / "results").exists()
+
+
 def test_check_compares_what_is_written(home):
     do(exhibits.needed("figure-1"))
     results.release_command(options())

@@ -48,7 +48,12 @@ def compose(
     config = validated(_merged(together, layers))
     for place in ("cache", "data", "runs"):  # a shell leaves the ~ of key=~/x alone
         value = getattr(config.runtime, place)
-        setattr(config.runtime, place, value and str(Path(value).expanduser()))
+        try:
+            setattr(config.runtime, place, value and str(Path(value).expanduser()))
+        except RuntimeError as error:
+            raise UserError(
+                f"runtime.{place}={value}: whose home directory ~ stands for is not known; give the whole path"
+            ) from error
     check(config)
     resolve(config.method.name, config.method.options)
     return config

@@ -36,6 +36,20 @@ class Run:
         self._metrics: TextIO | None = None
         self._lock: FileLock | None = None
 
+    @classmethod
+    def at(cls, directory: Path) -> "Run":
+        """The run whose directory this is, by its config.yaml. Raises UserError where that config's run has another name.
+
+        A directory that was renamed, or is of an earlier version, would have the run begun anew, in another place.
+        """
+        config = load(directory / "config.yaml")
+        if config.name != (name := directory.resolve().name):
+            raise UserError(
+                f"{directory}: its config.yaml is that of {config.name} today, so that {name} was renamed or is of an earlier "
+                "version; rename it, or begin the run anew with functional-sam train --task"
+            )
+        return cls(config, directory.resolve().parent if directory.name in ("", "..") else directory.parent)
+
     # ------------------------------------------------------------------ reading
 
     @property
