@@ -247,6 +247,11 @@ def test_runs_that_are_queued_are_not_submitted_again(tmp_path, monkeypatch):
         submit("figure-1", "quick", path, [f"runtime.runs={tmp_path}/runs"], False, Console(quiet=True))
 
 
+def test_a_place_that_a_job_would_seek_elsewhere_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"say it as runtime\.runs=DIRECTORY"):
+        submit("figure-1", "quick", profile_file(tmp_path, "time: 60"), ["runtime={runs: here}"], True, Console(quiet=True))
+
+
 # ---------------------------------------------------------------------- in a job
 
 
