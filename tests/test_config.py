@@ -43,7 +43,7 @@ from functional_sam.models import PUBLISHED, Decoder
         ("measure={targets: [8], temperatures: []}", "measure.temperatures=[]"),
         ("measure={curvature: true, geometries: []}", "measure.geometries=[]"),
         ("training.steps=[1", "cannot be read"),
-        ("runtime.runs=~nobody-of-this-name/runs", "no home directory is known for ~"),
+        ("runtime.runs=~nobody-of-this-name/runs", "whose home directory ~ stands for is not known"),
     ],
 )
 def test_bad_values(override, words):

@@ -199,7 +199,7 @@ def test_claims_and_report_refuse_what_is_not_whole(tmp_path, monkeypatch):
     assert list(claims.recorded()) == [("figure-2", "quick")]
     for damaged in ('{"exhibit": ', "[]", "{}"):
         write_text(path, damaged)
-        with pytest.raises(UserError, match=r"figure-2.json is damaged .*: draw the exhibit again"):
+        with pytest.raises(UserError, match=r"figure-2.json is damaged .*: remove it, and draw the exhibit again"):
             claims.recorded()
 
 
