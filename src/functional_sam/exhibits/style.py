@@ -180,7 +180,7 @@ def marks(
         axis.plot([place for place, _ in finite], [one.mean for _, one in finite], line, color=own, linewidth=0.7, alpha=0.6)
     if label is not None:
         face = style["markerfacecolor"]
-        axis.plot([], [], line, color=own, marker=shape, markerfacecolor=face, label=label, linewidth=0.9)
+        axis.plot([], [], line if joined else "none", color=own, marker=shape, markerfacecolor=face, label=label, linewidth=0.9)
 
 
 def plain(value: float) -> str:
