@@ -4,6 +4,8 @@ JOBS ?= 0
 PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/ready
+OFF := 0 no false off
+FLAGS = $(if $(filter-out $(OFF),$(FRESH)),--fresh) $(if $(filter-out $(OFF),$(RELEASED)),--released)
 EXHIBITS := $(basename $(notdir $(wildcard configs/exhibits/*.yaml)))
 export PYTHONUTF8 := 1
 
@@ -34,11 +36,11 @@ tables: $(READY)  ## every table (quick: 15 min); a larger scale is redrawn from
 figures: $(READY)  ## every figure, in the same way (quick: 20 min after make tables)
 
 $(EXHIBITS): $(READY)
-	@$(BIN)/functional-sam run $@ --scale $(SCALE) --jobs $(JOBS) $(if $(FRESH),--fresh) $(if $(RELEASED),--released)
+	@$(BIN)/functional-sam run $@ --scale $(SCALE) --jobs $(JOBS) $(FLAGS)
 	@$(BIN)/functional-sam draw $@ --scale $(SCALE)
 
 $(ALL): $(READY)
-	@$(if $(FRESH)$(RELEASED)$(filter quick,$(SCALE)),$(BIN)/functional-sam run $@ --scale $(SCALE) --jobs $(JOBS) $(if $(FRESH),--fresh) $(if $(RELEASED),--released))
+	@$(if $(strip $(FLAGS))$(filter quick,$(SCALE)),$(BIN)/functional-sam run $@ --scale $(SCALE) --jobs $(JOBS) $(FLAGS))
 	@$(BIN)/functional-sam draw $@ --scale $(SCALE)
 
 $(addprefix draw-,$(EXHIBITS) $(ALL)): draw-%: $(READY)
@@ -52,7 +54,7 @@ $(addprefix check-,$(EXHIBITS) $(ALL)): check-%: $(READY)
 
 $(addprefix submit-,$(EXHIBITS) $(ALL)): submit-%: $(READY)
 	@test -n "$(CLUSTER)" || { echo "make: which cluster? make $@ CLUSTER=NAME, a file of jobs/clusters (see jobs/README.md)"; exit 2; }
-	@$(BIN)/functional-sam submit $* --scale $(SCALE) --cluster $(CLUSTER) $(if $(RELEASED),--released)
+	@$(BIN)/functional-sam submit $* --scale $(SCALE) --cluster $(CLUSTER) $(filter --released,$(FLAGS))
 
 slurm:  ## a SLURM on this machine, for its tests and to try submissions (Debian, root; 10 s)
 	@jobs/local-slurm/local-slurm install

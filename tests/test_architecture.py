@@ -29,9 +29,9 @@ MAY_IMPORT = {
     "tasks": SHARED | {"models", "data", "config"},
     # names of data have a package and version; to compose a config asks the table of methods and the task whether it can be
     "config": SHARED | {"data", "sharpness", "tasks"},
-    "records": SHARED | {"config"},
+    "records": SHARED | {"config", "log_spaced"},
     # training measures the decomposition on its way, hence curvature
-    "training": SHARED | FLOOR | {"sharpness", "curvature", "tasks", "records", "config", "data"},
+    "training": SHARED | FLOOR | {"log_spaced", "sharpness", "curvature", "tasks", "records", "config", "data"},
     # planning reads the table of methods and the chunks of the head, and nothing else of sharpness
     "planning": SHARED | {"config", "models", "sharpness", "head", "tasks"},
     # a study reads the table of methods: which have a radius, and what they cost
@@ -99,6 +99,23 @@ def test_no_circles():
 
     for name in graph:
         visit(name, [])
+
+
+@pytest.mark.parametrize(
+    ("words", "ends"),
+    [
+        (["figure-1", "FRESH=0", "RELEASED=no"], "--jobs 0"),
+        (["figure-1", "FRESH=1"], "--jobs 0  --fresh"),
+        (["tables", "SCALE=laptop", "FRESH=0"], "draw tables --scale laptop"),
+        (["submit-figure-1", "CLUSTER=mine", "RELEASED=1"], "--cluster mine --released"),
+    ],
+)
+def test_a_switch_of_make_that_is_off_is_off(words, ends):
+    """FRESH=0 moved every run aside."""
+    done = subprocess.run(["make", "-n", "-s", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = [re.sub(" +", " ", line.strip()) for line in done.stdout.splitlines() if "functional-sam" in line]
+    first = next(line for line in lines if " pip " not in line)
+    assert first.endswith(re.sub(" +", " ", ends)), first
 
 
 def test_planning_reads_the_table_of_methods_alone():

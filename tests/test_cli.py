@@ -66,6 +66,8 @@ def here(capsys, *arguments):
         (["train", "--task", "language", "runtime.device=cuda:99"], "runtime.device=cuda:99: "),
         (["train", "--task", "language", "task=vision"], "'task=vision': task is no setting but what a run is"),
         (["train", "--task", "language", "method.rho=0.1"], "'method.rho=0.1' does nothing with --method adamw"),
+        (["plan", "figure-1", "training.init_seed=7"], "figure-1 sets training.init_seed of each of its runs itself: leave it out"),
+        (["run", "figure-8", "data={vocab: 384}"], "figure-8 sets data.vocab of each of its runs itself: leave it out"),
         (["plan", "figure-1", "method={name: sam}"], "functional-sam train --method NAME"),
         (["status", "nope"], "nope: no such directory"),
     ],

@@ -43,6 +43,11 @@ from functional_sam.models import PUBLISHED, Decoder
         ("measure={targets: [8], temperatures: []}", "measure.temperatures=[]"),
         ("measure={curvature: true, geometries: []}", "measure.geometries=[]"),
         ("training.steps=[1", "cannot be read"),
+        ("measure={targets: [8], more_targets: [16, 8]}", "measure.targets: 8 is there twice"),
+        ("measure.temperatures=[1, 1.0]", "measure.temperatures: 1.0 is there twice"),
+        ("measure.ascents=[adam, adam]", "measure.ascents: adam is there twice"),
+        ("method={options: [1]}", "Cannot merge incompatible container types"),
+        ("runtime.runs=~nobody-of-this-name/runs", "whose home directory ~ stands for is not known"),
     ],
 )
 def test_bad_values(override, words):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from functional_sam.data import cache
 from functional_sam.data.cache import MANIFEST, cached, silent, write_array
 from functional_sam.errors import UserError
 
@@ -95,12 +96,25 @@ def test_damage_is_named_with_the_way_out(tmp_path: Path, damage, what: str) -> 
     assert "Delete" in str(error.value)
 
 
-def test_changed_content_of_the_same_size_is_found_by_verify_only(tmp_path: Path) -> None:
+def test_changed_content_of_the_same_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run would say in its record that it was trained on what was there before. Of much data it is found when asked."""
     cached(tmp_path / "d", build, silent)
     (tmp_path / "d" / "values").write_bytes(bytes(20))
+    os.utime(tmp_path / "d" / "values", ns=(0, 0))  # a clock of files ticks every few milliseconds
+    for verify in (None, True):
+        with pytest.raises(UserError, match="SHA-256"):
+            cached(tmp_path / "d", build, silent, verify)
+    cached(tmp_path / "d", build, silent, verify=False)
+    monkeypatch.setattr(cache, "SMALL", 19)
     cached(tmp_path / "d", build, silent)
     with pytest.raises(UserError, match="SHA-256"):
         cached(tmp_path / "d", build, silent, verify=True)
+
+
+def test_content_is_read_once_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached(tmp_path / "d", build, silent)
+    monkeypatch.setattr(cache, "sha256", lambda _: pytest.fail("read twice"))
+    cached(tmp_path / "d", build, silent)
 
 
 def test_a_full_disk_leaves_nothing_that_looks_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from functional_sam.exhibits import figure_2, figure_4, flatness, table_4
 from functional_sam.exhibits.spec import load_spec
 from functional_sam.files import write_text
 from functional_sam.records import Run
+from functional_sam.records.due import lines_due
 from functional_sam.study.compare import Estimate, paired_difference
 from functional_sam.tasks import prepare
 from functional_sam.training import loop
@@ -27,8 +28,9 @@ def record(config, **summary):
     run = Run(config)
     run.directory.mkdir(parents=True, exist_ok=True)
     write_text(run.directory / "config.yaml", to_yaml(config))
-    last = [{"kind": kind, "step": config.training.steps, "loss": 3.0} for kind in ("train", "validation", "decompose")]
-    write_text(run.directory / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in last))
+    places = [("train", config.training.steps), *lines_due(config).elements()]
+    lines = [{"kind": kind, "step": step, "loss": 3.0, "dose": None} for kind, step in places]
+    write_text(run.directory / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     run.write("done.json", {"seconds": 1.0, "step": config.training.steps, **summary})
     run.write("provenance.json", {"commit": "c", "diff": "", "versions": {}, "data": {"data": "d", "sha256": "s"}})
     return run
@@ -175,6 +177,12 @@ def flat(trained, fitted, share=0.25, scale=1.5):
         **curvature(trained, share),
         "temperature": {"scale": scale, "loss": 3.0, "fitted_loss": 2.9, **curvature(fitted, share)},
     }
+
+
+def test_table_4_has_its_lengths_in_units_of_the_steps_of_the_command_line():
+    configs = exhibits.needed("table-4", overrides=("training.steps=10", "optimizer.warmup_steps=1"))
+    assert {config.training.steps for config in configs if config.method.name == "adamw"} == {7, 10, 14}
+    assert {config.training.steps for config in configs if config.method.name == "sam"} == {10}
 
 
 def test_table_4_tells_temperature_from_flatness(tmp_path):

@@ -147,6 +147,33 @@ def test_bf16_runs_forward_in_autocast():
         close(*results, 1e-5)
 
 
+class Counted(torch.nn.Module):
+    """Cross-entropy as a sum, with a buffer that moves at each call; `dtypes` are those of its sums."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.dtypes = set()
+
+    def forward(self, logits, targets):
+        total = F.cross_entropy(logits, targets, reduction="sum")
+        self.calls += 1
+        self.dtypes.add(total.dtype)
+        return total, len(targets)
+
+
+@pytest.mark.parametrize("of", [lambda loss: loss, lambda loss: loss.forward, lambda loss: lambda *given: loss(*given)])
+def test_a_loss_of_ones_own_is_in_autocast_as_in_a_training_step(of):
+    """Of bf16 logits torch computes it in float32 there, outside in bf16: module, method and function alike."""
+    stock, _ = fitted(Stock(0.0), precision="bf16-mixed", max_epochs=1)
+    loss = Counted()
+    ours, _ = fitted(Ours(0.0, method="functional-sam", rho=0.0, loss_fn=of(loss)), precision="bf16-mixed", max_epochs=1)
+    assert loss.dtypes == {torch.float32}
+    close(theta_of(ours), theta_of(stock), 1e-6)
+    if of(loss) in (loss, loss.forward):
+        assert loss.calls == 6  # once a step, in whatever number of passes
+
+
 def two_processes(rank):
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     options = {"method": "functional-sam", "rho": 0.3}

@@ -247,6 +247,11 @@ def test_runs_that_are_queued_are_not_submitted_again(tmp_path, monkeypatch):
         submit("figure-1", "quick", path, [f"runtime.runs={tmp_path}/runs"], False, Console(quiet=True))
 
 
+def test_a_place_that_a_job_would_seek_elsewhere_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"say it as runtime\.runs=DIRECTORY"):
+        submit("figure-1", "quick", profile_file(tmp_path, "time: 60"), ["runtime={runs: here}"], True, Console(quiet=True))
+
+
 # ---------------------------------------------------------------------- in a job
 
 
@@ -271,6 +276,8 @@ def test_processes_of_a_job_meet_at_a_port_that_no_program_is_handed(monkeypatch
         ("sbatch: {time: 60}", "sbatch: time is set by time"),
         ("sbatch: {ntasks_per_node: 2}", "sbatch: ntasks_per_node is set by tasks_per_node"),
         ("sbatch: {array: 0-5}", "sbatch: array is set by the submission itself"),
+        ("time: 60", "time is there twice"),
+        ("sbatch: {mem: 1, mem: 2}", "mem is there twice"),
         ("draw: []", None),
         ("draw: [x]", "draw: expected key: value lines, found a list"),
         ('partition: "a\\nb"', "partition: .* more than one line"),

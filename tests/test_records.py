@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -16,7 +17,8 @@ from functional_sam.exhibits.output import as_written
 from functional_sam.exhibits.spec import Bound, Spec, Tolerance, load_spec
 from functional_sam.files import write_text
 from functional_sam.records import Run, RunDirectories, RunLocked, code, move_aside, own, released, status
-from functional_sam.records.provenance import machine, provenance, resumed
+from functional_sam.records.provenance import commit, machine, provenance, resumed
+from functional_sam.training.attempt import attempt
 from functional_sam.training.speed import estimate, measured
 
 HERE = {"code": code.fingerprint(), "versions": {}, "data": {"data": "d", "sha256": "s" * 64}}
@@ -37,6 +39,14 @@ def record(root, method="adamw", steps=10, seconds=5.0, done=True, lines=(), mor
 
 
 # ---------------------------------------------------------------------- code and data
+
+
+def test_a_place_that_is_no_directory_is_named(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    for place, words in (("file", "Not a directory|File exists"), ("nowhere", "File exists"), ("n" * 300, "File name too long")):
+        with pytest.raises(UserError, match=f"cannot write .*({words}).*choose another place"):
+            write_text(tmp_path / place / "config.yaml", "x")
 
 
 def test_comments_and_docstrings_are_no_code():
@@ -70,6 +80,31 @@ def test_what_differs_is_named(change, words):
     assert all(one.startswith(word) for one, word in zip(found, words, strict=True))
     if "data" in change:
         assert code.differences({**HERE, **change}, None) == []  # data that is not prepared cannot be compared
+
+
+def test_the_repository_around_a_package_is_not_its_own(tmp_path, monkeypatch):
+    """As of an environment within another project, or where a hook of git says which repository is meant."""
+    for words in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "x"]):
+        code.within_git(*words, root=tmp_path)
+    (tmp_path / "inside").mkdir()
+    assert len(code.git("rev-parse", "HEAD", root=tmp_path)) == 40
+    with pytest.raises(FileNotFoundError, match="not the root of a repository"):
+        code.git("rev-parse", "HEAD", root=tmp_path / "inside")
+    here = commit()
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    assert commit() == here
+
+
+def test_a_run_is_not_begun_anew_beside_its_renamed_directory(tmp_path, monkeypatch):
+    run = record(tmp_path, done=False)
+    assert Run.at(run.directory).directory == run.directory
+    monkeypatch.chdir(run.directory)
+    assert Run.at(Path()).directory == run.directory  # functional-sam train .
+    renamed = run.directory.rename(tmp_path / "renamed")
+    with pytest.raises(UserError, match=f"its config.yaml is that of {run.config.name} today, so that renamed was renamed"):
+        Run.at(renamed)
+    with pytest.raises(UserError, match="was renamed"):
+        attempt(renamed, 1)
 
 
 def test_a_record_without_fingerprint_is_judged_by_its_commit():
@@ -132,16 +167,20 @@ def test_damaged_metrics_are_refused(tmp_path, damage, words, done):
 
 
 def test_a_complete_run_has_its_metrics(tmp_path):
-    """Cut in a line, at the end of one, or gone: none is drawn or released."""
-    run = record(tmp_path, lines=AT_THE_END, more=["measure.points=2"])
+    """Cut in a line, at the end of one, in the middle, or gone, or with a line twice: none is drawn or released."""
+    lines = [{"kind": "decompose", "step": 1, "loss": 3.0}, *AT_THE_END]
+    run = record(tmp_path, lines=lines, more=["measure.points=2"])
     path, here = run.directory / "metrics.jsonl", RunDirectories()
     whole = path.read_bytes()
-    assert len(here.metrics(run.config)) == 3
-    first, second, _ = whole.splitlines(True)
+    assert len(here.metrics(run.config)) == 4
+    first, *others = whole.splitlines(True)
     damages = [
-        (whole[:-3], "line 3 is cut"),
-        (first, "kind validation end at step 0"),
-        (first + second, "kind decompose or targets end"),
+        (whole[:-3], "line 4 is cut"),
+        (first, "kind train end at step 0"),
+        (first + others[0], "0 lines of kind validation at step 10, where training wrote 1"),
+        (first + others[0] + others[1], "0 lines of kind decompose at step 10"),
+        (b"".join(others), "0 lines of kind decompose at step 1"),
+        (first + whole, "2 lines of kind decompose at step 1"),
     ]
     for content, words in (*damages, (None, "is missing")):
         path.unlink() if content is None else path.write_bytes(content)

@@ -26,13 +26,18 @@ def close(a, b, tolerance=1e-12):
 
 
 def preconditioner(model, optimizer):
-    """P = 1 / (sqrt(v_hat) + e), from AdamW's state by its published formula."""
-    result = {}
-    for name, p in model.named_parameters():
-        state = optimizer.state[p]
-        v_hat = state["exp_avg_sq"] / (1 - 0.98 ** state["step"].item())
-        result[name] = 1 / (v_hat.sqrt() + 1e-9)
-    return result
+    """P of the page from AdamW's state; the page's formula is held to one number by hand below."""
+    states = {name: optimizer.state[p] for name, p in model.named_parameters()}
+    (steps,) = {int(state["step"]) for state in states.values()}
+    return reference.adam_preconditioner({name: state["exp_avg_sq"] for name, state in states.items()}, steps, 0.98, 1e-9)
+
+
+def test_the_preconditioner_of_the_page_by_hand():
+    """Two steps whose g is 3: v = (1 - .9) 9 (1 + .9) = 1.71, v_hat = 9, P = 1 / (3 + 1); and theta' = theta + rho P g / |P g|."""
+    P = reference.adam_preconditioner({"w": torch.tensor([1.71, 0.0])}, 2, 0.9, 1.0)
+    torch.testing.assert_close(P["w"], torch.tensor([0.25, 1.0]))
+    theta = reference.ascend({"w": torch.zeros(2)}, {"w": torch.tensor([12.0, 4.0])}, 0.5, P)  # P g = (3, 4)
+    torch.testing.assert_close(theta["w"], torch.tensor([0.3, 0.4]))
 
 
 @pytest.mark.parametrize("kind", [TinyModel, TinyReadout])

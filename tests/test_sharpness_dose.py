@@ -174,7 +174,7 @@ def test_a_dose_that_fails_is_a_step_that_fails(monkeypatch):
         raise RuntimeError("out of memory")
 
     model, _, sharpness = build(TinyModel, "sam")
-    monkeypatch.setattr("functional_sam.sharpness.backward.dose_of", fails)
+    monkeypatch.setattr("functional_sam.sharpness.backward.dose_of_step", fails)
     with pytest.raises(RuntimeError, match="out of memory"):
         sharpness.backward(parts_at(0), measure_dose=True)
     assert sharpness.steps == 0

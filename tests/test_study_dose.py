@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from functional_sam.log_spaced import measure_steps
 from functional_sam.study.dose import dose_at_measured_steps, dose_of, mean_dose
-from functional_sam.training.measure import measure_steps
 
 
 def a_source(**runs):

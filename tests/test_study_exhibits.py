@@ -196,6 +196,17 @@ def test_the_path_alone_at_equal_rho_and_at_equal_dose():
     assert list(at_first.dose) == pytest.approx([0.2, 2.0])
 
 
+def test_the_path_alone_pairs_seeds_and_not_places():
+    """SAM lacks seed 0 and has seed 4: nothing at equal rho. Of the same seeds in another order each has its own twin."""
+    own = [{"entry": "functional-sam", "seed": seed, "test": 3.0 + seed} for seed in range(4)]
+    theirs = [{"entry": "sam", "seed": seed, "test": 2.0 + seed} for seed in (3, 1, 2, 0)]
+    rest = {"cell": "c", "rho": 0.1, "minus_baseline": 0.0, "dose": 0.1, "dose_at_measured_steps": 0.1}
+    found = path_alone(pd.DataFrame([row | rest for row in own + theirs]))
+    assert [(row["difference"], row["n"]) for row in found if row["at_equal"] == "rho"] == [(1.0, 4)]
+    others = [{**row, "seed": row["seed"] or 4} for row in theirs]
+    assert path_alone(pd.DataFrame([row | rest for row in own + others])) == []
+
+
 def test_what_is_described_at_equal_dose_is_not_of_the_family():
     """Another verdict of it moves none of the others; its own is the one that it would have in the place of those at equal dose."""
     one = {"entry": "functional-sam", "other": "sam", "stderr": 0.01, "n": 5}

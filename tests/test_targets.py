@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from functional_sam.config import compose
 from functional_sam.curvature import decompose
 from functional_sam.errors import UserError
 from functional_sam.losses import IGNORE
+from functional_sam.records.due import lines_due
 from functional_sam.tasks import prepare
 from functional_sam.training import loop
 from functional_sam.training.targets import fresh_batches, logits_of, shares_by_targets, tempered
@@ -91,6 +93,8 @@ def test_a_run_writes_them_at_its_points_and_trains_as_without(cache, tmp_path):
     lines = run.metrics("targets")
     assert [(line["step"], line["targets"]) for line in lines] == [(1, 8), (2, 8), (2, 16), (3, 8), (6, 8), (6, 16)]
     assert ["adam" in line for line in lines] == [False] * 3 + [True] * 3
+    by_config = (one for one in run.metrics() if one["kind"] not in ("train", "test"))
+    assert lines_due(run.config) == Counter((one["kind"], one["step"]) for one in by_config)
     assert not run.metrics("decompose")
     assert all(math.isfinite(line["gradient"]["same"]["share"]) for line in lines)
     plain = loop.train(config(cache, "language", f"runtime.runs={tmp_path / 'b'}"))

@@ -5,6 +5,7 @@ import math
 import shutil
 import time
 import warnings
+from collections import Counter
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from functional_sam.errors import Interrupted, UserError
 from functional_sam.files import write_text
 from functional_sam.models import block
 from functional_sam.records import Run, RunLocked
+from functional_sam.records.due import lines_due
 from functional_sam.training import checkpoint, loop, pool, precision
 from functional_sam.training.attempt import attempt
 from functional_sam.training.optimizers import optimizer_of
@@ -112,6 +114,8 @@ def test_the_record_says_where_it_came_from(cache, tmp_path):
     assert all(0 < line["gradient"]["share"] < 1 for line in shares)
     assert ["adam" in line for line in shares] == [False, False, True]  # from measure.adam_from = 10 on
     assert 0 < shares[-1]["adam"]["share"] < 1
+    by_config = (one for one in run.metrics() if one["kind"] not in ("train", "test"))
+    assert lines_due(run.config) == Counter((one["kind"], one["step"]) for one in by_config)
     doses = run.metrics("dose")
     assert {line["step"] for line in doses} == loop.measure_steps(8, 12)
     assert all(0 < line["dose"] < 10 for line in doses)

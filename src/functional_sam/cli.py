@@ -154,8 +154,9 @@ def _warn(
 
 
 def _train(options: argparse.Namespace) -> int:
-    from functional_sam.config import compose, load, refuse_names, settings_of
+    from functional_sam.config import compose, refuse_names, settings_of
     from functional_sam.config.check import MOST_THREADS
+    from functional_sam.records import Run
     from functional_sam.sharpness import resolve
     from functional_sam.tasks.settings import require_read
     from functional_sam.training.attempt import require_device
@@ -176,7 +177,7 @@ def _train(options: argparse.Namespace) -> int:
             directories = [Path(argument) for argument in options.arguments]
             if options.worker:
                 return 1 if work(directories, options.threads) else 0
-            todo = [(load(directory / "config.yaml"), directory.parent) for directory in directories]
+            todo = [(run.config, run.directory.parent) for run in map(Run.at, directories)]
         else:
             refuse_names(options.arguments)
             config = compose(options.task, options.method, options.scale, overrides=options.arguments)

@@ -26,9 +26,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         os.close(handle)
         temporary = Path(name)
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        temporary.chmod(0o666 & ~_umask())
         sync(temporary)
         temporary.replace(path)
         sync(path.parent)
@@ -54,7 +52,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             sync(file)
         sync(temporary)
-        temporary.chmod(0o755)
+        temporary.chmod(0o777 & ~_umask())
         try:
             temporary.rename(path)
         except OSError as error:
@@ -66,6 +64,13 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    """What the user takes away from whom: asked for by setting it."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def write_text(path: Path, text: str) -> None:
@@ -93,11 +98,13 @@ def sync(path: Path) -> None:
 
 
 def explained(error: OSError, path: Path) -> OSError | UserError:
-    """The UserError for a full disk or a place that cannot be written; any other error itself."""
+    """The UserError for a full disk, or a place that cannot be written or is no directory; any other error itself."""
     if error.errno == errno.EFBIG:
         return UserError(f"{path} would exceed this process's limit (ulimit -f): raise it and run the same command again")
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(f"disk full while writing {path}: free some space and run the same command again")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError(f"cannot write {path} ({error.strerror}): make its directory writable or choose another")
+    if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE):
+        return UserError(f"cannot write {path} ({error.strerror}): choose another place")
     return error

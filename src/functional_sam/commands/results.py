@@ -120,6 +120,9 @@ def refuse_released(plan: Plan) -> None:
 def release_command(options: argparse.Namespace) -> int:
     """Write the released records and numbers of an exhibit from the present runs; of an unfinished one the records alone."""
     name, scale = options.exhibit, options.scale
+    if options.overrides:
+        given = " ".join(options.overrides)
+        raise UserError(f"release {name}: {given}: only runs as the exhibit states them, under runs/, are released: leave it out")
     if options.unfinished:
         return release_unfinished(name, scale)
     plan = ready(name, scale)

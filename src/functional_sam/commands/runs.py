@@ -10,7 +10,7 @@ from rich.table import Table
 from functional_sam.commands import console, wide
 from functional_sam.commands.scale import show_on
 from functional_sam.config import Config
-from functional_sam.errors import UserError
+from functional_sam.errors import Interrupted, UserError
 from functional_sam.exhibits import needed, packs_of, take_released, way
 from functional_sam.jobs.queue import log_of, states
 from functional_sam.records import Run, Status, content, found_in, move_aside, status
@@ -115,11 +115,7 @@ def run_command(options: argparse.Namespace) -> int:
     if options.fresh and options.released:
         raise UserError("--fresh redoes every run, --released trains no run that was released: give one of them")
     overrides = tuple(options.overrides)
-    if options.fresh:
-        runs = [Run(config) for config in needed(options.exhibit, options.scale, overrides)]
-        aside = move_aside(runs, runs[0].directory.parent)
-        if aside is not None:
-            console.print(f"moved the runs that were there to {aside}", highlight=False, soft_wrap=True)
+    known: set[str] = set()  # runs that this command has named: --fresh moves each aside once
 
     def say(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True)
@@ -129,13 +125,25 @@ def run_command(options: argparse.Namespace) -> int:
             configs = take_released(options.exhibit, options.scale, overrides, say)
         else:
             configs = needed(options.exhibit, options.scale, overrides)
+        if options.fresh:
+            runs = [run for run in map(Run, configs) if run.config.name not in known]
+            known |= {run.config.name for run in runs}
+            aside = move_aside(runs, runs[0].directory.parent) if runs else None
+            if aside is not None:
+                say(f"moved the runs that were there to {aside}")
         if all(Run(config).done for config in configs):
             found = statuses([Run(config) for config in configs])
             text = f"{options.exhibit}, scale {options.scale}: all {len(configs)} runs are complete"
             console.print(text + stale_words(options.exhibit, found), highlight=False, soft_wrap=True)
             return 0
-        with Stop(at_once=f"nothing was running; {AGAIN}"):
-            failed = execute(configs, options.jobs or os.cpu_count() or 1, console)
+        try:
+            with Stop(at_once=f"nothing was running; {AGAIN}"):
+                failed = execute(configs, options.jobs or os.cpu_count() or 1, console)
+        except Interrupted as error:
+            if options.fresh:  # it would move aside what it has begun
+                command = way("run", options.exhibit, options.scale, overrides)
+                raise Interrupted(str(error).replace(AGAIN, f"`{command}`, without --fresh, goes on")) from error
+            raise
         if failed:
             show_failed(failed, len(configs))
             return 1

@@ -77,6 +77,12 @@ def validated(config: Config) -> Config:
     for key in ("targets", "more_targets"):
         for number in getattr(measure, key):
             require(number >= 2 and number % 2 == 0, f"measure.{key}: {number} is no even number of targets, to be halved")
+    for key, values in (
+        ("targets", [*measure.targets, *measure.more_targets]),
+        *((key, getattr(measure, key)) for key in ("temperatures", "ascents", "geometries")),
+    ):
+        twice = [value for value in values if values.count(value) > 1]  # an exhibit would count it as two seeds
+        require(not twice, f"measure.{key}: {twice[0] if twice else ''} is there twice")
     require(
         not measure.more_targets or bool(measure.targets),
         "measure.more_targets are measured beside measure.targets: give those too",

@@ -48,7 +48,12 @@ def compose(
     config = validated(_merged(together, layers))
     for place in ("cache", "data", "runs"):  # a shell leaves the ~ of key=~/x alone
         value = getattr(config.runtime, place)
-        setattr(config.runtime, place, value and str(Path(value).expanduser()))
+        try:
+            setattr(config.runtime, place, value and str(Path(value).expanduser()))
+        except RuntimeError as error:
+            raise UserError(
+                f"runtime.{place}={value}: whose home directory ~ stands for is not known; give the whole path"
+            ) from error
     check(config)
     resolve(config.method.name, config.method.options)
     return config
@@ -119,11 +124,11 @@ def _merged(content: dict[str, Any], layers: Sequence[tuple[str, dict[str, Any]]
             return instance(Config, content)
         merged = instance(Config, {name: own for name, own in content.items() if name not in sections})
         return dataclasses.replace(merged, **{name: instance(type(getattr(default, name)), own) for name, own in sections.items()})
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError) as error:
         base = OmegaConf.structured(Config)
         for where, layer in layers:
             base = _merge(base, layer, where)
-        raise UserError(f"the merged config: {error}") from error
+        raise UserError(f"the merged config: {str(error).splitlines()[0]}") from error
 
 
 def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -150,8 +155,9 @@ def to_yaml(config: Config) -> str:
 def _merge(base: Any, layer: Any, where: str) -> Any:
     try:
         return OmegaConf.merge(base, layer)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{where}: {error.full_key or 'value'}: {str(error).splitlines()[0]}") from error
+    except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list in the place of a mapping of any keys
+        key = getattr(error, "full_key", "")
+        raise UserError(f"{where}: {key or 'value'}: {str(error).splitlines()[0]}") from error
 
 
 def _check_keys(layer: Any, where: str, known: dict[str, Any] | None = None, prefix: str = "") -> None:

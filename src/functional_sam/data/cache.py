@@ -16,6 +16,8 @@ from functional_sam.files import atomic_directory, sha256
 
 Progress = Callable[[str], None]
 MANIFEST = "manifest.json"
+SMALL = 2**28  # bytes, whose SHA-256 takes a fraction of a second
+_VERIFIED: set[tuple[str, int, int]] = set()  # files whose content this process has read: path, inode, time of change
 
 
 def silent(line: str) -> None:
@@ -27,11 +29,14 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def cached(directory: Path, build: Callable[[Path], dict[str, Any]], progress: Progress, verify: bool = False) -> dict[str, Any]:
+def cached(
+    directory: Path, build: Callable[[Path], dict[str, Any]], progress: Progress, verify: bool | None = None
+) -> dict[str, Any]:
     """The manifest of `directory`, which `build(temporary directory)` fills once; what `build` returns goes into the manifest.
 
     The manifest also holds `files` (name -> bytes, sha256) and `sha256`, one digest of the content of all files. One process
-    builds while the others wait and then use its result. Sizes are checked at every load, contents when `verify`.
+    builds while the others wait and then use its result. Sizes are checked at every load. Contents, which the records of runs
+    name, at every one when `verify`, never when it is false, and by default at the first of a process, up to SMALL bytes.
     Raises UserError when the directory is damaged, cannot be written or the disk is full.
     """
     directory = Path(directory)
@@ -78,7 +83,7 @@ def _lock(directory: Path, progress: Progress) -> Iterator[None]:
         lock.release()
 
 
-def _load(directory: Path, verify: bool) -> dict[str, Any]:
+def _load(directory: Path, verify: bool | None) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         files = manifest["files"]
@@ -86,14 +91,19 @@ def _load(directory: Path, verify: bool) -> dict[str, Any]:
             raise ValueError("its digest is not that of its files")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(directory, f"{MANIFEST} cannot be used ({error})") from error
+    small = sum(expected["bytes"] for expected in files.values()) <= SMALL
     for name, expected in files.items():
         file = directory / name
         if not file.is_file():
             raise _damaged(directory, f"{name} is missing")
-        if file.stat().st_size != expected["bytes"]:
-            raise _damaged(directory, f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}")
-        if verify and sha256(file) != expected["sha256"]:
-            raise _damaged(directory, f"the content of {name} is not the one that was written (SHA-256 differs)")
+        found = file.stat()
+        if found.st_size != expected["bytes"]:
+            raise _damaged(directory, f"{name} has {found.st_size} bytes instead of {expected['bytes']}")
+        seen = (str(file.resolve()), found.st_ino, found.st_mtime_ns)
+        if verify or (verify is None and small and seen not in _VERIFIED):
+            if sha256(file) != expected["sha256"]:
+                raise _damaged(directory, f"the content of {name} is not the one that was written (SHA-256 differs)")
+            _VERIFIED.add(seen)
     return manifest
 
 

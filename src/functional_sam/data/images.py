@@ -47,7 +47,7 @@ def prepare_images(name: str, cache_dir: Path, progress: Progress | None = None,
         return {"format": FORMAT, "name": name, "source": source} | write_parts(parts, directory)
 
     directory = images_directory(name, cache_dir)
-    return ImageData(directory, cached(directory, build, say, verify))
+    return ImageData(directory, cached(directory, build, say, verify or None))
 
 
 def images_directory(name: str, cache_dir: Path) -> Path:

@@ -69,7 +69,7 @@ def prepare_shards(
                 follow.finished(shard)
         else:
             _in_parallel(missing, processes, follow)
-    return [cached(shard.directory, _absent, progress) for shard in shards]
+    return [cached(shard.directory, _absent, progress, verify=False) for shard in shards]
 
 
 class _Follower:

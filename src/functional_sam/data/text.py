@@ -51,7 +51,7 @@ def prepare_text(
         say(f"reading {', '.join(names)} ...")
         return made_from | build_text(read_sources(names), vocab, directory, say, max_train_tokens)
 
-    return TextData(directory, cached(directory, build, say, verify))
+    return TextData(directory, cached(directory, build, say, verify or None))
 
 
 def text_directory(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from functional_sam.config import Config, compose
+from functional_sam.config import Config
 from functional_sam.exhibits.markdown import significant
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import Spec
@@ -25,15 +25,17 @@ WORDS = {
 }
 
 
-def grid(spec: Spec, task: str, seed: int, lrs: Sequence[float], overrides: tuple[str, ...], **own: Any) -> list[Config]:
-    """AdamW at each learning rate, and each method at each learning rate and radius; own: settings laid over all of them."""
+def grid(
+    spec: Spec, task: str, seed: int, lrs: Sequence[float], overrides: tuple[str, ...], *layers: dict[str, Any]
+) -> list[Config]:
+    """AdamW at each learning rate, and each method at each learning rate and radius; layers: settings of all of them."""
     found = []
     for lr in lrs:
-        found.append(compose(task, "adamw", spec.scale, spec.layers(task, seed, optimizer={"lr": lr}, **own), overrides))
+        found.append(spec.run(task, "adamw", seed, overrides, *layers, optimizer={"lr": lr}))
         for method in spec.methods:
             for rho in spec.rho:
-                layers = spec.layers(task, seed, optimizer={"lr": lr}, method={"rho": rho}, **own)
-                found.append(compose(task, method, spec.scale, layers, overrides))
+                own: dict[str, Any] = {"optimizer": {"lr": lr}, "method": {"rho": rho}}
+                found.append(spec.run(task, method, seed, overrides, *layers, **own))
     return found
 
 

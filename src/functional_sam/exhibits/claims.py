@@ -77,8 +77,20 @@ def shown(record: Mapping[str, Any]) -> str:
 
 def recorded() -> dict[tuple[str, str], dict[str, Any]]:
     """What was drawn: the .json of every exhibit under paper/."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(paper_directory().glob("*/*.json"))]
-    return {(record["exhibit"], record["scale"]): record for record in found}
+    found = {}
+    for path in sorted(paper_directory().glob("*/*.json")):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            place = (record["exhibit"], record["scale"])
+            gone = [file for file in record["files"] if not (paper_directory().parent / file).is_file()]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} is damaged ({type(error).__name__}: {error}): remove it, and draw the exhibit again"
+            ) from error
+        if gone:
+            raise UserError(f"{path}: {gone[0]} is missing; draw it again: functional-sam draw {place[0]} --scale {place[1]}")
+        found[place] = record
+    return found
 
 
 def facts() -> dict[str, dict[str, Any]]:

@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from functional_sam.config import compose
 from functional_sam.exhibits import style
 from functional_sam.exhibits.markdown import interval, number
 from functional_sam.exhibits.output import Exhibit
@@ -30,11 +29,7 @@ ASCENTS: dict[str, Dash] = {"gradient": "-", "adam": "--"}
 
 def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
     """AdamW on each task, each seed (of initialization and data order), with the shares measured on the way."""
-    configs = [
-        compose(task, "adamw", spec.scale, spec.layers(task, seed), overrides)
-        for task in spec.tasks
-        for seed in spec.seeds_by_task.get(task, spec.seeds)
-    ]
+    configs = [spec.run(task, "adamw", seed, overrides) for task in spec.tasks for seed in spec.seeds_by_task.get(task, spec.seeds)]
     return Plan.of_known_runs(spec, configs, source)
 
 

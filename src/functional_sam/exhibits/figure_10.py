@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -28,7 +27,7 @@ ALIKE = {  # parts with one rate and weight decay for all
 CHECKPOINTS = {"last": "last checkpoint", "best": "best on validation"}
 HALVES = ("functional-sam", "logit-sam", "precond-functional-sam")  # whose gain is compared with that of the method below
 WHOLE = {"functional-sam": "sam", "logit-sam": "sam", "precond-functional-sam": "precond-sam"}
-LOOKS: dict[str, dict[str, Any]] = {
+LOOKS: dict[str, dict[str, str]] = {
     "adamw-double": {"color": "#000000", "linestyle": "--", "marker": "X"},
     "smoothing": {"color": "#999999", "linestyle": ":", "marker": "*"},
 }
@@ -86,14 +85,9 @@ def lines(axis: Axes, part: pd.DataFrame, gain: bool) -> None:
         own = own.sort_values("noise")
         found = [difference(row) if gain else Estimate(row.test, row.test_stderr, row.n) for row in own.itertuples()]
         beside = 0.5 * (number - (len(groups) - 1) / 2)
-        axis.errorbar(
-            POINTS * own.noise + beside,
-            [POINTS * one.mean for one in found],
-            [POINTS * one.half_width if math.isfinite(one.half_width) else 0.0 for one in found],
-            label=SHORT.get(str(name), label(str(name))),
-            elinewidth=0.7,
-            **LOOKS.get(str(name), {"color": style.METHOD_COLOR.get(str(name), "#999999"), "marker": style.marker(str(name))}),
-        )
+        points = [Estimate(POINTS * one.mean, POINTS * one.stderr, one.n) for one in found]
+        text = SHORT.get(str(name), label(str(name)))
+        style.marks(axis, list(POINTS * own.noise + beside), points, str(name), label=text, look=LOOKS.get(str(name)))
     axis.set_xticks(sorted(set(POINTS * part.noise)))
 
 

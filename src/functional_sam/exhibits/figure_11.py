@@ -155,19 +155,8 @@ def _panel(axis: Axes, data: pd.DataFrame) -> None:
     levels = sorted(set(data.level), reverse=data.kind.iloc[0] == "rounding")  # from gentle to hard
     for shift, name in zip(np.linspace(-0.18, 0.18, len(entries)), entries, strict=True):
         own = data[data.entry == name].set_index("level").loc[levels]
-        halves = [Estimate(r.minus_baseline, r.minus_baseline_stderr, r.n).half_width for r in own.itertuples()]
-        finite = np.isfinite(own.minus_baseline) & np.isfinite(halves)
-        x = np.arange(len(levels)) + shift
-        axis.errorbar(
-            x[finite],
-            own.minus_baseline[finite],
-            yerr=np.array(halves)[finite],
-            color=style.METHOD_COLOR.get(name, "#666666"),
-            marker=style.marker(name),
-            linestyle="none",
-            elinewidth=0.8,
-            label=label(name),
-        )
+        found = [Estimate(r.minus_baseline, r.minus_baseline_stderr, r.n) for r in own.itertuples()]
+        style.marks(axis, list(np.arange(len(levels)) + shift), found, name, label=label(name), joined=False)
     axis.set_xticks(range(len(levels)), [f"{level:g}" if data.kind.iloc[0] != TRAINED else "" for level in levels])
     axis.set_xlim(-0.5, len(levels) - 0.5)
     style.signed_log(axis, 0.01)

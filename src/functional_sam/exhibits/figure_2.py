@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 
-from functional_sam.config import Config, compose
+from functional_sam.config import Config
 from functional_sam.exhibits import style
 from functional_sam.exhibits.held_dose import (
     by_batch,
@@ -44,11 +44,11 @@ def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
     configs = []
     for seed in spec.seeds:
         for task in spec.tasks:
-            configs.append(compose(task, "adamw", spec.scale, spec.layers(task, seed), overrides))
+            configs.append(spec.run(task, "adamw", seed, overrides))
             for dose in spec.dose:
                 for phi in spec.phi:
                     method = {"options": {"phi": phi, "dose": dose}}
-                    configs.append(compose(task, "angle-sam", spec.scale, spec.layers(task, seed, method=method), overrides))
+                    configs.append(spec.run(task, "angle-sam", seed, overrides, method=method))
     drawable = all(source.done(config) for config in configs)
     cells = {name: configs_of(spec, cell, overrides) for name, cell in spec.cells.items()}
     complete = {name: own for name, own in cells.items() if all(source.done(config) for config in own)}

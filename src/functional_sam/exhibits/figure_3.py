@@ -146,16 +146,15 @@ def path_alone(part: pd.DataFrame) -> list[dict[str, Any]]:
     for name, other in PAIRS:
         own, theirs = (part[part.entry == entry] for entry in (name, other))
         for rho, at in own.groupby("rho"):
-            at = at.sort_values("seed")
+            twins_at_rho = theirs[theirs.rho == rho].set_index("seed").test.reindex(at.seed)  # nan where a seed is not among theirs
             values = {
-                "rho": list(theirs[theirs.rho == rho].sort_values("seed").test),
+                "rho": list(twins_at_rho),
                 DOSE: [_at_dose(theirs, row.seed, row.dose) for row in at.itertuples()],
                 DOSE_AT_FIRST: [_at_first(theirs, row.seed, row.dose_at_measured_steps) for row in at.itertuples()],
             }
             for kind, twins in values.items():
-                pairs = [(a, b) for a, b in zip(at.test, twins, strict=False) if not math.isnan(b)]
-                if len(pairs) == len(at):
-                    found = paired_difference([a for a, _ in pairs], [b for _, b in pairs])
+                if not any(map(math.isnan, twins)):
+                    found = paired_difference(list(at.test), twins)
                     dose = (at.dose_at_measured_steps if kind == DOSE_AT_FIRST else at.dose).mean()
                     row = {"cell": at.cell.iloc[0], "entry": name, "other": other, "at_equal": kind, "rho": rho, "dose": dose}
                     rows.append(row | {"n": found.n, "difference": found.mean, "stderr": found.stderr})

@@ -10,7 +10,6 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from functional_sam.config import compose
 from functional_sam.curvature.spectrum import WIDTH, smooth
 from functional_sam.exhibits import style
 from functional_sam.exhibits.markdown import interval, number
@@ -30,7 +29,7 @@ BINS = 240
 
 def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
     """AdamW on each task and seed, with spectra and traces at the end."""
-    configs = [compose(task, "adamw", spec.scale, spec.layers(task, seed), overrides) for seed in spec.seeds for task in spec.tasks]
+    configs = [spec.run(task, "adamw", seed, overrides) for seed in spec.seeds for task in spec.tasks]
     return Plan.of_known_runs(spec, configs, source)
 
 

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 from scipy import stats
 
-from functional_sam.config import Config, compose
+from functional_sam.config import Config
 from functional_sam.exhibits import comparison, markdown, style
 from functional_sam.exhibits.comparison import counted, label
 from functional_sam.exhibits.output import Exhibit
@@ -44,7 +44,7 @@ def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
 
 def share_runs(spec: Spec, task: str, overrides: tuple[str, ...]) -> list[Config]:
     """One step of AdamW at learning rate 0 a seed, after which the pretrained model with its fresh head is decomposed."""
-    return [compose(task, "adamw", spec.scale, spec.layers(task, seed), overrides) for seed in spec.seeds]
+    return [spec.run(task, "adamw", seed, overrides) for seed in spec.seeds]
 
 
 def draw(plan: Plan) -> Exhibit:
@@ -165,13 +165,11 @@ def _points(axis: Axes, part: pd.DataFrame, x: str) -> None:
     radii = sorted(set(part.rho))
     for number, ((entry, rho), own) in enumerate(groups):
         own = own.sort_values(x)
-        halves = [difference(row).half_width for row in own.itertuples()]
         beside = number - (len(groups) - 1) / 2  # so that marks do not cover each other
         at = own[x] * (1 + 0.06 * beside) if x == "data_share" else own[x] + 0.006 * beside
-        axis.errorbar(
-            at, own.minus_baseline, halves, color=style.METHOD_COLOR[str(entry)], marker=MARKERS[radii.index(rho)],
-            linestyle="-" if x == "data_share" else "none", elinewidth=0.8, label=rf"{label(str(entry))}, $\rho$ = {rho:g}",
-        )  # fmt: skip
+        found, name = [difference(row) for row in own.itertuples()], rf"{label(str(entry))}, $\rho$ = {rho:g}"
+        look = {"marker": MARKERS[radii.index(rho)]}
+        style.marks(axis, list(at), found, str(entry), label=name, joined=x == "data_share", look=look)
 
 
 def _finding(several: pd.DataFrame, common: pd.DataFrame, correlations: pd.DataFrame) -> str:

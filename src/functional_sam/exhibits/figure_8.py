@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from functional_sam.config import Config, compose
+from functional_sam.config import Config
 from functional_sam.exhibits import style
 from functional_sam.exhibits.markdown import interval, number
 from functional_sam.exhibits.output import Exhibit
@@ -33,9 +33,7 @@ MODELS: dict[str, tuple[str, ...]] = {"targets, entropy": (), "+ outputs": ADDED
 def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
     """AdamW in each cell, each seed, with the shares measured on the way."""
     configs = [
-        compose(cell["task"], "adamw", spec.scale, spec.layers(cell["task"], seed, **cell["settings"]), overrides)
-        for seed in spec.seeds
-        for cell in spec.cells.values()
+        spec.run(cell["task"], "adamw", seed, overrides, **cell["settings"]) for seed in spec.seeds for cell in spec.cells.values()
     ]
     return Plan.of_known_runs(spec, configs, source)
 

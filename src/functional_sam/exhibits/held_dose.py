@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 
-from functional_sam.config import Config, compose
+from functional_sam.config import Config
 from functional_sam.exhibits import style
 from functional_sam.exhibits.markdown import interval
 from functional_sam.exhibits.plan import Plan
@@ -28,11 +28,10 @@ def configs_of(spec: Spec, cell: dict[str, Any], overrides: tuple[str, ...]) -> 
     measured = [{"measure": noise}] if cell["targets"] else []
     configs = []
     for seed in cell["seeds"]:
-        layers = [*spec.layers(task, seed, **cell["settings"]), rows]
-        configs.append(compose(task, "adamw", spec.scale, [*layers, *measured], overrides))
+        configs.append(spec.run(task, "adamw", seed, overrides, cell["settings"], *measured, **rows))
         for phi in cell.get("phi", (min(spec.phi), max(spec.phi))):
-            method = {"method": {"options": {"phi": phi, "dose": cell["dose"]}}}
-            configs.append(compose(task, "angle-sam", spec.scale, [*layers, method], overrides))
+            method = {"options": {"phi": phi, "dose": cell["dose"]}}
+            configs.append(spec.run(task, "angle-sam", seed, overrides, cell["settings"], method=method, **rows))
     return configs
 
 

@@ -1,8 +1,9 @@
 """What was drawn, and writing it: figure or table, its numbers as CSV, and where they come from; each file whole or not at all."""
 
+import contextlib
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from functional_sam.exhibits.markdown import LEGEND, MARKS
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import Spec
 from functional_sam.exhibits.words import sentence
-from functional_sam.files import atomic_file, write_text
+from functional_sam.files import atomic_file
 from functional_sam.records import Source
 
 METADATA: dict[str, dict[str, Any]] = {"pdf": {"CreationDate": None}, "png": {"Software": None}}  # no time, no version
@@ -90,37 +91,38 @@ def write(exhibit: Exhibit, directory: Path | None = None, overrides: Sequence[s
     overrides: of the command line; the record has them. The same bytes whether the records came from run directories or results/.
     """
     place = stem(exhibit.plan.spec, directory)
-    paths = []
-    if exhibit.figure is not None:
-        paths += save_figure(exhibit.figure, place)
-    for part, figure in exhibit.more.items():
-        paths += save_figure(figure, place.with_name(f"{place.name}-{part}"))
-    if exhibit.markdown:
-        paths.append(_written(place.with_suffix(".md"), exhibit.page))
-    for part, frame in exhibit.frames.items():
-        path = place.with_name(f"{place.name}-{part}.csv" if part else f"{place.name}.csv")
-        paths.append(_written(path, csv_text(frame)))
-    root = place.parents[1].parent
-    told = {"overrides": list(overrides)} if overrides else {}
-    content = {**record(exhibit), **told, "files": [str(path.relative_to(root)) for path in paths]}
-    paths.append(_written(place.with_suffix(".json"), json.dumps(content, indent=1, ensure_ascii=False) + "\n"))
-    return paths
+    root, record_path = place.parents[1].parent, place.with_suffix(".json")
+    with contextlib.ExitStack() as files:
+        # All are made before the first takes its place, the record the last: whoever is interrupted leaves what was drawn before.
+        record_file, paths = files.enter_context(atomic_file(record_path)), []
+        if exhibit.figure is not None:
+            paths += _save(exhibit.figure, place, files)
+        for part, figure in exhibit.more.items():
+            paths += _save(figure, place.with_name(f"{place.name}-{part}"), files)
+        texts = {place.with_suffix(".md"): exhibit.page} if exhibit.markdown else {}
+        for part, frame in exhibit.frames.items():
+            texts[place.with_name(f"{place.name}-{part}.csv" if part else f"{place.name}.csv")] = csv_text(frame)
+        for path, text in texts.items():
+            files.enter_context(atomic_file(path)).write_text(text, encoding="utf-8")
+        paths += texts
+        told = {"overrides": list(overrides)} if overrides else {}
+        content = {**record(exhibit), **told, "files": [str(path.relative_to(root)) for path in paths]}
+        record_file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return [*paths, record_path]
 
 
 def save_figure(figure: Figure, place: Path) -> list[Path]:
     """PLACE.pdf (vector) and PLACE.png."""
-    return [_saved(place.with_suffix(f".{kind}"), figure.savefig, kind) for kind in METADATA]
+    with contextlib.ExitStack() as files:
+        return _save(figure, place, files)
 
 
-def _saved(path: Path, save: Callable[..., Any], kind: str) -> Path:
-    with atomic_file(path) as temporary:
-        save(temporary, format=kind, bbox_inches="tight", metadata=METADATA[kind])
-    return path
-
-
-def _written(path: Path, text: str) -> Path:
-    write_text(path, text)
-    return path
+def _save(figure: Figure, place: Path, files: contextlib.ExitStack) -> list[Path]:
+    """The same, which take their places when `files` is closed."""
+    paths = {kind: place.with_suffix(f".{kind}") for kind in METADATA}
+    for kind, path in paths.items():
+        figure.savefig(files.enter_context(atomic_file(path)), format=kind, bbox_inches="tight", metadata=METADATA[kind])
+    return list(paths.values())
 
 
 def record(exhibit: Exhibit) -> dict[str, Any]:

@@ -20,9 +20,9 @@ WORDS = {
 
 def configs_in_bf16(spec: Spec, overrides: tuple[str, ...]) -> list[Config]:
     """The runs of the spec's cells, seeds first."""
-    own = {"training": {"precision": BF16}}
+    low = {"training": {"precision": BF16}}
     cells = [(seed, cell) for seed in spec.seeds for cell in spec.cells.values()]
-    return [config for seed, cell in cells for config in grid(spec, cell["task"], seed, cell["lr"], overrides, **own)]
+    return [config for seed, cell in cells for config in grid(spec, cell["task"], seed, cell["lr"], overrides, low)]
 
 
 def first_precision(data: pd.DataFrame) -> pd.DataFrame:

@@ -1,11 +1,12 @@
 """What an exhibit is, and is made of: configs/exhibits/NAME.yaml, with a section per scale."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf.errors import OmegaConfBaseException
 
-from functional_sam.config import instance, nearest, read_yaml
+from functional_sam.config import Config, compose, instance, nearest, read_yaml, settings_of
 from functional_sam.errors import UserError
 
 
@@ -57,10 +58,33 @@ class Spec:
     overrides: dict[str, Any] = field(default_factory=dict)  # on the config of every run
     by_task: dict[str, Any] = field(default_factory=dict)  # on those of one task, after overrides
 
-    def layers(self, task: str, seed: int, **more: Any) -> list[dict[str, Any]]:
-        """What the exhibit lays over the config of a run: overrides, those of the task, the seed of weights and data, and more."""
-        own = {"training": {"init_seed": seed, "data_seed": seed}}
-        return [self.overrides, self.by_task.get(task, {}), own, more]
+    def run(
+        self, task: str, method: str, seed: int, overrides: tuple[str, ...] = (), /, *layers: dict[str, Any], **own: Any
+    ) -> Config:
+        """The config of a run: the exhibit's overrides, those of the task, `layers`, the seed of weights and data, and `own`.
+
+        own: section -> what tells this run from the exhibit's others. Raises UserError for an override of the command line that
+        sets something of it, a seed or a radius: the run would be called what it is not.
+        """
+        seeds = {"init_seed": seed, "data_seed": seed}
+        apart = {**own, "training": {**seeds, **own.get("training", {})}}
+        known = {"method.rho", *_keys(apart)}
+        for key, override in settings_of(overrides).items():
+            if key in known:
+                raise UserError(
+                    f"override {override!r}: {self.name} sets {key} of each of its runs itself: leave it out, or change "
+                    f"configs/exhibits/{self.name}.yaml; for one run: functional-sam train --task {task} --method {method}"
+                )
+        return compose(task, method, self.scale, [self.overrides, self.by_task.get(task, {}), *layers, apart], overrides)
+
+
+def _keys(content: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """section.key, or method.options.key, of all that nested mappings set."""
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
 
 
 def scales(name: str) -> list[str]:

@@ -2,21 +2,19 @@
 
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from functional_sam.exhibits.markdown import MINUS
-from functional_sam.study.compare import Estimate, estimate
+from functional_sam.study.compare import Estimate
 
-COLUMN = 3.25  # inches, one column of the ICML style
-PAGE = 6.75  # inches, both
+PAGE = 6.75  # inches, both columns of the ICML style
 
 # Okabe-Ito (colour-blind safe). A method keeps its colour in every figure.
 METHOD_COLOR = {
@@ -69,8 +67,7 @@ SINGLE = 0.35  # opacity of a mark of one seed, which decides nothing
 MODEL_LABEL = {"vit": "ViT", "convnet": "ConvNet"}
 DATA_LABEL = {"fashion-mnist": "Fashion-MNIST", "mnist-5k": "MNIST-5k", "imagenet-1k": "ImageNet-1K", "c4": "C4"}
 # Of Paul Tol's muted scheme (colour-blind safe too): what is no method has the colour of none.
-PART_COLOR = {"functional": "#117733", "logit": "#882255"}
-MATRIX_COLOR = {"hessian": "#777777", "gauss_newton": "#882255", "functional": "#117733"}  # the halves as in PART_COLOR
+MATRIX_COLOR = {"hessian": "#777777", "gauss_newton": "#882255", "functional": "#117733"}
 MATRIX_LABEL = {"hessian": "$H$", "gauss_newton": "$H_G$", "functional": "$H_F$"}
 TASK_COLOR = {"language": "#332288", "vision": "#CC6677"}
 TASK_COLOR |= {"language-23.9M": "#44AA99", "language-42.5M": "#999933", "language-117.9M": "#AA4499", "language-1208M": "#661100"}
@@ -156,14 +153,17 @@ def marks(
     joined: bool = True,
     horizontal: bool = False,
     filled: bool = True,
+    look: Mapping[str, str] | None = None,
 ) -> None:
     """Means and their 95 % t intervals in a method's colour and marker; n = 1 lighter, without a bar; none where diverged.
 
     joined: a thin line through the means. horizontal: places are heights, means run along x. filled: else hollow.
+    look: another color, marker or linestyle (of the line) than the method's.
     """
-    own = color(method)
+    given = look or {}
+    own, shape, line = given.get("color", color(method)), given.get("marker", marker(method)), given.get("linestyle", "-")
     finite = [(place, one) for place, one in zip(places, found, strict=True) if math.isfinite(one.mean)]
-    style: dict[str, Any] = {"color": own, "marker": marker(method), "markerfacecolor": own if filled else "white"}
+    style: dict[str, Any] = {"color": own, "marker": shape, "markerfacecolor": own if filled else "white"}
     style |= {"linestyle": "none", "elinewidth": 0.9, "markeredgewidth": 0.8}
     for single in (False, True):
         part = [(place, one) for place, one in finite if (one.n < 2) == single]
@@ -177,9 +177,10 @@ def marks(
         else:
             axis.errorbar(at, means, yerr=halves, **style)
     if joined and len(finite) > 1 and not horizontal:
-        axis.plot([place for place, _ in finite], [one.mean for _, one in finite], color=own, linewidth=0.7, alpha=0.6)
+        axis.plot([place for place, _ in finite], [one.mean for _, one in finite], line, color=own, linewidth=0.7, alpha=0.6)
     if label is not None:
-        axis.plot([], [], color=own, marker=marker(method), markerfacecolor=style["markerfacecolor"], label=label, linewidth=0.9)
+        face = style["markerfacecolor"]
+        axis.plot([], [], line if joined else "none", color=own, marker=shape, markerfacecolor=face, label=label, linewidth=0.9)
 
 
 def plain(value: float) -> str:
@@ -238,10 +239,3 @@ def plain_log(axis: Axes) -> None:
     ticks = [step * 10.0**power for power in decades for step in steps if low <= step * 10.0**power <= high]
     axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.yaxis.set_minor_locator(NullLocator())
-
-
-def t_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The band of seaborn's lines: the 95 % t interval, which decides the verdicts; of one seed no band."""
-    found = estimate(list(np.asarray(values, dtype=float)))
-    half = found.half_width if found.n > 1 else 0.0
-    return found.mean - half, found.mean + half

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from functional_sam.config import Config, compose
+from functional_sam.config import Config
 from functional_sam.exhibits import markdown, style
 from functional_sam.exhibits.flatness import EXPLAINED, FLAT, OPEN, OWN, RANKED, READINGS, STATES, kendall, measures, undone
 from functional_sam.exhibits.markdown import interval, number
@@ -40,22 +40,20 @@ def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
         for method in spec.methods:
             for rho in spec.rho if method != "adamw" else [None]:
                 radius = None if rho is None else rho * spec.rho_scale.get(method, 1.0)
-                configs.append(compose(task, method, spec.scale, spec.layers(task, seed, method={"rho": radius}), overrides))
+                configs.append(spec.run(task, method, seed, overrides, method={"rho": radius}))
                 lengths.append(1.0)
-        base = compose(task, "adamw", spec.scale, spec.layers(task, seed), overrides)
+        base = spec.run(task, "adamw", seed, overrides)
         for length in spec.lengths:
-            configs.append(compose(task, "adamw", spec.scale, spec.layers(task, seed, **_longer(base, length)), overrides))
+            configs.append(spec.run(task, "adamw", seed, (*overrides, *_longer(base, length))))
             lengths.append(length)
     done = all(source.done(config) for config in configs)
     return Plan(spec, configs, lengths, source, done)
 
 
-def _longer(base: Config, length: float) -> dict[str, Any]:
-    """The same schedule over more or fewer steps."""
-    return {
-        "training": {"steps": round(length * base.training.steps)},
-        "optimizer": {"warmup_steps": round(length * base.optimizer.warmup_steps)},
-    }
+def _longer(base: Config, length: float) -> tuple[str, str]:
+    """The same schedule over more or fewer steps, as overrides: over those of the command line, which `base` has."""
+    steps, warmup = base.training.steps, base.optimizer.warmup_steps
+    return f"training.steps={round(length * steps)}", f"optimizer.warmup_steps={round(length * warmup)}"
 
 
 def draw(plan: Plan) -> Exhibit:

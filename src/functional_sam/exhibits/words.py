@@ -58,22 +58,6 @@ def firsts(configs: Sequence[Config]) -> dict[str, Config]:
     return found
 
 
-def decompositions(plan: Plan) -> pd.DataFrame:
-    """One row per task, seed, step and ascent, of the decompositions that the runs measured on their way.
-
-    The Adam ascent from measure.adam_from on: before, P g is the sign of g, of rounding noise too.
-    """
-    return pd.DataFrame(
-        [
-            {"task": config.task, "seed": config.training.init_seed, "step": line["step"], "ascent": ascent, **line[ascent]}
-            for config in plan.configs
-            for line in plan.source.metrics(config, "decompose")
-            for ascent in config.measure.ascents
-            if ascent in line and (ascent != "adam" or line["step"] >= config.measure.adam_from)
-        ]
-    )
-
-
 def by_targets(plan: Plan, about: Callable[[Config], dict[str, Any]] = lambda _: {}) -> pd.DataFrame:
     """One row per task, seed, step, number of targets, temperature, ascent and origin of eps (the same batch, or another).
 

@@ -1,6 +1,9 @@
 """Lightning (and pytorch_lightning): automatic optimization stays, the gradient is the method's."""
 
 import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -8,6 +11,7 @@ from torch import Tensor
 
 from functional_sam.errors import UserError
 from functional_sam.integrations import Waiting, carried
+from functional_sam.losses import cross_entropy
 from functional_sam.sharpness import SharpnessAware
 from functional_sam.weights import replicas
 
@@ -95,6 +99,9 @@ class SharpnessAwareModule(Base):  # type: ignore[misc]
                     return given(*args, **readout)
 
             words = {**self.sharpness_options, "forward": forward}
+            if (loss_fn := words.get("loss_fn", cross_entropy)) is not cross_entropy:
+                # In a training_step it would be under autocast too, which takes the cross-entropy of bf16 logits in float32.
+                words["loss_fn"] = _within(trainer.precision_plugin.forward_context, loss_fn)
             self.sharpness = SharpnessAware(trainer.strategy.model, trainer.optimizers[0], **words)
             if self.loaded is not None:
                 self.sharpness.load_state_dict(self.loaded)
@@ -109,3 +116,23 @@ class SharpnessAwareModule(Base):  # type: ignore[misc]
         super().on_load_checkpoint(checkpoint)
         resumed = self._trainer is not None and self.trainer.state.fn == "fit"  # else the optimizer's state is left behind too
         self.loaded = checkpoint.get("sharpness") if resumed else None
+
+
+def _within(context: Callable[[], AbstractContextManager[Any]], function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function called within a context; of a module, or a method, a method of the same object, whose buffers it moves."""
+    module = isinstance(function, torch.nn.Module)
+    own = type(function).__call__ if module else getattr(function, "__func__", None)
+    if own is None:
+
+        @functools.wraps(function)
+        def alone(*args: Any) -> Any:
+            with context():
+                return function(*args)
+
+        return alone
+
+    def method(self: Any, *args: Any) -> Any:
+        with context():
+            return own(self, *args)
+
+    return MethodType(method, function if module else function.__self__)  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from functional_sam.config import Config
+from functional_sam.config import Config, settings_of
 from functional_sam.errors import UserError
 from functional_sam.exhibits import needed, packs_of, take_released
 from functional_sam.jobs.profile import PATIENCE, Profile, check_site, load_profile
@@ -16,7 +16,7 @@ from functional_sam.jobs.submission import Submission, refusal
 from functional_sam.records import Run
 from functional_sam.tasks import prepare
 
-PLACES = ("runtime.runs", "runtime.cache")  # directories: a job runs elsewhere than where they were named
+PLACES = ("runtime.runs", "runtime.cache", "runtime.data")  # directories: a job runs elsewhere than where they were named
 LIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING", "STOPPED", "REQUEUE_HOLD")
 
 
@@ -69,7 +69,9 @@ def submit(
 
 def _absolute(override: str) -> str:
     key, _, value = override.partition("=")
-    return f"{key}={Path(value).expanduser().resolve()}" if key in PLACES and value else override
+    if key not in PLACES and (places := [place for place in PLACES if place in settings_of((override,))]):
+        raise UserError(f"override {override!r}: say it as {places[0]}=DIRECTORY, for a job runs elsewhere than here")
+    return f"{key}={Path(value).expanduser().resolve()}" if key in PLACES and value not in ("", "null") else override
 
 
 def _unused(parent: Path, exhibit: str) -> Path:

@@ -80,6 +80,18 @@ class Profile:
         return dataclasses.replace(self, **{**single, "draw": {}, **self.draw})
 
 
+class _AsWritten(yaml.BaseLoader):  # type: ignore[misc]
+    """Every scalar as it is written, for YAML reads 4:00:00 as a number to the base of sixty; no key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.YAMLError(f"{name} is there twice")
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
+
+
 def clusters_directory() -> Path:
     """jobs/clusters/ of the checkout."""
     return configs_directory().parent / "jobs" / "clusters"
@@ -96,8 +108,7 @@ def load_profile(cluster: str) -> Profile:
         if not path.is_file():
             raise nearest("cluster", cluster, (file.stem for file in path.parent.glob("*.yaml")))
     try:
-        # Every scalar as it is written: YAML reads 4:00:00 as a number to the base of sixty.
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_AsWritten) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
     if not isinstance(content, dict):

@@ -1,11 +1,11 @@
 """The code as it was when a job was submitted: what the job runs, and what its records say made them."""
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
 
 from functional_sam.config import configs_directory
+from functional_sam.records.code import git, within_git
 
 COPIED = ("src", "configs", "pyproject.toml")
 CLUTTER = shutil.ignore_patterns("__pycache__", "*.egg-info", ".ipynb_checkpoints")
@@ -36,19 +36,12 @@ def snapshot(directory: Path) -> Path:
 
 def _git(root: Path, directory: Path) -> None:
     """A repository that borrows the project's objects, its HEAD where the project's is now; none where that has none."""
-    # The variables by which git's own hooks tell git where to work would lead it away.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-
-    def git(where: Path, *arguments: str) -> str:
-        command = ["git", "-C", str(where), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
-
     try:
-        head = git(root, "rev-parse", "HEAD")
-        objects = Path(git(root, "rev-parse", "--path-format=absolute", "--git-path", "objects"))
-        git(directory, "init", "--quiet")
+        head = git("rev-parse", "HEAD", root=root)
+        objects = Path(git("rev-parse", "--path-format=absolute", "--git-path", "objects", root=root))
+        within_git("init", "--quiet", root=directory)
         (directory / ".git" / "objects" / "info" / "alternates").write_text(f"{objects}\n", encoding="utf-8")
-        git(directory, "update-ref", "--no-deref", "HEAD", head)
-        git(directory, "read-tree", "HEAD")
+        git("update-ref", "--no-deref", "HEAD", head, root=directory)
+        git("read-tree", "HEAD", root=directory)
     except (OSError, subprocess.CalledProcessError):
         shutil.rmtree(directory / ".git", ignore_errors=True)

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 PACKAGE = Path(__file__).resolve().parents[1]
 ROOT = PACKAGE.parents[1]
 # config is not among them: it acts on a result through the resolved config alone, and that has its own hash.
-FLOOR = ("losses.py", "vectors.py", "ascents.py", "head.py", "weights.py")
+FLOOR = ("losses.py", "vectors.py", "moments.py", "ascents.py", "head.py", "weights.py", "derivatives.py", "log_spaced.py")
 SOURCES = (*FLOOR, "models", "sharpness", "curvature", "tasks", "data", "training")
 TOKENIZER = "tokenizer.model"  # a file of prepared text
 # What only starts, stops and watches runs.
@@ -82,12 +83,28 @@ def _changed(there: dict[str, Any]) -> list[str]:
     return [f"code: {_listed(changed)}"] if changed else []
 
 
+def git(*arguments: str, root: Path = ROOT) -> str:
+    """What git says in a checkout. Raises OSError or CalledProcessError where there is none; the repository around it is not its.
+
+    A package in an environment, or an unpacked sdist, may lie within the repository of something else, whose commit made nothing.
+    """
+    if Path(within_git("rev-parse", "--show-toplevel", root=root)).resolve() != root.resolve():
+        raise FileNotFoundError(f"{root} is not the root of a repository")
+    return within_git(*arguments, root=root)
+
+
+def within_git(*arguments: str, root: Path) -> str:
+    """What git says in a directory, of whatever repository it is part of. Raises OSError or CalledProcessError."""
+    # The variables by which git's own hooks tell git where to work would lead it away.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
+
+
 @functools.cache
 def _since(commit: str) -> list[str]:
-    paths = [f"src/functional_sam/{source}" for source in SOURCES]
-    command = ["git", "-C", str(ROOT), "diff", "--name-only", commit, "--", *paths]
     try:
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        output = git("diff", "--name-only", commit, "--", *(f"src/functional_sam/{source}" for source in SOURCES)).split()
     except (OSError, subprocess.CalledProcessError):
         return [f"code: commit {commit[:7]}, not known here"]
     changed = [name.removeprefix("src/functional_sam/") for name in output if name.endswith(".py")]

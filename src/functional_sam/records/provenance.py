@@ -9,17 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from functional_sam.records.code import ROOT, fingerprint
+from functional_sam.records.code import fingerprint, git
 
 PACKAGES = ("torch", "numpy", "sentencepiece", "datasets", "omegaconf", "transformers", "tokenizers")
 
 
 def commit() -> dict[str, Any]:
     """Commit of the checkout this package runs from, and its difference to that commit; unknown outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout.strip()
-
     try:
         return {"commit": git("rev-parse", "HEAD"), "diff": git("diff", "HEAD", "--", "src", "configs", "pyproject.toml")}
     except (OSError, subprocess.CalledProcessError):

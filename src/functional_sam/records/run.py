@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from functional_sam.config import Config, load, to_yaml
 from functional_sam.errors import UserError
 from functional_sam.files import atomic_file, explained, sync, write_text
+from functional_sam.records.due import at_fault
 
 RELEASED = ".released"  # a file of a run that was not trained here: its records were taken from those that are released
 LOCK_WAIT = 0.5  # seconds: a reader that asks whether the run is locked holds the lock for an instant
@@ -34,6 +35,20 @@ class Run:
         self.directory = (root or Path(config.runtime.runs)) / config.name
         self._metrics: TextIO | None = None
         self._lock: FileLock | None = None
+
+    @classmethod
+    def at(cls, directory: Path) -> "Run":
+        """The run whose directory this is, by its config.yaml. Raises UserError where that config's run has another name.
+
+        A directory that was renamed, or is of an earlier version, would have the run begun anew, in another place.
+        """
+        config = load(directory / "config.yaml")
+        if config.name != (name := directory.resolve().name):
+            raise UserError(
+                f"{directory}: its config.yaml is that of {config.name} today, so that {name} was renamed or is of an earlier "
+                "version; rename it, or begin the run anew with functional-sam train --task"
+            )
+        return cls(config, directory.resolve().parent if directory.name in ("", "..") else directory.parent)
 
     # ------------------------------------------------------------------ reading
 
@@ -136,25 +151,20 @@ class Run:
         return f"restore the file, or move {self.directory} away and run again"
 
     def require_metrics_until(self, step: int) -> None:
-        """Raise UserError where metrics.jsonl lacks what training logs until `step` by the config: its end was lost."""
-        training, measure = self.config.training, self.config.measure
-        last = step == training.steps
-        due: dict[tuple[str, ...], int] = {}  # kinds of lines, one of which reaches this step
+        """Raise UserError where metrics.jsonl lacks what training logs until `step` by the config, or has it twice."""
+        path, lines = self.directory / "metrics.jsonl", self._lines()
         if not self.released:  # what was released has no training lines
             # Other runtime settings may have begun the run: its name is the same.
             every = max(self.config.runtime.log_every, self._begun_with().runtime.log_every)
-            due["train",] = step if last else max(min(1, step), step // every * every)
-        if last or training.eval_every:
-            due["validation",] = step if last else step // (training.eval_every or 1) * (training.eval_every or 1)
-        if last and measure.points and (measure.targets or "gradient" in measure.ascents):
-            due["decompose", "targets"] = step
-        for kinds, least in due.items():
-            reached = max((line["step"] for line in self._lines() if line["kind"] in kinds), default=0)
+            least = step if step == self.config.training.steps else max(min(1, step), step // every * every)
+            reached = max((line["step"] for line in lines if line["kind"] == "train"), default=0)
             if reached < least:
                 raise UserError(
-                    f"{self.directory / 'metrics.jsonl'}: its lines of kind {' or '.join(kinds)} end at step {reached}, and step "
-                    f"{step} was done, so that some are lost; {self._way_out}"
+                    f"{path}: its lines of kind train end at step {reached}, and step {step} was done, so that some are lost; "
+                    f"{self._way_out}"
                 )
+        if found := at_fault(self.config, lines, step):
+            raise UserError(f"{path}: {found}; {self._way_out}")
 
     def _begun_with(self) -> Config:
         path = self.directory / "config.yaml"

@@ -13,7 +13,7 @@ from functional_sam.losses import cross_entropy
 from functional_sam.moments import owners, unwrapped_optimizer
 from functional_sam.sharpness import first_step
 from functional_sam.sharpness.checks import check, radius, require_moments, require_synchronized
-from functional_sam.sharpness.dose import dose_of, plain_gradient
+from functional_sam.sharpness.dose import dose_of_step, plain_gradient
 from functional_sam.sharpness.methods import needs_cotangent, resolve
 from functional_sam.sharpness.mix import MIXES, Mix
 from functional_sam.sharpness.options import MethodName, Options
@@ -109,7 +109,7 @@ class SharpnessAware:
             g = plain_gradient(self._passes, batches) if measure_dose else None
             loss = self._backward(batches)
             first_step.require_unmoved(unmoved)
-            dose = None if g is None else dose_of(self.model, g, self._mix.beside() if self._mix is not None else {})
+            dose = None if g is None else dose_of_step(self.model, g, self._mix.beside() if self._mix is not None else {})
         except BaseException:
             self._perturbation.steps -= 1
             for p in self.model.parameters():

@@ -39,7 +39,7 @@ def plain_gradient(passes: Passes, batches: Sequence[Batch]) -> dict[Tensor, Ten
     return g
 
 
-def dose_of(model: torch.nn.Module, g: dict[Tensor, Tensor], beside: dict[Tensor, Tensor]) -> float:
+def dose_of_step(model: torch.nn.Module, g: dict[Tensor, Tensor], beside: dict[Tensor, Tensor]) -> float:
     """|.grad + beside - g| / |g|, `beside` what the optimizer's step applies without .grad; nan where both are zero. Uses up g."""
     size, changes = norm(list(g.values())), []
     for p in model.parameters():

@@ -1,6 +1,11 @@
 """The method on one readable page: torch.func, nothing in place, one batch. Tests hold the fast version to it.
 
 theta is a dict of tensors, z = F(theta) the logits, u = dL/dz, J = dz/dtheta; vjp(F, theta) gives z and u -> J^T u.
+The paper's four methods are two choices, each a line:
+
+    which derivative  sam            J(theta')^T u(theta')   functional_sam  J(theta')^T u(theta)
+    where theta' is   SAM's ascent   theta + rho g / |g|    preconditioned  theta + rho P g / |P g|, P = adam_preconditioner(...)
+
 Source: Singh et al. 2025 (Functional-SAM), whose listing differs from SAM in the last lines only.
 """
 
@@ -27,6 +32,11 @@ def mean_loss(targets: Tensor) -> Callable[[Tensor], Tensor]:
 def norm(vector: Theta) -> Tensor:
     """Euclidean norm of all entries together."""
     return torch.stack([value.square().sum() for value in vector.values()]).sum().sqrt()
+
+
+def adam_preconditioner(v: Theta, steps: int, beta2: float, e: float) -> Theta:
+    """P = 1 / (sqrt(v_hat) + e), v_hat = v / (1 - beta2^steps): v is Adam's running mean of g^2 after `steps` steps."""
+    return {name: 1 / ((value / (1 - beta2**steps)).sqrt() + e) for name, value in v.items()}
 
 
 def ascend(theta: Theta, g: Theta, rho: float, preconditioner: Theta | None = None) -> Theta:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from functional_sam.errors import UserError
-from functional_sam.sharpness.dose import dose_of, plain_gradient
+from functional_sam.sharpness.dose import dose_of_step, plain_gradient
 from functional_sam.sharpness.passes import Batch
 from functional_sam.weights import reshard
 
@@ -85,7 +85,7 @@ def _distance(model: torch.nn.Module, there: dict[Tensor, Tensor], g: dict[Tenso
     """|there + beside - g| / |g|."""
     for p in model.parameters():
         p.grad = there.get(p)
-    return dose_of(model, {p: value.clone() for p, value in g.items()}, beside)
+    return dose_of_step(model, {p: value.clone() for p, value in g.items()}, beside)
 
 
 def _local(tensor: Tensor) -> Tensor:

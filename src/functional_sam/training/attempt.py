@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from functional_sam.config import Config, load
+from functional_sam.config import Config
 from functional_sam.data.cache import Progress
 from functional_sam.errors import Interrupted, UserError
 from functional_sam.files import write_text
@@ -30,10 +30,10 @@ def attempt(
     """
     error = directory / "error.txt"
     try:
-        config = load(directory / "config.yaml")
+        run = Run.at(directory)
+        config = run.config
         config.runtime.threads, config.runtime.device = threads, device or config.runtime.device
         require_device(config)
-        run = Run(config, directory.parent)
         try:
             train(config, directory.parent, progress)
         except FloatingPointError as diverged:

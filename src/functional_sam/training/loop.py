@@ -13,13 +13,14 @@ import torch
 from functional_sam.config import Config
 from functional_sam.data.cache import Progress
 from functional_sam.data.order import seed_of
+from functional_sam.log_spaced import measure_steps
 from functional_sam.records import Run
 from functional_sam.records.provenance import provenance, resumed
 from functional_sam.sharpness import MethodName, SharpnessAware, resolve
 from functional_sam.tasks import Metric, Task, prepare
 from functional_sam.tasks.batches import placed
 from functional_sam.training.distributed import join
-from functional_sam.training.measure import curvature_batches, final_curvature, measure_steps, measured
+from functional_sam.training.measure import curvature_batches, final_curvature, measured
 from functional_sam.training.optimizers import optimizer_of
 from functional_sam.training.precision import warn_of_slow_bf16
 from functional_sam.training.robustness import robustness

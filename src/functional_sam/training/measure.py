@@ -1,7 +1,6 @@
 """What a run measures of its curvature: shares on the way, and spectra, traces and quadratic forms of the final weights."""
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +18,7 @@ from functional_sam.curvature import (
     scaled,
 )
 from functional_sam.curvature.geometry import AdamGeometry
+from functional_sam.log_spaced import measure_steps
 from functional_sam.tasks import Batches, Task
 from functional_sam.tasks.batches import placed
 from functional_sam.training.targets import Place, fresh_batches, logits_of, shares_by_targets
@@ -37,15 +37,6 @@ PART_FIELDS = (
 )
 MATRICES = ("hessian", "gauss_newton", "functional")
 SEED = 0  # of the random vectors: the same for every run, so that methods are compared along the same ones
-
-
-def measure_steps(points: int, steps: int) -> set[int]:
-    """At most `points` steps, log-spaced from 1 to `steps`, both included."""
-    if points == 0:
-        return set()
-    if points == 1:
-        return {steps}
-    return {round(math.exp(math.log(steps) * i / (points - 1))) for i in range(points)}
 
 
 def measured(
