@@ -1,7 +1,11 @@
-"""Data sets in the layout of the Hugging Face hub: the files of a split, in a local directory or on the hub itself."""
+"""Data sets in the layout of the Hugging Face hub: the files of a split, in a local directory or on the hub itself.
+
+A set that its owner published in another form has parquet files that the hub made, on a branch of their own and named otherwise:
+owner/name@refs/convert/parquet, FOLDER/SPLIT/0000.parquet.
+"""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +26,13 @@ class File:
 
 
 def layout(location: str, folder: str, split: str, suffix: str, first: int | None = None) -> list[File]:
-    """The first so many files (none: all) of FOLDER/*SPLIT*-00000-of-01024SUFFIX, in the order of their numbers.
+    """The first so many files (none: all) of FOLDER/*SPLIT*-00000-of-01024SUFFIX, or of FOLDER/SPLIT/0000SUFFIX, by number.
 
     location: a directory with that layout, or a repository of the hub, `owner/name` or `owner/name@revision`.
     Raises UserError when a file that is asked for is missing there, or the hub cannot be reached.
     """
-    found = _local(Path(location), folder, suffix) if Path(location).is_dir() else _remote(location, folder, suffix)
-    pattern = re.compile(rf"(?:.*[.-])?{split}[.-](\d+)-of-(\d+){re.escape(suffix)}")
-    numbered = {(int(match[1]), int(match[2])): file for file in found if (match := pattern.fullmatch(file.name))}
     where = f"{location}/{folder}"
+    numbered = _numbered(location, folder, split, suffix)
     if not numbered:
         raise UserError(f"no {split} file (*{split}*-00000-of-*{suffix}) in {where}: {_remedy(location)}")
     total = max(of for _, of in numbered)
@@ -60,9 +62,25 @@ def rows(file: File, builder: str, **options: Any) -> Iterator[dict[str, Any]]:
         raise UserError(f"cannot read {file.url}: {type(error).__name__}: {error}. Fetch it again") from error
 
 
+def _numbered(location: str, folder: str, split: str, suffix: str) -> dict[tuple[int, int], File]:
+    """(number, of how many) -> file: as owners name them, or, where there is none of these, as the hub names what it converts."""
+    owners = re.compile(rf"(?:.*[.-])?{split}[.-](\d+)-of-(\d+){re.escape(suffix)}")
+    found = ((owners.fullmatch(file.name), file) for file in _listed(location, folder, suffix))
+    if numbered := {(int(match[1]), int(match[2])): file for match, file in found if match}:
+        return numbered
+    hubs = re.compile(rf"(\d+){re.escape(suffix)}")
+    found = ((hubs.fullmatch(file.name), file) for file in _listed(location, f"{folder}/{split}", suffix))
+    converted = {int(match[1]): file for match, file in found if match}
+    return {(number, max(converted) + 1): file for number, file in converted.items()}
+
+
+def _listed(location: str, folder: str, suffix: str) -> Iterable[File]:
+    return _local(Path(location), folder, suffix) if Path(location).is_dir() else _remote(location, folder, suffix)
+
+
 def _local(root: Path, folder: str, suffix: str) -> Iterator[File]:
-    for path in sorted((root / folder).glob(f"*{suffix}")):
-        yield File(str(path.resolve()), path.stat().st_size)
+    for path in sorted((root / folder).glob(f"*{suffix}")):  # not resolved: in the hub's own cache names are links to blobs
+        yield File(str(path.absolute()), path.stat().st_size)
 
 
 def _remote(location: str, folder: str, suffix: str) -> list[File]:
@@ -78,5 +96,6 @@ def _remote(location: str, folder: str, suffix: str) -> list[File]:
 
 
 def _remedy(location: str) -> str:
-    name = location if not Path(location).is_absolute() else "OWNER/NAME"
-    return f"`hf download {name} --repo-type dataset --local-dir DIR` where the network is, then runtime.data=DIR"
+    name, _, revision = (location if not Path(location).is_absolute() else "OWNER/NAME").partition("@")
+    which = f" --revision {revision}" if revision else ""
+    return f"`hf download {name}{which} --repo-type dataset --local-dir DIR` where the network is, then runtime.data=DIR"
