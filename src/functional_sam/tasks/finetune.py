@@ -212,6 +212,13 @@ class Grade(FineTune):
     metric = Metric("spearman", "Spearman's rank correlation", lower_is_better=False)
     classes = False
 
+    @classmethod
+    def check(cls, config: Config) -> None:
+        super().check(config)
+        smoothing = config.training.label_smoothing
+        if smoothing:
+            raise UserError(f"training.label_smoothing={smoothing}: a grade has no classes to share it, leave it out")
+
     @property
     def loss_fn(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         return squared_error
