@@ -142,7 +142,7 @@ def published(bitext: Bitext, asked: Asked, progress: Progress) -> Found:
     pairs = []
     counts = {}
     for split in ("train", "validation", "test"):
-        found = layout(where, folder, split, ".parquet", asked.files if split == "train" else None)
+        found = layout(where, folder, split, ".parquet", asked.files if split == "train" else None, str(bitext.hub))
         counts[split] = len(found)
         for file in found:
             progress(f"reading {file.name} ...")
@@ -156,7 +156,7 @@ def _folder(where: str, bitext: Bitext) -> str:
     tried = []
     for name in names:
         try:
-            layout(where, name, "test", ".parquet")
+            layout(where, name, "test", ".parquet", published=str(bitext.hub))
         except UserError as error:
             tried.append(error)
         else:
