@@ -74,6 +74,13 @@ def test_a_task_without_a_section_names_the_file():
         compose("lead-topic", "adamw", "paper")
 
 
+def test_a_task_of_another_scale_names_the_scale():
+    with pytest.raises(UserError, match=r"configs/scales/quick.yaml has no section vision-vit-s-16: .* or take --scale paper \("):
+        compose("vision-vit-s-16", "gsam", "quick")
+    with pytest.raises(UserError, match=r"or take --scale laptop or --scale quick \("):
+        compose("lead-topic", "adamw", "paper")
+
+
 def test_overrides_by_key_however_they_are_written():
     given = settings_of(("training={steps: 5}", "optimizer[lr]=1", "method.options.every=5", "cells=a,b"))
     assert list(given) == ["training.steps", "optimizer.lr", "method.options.every", "cells"]

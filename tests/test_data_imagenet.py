@@ -255,7 +255,7 @@ def test_a_worker_that_dies_is_a_clear_error(kept):
 
 
 def test_refusals(digits, tmp_path):
-    with pytest.raises(UserError, match=r"no train file.*hf download"):
+    with pytest.raises(UserError, match=r"no train file.*hf download ILSVRC/imagenet-1k --repo-type"):
         imagenet.prepare_imagenet(tmp_path / "cache", str(tmp_path))
     write(tmp_path, digits[:4], "train", 1)
     write(tmp_path, digits[4:6], "validation", 1)

@@ -18,6 +18,7 @@ from functional_sam.data.labels import TEXTS, Labelled
 from functional_sam.errors import UserError
 from functional_sam.models.encoder import Encoder
 from functional_sam.tasks import TASKS, prepare
+from functional_sam.tasks.agreement import agreement
 from functional_sam.tasks.batches import placed
 from functional_sam.tasks.finetune import squared_error
 from functional_sam.training.optimizers import optimizer_of
@@ -254,6 +255,23 @@ def test_sharpness_is_measured_by_targets_too(task, pretrained, texts, tmp_path)
 
 
 # ---------------------------------------------------------------------- grades
+
+
+def test_what_glue_reports_is_recorded_beside_accuracy():
+    """Matthews' correlation is that of indicators (of classes: their covariances), F1 the harmonic mean of precision and recall."""
+    draw = np.random.RandomState(0)
+    for classes in (2, 3):
+        truth, said = draw.randint(classes, size=(2, 60))
+        said[:30] = truth[:30]
+        found = agreement(np.bincount(truth * classes + said, minlength=classes**2).tolist())
+        assert found["accuracy"] == pytest.approx(np.mean(truth == said))
+        a, b = (np.eye(classes)[one] - np.eye(classes)[one].mean(0) for one in (truth, said))
+        assert found["matthews"] == pytest.approx((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
+        hits = [np.sum((truth == c) & (said == c)) for c in range(classes)]
+        both = [2 / (np.sum(truth == c) / hits[c] + np.sum(said == c) / hits[c]) for c in range(classes)]
+        assert found["f1"] == pytest.approx(both[1] if classes == 2 else np.mean(both))
+    assert agreement([5, 0, 3, 0]) == {"accuracy": 5 / 8, "matthews": 0.0, "f1": 0.0}
+    assert agreement([5, 0, 0, 0, 3, 0, 0, 0, 0])["f1"] == 1.0  # a class that no one has counts nowhere
 
 
 def test_squared_error_is_a_sum_and_a_count():

@@ -33,6 +33,32 @@ def test_a_setting_that_nothing_reads_is_refused_where_it_was_typed(task, overri
         require_read(compose(task, overrides=[override]), [override])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["optimizer.momentum=0.5"], "override 'optimizer.momentum=0.5' does nothing with optimizer.name=adamw; it is for sgd"),
+        (["optimizer.name=sgd", "optimizer.beta2=0.5"], "does nothing with optimizer.name=sgd; it is for adamw"),
+        (["optimizer={name: adafactor, eps: 1.0}"], "does nothing with optimizer.name=adafactor; it is for adamw"),
+    ],
+)
+def test_a_setting_of_another_optimizer_is_refused(overrides, words):
+    with pytest.raises(UserError, match=words):
+        require_read(compose("vision", overrides=overrides), overrides)
+
+
+def test_a_setting_of_the_optimizer_at_hand_is_not():
+    for own in (["optimizer.beta2=0.5"], ["optimizer.name=sgd", "optimizer.momentum=0.5", "optimizer.beta1=0.9"]):
+        require_read(compose("vision", overrides=own), own)
+    after = ["optimizer.name=sgd", "optimizer.beta2=0.5", "measure.robustness=true", "data.elsewhere=[technical]"]
+    require_read(compose("language", overrides=after), after)  # its weights are trained on by AdamW
+
+
+def test_a_grade_has_no_smoothed_label():
+    compose("movie-sentiment", overrides=["training.label_smoothing=0.1"])
+    with pytest.raises(UserError, match=r"training.label_smoothing=0.1: a grade has no classes"):
+        compose("movie-grade", overrides=["training.label_smoothing=0.1"])
+
+
 def test_train_refuses_it_before_any_time_is_spent(capsys, tmp_path):
     assert main(["train", "--task", "vision", "data.share=0.5", f"runtime.runs={tmp_path}/runs"]) == 2
     assert "override 'data.share=0.5' does nothing" in capsys.readouterr().err

@@ -181,6 +181,17 @@ def test_a_scheduled_radius_reaches_the_gradient():
         model.zero_grad()
 
 
+def test_a_radius_that_is_off_in_warm_up():
+    model = make_model()
+    sharpness = SharpnessAware(model, adamw(model), "functional-sam", rho=0.4, rho_schedule="after-warmup", warmup_steps=2)
+    for rho in (0.0, 0.0, 0.4, 0.4):
+        sharpness.backward([make_batch()])
+        assert radius_of(sharpness) == rho
+        expected = oracle(model, theta_of(model), make_batch(), "gradient", "functional", rho)[1]
+        close(gradients(model), expected)
+        model.zero_grad()
+
+
 def through_a_file(state):
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -276,6 +287,7 @@ def test_state_is_named_by_parameter_and_checked():
         ({"method": "sam", "path": "funktional"}, "'functional'"),
         ({"method": "sam", "ascent": "grad"}, "'gradient'"),
         ({"method": "sam", "rho_schedule": "warmup"}, "warmup_steps"),
+        ({"method": "sam", "rho_schedule": "after-warmup"}, 'rho_schedule="after-warmup" needs warmup_steps >= 1'),
         ({"method": "sam", "subset": lambda name, p: False}, "selects no parameter"),
         ({"method": "sam", "subset": "bias"}, "subset='bias'"),
         ({"method": "fisher-sam", "scope": "micro-batch"}, "fisher"),

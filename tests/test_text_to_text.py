@@ -167,7 +167,9 @@ def test_an_evaluation_counts_right_answers_and_nats_of_the_class_among_the_clas
             right += (log_p.argmax(1) == labels).tolist()
             own = log_p.log_softmax(-1)
             nats += (-own.gather(1, labels[:, None])).flatten().tolist()
+    beside = {name: found.pop(name) for name in ("matthews", "f1")}  # tests/test_finetune.py says what they are
     assert found == pytest.approx({"accuracy": np.mean(right), "loss": np.mean(nats), "texts": 16}, rel=1e-5)
+    assert all(-1 <= value <= 1 for value in beside.values())
     assert len(set(right)) == 2
 
 

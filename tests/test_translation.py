@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -148,14 +149,39 @@ def test_the_hubs_layout(task, made, tmp_path):
     assert manifest["sources"]["iwslt14-de-en"]["files"] == {"train": 2, "validation": 1, "test": 1}
     fewer = prepare(config(made, "adamw", "data.files=1"), silent).data.manifest
     assert fewer["pairs"]["train"] < manifest["pairs"]["train"] <= 120
-    with pytest.raises(UserError, match=r"needs data\.hub=OWNER/NAME"):
-        prepare(config(made, "adamw", "runtime.data=null"), silent)
-    with pytest.raises(UserError, match="no test file"):
+    with pytest.raises(UserError, match=r"no test file .*`hf download bbaaaa/iwslt14-de-en --revision refs/convert/parquet "):
         prepare(config(made, "adamw", f"runtime.data={tmp_path}"), silent)
     with pytest.raises(UserError, match="a row has no 'fr', only de, en"):
         list(
             bitext._translations(bitext.layout(config(made).runtime.data, "de-en", "test", ".parquet")[0], BITEXTS["debian-fr-en"])
         )
+
+
+def test_what_the_hub_converted_is_the_same_set(task, made, hub, tmp_path, monkeypatch):
+    """Of IWSLT14, which is published as a script: owner/name@refs/convert/parquet has DIR/de-en/train/0000.parquet, ..."""
+    for path in (hub / "de-en").iterdir():
+        split, number = re.fullmatch(r"(\w+)-(\d+)-of-\d+.parquet", path.name).groups()
+        (tmp_path / "de-en" / split).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "de-en" / split / f"{int(number):04d}.parquet").symlink_to(path)
+    converted = prepare(config(made, "adamw", f"runtime.data={tmp_path}"), silent).data
+    assert converted.manifest["pairs"] == task.data.manifest["pairs"]
+    for split in ("validation", "test"):  # their order goes by the names of the files
+        assert sorted(converted.references(split)) == sorted(task.data.references(split))
+    (tmp_path / "de-en" / "train" / "0000.parquet").unlink()
+    with pytest.raises(UserError, match="train file 0 of 2 is not in"):
+        bitext.layout(str(tmp_path), "de-en", "train", ".parquet")
+
+    asked = []
+
+    class Unreachable:
+        def glob(self, pattern, detail):
+            asked.append(pattern)
+            raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.HfFileSystem", Unreachable)
+    with pytest.raises(UserError, match=r"`hf download bbaaaa/iwslt14-de-en --revision refs/convert/parquet --repo-type dataset"):
+        prepare(config(made, "adamw", "runtime.data=null"), silent)
+    assert asked[0] == "datasets/bbaaaa/iwslt14-de-en@refs/convert/parquet/de-en/*.parquet"
 
 
 # ---------------------------------------------------------------------- batches

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from functional_sam.config.check import validated
-from functional_sam.config.files import mapping, nearest, read_yaml
+from functional_sam.config.files import configs_directory, mapping, nearest, read_yaml
 from functional_sam.config.schema import Config, keys
 from functional_sam.errors import UserError
 
@@ -33,9 +33,11 @@ def compose(
     if scale is not None:
         by_task = read_yaml("scales", scale)
         if task not in by_task:
+            scales = sorted(path.stem for path in (configs_directory() / "scales").glob("*.yaml"))
+            others = " or ".join(f"--scale {other}" for other in scales if task in read_yaml("scales", other))
             raise UserError(
                 f"configs/scales/{scale}.yaml has no section {task}: write one, `{task}: {{}}` where its file of configs/tasks "
-                f"says all, or take another scale (sections there: {', '.join(sorted(by_task))})"
+                f"says all, or take {others or 'another task'} (sections there: {', '.join(sorted(by_task))})"
             )
         layers.append((f"configs/scales/{scale}.yaml, {task}", by_task[task] or {}))
     layers += [("exhibit", dict(layer)) for layer in extra]

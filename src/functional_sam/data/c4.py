@@ -74,8 +74,8 @@ def prepare_c4(
     root = directory.parent
 
     def build(temporary: Path) -> dict[str, Any]:
-        files = layout(wanted.location, "en", "train", ".json.gz", wanted.files)
-        held_out = layout(wanted.location, "en", "validation", ".json.gz", 1)[0]
+        files = layout(wanted.location, "en", "train", ".json.gz", wanted.files, HUB)
+        held_out = layout(wanted.location, "en", "validation", ".json.gz", 1, HUB)[0]
         tokenizer = _tokenizer(wanted, root, files[0], say)
         shards = [
             Shard(root / file.name.removesuffix(".json.gz"), file.size, functools.partial(_tokenize, file, tokenizer.path))

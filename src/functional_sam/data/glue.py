@@ -126,7 +126,7 @@ def _labelled(one: Set, location: str, split: str) -> Iterator[dict[str, Any]]:
     own = Path(location) / one.hub.rpartition("/")[2]
     place = str(own) if location and own.is_dir() else location or one.hub
     label = [] if "answers" in one.columns else ["label"]
-    for file in layout(place, one.folder, split, ".parquet"):
+    for file in layout(place, one.folder, split, ".parquet", published=one.hub):
         for row in rows(file, "parquet", columns=[*one.columns, *label]):
             if row["label"] >= 0 if label else row["answers"]:
                 yield row

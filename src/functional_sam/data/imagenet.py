@@ -60,7 +60,8 @@ def prepare_imagenet(
     directory = imagenet_directory(cache, location, files, encoded)
 
     def build(temporary: Path) -> dict[str, Any]:
-        found = layout(location, "data", "train", ".parquet", files) + layout(location, "data", "validation", ".parquet")
+        found = layout(location, "data", "train", ".parquet", files, HUB)
+        found += layout(location, "data", "validation", ".parquet", published=HUB)
         shards = [
             Shard(directory.parent / file.name.removesuffix(".parquet"), file.size, functools.partial(_decode, file, encoded))
             for file in found

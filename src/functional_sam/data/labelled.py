@@ -170,6 +170,7 @@ def prepare_labelled(
     """The texts of a name as ids of the pretrained model's tokenizer, cut to `length` tokens; once under cache_dir.
 
     Duplicates (but for case) count once: a text whose copies have different classes is left out, different grades are averaged.
+    Texts that differ behind the cut alone are different ones: 17 of the 920 tested SMS read, at 20 tokens, as one of training does.
     The split is a function of the text alone: 70 % train, 10 % validation, 20 % test, each in the order of hashes; of GLUE the
     published validation split is the test (its test labels are not public), and a tenth of the published train split validates.
     Of sets with candidate answers a text is a candidate and all of a passage is in one split (data/candidates.py).

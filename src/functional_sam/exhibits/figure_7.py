@@ -25,6 +25,7 @@ TIMED_AS = {
     "adaptive-functional-sam": "functional-sam",
     "fisher-functional-sam": "functional-sam",
     "functional-sam-lr": "functional-sam",
+    "sam-after-warmup": "sam",
     "sam-lr": "sam",
     "sam-warmup": "sam",
 }

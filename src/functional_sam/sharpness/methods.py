@@ -181,8 +181,8 @@ def resolve(name: str, given: Mapping[str, Any] | None = None) -> tuple[Method, 
         raise UserError(f"every={options['every']!r}: the perturbed pass comes every so many steps, a whole number >= 1")
     if not (options["subset"] in (None, "norm") or callable(options["subset"])):
         raise UserError(f'subset={options["subset"]!r}: expected None, "norm", or a function (name, parameter) -> bool')
-    if options["rho_schedule"] == "warmup" and options["warmup_steps"] < 1:
-        raise UserError('rho_schedule="warmup" needs warmup_steps >= 1')
+    if options["rho_schedule"] in ("warmup", "after-warmup") and options["warmup_steps"] < 1:
+        raise UserError(f'rho_schedule="{options["rho_schedule"]}" needs warmup_steps >= 1')
     if options["keep_dtype"] not in (None, torch.bfloat16, torch.float32, torch.float64):
         raise UserError(
             f"keep_dtype={options['keep_dtype']!r}: what is kept, u, is of the order of 1 / (number of targets), which float16 and "

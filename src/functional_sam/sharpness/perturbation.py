@@ -69,8 +69,9 @@ class Perturbation:
 
         The "rho" of an optimizer that has a hyperparameter of that name (Adadelta) is that one, and no radius.
 
-        constant rho; warmup rho * min(1, step / warmup_steps); lr rho_min + (rho - rho_min) (lr - lr_min) / (lr_max - lr_min),
-        the fraction held in [0, 1]. A rho that is a function is called with the number of steps before this one.
+        constant rho; warmup rho * min(1, step / warmup_steps); after-warmup 0 for warmup_steps steps, then rho; lr rho_min +
+        (rho - rho_min) (lr - lr_min) / (lr_max - lr_min), the fraction held in [0, 1]. A rho that is a function is called with the
+        number of steps before this one.
         """
         options, result = self.options, {}
         general = radius(self.rho(self.steps - 1), f"of step {self.steps - 1}") if callable(self.rho) else self.rho
@@ -81,6 +82,8 @@ class Perturbation:
             rho = general if p in own or "rho" not in group else radius(group["rho"], "in a parameter group")
             if options["rho_schedule"] == "warmup":
                 rho *= min(1.0, self.steps / options["warmup_steps"])
+            elif options["rho_schedule"] == "after-warmup":
+                rho *= self.steps > options["warmup_steps"]
             elif options["rho_schedule"] == "lr":
                 # Numbers, whatever lr is (a tensor, for a compiled step): radii are compared, and equal tensors are not one key.
                 fraction = (float(group["lr"]) - options["lr_min"]) / (options["lr_max"] - options["lr_min"])

@@ -25,6 +25,7 @@ from functional_sam.errors import UserError
 from functional_sam.losses import cross_entropy
 from functional_sam.models.encoder import Encoder
 from functional_sam.models.shape import EncoderShape, TextShape
+from functional_sam.tasks.agreement import agreement
 from functional_sam.tasks.batches import Batch, placed
 from functional_sam.tasks.ranks import gathered, shared, totals
 from functional_sam.tasks.task import Metric, Task
@@ -175,15 +176,18 @@ class FineTune(Task):
         return logits
 
     def _judged(self, model: torch.nn.Module, batches: Iterable[tuple[Any, ...]]) -> dict[str, float]:
+        """The mean loss, the accuracy and, beside it, Matthews' correlation and F1, by which some of GLUE's sets are reported."""
         if self.data.candidates:
             return self._judged_by_question(model, batches)
 
         def sums(inputs: Any, labels: Tensor) -> tuple[float, ...]:
             logits = self.scores(model, inputs)
-            return float(cross_entropy(logits, labels)[0]), int((logits.argmax(-1) == labels).sum()), len(labels)
+            table = torch.bincount(labels * logits.shape[-1] + logits.argmax(-1), minlength=logits.shape[-1] ** 2)
+            return float(cross_entropy(logits, labels)[0]), *table.tolist()
 
-        nats, right, texts = totals(model, batches, sums)
-        return {"loss": nats / texts, "accuracy": right / texts, "texts": int(texts)}
+        nats, *table = totals(model, batches, sums)
+        texts = sum(table)
+        return {"loss": nats / texts, **agreement(table), "texts": int(texts)}
 
     def _judged_by_question(self, model: torch.nn.Module, batches: Iterable[tuple[Any, ...]]) -> dict[str, float]:
         """Of candidates: the mean loss of one, and what is reported of their questions (data.candidates.judged)."""
@@ -211,6 +215,13 @@ class Grade(FineTune):
 
     metric = Metric("spearman", "Spearman's rank correlation", lower_is_better=False)
     classes = False
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        super().check(config)
+        smoothing = config.training.label_smoothing
+        if smoothing:
+            raise UserError(f"training.label_smoothing={smoothing}: a grade has no classes to share it, leave it out")
 
     @property
     def loss_fn(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -1,4 +1,7 @@
-"""Which settings of a config's sections `model` and `data` a task reads: by the kind of its model, which is the task's."""
+"""Which settings of a config's sections `model` and `data` a task reads: by the kind of its model, which is the task's.
+
+And which of the section `optimizer` an optimizer reads.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -30,6 +33,10 @@ READS: dict[str, tuple[str, str]] = {
 }
 
 
+# setting of section optimizer -> the only optimizer that reads it
+ONLY_OF = {"beta1": "adamw", "beta2": "adamw", "eps": "adamw", "momentum": "sgd", "relative": "adafactor"}
+
+
 def readers(section: str, key: str) -> list[str]:
     """The kinds of model whose tasks read a setting."""
     return [kind for kind, (model, data) in READS.items() if key in {"model": model, "data": data}[section].split()]
@@ -52,3 +59,9 @@ def require_read(config: Config, overrides: Sequence[str]) -> None:
                         f"override {override!r} does nothing in a task of kind {config.kind} with model.kind={kind}; "
                         f"it is for {', '.join(known)}"
                     )
+        for key in layer.get("optimizer", {}):
+            value, usual = (getattr(one.optimizer, key) for one in (config, default))
+            own, only = config.optimizer.name, ONLY_OF.get(key)
+            retrained = config.measure.robustness and only == "adamw"  # training/robustness.py has an AdamW of its own
+            if only and only != own and value != usual and not retrained:
+                raise UserError(f"override {override!r} does nothing with optimizer.name={own}; it is for {only}")
