@@ -48,7 +48,7 @@ class Differences:
     ) -> None:
         self.model, self.batches, self.loss_fn, self.forward, self.parameters = model, batches, loss_fn, forward, parameters
         self.step = math.sqrt(math.sqrt(torch.finfo(parameters[0].dtype).eps))
-        self.error = 0.0
+        self.error, self.num_targets = 0.0, math.nan
         self._is_checked = False
         self._trained = set(model.parameters())
         self.meshes = list(dict.fromkeys(p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")))
@@ -203,7 +203,8 @@ class Differences:
     def _mean(self, total: list[Tensor], count: float) -> list[Tensor]:
         # FSDP2 has averaged over the ranks what is a sum.
         world = self.meshes[0].size() if self.meshes else 1
-        torch._foreach_mul_(total, world / required(count))
+        self.num_targets = required(count)
+        torch._foreach_mul_(total, world / self.num_targets)
         return total
 
     def _over_ranks(self, *numbers: float) -> list[float]:

@@ -5,6 +5,7 @@ parameters. A batch has any number of leading dimensions.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -114,12 +115,18 @@ class CurvatureProducts:
         self._kept: dict[int, Linearization] = {}
         self._stamp: list[Any] = []
         self._full = False
+        self._num_targets = math.nan
         self._third = False  # whether the forward takes derivatives itself, as far as is known
 
     @property
     def error(self) -> float:
         """Estimated relative error of the last product of method="difference"; 0 for exact products, whose error is rounding."""
         return self._differences.error if self._differences else 0.0
+
+    @property
+    def num_targets(self) -> float:
+        """Valid targets of all batches, as loss_fn counts them; nan before the first product or gradient."""
+        return self._differences.num_targets if self._differences else self._num_targets
 
     def release(self) -> None:
         """Free the kept graphs."""
@@ -244,7 +251,8 @@ class CurvatureProducts:
                 torch._foreach_add_(total, product(batch, i in self._kept))
                 count += float(batch.count)
                 del batch
-        torch._foreach_div_(total, required(count))
+        self._num_targets = required(count)
+        torch._foreach_div_(total, self._num_targets)
         return total
 
     def _linearized(self, i: int, inputs: Any, targets: Any) -> Linearization:

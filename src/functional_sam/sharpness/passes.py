@@ -253,10 +253,15 @@ class Passes(Counting):
         # A parameter is found again in `theta`. A view of one would move with it, FSDP2's whole parameter is freed.
         if isinstance(weight, torch.nn.Parameter) and not (copy or self.sharded):
             memory.weight = weight
-        elif earlier and earlier[0].weight is not None:
+        elif earlier and self._is_same(earlier[0].weight, weight):
             memory.weight = earlier[0].weight  # one copy serves all micro-batches
         else:
             memory.weight = weight.detach().clone()
+
+    @staticmethod
+    def _is_same(kept: Tensor | None, weight: Tensor) -> bool:
+        """Whether it is the head of an earlier micro-batch, and no function of the inputs or of chance."""
+        return kept is not None and (isinstance(weight, torch.nn.Parameter) or torch.equal(kept, weight))
 
     def _pull_readout(
         self,
