@@ -10,6 +10,7 @@ from torch import Tensor
 from functional_sam.errors import UserError
 from functional_sam.losses import require_no_mean
 from functional_sam.sharpness.randomness import random_state, set_random_state
+from functional_sam.vectors import by_place
 
 
 def tensors_of(inputs: Any, place: str = "inputs") -> Iterator[tuple[str, Tensor]]:
@@ -64,10 +65,8 @@ def _fingerprint(p: Tensor) -> Fingerprint:
     held: Any = p.detach()
     local: Tensor = held.to_local() if hasattr(held, "to_local") else held
     if local.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16) and local.layout == torch.strided:
-        table = local.reshape(local.shape[0] if local.ndim > 1 else 1, -1) if local.numel() else local.new_zeros(1, 1)
-        rows, columns = (torch.arange(1.0, n + 1, device=local.device) for n in table.shape)
-        weighed = (table @ columns.sin().to(table.dtype)).double() @ rows.cos().double()  # no two places have one weight
-        return float(torch.linalg.vector_norm(local, dtype=torch.promote_types(local.dtype, torch.float32))), float(weighed)
+        size = torch.linalg.vector_norm(local, dtype=torch.promote_types(local.dtype, torch.float32))
+        return float(size), float(by_place(local))
     return (0.0 if p.is_inference() else float(p._version),)
 
 
