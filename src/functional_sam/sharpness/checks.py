@@ -117,7 +117,7 @@ def require_shards_averaged(model: torch.nn.Module, optimizer: Any) -> None:
 
 def require_all_in_shards(model: torch.nn.Module, optimizer: Any) -> None:
     """Raise UserError for trained parameters of which some are DTensors (tensor parallelism) and some are not."""
-    names = {p: name for name, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     trained = [p for p in owners(optimizer) if p.requires_grad and p in names]
     plain = [p for p in trained if not hasattr(p, "device_mesh")]
     if plain and len(plain) < len(trained):
