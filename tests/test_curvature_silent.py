@@ -333,3 +333,52 @@ def test_padding_is_the_same_with_gradients_and_without(method):
     at_one = lambda s: float(fit_scale(model, [((x, padding), y)], tolerance=s).loss)  # noqa: E731
     assert at_one(0.1) == pytest.approx(float(loss.detach()), rel=1e-12)
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Running(nn.Module):
+    """A running mean that is taken off, and moved."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x):
+        seen = x - self.mean
+        self.mean += x.detach().mean()
+        return seen
+
+
+@METHODS
+def test_a_state_that_forward_knows_and_the_model_does_not_is_refused(method):
+    moving, model = Running(), small(nn.Tanh())
+    products = CurvatureProducts(model, [(X, Y)], method=method, forward=lambda model, x: model(moving(x)))
+    for product in (products.loss, products.gradient):
+        with pytest.raises(UserError, match="changes its buffer 'mean'"):
+            product()
+        assert moving.mean == 0
+
+
+@METHODS
+def test_a_state_of_the_loss_is_the_same_in_all_products(method):
+    """DINO's centre, in a closure: H v of the loss as it is, however often it is asked."""
+    moving, model = Running(), small(nn.Tanh())
+    moving.mean += 0.3
+    products, still = (
+        CurvatureProducts(model, [(X, Y), (X, Y)], loss_fn, method=method, retain=False)
+        for loss_fn in (lambda z, t: cross_entropies(moving(z) ** 2, t), lambda z, t: cross_entropies((z - 0.3) ** 2, t))
+    )
+    for _ in range(2):
+        for product, wanted in zip(each_product(products), each_product(still), strict=True):
+            torch.testing.assert_close(product(), wanted(), rtol=1e-9, atol=1e-12)
+        assert moving.mean == 0.3
+
+
+def test_weights_that_trade_places_make_graphs_anew():
+    model = small(nn.Tanh())
+    products = CurvatureProducts(model, [(X, Y)])
+    v = products.gradient()
+    products.hessian(v)
+    for weight in (model[0].weight, model[0].bias):
+        weight.data[[0, 1]] = weight.data[[1, 0]]  # past the version, and of the same norm
+        for a, b in zip(products.hessian(v), CurvatureProducts(model, [(X, Y)]).hessian(v), strict=True):
+            assert torch.equal(a, b)

@@ -138,6 +138,26 @@ def test_complex_parameters_equal_their_pairs_or_are_refused(method):
 # ---------------------------------------------------------------------- loss and outputs
 
 
+def test_a_loss_may_be_a_method_of_the_model():
+    class WithLoss(type(make_model())):
+        def loss(self, z, t):
+            return F.cross_entropy(z.flatten(0, 1), t.flatten(), reduction="sum"), t.numel()
+
+        def decayed(self, z, t):
+            total, count = self.loss(z, t)
+            return total + next(self.parameters()).square().sum(), count
+
+    grads = []
+    for own in (False, True):
+        model = make_model(WithLoss)
+        loss_fn = model.loss if own else lambda z, t: WithLoss.loss(None, z, t)
+        SharpnessAware(model, adamw(model), "functional-sam", loss_fn=loss_fn).backward([make_batch()])
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    with pytest.raises(UserError, match="loss_fn has a term that depends on the model's"):
+        SharpnessAware(model, adamw(model), "functional-sam", loss_fn=model.decayed).backward([make_batch()])
+
+
 @pytest.mark.parametrize("how", ["module", "bound", "closure", "partial"])
 def test_a_trainable_loss_is_refused(how):
     class Tempered(torch.nn.Module):

@@ -252,13 +252,15 @@ class Momentum(nn.Module):
                 k.data.mul_(0.9).add_(q.data, alpha=0.1)
             elif self.how == "in place":
                 k.mul_(0.9).add_(q, alpha=0.1)
+            elif self.how == "in another order":
+                k.copy_(k.roll(1, 0))
 
     def forward(self, x):
         self.forward_key()
         return self.query(x) + self.key(x)
 
 
-@pytest.mark.parametrize("how", ["assigned", "data", "in place"])
+@pytest.mark.parametrize("how", ["assigned", "data", "in place", "in another order"])
 @pytest.mark.parametrize("method", ["sam", "functional-sam", "logit-sam", "random-sam", "gsam"])
 def test_parameters_that_forward_moves_are_refused(method, how):
     model = Momentum(how)

@@ -1,11 +1,9 @@
 """Losses that say how many targets they summed over, loss_fn(logits, targets) -> (sum over valid targets, number of them), and
 whether logits and targets are what they take them for."""
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from functional_sam.errors import UserError
+from functional_sam.weights import buffers_saved, modules_of
 
 IGNORE = -100
 FEW = 2**22  # logits that a loss is tried on in the first step, to see whether it sums
@@ -107,27 +106,20 @@ def require_no_mean(loss_fn: Callable[..., Any], z: Tensor, targets: Any, total:
     once, twice = alike.taken(targets), alike.taken(targets, twice=True)
     if along == z.ndim - 1 > 0 or (targets is not None and not alike.found):
         return
+    restore = buffers_saved(modules_of(loss_fn), always=True)  # it may count its calls
     try:
-        called = _copied(loss_fn)  # it may count its calls
         with torch.no_grad():
-            a, m = map(float, called(alike.taken(z), once))
-            b, n = map(float, called(alike.taken(z, twice=True), twice))
+            a, m = map(float, loss_fn(alike.taken(z), once))
+            b, n = map(float, loss_fn(alike.taken(z, twice=True), twice))
     except Exception:
         return  # not a loss of rows
+    finally:
+        restore()
     if 0 < m != 1 and math.isclose(n, 2 * m, rel_tol=1e-6) and a and math.isfinite(a) and math.isclose(a, b, rel_tol=1e-4):
         raise UserError(
             f"loss_fn returned a mean ({float(total.detach()):.4g}) and the count {float(count):g}: return the SUM over valid "
             'targets and their number (reduction="sum"), or gradients are that much too small'
         )
-
-
-def _copied(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """loss_fn, or where it is a module, or a method of one, that has buffers the same of a copy."""
-    holder: Any = getattr(loss_fn, "__self__", loss_fn)
-    if not isinstance(holder, torch.nn.Module) or not any(True for _ in holder.buffers()):
-        return loss_fn
-    copied: Any = copy.deepcopy(holder)
-    return copied if holder is loss_fn else partial(loss_fn.__func__, copied)  # type: ignore[attr-defined]
 
 
 @dataclass

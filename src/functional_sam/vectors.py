@@ -48,6 +48,13 @@ def norm(tensors: Sequence[Tensor], *, fast: bool = False) -> float:
     return math.hypot(*(float(whole(part)) for part in parts))
 
 
+def by_place(x: Tensor) -> Tensor:
+    """A sum in which no two entries have one weight, float64: it changes where values trade places, and a norm does not."""
+    table = x.reshape(x.shape[0] if x.ndim > 1 else 1, -1) if x.numel() else x.new_zeros(1, 1)
+    rows, columns = (torch.arange(1.0, n + 1, device=x.device) for n in table.shape)
+    return (table @ columns.sin().to(table.dtype)).double() @ rows.cos().double()
+
+
 def _pairs(x: Tensor) -> Tensor:
     return torch.view_as_real(x.resolve_conj())
 

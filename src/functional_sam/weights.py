@@ -1,7 +1,9 @@
 """Weights that are moved and put back, and where they live: inside wrappers, in shards, in replicas."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -30,6 +32,17 @@ def replicas(model: torch.nn.Module) -> list[DistributedDataParallel]:
 def is_sharded(model: torch.nn.Module) -> bool:
     """True when FSDP2 (or another DTensor scheme) holds the parameters in shards."""
     return any(hasattr(p, "device_mesh") for p in model.parameters())
+
+
+def sharded_units(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules that fully_shard (FSDP2) has been called on."""
+    return [module for module in model.modules() if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)]
+
+
+def parts_of_unit(unit: torch.nn.Module) -> list[Any]:
+    """What FSDP2 keeps of the parameters of a unit: how it reduces their gradients."""
+    state: Any = getattr(unit, "_get_fsdp_state", lambda: None)()
+    return getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
 
 
 def process_group(model: torch.nn.Module) -> Any:
@@ -97,7 +110,7 @@ def _copy(p: Tensor, memory: MutableMapping[Tensor, Tensor] | None) -> Tensor:
 @contextlib.contextmanager
 def buffers_kept(model: torch.nn.Module, keep: bool = True) -> Iterator[None]:
     """Buffers (BatchNorm's running statistics ...) leave the block as they entered it."""
-    restore = buffers_saved(model) if keep else None
+    restore = buffers_saved(model.modules()) if keep else None
     try:
         yield
     finally:
@@ -105,15 +118,14 @@ def buffers_kept(model: torch.nn.Module, keep: bool = True) -> Iterator[None]:
             restore()
 
 
-def buffers_saved(model: torch.nn.Module, always: bool = False) -> Callable[[], None]:
-    """A function that puts the buffers back as they are now, in the tensors that hold them now, which forward may replace.
+def buffers_saved(modules: Iterable[torch.nn.Module], always: bool = False) -> Callable[[], None]:
+    """A function that puts the modules' own buffers back as they are now, in the tensors that hold them now, which may be replaced.
 
     Of none where no module, by its own flag, is in training, unless `always`.
     """
-    modules = [module for module in model.modules() if module._buffers]
-    if not (always or any(module.training for module in model.modules())):
-        modules = []
-    places = [(module._buffers, dict(module._buffers), module._non_persistent_buffers_set) for module in modules]
+    modules = list(modules)
+    held = [m for m in modules if m._buffers] if always or any(module.training for module in modules) else []
+    places = [(module._buffers, dict(module._buffers), module._non_persistent_buffers_set) for module in held]
     copies = {buffer: buffer.detach().clone() for _, held, _ in places for buffer in held.values() if buffer is not None}
 
     @torch.no_grad()
@@ -123,9 +135,46 @@ def buffers_saved(model: torch.nn.Module, always: bool = False) -> Callable[[], 
                 if buffers.get(name) is not buffer and not (name in caches and has_grown(buffers.get(name), buffer)):
                     buffers[name] = buffer
         for buffer, copy in copies.items():
-            _write(buffer, copy)
+            if not (always and buffer.layout == torch.strided and torch.equal(buffer, copy)):  # a graph may have saved it
+                _write(buffer, copy)
 
     return restore
+
+
+MANY = 1000  # items, of which a list is data and holds no modules
+
+
+def modules_of(function: Any) -> list[torch.nn.Module]:
+    """The modules that calling `function` may run, with their parts: itself, or what it knows.
+
+    That is by its closure, a global name, an argument or an attribute.
+    """
+    found: dict[torch.nn.Module, None] = {}
+    pending, seen = [function], {}
+    while pending:
+        item = pending.pop()
+        if id(item) in seen:
+            continue
+        seen[id(item)] = item  # held, or another one might get its id
+        if isinstance(item, torch.nn.Module):
+            found |= dict.fromkeys(item.modules())
+        elif isinstance(item, list | tuple | dict):
+            pending += (item.values() if isinstance(item, dict) else item) if len(item) < MANY else ()
+        elif isinstance(item, MethodType):
+            pending += [item.__func__, item.__self__]
+        elif isinstance(item, functools.partial):
+            pending += [item.func, item.args, item.keywords]
+        elif isinstance(item, FunctionType):
+            for cell in item.__closure__ or ():
+                with contextlib.suppress(ValueError):  # a name without a value yet
+                    pending.append(cell.cell_contents)
+            named = [item.__globals__.get(name) for name in item.__code__.co_names]
+            # Of functions elsewhere (a library's) it is not asked what they know.
+            pending += [g for g in named if not isinstance(g, FunctionType) or g.__globals__ is item.__globals__]
+            pending += [item.__defaults__ or (), item.__kwdefaults__ or {}, getattr(item, "__wrapped__", None)]
+        elif not isinstance(item, type | ModuleType | Tensor):
+            pending += [value for value in getattr(item, "__dict__", {}).values() if isinstance(value, torch.nn.Module)]
+    return list(found)
 
 
 def has_grown(now: Tensor | None, before: Tensor | None) -> bool:

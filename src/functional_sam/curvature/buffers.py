@@ -40,13 +40,13 @@ def written(batch: Any) -> list[tuple[int, int]]:
 
 
 class Buffers:
-    """The buffers of a model as they are now."""
+    """The buffers of modules as they are now."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.training = any(module.training for module in model.modules())
+    def __init__(self, *models: nn.Module) -> None:
+        self.training = any(module.training for model in models for module in model.modules())
         self.places: list[tuple[str, dict[str, Any], str, set[str], Tensor, int]] = []
         self.copies: dict[Tensor, Tensor] = {}
-        for prefix, module in model.named_modules():
+        for prefix, module in (named for model in models for named in model.named_modules()):
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     full = f"{prefix}.{name}" if prefix else name

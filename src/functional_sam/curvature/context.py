@@ -87,10 +87,10 @@ def without_graph(forward: Callable[[], Any]) -> Any:
 
 
 @contextlib.contextmanager
-def repeatable(model: nn.Module, inputs: Any, device: torch.device) -> Iterator[None]:
+def repeatable(model: nn.Module, inputs: Any, device: torch.device, outside: Sequence[nn.Module] = ()) -> Iterator[None]:
     """Raises UserError if the block drew from PyTorch's random generators, dropout or noise that no module announces, or changed
-    the inputs or what a buffer of the model holds; the buffer is put back, whatever is raised."""
-    before, buffers, given = _random_states(device), Buffers(model), written(inputs)
+    the inputs or what a buffer of the model, or of a module outside, holds; the buffer is put back, whatever is raised."""
+    before, buffers, given = _random_states(device), Buffers(model, *outside), written(inputs)
     try:
         yield
     finally:

@@ -26,6 +26,7 @@ from functional_sam.curvature.outer import LossFn, of_logits_alone, summed
 from functional_sam.errors import UserError
 from functional_sam.losses import cross_entropy, require_logits
 from functional_sam.vectors import length, norm
+from functional_sam.weights import modules_of
 
 Forward = Callable[..., Any]
 
@@ -48,9 +49,10 @@ class Differences:
     ) -> None:
         self.model, self.batches, self.loss_fn, self.forward, self.parameters = model, batches, loss_fn, forward, parameters
         self.step = math.sqrt(math.sqrt(torch.finfo(parameters[0].dtype).eps))
-        self.error = 0.0
+        self.error, self.num_targets = 0.0, math.nan
         self._is_checked = False
         self._trained = set(model.parameters())
+        self._outside = [module for module in modules_of(forward) if module not in set(model.modules())]
         self.meshes = list(dict.fromkeys(p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")))
         if len(self.meshes) > 1:
             raise UserError("parameters on several device meshes: shard the whole model over one")
@@ -151,7 +153,7 @@ class Differences:
 
     def _logits(self, inputs: Any, graph: bool = True) -> Tensor:
         call = partial(self.forward, self.model, inputs)
-        with repeatable(self.model, inputs, self._device):
+        with repeatable(self.model, inputs, self._device, self._outside):
             z: Any = call() if graph else without_graph(call)
         require_dense(z)
         if graph and isinstance(z, Tensor):
@@ -203,7 +205,8 @@ class Differences:
     def _mean(self, total: list[Tensor], count: float) -> list[Tensor]:
         # FSDP2 has averaged over the ranks what is a sum.
         world = self.meshes[0].size() if self.meshes else 1
-        torch._foreach_mul_(total, world / required(count))
+        self.num_targets = required(count)
+        torch._foreach_mul_(total, world / self.num_targets)
         return total
 
     def _over_ranks(self, *numbers: float) -> list[float]:

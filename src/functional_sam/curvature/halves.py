@@ -43,14 +43,16 @@ class HalvesSplit:
 
 
 def split_in_halves(first: CurvatureProducts, second: CurvatureProducts, eps: Sequence[Tensor]) -> HalvesSplit:
-    """H_G eps and H_F eps on the batches of `first` and of `second` together, which must have as many valid targets each.
+    """H_G eps and H_F eps on the batches of `first` and of `second` together, weighed by their numbers of valid targets.
 
     For the squares to be without bias eps must not have been computed from either batch. Costs one split on each half.
     """
     eps = list(eps)
     (logit_1, func_1), (logit_2, func_2) = first.split(eps), second.split(eps)
     square_logit, square_func = dot(logit_1, logit_2), dot(func_1, func_2)
-    norm_logit = math.sqrt(dot(logit_1, logit_1) + dot(logit_2, logit_2) + 2 * square_logit) / 2
-    norm_func = math.sqrt(dot(func_1, func_1) + dot(func_2, func_2) + 2 * square_func) / 2
-    crossed = dot(logit_1, func_1) + dot(logit_1, func_2) + dot(logit_2, func_1) + dot(logit_2, func_2)
-    return HalvesSplit(norm_logit, norm_func, ratio(crossed / 4, norm_logit * norm_func), square_logit, square_func)
+    a = first.num_targets / (first.num_targets + second.num_targets)
+    aa, bb, ab = a * a, (1 - a) * (1 - a), a * (1 - a)
+    norm_logit = math.sqrt(max(0.0, aa * dot(logit_1, logit_1) + bb * dot(logit_2, logit_2) + 2 * ab * square_logit))
+    norm_func = math.sqrt(max(0.0, aa * dot(func_1, func_1) + bb * dot(func_2, func_2) + 2 * ab * square_func))
+    crossed = aa * dot(logit_1, func_1) + ab * (dot(logit_1, func_2) + dot(logit_2, func_1)) + bb * dot(logit_2, func_2)
+    return HalvesSplit(norm_logit, norm_func, ratio(crossed, norm_logit * norm_func), square_logit, square_func)

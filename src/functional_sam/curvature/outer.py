@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from functional_sam.curvature.buffers import written
+from functional_sam.curvature.buffers import Buffers, written
 from functional_sam.derivatives import differentiable_gradient
 from functional_sam.errors import UserError
 from functional_sam.head import chunks, hessian_product, softmax_of, to_cotangent
 from functional_sam.losses import IGNORE, cross_entropy, require_logits, require_no_mean, require_rows
+from functional_sam.weights import modules_of
 
 LossFn = Callable[[Tensor, Any], tuple[Tensor, Tensor]]
 Tangents = Sequence[Tensor | None]  # None is zero
@@ -216,14 +217,21 @@ def of_logits_alone(loss_fn: LossFn, z: Tensor, targets: Any, trained: Container
 
 
 def sums(loss_fn: LossFn) -> LossFn:
-    """loss_fn, which is looked at when it is called first: UserError for a mean beside a count, by which all would be too small."""
+    """loss_fn that raises UserError for a mean beside a count, when it is called first, by which all would be too small.
+
+    Buffers that it moves (DINO's centre) are put back after each call, so that all products are those of one loss.
+    """
     if loss_fn is cross_entropy:
         return loss_fn
-    seen = False
+    seen, modules = False, [module for module in modules_of(loss_fn) if module._buffers]
 
     def looked_at(z: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
         nonlocal seen
-        result = loss_fn(z, targets)
+        buffers = Buffers(*modules)
+        try:
+            result = loss_fn(z, targets)
+        finally:
+            buffers.put_back()
         if not seen and isinstance(result, tuple) and len(result) == 2:
             seen = True
             require_no_mean(loss_fn, z, targets, *result)

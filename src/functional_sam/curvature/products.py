@@ -5,6 +5,7 @@ parameters. A batch has any number of leading dimensions.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -34,7 +35,8 @@ from functional_sam.curvature.outer import LossFn, OnHead, by_classes, summed, s
 from functional_sam.derivatives import Derivatives, DifferentiatesItself
 from functional_sam.errors import UserError
 from functional_sam.losses import cross_entropy
-from functional_sam.weights import is_sharded
+from functional_sam.vectors import by_place
+from functional_sam.weights import is_sharded, modules_of
 
 BatchProduct = Callable[[Linearization, bool], list[Tensor]]
 
@@ -96,6 +98,7 @@ class CurvatureProducts:
         self.batches = Batches(batches)
         self.readout = _reads_out(model, forward, loss_fn)
         self.forward: Forward = forward or (lambda module, inputs, **readout: module(inputs, **readout))
+        self._outside = [module for module in modules_of(forward) if module not in set(model.modules())]
         self.parameters = select(model, parameters)
         self._names = Names(model, self.parameters)
         self.retain, self.memory_budget = retain, memory_budget
@@ -114,12 +117,18 @@ class CurvatureProducts:
         self._kept: dict[int, Linearization] = {}
         self._stamp: list[Any] = []
         self._full = False
+        self._num_targets = math.nan
         self._third = False  # whether the forward takes derivatives itself, as far as is known
 
     @property
     def error(self) -> float:
         """Estimated relative error of the last product of method="difference"; 0 for exact products, whose error is rounding."""
         return self._differences.error if self._differences else 0.0
+
+    @property
+    def num_targets(self) -> float:
+        """Valid targets of all batches, as loss_fn counts them; nan before the first product or gradient."""
+        return self._differences.num_targets if self._differences else self._num_targets
 
     def release(self) -> None:
         """Free the kept graphs."""
@@ -133,7 +142,7 @@ class CurvatureProducts:
         total, count = 0.0, 0.0
         with second_order(self.model, self._device.type), torch.no_grad():
             for inputs, targets in self.batches:
-                with repeatable(self.model, inputs, self._device):
+                with repeatable(self.model, inputs, self._device, self._outside):
                     call = partial(self.forward, self.model, inputs)
                     if self.readout and by_classes(self.loss_fn, targets):
                         h, weight = without_graph(partial(call, readout=lambda h, weight: (h, weight)))
@@ -244,7 +253,8 @@ class CurvatureProducts:
                 torch._foreach_add_(total, product(batch, i in self._kept))
                 count += float(batch.count)
                 del batch
-        torch._foreach_div_(total, required(count))
+        self._num_targets = required(count)
+        torch._foreach_div_(total, self._num_targets)
         return total
 
     def _linearized(self, i: int, inputs: Any, targets: Any) -> Linearization:
@@ -253,7 +263,7 @@ class CurvatureProducts:
         measure = self.retain == "auto" and not self._full
         options = self.model, self.forward, self.readout, self.loss_fn, self.parameters, inputs, targets
         keep_bytes = float("inf") if self.retain is True else room
-        with repeatable(self.model, inputs, self._device):
+        with repeatable(self.model, inputs, self._device, self._outside):
             batch = self._differentiable(lambda functions: Linearization(*options, keep_bytes, functions))
         if measure and batch.num_bytes > room:
             batch.drop_cotangent()
@@ -290,9 +300,10 @@ class CurvatureProducts:
         tensors = list(dict.fromkeys([*self.parameters, *self.model.parameters(), *floating]))
         with torch.no_grad():
             norms = torch.stack([n.double() for n in torch._foreach_norm(tensors)]).tolist()
+            places = torch.stack([by_place(t) for t in tensors]).tolist()  # writing by .data leaves no other trace
         everything = [*tensors, *buffers]  # of integers and booleans this alone tells
         versions = [version(t) for t in [*everything, *self.model.buffers()]]
-        stamp = [norms, [t.data_ptr() for t in everything], versions, self.model.training]
+        stamp = [norms, places, [t.data_ptr() for t in everything], versions, self.model.training]
         if stamp != self._stamp:
             self.release()
             self._stamp = stamp

@@ -97,11 +97,11 @@ class SharpnessAware:
         _require_micro_batches(batches)
         _require_gradients_on()
         self._seen.require_a_step(self.model)
-        require_synchronized(self._passes.replicas)
+        require_synchronized(self._passes.replicas, self._passes.units)
         if self._seen.steps and not self._moments_known:
             require_moments(self.method, self.options, self.model, self._perturbation.optimizer, stepped=True)
             self._moments_known = True
-        restore_buffers = self._passes.buffers_saved()
+        restore_buffers = self._passes.buffers.saved()
         self.dose = None
         self._perturbation.steps += 1
         unmoved = self._fingerprints()
@@ -150,6 +150,7 @@ class SharpnessAware:
             kept: list[Kept] = []
             earlier: dict[Tensor, Tensor] = {}
             for i, batch in enumerate(batches):
+                passes.buffers.mark()
                 kept += self._gradient(Step([batch], i, sync=i == len(batches) - 1, earlier=earlier))
                 earlier = {p: p.grad for p in self.model.parameters() if p.grad is not None}
         else:
@@ -254,7 +255,7 @@ class SharpnessAware:
         total, step.directions = torch._foreach_div(step.directions, step.size), []
         for _ in range(k - 1):
             there = Step(batches, params=step.params, directions=list(total), size=float(k), radii=step.radii)
-            with perturbation.applied(there), self._passes.later():
+            with perturbation.applied(there), self._passes.buffers.later():
                 if kept is None:
                     g = plain_gradient(self._passes, batches)
                 else:

@@ -14,14 +14,14 @@ from torch.nn.parallel import DistributedDataParallel
 from functional_sam.errors import UserError
 from functional_sam.moments import has_rho_of_its_own, owners, parts_of, require_state
 from functional_sam.sharpness.methods import Method
-from functional_sam.weights import is_sharded, process_group, replicas, unwrapped
+from functional_sam.weights import is_sharded, parts_of_unit, process_group, replicas, sharded_units, unwrapped
 
 
 def check(method: Method, options: dict[str, Any], model: torch.nn.Module, optimizer: Any, loss_fn: Callable[..., Any]) -> None:
     """Raise UserError for what cannot work, and fill in lr_max, the highest learning rate, from the optimizer."""
     require_known_wrappers(model)
     require_parameters(model)
-    require_no_parameters(loss_fn)
+    require_no_parameters(loss_fn, model)
     require_the_models_own(model, optimizer)
     require_shards_averaged(model, optimizer)
     if method.path != "plain":
@@ -94,8 +94,9 @@ def require_known_wrappers(model: torch.nn.Module) -> None:
 
 def require_shards_averaged(model: torch.nn.Module, optimizer: Any) -> None:
     """Raise UserError where FSDP2 does not average the gradients over all ranks."""
-    units = [module for module in model.modules() if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)]
+    units = sharded_units(model)
     if not units:
+        require_all_in_shards(model, optimizer)
         return
     if any(p.requires_grad and not hasattr(p, "device_mesh") for p in owners(optimizer)):
         raise UserError(
@@ -104,9 +105,7 @@ def require_shards_averaged(model: torch.nn.Module, optimizer: Any) -> None:
         )
     world = dist.get_world_size(process_group(model))
     for module in units:
-        state: Any = getattr(module, "_get_fsdp_state", lambda: None)()
-        parts = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-        for part in parts:
+        for part in parts_of_unit(module):
             factor = getattr(part, "gradient_divide_factor", None)
             if factor not in (None, world):
                 raise UserError(
@@ -116,8 +115,32 @@ def require_shards_averaged(model: torch.nn.Module, optimizer: Any) -> None:
                 )
 
 
-def require_synchronized(replicas: Iterable[DistributedDataParallel]) -> None:
-    """Raise UserError inside of DDP's join(), which accounts for one pass a step. Asked in every step, at no cost."""
+def require_all_in_shards(model: torch.nn.Module, optimizer: Any) -> None:
+    """Raise UserError for trained parameters of which some are DTensors (tensor parallelism) and some are not."""
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    trained = [p for p in owners(optimizer) if p.requires_grad and p in names]
+    plain = [p for p in trained if not hasattr(p, "device_mesh")]
+    if plain and len(plain) < len(trained):
+        raise UserError(
+            f"{names[plain[0]]} is a plain tensor and other trained parameters are DTensors (tensor parallelism): one norm and one "
+            "step cannot be taken of both. Put it into the plan of parallelize_module too (SequenceParallel() for a norm), or "
+            "requires_grad_(False)"
+        )
+
+
+def require_synchronized(replicas: Iterable[DistributedDataParallel], units: Iterable[torch.nn.Module]) -> None:
+    """Raise UserError where gradients would not be averaged, and inside of DDP's join(), which accounts for one pass a step.
+
+    Asked in every step, at no cost.
+    """
+    parts = [part for unit in units for part in parts_of_unit(unit)]
+    if any(not replica.require_backward_grad_sync for replica in replicas) or any(
+        not (getattr(part, "reduce_grads", True) and getattr(part, "all_reduce_grads", True)) for part in parts
+    ):
+        raise UserError(
+            "inside of no_sync(), or after set_requires_gradient_sync(False): gradients would stay each rank's own, and replicas "
+            "drift apart. All micro-batches of a step go into ONE backward([(inputs, targets), ...]), outside of it"
+        )
     for replica in replicas:
         if getattr(getattr(replica, "_join_config", None), "enable", False):
             raise UserError(
@@ -165,11 +188,14 @@ def require_parameters(model: torch.nn.Module) -> None:
             raise UserError(f"parameter {name} of {kind} is on the meta device: materialize the model (to_empty) first")
 
 
-def require_no_parameters(loss_fn: Callable[..., Any]) -> None:
-    """Raise UserError for a loss_fn that is trained itself; one hidden in a closure is found in the first step."""
-    holder = getattr(loss_fn, "__self__", loss_fn)
+def require_no_parameters(loss_fn: Callable[..., Any], model: torch.nn.Module) -> None:
+    """Raise UserError for a loss_fn that is trained itself; one hidden in a closure is found in the first step.
+
+    It may be a method of the model's own; that it reads none of its parameters past the logits is seen in the first step too.
+    """
+    holder, inside = getattr(loss_fn, "__self__", loss_fn), set(model.parameters())
     if isinstance(holder, torch.nn.Module):
-        name = next((name for name, p in holder.named_parameters() if p.requires_grad), None)
+        name = next((name for name, p in holder.named_parameters() if p.requires_grad and p not in inside), None)
         if name is not None:
             raise UserError(
                 f"loss_fn {type(holder).__name__} has a trainable parameter {name!r}, which no path gives a gradient: move it into "

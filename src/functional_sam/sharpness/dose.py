@@ -20,7 +20,7 @@ def plain_gradient(passes: Passes, batches: Sequence[Batch]) -> dict[Tensor, Ten
     parameters = list(passes.model.parameters())
     for p in parameters:
         p.grad = None
-    restore_buffers = passes.buffers_saved()
+    restore_buffers = passes.buffers.saved()
     try:
         with _random_state_kept(passes), _replicas_untouched(passes):
             passes.begin(batches)

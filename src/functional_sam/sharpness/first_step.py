@@ -10,6 +10,7 @@ from torch import Tensor
 from functional_sam.errors import UserError
 from functional_sam.losses import require_no_mean
 from functional_sam.sharpness.randomness import random_state, set_random_state
+from functional_sam.vectors import by_place
 
 
 def tensors_of(inputs: Any, place: str = "inputs") -> Iterator[tuple[str, Tensor]]:
@@ -48,30 +49,32 @@ def require_same_weights(before: list[int], params: Iterable[Tensor]) -> None:
         )
 
 
-Fingerprints = list[tuple[str, Tensor, float]]
+Fingerprint = tuple[float, ...]
+Fingerprints = list[tuple[str, Tensor, Fingerprint]]
 
 
 def fingerprints(model: torch.nn.Module, trained: Container[Tensor]) -> Fingerprints:
-    """The norm of every parameter that the optimizer does not move; of those without one how often they were written to.
+    """Numbers that tell whether a parameter that the optimizer does not move has other values, or the same at other places.
 
-    A table that forward writes its own values to (max_norm) has the same norm after it.
+    Of those without a norm how often they were written to: a table that forward writes its own values to (max_norm) has not moved.
     """
     return [(name, p, _fingerprint(p)) for name, p in model.named_parameters() if p not in trained]
 
 
-def _fingerprint(p: Tensor) -> float:
+def _fingerprint(p: Tensor) -> Fingerprint:
     held: Any = p.detach()
     local: Tensor = held.to_local() if hasattr(held, "to_local") else held
     if local.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16) and local.layout == torch.strided:
-        return float(torch.linalg.vector_norm(local, dtype=torch.promote_types(local.dtype, torch.float32)))
-    return 0.0 if p.is_inference() else float(p._version)
+        size = torch.linalg.vector_norm(local, dtype=torch.promote_types(local.dtype, torch.float32))
+        return float(size), float(by_place(local))
+    return (0.0 if p.is_inference() else float(p._version),)
 
 
 def require_unmoved(before: Fingerprints) -> None:
     """Raise UserError when a forward has moved parameters that nobody trains: every pass would move them once more."""
-    for name, p, size in before:
+    for name, p, then in before:
         now = _fingerprint(p)
-        if not (now == size or (math.isnan(now) and math.isnan(size))):
+        if any(not (a == b or (math.isnan(a) and math.isnan(b))) for a, b in zip(now, then, strict=True)):
             raise UserError(
                 f"{name}, which the optimizer does not train, moved during backward: forward writes to it (a momentum encoder of "
                 "MoCo, BYOL, DINO), and does so in every pass. Move it outside, once a step, after optimizer.step()"

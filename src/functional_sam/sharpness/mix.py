@@ -19,7 +19,7 @@ from functional_sam.sharpness.divergence import divergence, noisy_inputs
 from functional_sam.sharpness.passes import Kept, Passes
 from functional_sam.sharpness.perturbation import Perturbation, Step, complete
 from functional_sam.vectors import dot, norm
-from functional_sam.weights import buffers_kept, unwrapped
+from functional_sam.weights import unwrapped
 
 Gradients = dict[Tensor, Tensor]
 
@@ -276,7 +276,7 @@ class TrustRegion(Mix):
             elsewhere: contextlib.AbstractContextManager[Any] = noisy_inputs(self.model, self.options["sigma"], seed)
         else:
             elsewhere = perturbation.moved(self.old, self._go_back)
-        with elsewhere, buffers_kept(self.model):
+        with elsewhere, passes.buffers.later():
             self._there = passes.cotangents(step.batches, logits=True)
         step.repeated = self._there
         return True

@@ -19,9 +19,10 @@ from functional_sam.errors import UserError
 from functional_sam.head import compute_dtype, pull_back
 from functional_sam.losses import cross_entropy, require_logits, require_rows
 from functional_sam.sharpness import first_step
+from functional_sam.sharpness.buffers import Buffers
 from functional_sam.sharpness.counting import Batch, Counting, Kept, LossFn
 from functional_sam.sharpness.randomness import Randomness, random_state, set_random_state
-from functional_sam.weights import buffers_kept, buffers_saved, is_sharded, local_bytes, replicas, reshard, unwrapped
+from functional_sam.weights import is_sharded, local_bytes, replicas, reshard, sharded_units, unwrapped
 
 __all__ = ["Batch", "Kept", "LossFn", "Passes"]
 
@@ -59,49 +60,22 @@ class Passes(Counting):
         if any(replica.static_graph for replica in self.replicas):
             raise UserError("DDP(static_graph=True) takes one synchronized pass a step: build it with static_graph=False")
         self.watched: list[Tensor] | None = None  # in the first step: the weights, which no pass may change
-        holder = getattr(loss_fn, "__self__", loss_fn)
-        self.loss_module = holder if isinstance(holder, torch.nn.Module) else None  # whose buffers it may update (DINO's centre)
-        self._rewind_loss: Callable[[], None] = _nothing
+        self.units = sharded_units(model)
+        self.buffers = Buffers(model, self.forward, loss_fn)
         self._job: Callable[[Tensor, Tensor], Tensor] | None = None
         self._eager_readout: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is bound to this very object: a copy would run the original's readout."""
-        return self.__dict__ | {"_job": None, "_eager_readout": None, "_rewind_loss": _nothing}
+        return self.__dict__ | {"_job": None, "_eager_readout": None}
 
     def begin(self, batches: Sequence[Batch]) -> None:
         """Start a step."""
-        self._rewind_loss = self.loss_saved()
+        self.buffers.mark()
         self.start(batches)
         # Soft labels need whole logits.
         self.fused = self.may_fuse and not any(targets.is_floating_point() for _, targets in batches)
         self.num_targets = sum(targets.numel() for _, targets in batches) if self.fused else 0  # of this process
-
-    def buffers_saved(self, always: bool = False) -> Callable[[], None]:
-        """A function that puts the buffers of model and loss_fn back as they are now."""
-        model, loss = buffers_saved(self.model, always), self.loss_saved(always)
-
-        def restore() -> None:
-            model()
-            loss()
-
-        return restore
-
-    def loss_saved(self, always: bool = False) -> Callable[[], None]:
-        """The same of loss_fn alone."""
-        return _nothing if self.loss_module is None else buffers_saved(self.loss_module, always)
-
-    @contextlib.contextmanager
-    def later(self, model: bool = True, loss: bool = True) -> Iterator[None]:
-        """Around a pass that is not the first: it leaves no trace in buffers, and loss_fn has those that it had in the first."""
-        restore = self.loss_saved() if loss else _nothing
-        with buffers_kept(self.model, model):
-            if loss:
-                self._rewind_loss()
-            try:
-                yield
-            finally:
-                restore()
 
     # ------------------------------------------------------------------ the passes
 
@@ -279,10 +253,15 @@ class Passes(Counting):
         # A parameter is found again in `theta`. A view of one would move with it, FSDP2's whole parameter is freed.
         if isinstance(weight, torch.nn.Parameter) and not (copy or self.sharded):
             memory.weight = weight
-        elif earlier and earlier[0].weight is not None:
+        elif earlier and self._is_same(earlier[0].weight, weight):
             memory.weight = earlier[0].weight  # one copy serves all micro-batches
         else:
             memory.weight = weight.detach().clone()
+
+    @staticmethod
+    def _is_same(kept: Tensor | None, weight: Tensor) -> bool:
+        """Whether it is the head of an earlier micro-batch, and no function of the inputs or of chance."""
+        return kept is not None and (isinstance(weight, torch.nn.Parameter) or torch.equal(kept, weight))
 
     def _pull_readout(
         self,
@@ -351,10 +330,6 @@ class Passes(Counting):
         for replica in [] if sync else self.replicas:
             stack.enter_context(replica.no_sync())
         return stack
-
-
-def _nothing() -> None:
-    """What a function without an effect does."""
 
 
 @contextlib.contextmanager

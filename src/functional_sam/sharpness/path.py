@@ -20,7 +20,7 @@ Path = Callable[[Passes, Perturbation, Step, list[Kept] | None], list[Kept]]
 
 def sam(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kept] | None) -> list[Kept]:
     """J(theta')^T u(theta'): the gradient at theta'."""
-    with perturbation.applied(step), passes.later(kept is not None, kept is not None):
+    with perturbation.applied(step), passes.buffers.later(kept is not None, kept is not None):
         there = passes.gradient(step.batches, repeated=kept, sync=step.sync)
     return kept or there
 
@@ -28,16 +28,16 @@ def sam(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kept]
 def functional(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kept] | None) -> list[Kept]:
     """J(theta')^T u(theta): the Jacobian moves, the cotangent stays. Without a pass 1, u(theta) costs one forward."""
     kept = kept or passes.cotangents(step.batches)
-    with perturbation.applied(step) as theta, passes.later():
+    with perturbation.applied(step) as theta, passes.buffers.later():
         passes.pull(step.batches, kept, theta, sync=step.sync)
     return kept
 
 
 def logit(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kept] | None) -> list[Kept]:
     """J(theta)^T u(theta'): the cotangent moves, the Jacobian stays. A forward at theta', a backward at theta."""
-    with perturbation.applied(step), passes.later(loss=kept is not None):
+    with perturbation.applied(step), passes.buffers.later(loss=kept is not None):
         there = passes.cotangents(step.batches, repeated=kept, copy_weight=True)
-    with passes.later(kept is not None):
+    with passes.buffers.later(kept is not None):
         passes.pull(step.batches, there, {}, sync=step.sync)
     return kept or there
 

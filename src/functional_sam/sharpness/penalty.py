@@ -67,7 +67,7 @@ def difference(passes: Passes, perturbation: Perturbation, step: Step, kept: lis
     if functional != logit and passes.watched is not None:
         _require_homogeneous(passes, perturbation, step, kept)
     factor = perturbation.length(step) / perturbation.options["step"]
-    with perturbation.applied(step, 1.0 / factor) as theta, passes.later():
+    with perturbation.applied(step, 1.0 / factor) as theta, passes.buffers.later():
         if functional == logit:
             passes.gradient(step.batches, repeated=kept, sync=step.sync)
         else:
@@ -87,7 +87,7 @@ def difference(passes: Passes, perturbation: Perturbation, step: Step, kept: lis
 def _require_homogeneous(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kept]) -> None:
     """Raise UserError unless a pull of -2 u at theta gives -2 g: the parts above are sums of multiples of u pulled back."""
     perturbation.start_gradients({})
-    with passes.later():
+    with passes.buffers.later():
         passes.pull(step.batches, kept, {}, weight_kept=-2.0, sync=step.sync)
     complete(passes.model, step.base)
     off = norm([p.grad + 2.0 * g for p, g in step.base.items() if p.grad is not None], fast=True)
@@ -118,7 +118,7 @@ def exact(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kep
     along = dict(zip(step.params, eps, strict=True))
     step.directions = []
     reached: set[Tensor] = set()
-    with _second_order(), passes.later():
+    with _second_order(), passes.buffers.later():
         for i, (inputs, targets) in enumerate(step.batches):
             z = twice_differentiable(partial(_forward, passes, i, kept, inputs))
             if passes.watched is not None:
@@ -131,7 +131,7 @@ def exact(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kep
                 continue
             before, rewind = (
                 passes.random_state(),
-                passes.loss_saved(),
+                passes.buffers.loss_saved(),
             )  # u and its derivative are of one draw, and one state of loss_fn
             u = _cotangent(passes, z.detach(), targets).detach().requires_grad_()
             wanted = [params if functional else [], [u] if logit else []]

@@ -26,7 +26,7 @@ def trial(sharpness: Any, batches: Sequence[Batch]) -> None:
         sharpness._mix.drop()
     reshard(model)  # after a forward of the caller's own the parameters of FSDP2 are not the ones that it trains
     theta = [(name, p, _local(p).clone()) for name, p in model.named_parameters()]
-    restore_buffers = passes.buffers_saved(always=True)
+    restore_buffers = passes.buffers.saved(always=True)
     state, rng, stepped = _copied(sharpness.state_dict()), passes.random_state(), seen.steps
     keep_u, dose, due = passes.keep_u, sharpness.dose, seen._due
     grads = {p: p.grad for p in model.parameters()}
@@ -67,7 +67,7 @@ def trial(sharpness: Any, batches: Sequence[Batch]) -> None:
         if off > TOLERANCE:
             raise UserError(
                 f"with rho -> 0 the method's gradient is {off:.1%} off the plain one: pass 2 sees another function than pass 1 "
-                "at equal weights, for a buffer that forward both reads and changes (a counter, spectral norm)"
+                "at equal weights, for a state that forward both reads and changes and that is no buffer (an attribute)"
             )
         undo()
         perturbation.steps, perturbation.fixed = 0, None
