@@ -33,11 +33,31 @@ def preconditioner(model, optimizer):
 
 
 def test_the_preconditioner_of_the_page_by_hand():
-    """Two steps whose g is 3: v = (1 - .9) 9 (1 + .9) = 1.71, v_hat = 9, P = 1 / (3 + 1); and theta' = theta + rho P g / |P g|."""
-    P = reference.adam_preconditioner({"w": torch.tensor([1.71, 0.0])}, 2, 0.9, 1.0)
-    torch.testing.assert_close(P["w"], torch.tensor([0.25, 1.0]))
-    theta = reference.ascend({"w": torch.zeros(2)}, {"w": torch.tensor([12.0, 4.0])}, 0.5, P)  # P g = (3, 4)
-    torch.testing.assert_close(theta["w"], torch.tensor([0.3, 0.4]))
+    """Two steps whose g is 3: v = (1 - .9) 9 (1 + .9) = 1.71, v_hat = 9, P = 1 / (3 + 1); and theta' = theta + rho P g / |P g|.
+
+    An element that no gradient has reached stays where it is, whatever its gradient is now.
+    """
+    P = reference.adam_preconditioner({"w": torch.tensor([1.71, 0.19, 0.0])}, 2, 0.9, 1.0)
+    torch.testing.assert_close(P["w"], torch.tensor([0.25, 0.5, 0.0]))
+    theta = reference.ascend({"w": torch.zeros(3)}, {"w": torch.tensor([12.0, 8.0, 100.0])}, 0.5, P)  # P g = (3, 4, 0)
+    torch.testing.assert_close(theta["w"], torch.tensor([0.3, 0.4, 0.0]))
+
+
+@pytest.mark.parametrize("kind", [TinyModel, TinyReadout])
+@pytest.mark.parametrize("method", [name for name in REFERENCE if name.startswith("precond")])
+def test_words_that_were_not_met_do_not_take_the_whole_ascent(method, kind):
+    """An embedding's rows that no gradient has reached have v = 0: their P is unknown, not 1 / e = 1e9."""
+    model = make_model(kind)
+    optimizer = warmed_up(model)
+    inputs, targets = make_batch(ignored=1)
+    vs = {name: optimizer.state[p]["exp_avg_sq"] for name, p in model.named_parameters()}
+    next(iter(vs.values()))[:2] = 0.0  # as of rows of an embedding that is not the head too
+    (steps,) = {int(state["step"]) for state in optimizer.state.values()}
+    SharpnessAware(model, optimizer, method, rho=0.3).backward([(inputs, targets)])
+    function, _ = REFERENCE[method]
+    theta = {name: p.detach() for name, p in model.named_parameters()}
+    P = {name: (v > 0) / ((v / (1 - 0.98**steps)).sqrt() + 1e-9) for name, v in vs.items()}
+    close(gradients(model), function(model, theta, inputs, targets, 0.3, P))
 
 
 @pytest.mark.parametrize("kind", [TinyModel, TinyReadout])

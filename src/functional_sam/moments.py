@@ -106,13 +106,18 @@ def second_moment(optimizer: Any, group: dict[str, Any], p: Tensor) -> tuple[Ten
 
 
 def denominator(optimizer: Any, group: dict[str, Any], p: Tensor) -> Tensor | None:
-    """sqrt(v_hat) + e = 1 / P for one parameter, e the optimizer's own eps; None while it has no second moment."""
+    """sqrt(v_hat) + e = 1 / P for one parameter, e the optimizer's own eps; None while it has no second moment.
+
+    inf, that is P = 0, at elements that no gradient has reached so far (v = 0, a word that was not met): their P is unknown, and
+    1 / e would give them nearly all of a step of length rho.
+    """
     moment = second_moment(optimizer, group, p)
     if moment is None:
         return None
     v, correction = moment
     eps = group.get("eps", 1e-8)
-    return v.sqrt().div_(math.sqrt(correction)).add_(eps if isinstance(eps, int | float) else 1e-8)
+    scale = v.sqrt().div_(math.sqrt(correction)).add_(eps if isinstance(eps, int | float) else 1e-8)
+    return scale.masked_fill_(v == 0, math.inf)
 
 
 def _state(optimizer: Any, p: Tensor) -> dict[str, Any]:

@@ -35,8 +35,11 @@ def norm(vector: Theta) -> Tensor:
 
 
 def adam_preconditioner(v: Theta, steps: int, beta2: float, e: float) -> Theta:
-    """P = 1 / (sqrt(v_hat) + e), v_hat = v / (1 - beta2^steps): v is Adam's running mean of g^2 after `steps` steps."""
-    return {name: 1 / ((value / (1 - beta2**steps)).sqrt() + e) for name, value in v.items()}
+    """P = 1 / (sqrt(v_hat) + e), v_hat = v / (1 - beta2^steps): v is Adam's running mean of g^2 after `steps` steps.
+
+    P = 0 where v = 0, at words that were not met so far: 1 / e would give them nearly all of the ascent.
+    """
+    return {name: (v_ > 0) / ((v_ / (1 - beta2**steps)).sqrt() + e) for name, v_ in v.items()}
 
 
 def ascend(theta: Theta, g: Theta, rho: float, preconditioner: Theta | None = None) -> Theta:
