@@ -20,7 +20,7 @@ Ascent = Callable[..., tuple[list[Tensor], float]]
 def _preconditioned(optimizer: Any, params: Sequence[Tensor], vectors: Sequence[Tensor], consume: bool) -> list[Tensor] | None:
     """P x with P = 1 / (sqrt(v_hat) + e). None when no parameter has a second moment yet.
 
-    A parameter, or an element of one, that alone has none yet (no gradient reached it so far) is left where it is: its P is unknown.
+    A parameter, or an element of one, that has none yet (no gradient reached it so far) is left where it is: its P is unknown.
     """
     groups, found, result = owners(optimizer), False, []
     for p, x in zip(params, vectors, strict=True):

@@ -19,6 +19,7 @@ from functional_sam.exhibits.held_dose import (
     noise_by_batch,
     on_fresh_seeds,
     significant,
+    significant_on_fresh_seeds,
 )
 from functional_sam.exhibits.markdown import interval
 from functional_sam.exhibits.output import Exhibit
@@ -150,14 +151,15 @@ def draw(plan: Plan) -> Exhibit:
         table = by_batch(own, spec.margin).merge(noise_by_batch(plan, batches), on="batch")
         dose, steps = float(own.dose.max()), batches[0].training.steps
         draw_by_batch(axes[:, -1], table, fresh, dose, steps)
-        words.insert(0, in_words(table, dose, steps))
+        words.append(in_words(table, dose, steps))
         frames |= {"": pd.concat([data, own, tested], ignore_index=True), "batches": table}
     frames |= {"fresh": fresh} if tests else {}
     further = "; ".join(filter(None, words))
     figure.align_ylabels()
     style.legend_above(figure, axes[0, 0], columns=2)
     finding = _finding(found)
-    style.finding_above(figure, finding if len(spec.dose) == 1 else f"{sentence(headline(data))} {_significant(found, table)}")
+    short = f"{sentence(headline(data))} {_significant(found, table, fresh)}"
+    style.finding_above(figure, finding if len(spec.dose) == 1 else short)
     language = [
         *found[(found.task == "language") & (found.against == "logit part")].verdict,
         *(table.verdict if len(table) else ()),
@@ -239,7 +241,7 @@ def _finding(found: pd.DataFrame) -> str:
     return f"At equal dose {words}: functional minus logit part, {'; '.join(parts)}"
 
 
-def _significant(found: pd.DataFrame, table: pd.DataFrame) -> str:
+def _significant(found: pd.DataFrame, table: pd.DataFrame, fresh: pd.DataFrame) -> str:
     """Where one part does more harm than the other, in a few words."""
     ends = found[found.against == "logit part"]
     words = [
@@ -247,7 +249,8 @@ def _significant(found: pd.DataFrame, table: pd.DataFrame) -> str:
         for row in ends.itertuples()
         if row.verdict.startswith(("better", "worse"))
     ]
-    return f"Significant: {', '.join([*words, *significant(table)]) or 'nothing'}."
+    words += [*significant(table), *significant_on_fresh_seeds(fresh)]
+    return f"Significant: {', '.join(words) or 'nothing'}."
 
 
 def _caption(plan: Plan, finding: str, batches: str) -> str:

@@ -161,3 +161,9 @@ def significant(table: pd.DataFrame) -> list[str]:
     """Where D is significant, in a few words each."""
     own = table[(table.what == AGAINST_LOGIT) & table.verdict.str.startswith(("better", "worse"))] if len(table) else table
     return [f"language at {row.targets:,} targets a step (functional part {row.verdict})" for row in own.itertuples()]
+
+
+def significant_on_fresh_seeds(fresh: pd.DataFrame) -> list[str]:
+    """Where the functional part differs from AdamW on fresh seeds, in a few words each."""
+    told = [row for row in fresh.itertuples() if row.verdict in (Verdict.BETTER, Verdict.WORSE)]
+    return [f"on {row.n} fresh seeds at {row.batch} rows the functional part {row.verdict} than AdamW" for row in told]
