@@ -34,7 +34,7 @@ from functional_sam.exhibits.rounding import BF16, compared_in_bf16, configs_in_
 from functional_sam.exhibits.spec import Spec
 from functional_sam.exhibits.words import answer, firsts
 from functional_sam.records import Source
-from functional_sam.study.compare import Verdict, estimate
+from functional_sam.study.compare import Estimate, Verdict, estimate
 from functional_sam.tasks import TASKS
 
 UNMOVED = "none that this grid of radii shows"  # of an exponent that is the same in every seed
@@ -118,7 +118,7 @@ def _against_lr(axis: Axes, found: pd.DataFrame, spec: Spec) -> None:
         points = [(lr, own[own.lr == lr]) for lr in spec.lr]
         points = [(lr, at[at.bound != ADAMW]) for lr, at in points]
         beside = 1.03 ** (number - (len(spec.methods) - 1) / 2)
-        _line(axis, [(lr * beside, at.rho_b, at.bound.ne(BETWEEN).any()) for lr, at in points if len(at)], method)
+        _line(axis, [(lr * beside, _of_logs(at.rho_b), at.bound.ne(BETWEEN).any()) for lr, at in points if len(at)], method)
     gone = [lr for lr in spec.lr if (found[found.lr == lr].bound == ADAMW).all()]
     for lr in gone:
         axis.axvspan(lr / 1.15, lr * 1.15, color="#bbbbbb", alpha=0.5, linewidth=0)
@@ -137,7 +137,7 @@ def _against_width(axis: Axes, table: pd.DataFrame, field: str, widths: list[int
         for width in widths:
             at = table[(table.method == method) & (table.width == width)]
             points.append((width * beside, at[field].dropna(), field != "best" and bool(at.bounded.any())))
-        _line(axis, [point for point in points if len(point[1])], method)
+        _line(axis, [(x, _of_logs(values), bounded) for x, values, bounded in points if len(values)], method)
     values = table[field].dropna()
     axis.set(xscale="log", yscale="log", xlabel="width", ylim=(values.min() / 2, values.max() * 2))
     style.plain_log(axis)
@@ -149,15 +149,13 @@ def _ratios(axis: Axes, pairs: pd.DataFrame, widths: list[int]) -> None:
     axis.axhline(1.0, color=style.METHOD_COLOR["adamw"], linewidth=0.8)
     for name, shift in zip(PAIRS, (0.97, 1.03), strict=True):
         own = pairs[(pairs.method == name) & (pairs.what == LEVEL) & (pairs.n > 0)]
-        color = style.METHOD_COLOR[name]
-        for row in own.itertuples():
-            mean, half = math.exp(row.difference), row.half_width if math.isfinite(row.half_width) else 0.0
-            error = [[mean - mean * math.exp(-half)], [mean * math.exp(min(half, 50.0)) - mean]]
-            face = color if row.bound == BETWEEN else "white"
-            axis.errorbar(
-                [row.width * shift], [mean], error, fmt=style.marker(name), color=color, markerfacecolor=face, elinewidth=0.7
-            )
-    axis.set(xscale="log", yscale="log", xlabel="width", ylim=(0.05, 20))
+        points = [
+            (row.width * shift, Estimate(row.difference, row.stderr, row.n), row.bound != BETWEEN) for row in own.itertuples()
+        ]
+        _line(axis, points, name)
+    axis.set(xscale="log", yscale="log", xlabel="width")
+    low, high = axis.get_ylim()
+    axis.set_ylim(max(low, 0.01), min(high, 100.0))  # wider intervals are cut: their ends say nothing more
     style.plain_log(axis)
     _ticks_of(axis, widths)
 
@@ -178,10 +176,14 @@ def _in_bf16(axis: Axes, table: pd.DataFrame, field: str) -> None:
             axis.plot([place], [mean], "x", color=style.METHOD_COLOR[str(method)], zorder=3)
 
 
-def _line(axis: Axes, points: list[tuple[float, pd.Series, bool]], method: str) -> None:
-    """Geometric means over seeds with 95 % t intervals; hollow where a seed's is only a bound."""
+def _of_logs(values: pd.Series) -> Estimate:
+    return estimate(list(np.log(values)))
+
+
+def _line(axis: Axes, points: list[tuple[float, Estimate, bool]], method: str) -> None:
+    """Geometric means over seeds with 95 % t intervals, of estimates of logarithms; hollow where a seed's is only a bound."""
     color = style.METHOD_COLOR[method]
-    found = [estimate(list(np.log(values))) for _, values, _ in points]
+    found = [one for _, one, _ in points]
     xs, ys = [x for x, _, _ in points], [math.exp(one.mean) for one in found]
     halves = [one.half_width if math.isfinite(one.half_width) else 0.0 for one in found]
     errors = [[y - y * math.exp(-half) for y, half in zip(ys, halves, strict=True)]]
