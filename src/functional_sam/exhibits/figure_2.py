@@ -1,7 +1,7 @@
 """figure-2: Angle-SAM at matched dose: each task's metric against the angle between the two parts of the sharpness gradient."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -14,13 +14,11 @@ from functional_sam.exhibits.held_dose import (
     by_batch,
     configs_of,
     draw_by_batch,
-    fresh_in_words,
     in_words,
     noise_by_batch,
-    on_fresh_seeds,
     significant,
-    significant_on_fresh_seeds,
 )
+from functional_sam.exhibits.held_dose_tests import is_test, named_configs, tested, tests_figure, tests_in_words
 from functional_sam.exhibits.markdown import interval
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
@@ -32,15 +30,15 @@ from functional_sam.study.compare import Estimate, Verdict, estimate, judged, pa
 from functional_sam.tasks import TASKS
 
 LOOKS = (("-", "o"), ("--", "s"), (":", "^"))  # line and marker, one pair a dose
-# Parts of the figure: all angles at one batch, the ends at several, and a test of what they suggested.
-SWEEP, BY_BATCH, FRESH = "sweep", "by batch", "fresh"
+# Parts of the figure: all angles at one batch, the ends at several, and tests of what they suggested.
+SWEEP, BY_BATCH, TESTS = "sweep", "by batch", "tests"
 LOWER = {task.metric.name: task.metric.lower_is_better for task in TASKS.values()}
 
 
 def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
     """AdamW, and Angle-SAM at each dose and angle, on each task and seed; seeds first, so that what exists is a whole sweep.
 
-    Then the two parts by batch, where the scale has cells of them: one that is not complete is left out of a drawing.
+    Then the cells of the scale, the two parts by batch and the tests: one that is not complete is left out of a drawing.
     """
     configs = []
     for seed in spec.seeds:
@@ -51,16 +49,30 @@ def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
                     method = {"options": {"phi": phi, "dose": dose}}
                     configs.append(spec.run(task, "angle-sam", seed, overrides, method=method))
     drawable = all(source.done(config) for config in configs)
-    cells = {name: configs_of(spec, cell, overrides) for name, cell in spec.cells.items()}
+    tests = {name: named_configs(spec, cell, overrides) for name, cell in spec.cells.items() if is_test(cell)}
+    cells = {}  # name -> its runs, seeds first
+    for name, cell in spec.cells.items():
+        seeds = zip(*tests[name].values(), strict=True) if name in tests else [configs_of(spec, cell, overrides)]
+        cells[name] = [config for one in seeds for config in one]
     complete = {name: own for name, own in cells.items() if all(source.done(config) for config in own)}
-    shown = configs + [config for own in complete.values() for config in own]
+    shown = _once(configs, *complete.values())
     left = tuple(name for name in cells if name not in complete)
-    every = configs + [config for own in cells.values() for config in own]
-    return Plan(spec, every, (configs, complete), source, drawable, shown if drawable else None, left, growing=bool(left))
+    by_batch = {name: own for name, own in complete.items() if name not in tests}
+    content = configs, by_batch, {name: own for name, own in tests.items() if name in complete}
+    every = _once(configs, *cells.values())
+    return Plan(spec, every, content, source, drawable, shown if drawable else None, left, growing=bool(left))
 
 
-def frame(configs: Sequence[Config], source: Source, part: str = SWEEP) -> pd.DataFrame:
-    """One row per run: its metric (infinitely bad where it diverged), and that minus AdamW's of the same task, batch and seed."""
+def _once(*parts: Sequence[Config]) -> list[Config]:
+    """All of them, a run that several cells share once."""
+    return list({config.name: config for part in parts for config in part}.values())
+
+
+def frame(configs: Sequence[Config], source: Source, part: str = SWEEP, names: Mapping[str, str] | None = None) -> pd.DataFrame:
+    """One row per run: its metric (infinitely bad where it diverged), and that minus AdamW's of the same task, batch and seed.
+
+    names: of runs of tests, which have several AdamWs; the one called so is the one.
+    """
     rows = []
     for config in configs:
         metric, summary = TASKS[config.kind].metric, source.summary(config)
@@ -68,6 +80,7 @@ def frame(configs: Sequence[Config], source: Source, part: str = SWEEP) -> pd.Da
         rows.append(
             {
                 "part": part,
+                "run": names[config.name] if names else "",
                 "task": config.task,
                 "batch": config.training.batch,
                 "method": config.method.name,
@@ -81,7 +94,7 @@ def frame(configs: Sequence[Config], source: Source, part: str = SWEEP) -> pd.Da
         )
     data = pd.DataFrame(rows)
     pairs = ["task", "batch", "seed"]
-    base = data[data.method == "adamw"].set_index(pairs).value
+    base = data[(data.method == "adamw") & data.run.isin(["", "AdamW"])].set_index(pairs).value
     data["minus_adamw"] = data.value - [base[key] for key in data[pairs].itertuples(index=False, name=None)]
     return data
 
@@ -109,14 +122,13 @@ def comparisons(data: pd.DataFrame, margin: float) -> pd.DataFrame:
 def draw(plan: Plan) -> Exhibit:
     """Above the metric, below its difference to AdamW, seed by seed; one column per task; bars are 95 % t intervals.
 
-    A further column is the two parts by batch, and what fresh seeds say of them, where their cells are complete.
+    A further column is the two parts by batch, a further figure the tests, where their cells are complete.
     """
-    spec, (grid, cells) = plan.spec, plan.content
-    batches, tests = (
-        [c for n, own in cells.items() if bool(spec.cells[n].get("fresh")) == apart for c in own] for apart in (False, True)
-    )
+    spec, (grid, cells, _) = plan.spec, plan.content
+    batches = [config for own in cells.values() for config in own]
     data = frame(grid, plan.source)
     found = comparisons(data, spec.margin)
+    told, table = _tests(plan)
     style.use()
     figure, axes = plt.subplots(2, len(spec.tasks) + bool(batches), figsize=(style.PAGE, 3.9), sharex="col", squeeze=False)
     for column, (task, config) in enumerate(firsts(grid).items()):
@@ -142,30 +154,40 @@ def draw(plan: Plan) -> Exhibit:
             ylabel=f"{metric.name} minus\nAdamW's{' (points)' * (metric.name == 'accuracy')}",
         )
         below.set_xticks(range(len(spec.phi)), [f"{phi:g}" for phi in spec.phi])
-    frames, table = {"": data, "comparisons": found}, pd.DataFrame()
-    tested = frame(tests, plan.source, FRESH) if tests else pd.DataFrame()
-    fresh = on_fresh_seeds(tested, spec.margin) if tests else tested
-    words = [fresh_in_words(fresh)]
+    frames, ends = {"": pd.concat([data, told], ignore_index=True), "comparisons": found}, pd.DataFrame()
+    words = [tests_in_words(table)]
     if batches:
         own = frame(batches, plan.source, BY_BATCH)
-        table = by_batch(own, spec.margin).merge(noise_by_batch(plan, batches), on="batch")
+        ends = by_batch(own, spec.margin).merge(noise_by_batch(plan, batches), on="batch")
         dose, steps = float(own.dose.max()), batches[0].training.steps
-        draw_by_batch(axes[:, -1], table, fresh, dose, steps)
-        words.append(in_words(table, dose, steps))
-        frames |= {"": pd.concat([data, own, tested], ignore_index=True), "batches": table}
-    frames |= {"fresh": fresh} if tests else {}
+        draw_by_batch(axes[:, -1], ends, dose, steps)
+        words.append(in_words(ends, dose, steps))
+        frames |= {"": pd.concat([data, own, told], ignore_index=True), "batches": ends}
+    frames |= {"tests": table} if len(table) else {}
     further = "; ".join(filter(None, words))
     figure.align_ylabels()
     style.legend_above(figure, axes[0, 0], columns=2)
     finding = _finding(found)
-    short = f"{sentence(headline(data))} {_significant(found, table, fresh)}"
+    short = f"{sentence(headline(data))} {_significant(found, ends)}"
     style.finding_above(figure, finding if len(spec.dose) == 1 else short)
     language = [
         *found[(found.task == "language") & (found.against == "logit part")].verdict,
-        *(table.verdict if len(table) else ()),
+        *(ends.verdict if len(ends) else ()),
     ]
     said = answer(language, Verdict.BETTER)
-    return Exhibit(plan, frames, _caption(plan, finding, further), _verdict(found, further), figure, answer=said)
+    more = {"tests": tests_figure(table)} if len(table) else {}
+    return Exhibit(plan, frames, _caption(plan, finding, further), _verdict(found, further), figure, answer=said, more=more)
+
+
+def _tests(plan: Plan) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The runs of the tests that are complete, each once, and their comparisons."""
+    spec, (_, _, tests) = plan.spec, plan.content
+    names = {config.name: name for cell in tests.values() for name, own in cell.items() for config in own}
+    if not names:
+        return pd.DataFrame(), pd.DataFrame()
+    configs = _once(*(own for cell in tests.values() for own in cell.values()))
+    data = frame(configs, plan.source, TESTS, names)
+    return data, tested(data, {name: spec.cells[name] for name in tests}, spec.margin)
 
 
 def headline(data: pd.DataFrame) -> str:
@@ -241,7 +263,7 @@ def _finding(found: pd.DataFrame) -> str:
     return f"At equal dose {words}: functional minus logit part, {'; '.join(parts)}"
 
 
-def _significant(found: pd.DataFrame, table: pd.DataFrame, fresh: pd.DataFrame) -> str:
+def _significant(found: pd.DataFrame, batches: pd.DataFrame) -> str:
     """Where one part does more harm than the other, in a few words."""
     ends = found[found.against == "logit part"]
     words = [
@@ -249,7 +271,7 @@ def _significant(found: pd.DataFrame, table: pd.DataFrame, fresh: pd.DataFrame) 
         for row in ends.itertuples()
         if row.verdict.startswith(("better", "worse"))
     ]
-    words += [*significant(table), *significant_on_fresh_seeds(fresh)]
+    words += significant(batches)
     return f"Significant: {', '.join(words) or 'nothing'}."
 
 

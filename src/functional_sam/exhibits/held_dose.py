@@ -13,7 +13,7 @@ from functional_sam.exhibits.markdown import interval
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import Spec
 from functional_sam.exhibits.words import by_targets
-from functional_sam.study.compare import Estimate, Verdict, judged, paired_difference
+from functional_sam.study.compare import Estimate, judged, paired_difference
 
 # What is compared: its name in the table, and how the figure draws it.
 AGAINST_LOGIT, FUNCTIONAL, LOGIT = "functional minus logit part", "functional part minus AdamW", "logit part minus AdamW"
@@ -22,14 +22,13 @@ LOOKS = {FUNCTIONAL: {"linestyle": "-"}, LOGIT: {"linestyle": "--", "marker": "s
 
 
 def configs_of(spec: Spec, cell: dict[str, Any], overrides: tuple[str, ...]) -> list[Config]:
-    """AdamW, which measures the noise of its batch, and Angle-SAM's two parts (or the cell's) at the cell's dose; seeds first."""
+    """AdamW, which measures the noise of its batch, and Angle-SAM's two parts at the cell's dose; seeds first."""
     task, rows = cell["task"], {"training": {name: cell[name] for name in ("batch", "micro_batch")}}
     noise = {"points": 2, "targets": [cell["targets"]], "ascents": ["gradient"], "micro_batch": cell["micro_batch"]}
-    measured = [{"measure": noise}] if cell["targets"] else []
     configs = []
     for seed in cell["seeds"]:
-        configs.append(spec.run(task, "adamw", seed, overrides, cell["settings"], *measured, **rows))
-        for phi in cell.get("phi", (min(spec.phi), max(spec.phi))):
+        configs.append(spec.run(task, "adamw", seed, overrides, cell["settings"], {"measure": noise}, **rows))
+        for phi in (min(spec.phi), max(spec.phi)):
             method = {"options": {"phi": phi, "dose": cell["dose"]}}
             configs.append(spec.run(task, "angle-sam", seed, overrides, cell["settings"], method=method, **rows))
     return configs
@@ -63,21 +62,6 @@ def by_batch(data: pd.DataFrame, margin: float) -> pd.DataFrame:
     return table
 
 
-def on_fresh_seeds(data: pd.DataFrame, margin: float) -> pd.DataFrame:
-    """The functional part minus AdamW on seeds that suggested nothing, paired by seed: a row and a family for each cell.
-
-    data: figure_2.frame of these cells.
-    """
-    rows = []
-    for batch, part in data.groupby("batch"):
-        losses = part.assign(phi=part.phi.fillna(-1.0)).pivot(index="seed", columns="phi", values="value")  # -1: AdamW
-        found = paired_difference(list(losses.iloc[:, 1]), list(losses.iloc[:, 0]))
-        row = {"batch": batch, "dose": part.dose.max(), "what": FUNCTIONAL, "n": found.n, "difference": found.mean}
-        (verdict,) = judged([found], margin=margin)
-        rows.append(row | {"stderr": found.stderr, "half_width": found.half_width, "p": found.p, "verdict": str(verdict)})
-    return pd.DataFrame(rows)
-
-
 def noise_by_batch(plan: Plan, configs: list[Config]) -> pd.DataFrame:
     """One row per number of rows: its targets, and the part of |H_F eps|^2 that is sampling noise at AdamW's first and last step.
 
@@ -95,7 +79,7 @@ def noise_by_batch(plan: Plan, configs: list[Config]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def draw_by_batch(column: Iterable[Axes], table: pd.DataFrame, fresh: pd.DataFrame, dose: float, steps: int) -> None:
+def draw_by_batch(column: Iterable[Axes], table: pd.DataFrame, dose: float, steps: int) -> None:
     """Above both parts minus AdamW, below the one minus the other, against targets a step and the noise in H_F eps.
 
     Hollow where nothing is tested or nothing is significant.
@@ -109,12 +93,6 @@ def draw_by_batch(column: Iterable[Axes], table: pd.DataFrame, fresh: pd.DataFra
         own = table[table.what == what]
         label = what.removesuffix(" minus AdamW")
         above.errorbar(own.targets * beside, own.difference, own.half_width, **look | other, label=label)
-    targets = table.set_index("batch").targets.groupby("batch").first()
-    for row in (one for one in fresh.itertuples() if one.batch in targets.index):
-        face = look["color"] if row.verdict in (Verdict.BETTER, Verdict.WORSE) else "white"
-        own_look = look | {"marker": "D", "markerfacecolor": face, "linestyle": ""}
-        at, words = 1.25 * targets[row.batch], f"functional part, {row.n} fresh seeds"
-        above.errorbar([at], [row.difference], row.half_width, **own_look, label=words)
     own = table[table.what == AGAINST_LOGIT]
     below.errorbar(own.targets, own.difference, own.half_width, **look)
     significant = own[own.verdict.str.startswith(("better", "worse"))]
@@ -147,23 +125,7 @@ def in_words(table: pd.DataFrame, dose: float, steps: int) -> str:
     return f"by batch, functional minus logit part after {steps} steps at dose {dose:g}: {', '.join(each)}"
 
 
-def fresh_in_words(fresh: pd.DataFrame) -> str:
-    """What fresh seeds say, in a sentence's part; empty without them."""
-    each = [
-        f"on {row.n} fresh seeds at {row.batch} rows and dose {row.dose:g} the functional part minus AdamW "
-        f"{interval(row.difference, row.half_width, sign=True)} ({row.verdict}, a family of its own)"
-        for row in fresh.itertuples()
-    ]
-    return "; ".join(each)
-
-
 def significant(table: pd.DataFrame) -> list[str]:
     """Where D is significant, in a few words each."""
     own = table[(table.what == AGAINST_LOGIT) & table.verdict.str.startswith(("better", "worse"))] if len(table) else table
     return [f"language at {row.targets:,} targets a step (functional part {row.verdict})" for row in own.itertuples()]
-
-
-def significant_on_fresh_seeds(fresh: pd.DataFrame) -> list[str]:
-    """Where the functional part differs from AdamW on fresh seeds, in a few words each."""
-    told = [row for row in fresh.itertuples() if row.verdict in (Verdict.BETTER, Verdict.WORSE)]
-    return [f"on {row.n} fresh seeds at {row.batch} rows the functional part {row.verdict} than AdamW" for row in told]
