@@ -166,6 +166,17 @@ def test_damaged_metrics_are_refused(tmp_path, damage, words, done):
     assert not run.running
 
 
+def test_a_lock_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    run = record(tmp_path, done=False)
+    (run.directory / ".lock").touch()
+    monkeypatch.setattr("fcntl.flock", refuse)  # whoever is root may read all
+    with pytest.raises(UserError, match=r"\.lock \(Permission denied\): is the run another user's"):
+        _ = run.running
+
+
 def test_a_complete_run_has_its_metrics(tmp_path):
     """Cut in a line, at the end of one, in the middle, or gone, or with a line twice: none is drawn or released."""
     lines = [{"kind": "decompose", "step": 1, "loss": 3.0}, *AT_THE_END]

@@ -198,6 +198,19 @@ def test_the_test_split_at_the_best_evaluation(cache, tmp_path, monkeypatch):
     }
 
 
+def test_a_lost_test_line_of_the_best_is_missed_when_the_run_goes_on(cache, tmp_path):
+    """Not after the last step, when all the time is spent."""
+    config = tiny(cache, tmp_path, "adamw", **{"training.test_best": True, "training.eval_every": 2, "measure.points": 0})
+    run = loop.train(config)
+    (run.directory / "done.json").unlink()
+    path = run.directory / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in run.metrics() if line["kind"] != "test"))
+    with pytest.raises(
+        UserError, match=r"metrics\.jsonl: 0 lines of kind test at step 12, where training wrote 1; restore the file"
+    ):
+        loop.train(config)
+
+
 def test_jitter_moves_every_weight_a_little_and_is_of_init_seed(cache, tmp_path):
     def weights(**more):
         config = tiny(cache, tmp_path, **more)

@@ -72,6 +72,8 @@ class Run:
             return False
         except BlockingIOError:
             return True
+        except OSError as error:
+            raise UserError(f"cannot read {self.directory / '.lock'} ({error.strerror}): is the run another user's?") from error
         return False
 
     @property
@@ -123,6 +125,14 @@ class Run:
         Raises UserError, with the number of the line, for any other that is none, and where a complete run has no such file.
         """
         return [line for line in self._lines() if kind is None or line["kind"] == kind]
+
+    def only(self, kind: str, step: int) -> dict[str, Any]:
+        """The line of a kind at a step. Raises UserError where it is lost, or is there twice."""
+        found = [line for line in self.metrics(kind) if line["step"] == step]
+        if len(found) != 1:
+            path = self.directory / "metrics.jsonl"
+            raise UserError(f"{path}: {len(found)} lines of kind {kind} at step {step}, where training wrote 1; {self._way_out}")
+        return found[0]
 
     def _lines(self) -> list[dict[str, Any]]:
         path, done = self.directory / "metrics.jsonl", self.done  # asked first: the run may be at work

@@ -78,6 +78,8 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
         measured_at = measure_steps(config.measure.points, training.steps)
         doses_at = measure_steps(config.measure.doses if sharpness.method.path != "plain" else 0, training.steps)
         best = ranks.lead(lambda: _best(run.metrics("validation"), task.metric))  # of before an interruption
+        if training.test_best and best is not None:
+            ranks.lead(lambda: run.only("test", best["step"]))  # lost, it would be missed after the last step
         evaluated: dict[str, float] = {}
         began = time.perf_counter()
         stop.install()
@@ -197,7 +199,7 @@ def _best_and_its_test(run: Run, metric: Metric) -> dict[str, Any]:
     """By the record: best_step, the validation values of that evaluation as best_..., the test values there as test_best_..."""
     best = _best(run.metrics("validation"), metric)
     assert best is not None
-    test = next(line for line in run.metrics("test") if line["step"] == best["step"])
+    test = run.only("test", best["step"])
     return {"best_step": best["step"], **_named("best", _values(best)), **_named("test_best", _values(test))}
 
 
