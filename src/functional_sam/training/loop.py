@@ -77,9 +77,7 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
 
         measured_at = measure_steps(config.measure.points, training.steps)
         doses_at = measure_steps(config.measure.doses if sharpness.method.path != "plain" else 0, training.steps)
-        best = ranks.lead(lambda: _best(run.metrics("validation"), task.metric))  # of before an interruption
-        if training.test_best and best is not None:
-            ranks.lead(lambda: run.only("test", best["step"]))  # lost, it would be missed after the last step
+        best = ranks.lead(lambda: _best_before(run, task.metric))
         evaluated: dict[str, float] = {}
         began = time.perf_counter()
         stop.install()
@@ -192,6 +190,14 @@ def _best(lines: list[dict[str, Any]], metric: Metric) -> dict[str, Any] | None:
     for line in lines:
         if best is None or metric.better(line[metric.name], best[metric.name]):
             best = line
+    return best
+
+
+def _best_before(run: Run, metric: Metric) -> dict[str, Any] | None:
+    """The best validation of before an interruption. Raises UserError where its test line is lost: else the end would miss it."""
+    best = _best(run.metrics("validation"), metric)
+    if best is not None and run.config.training.test_best:
+        run.only("test", best["step"])
     return best
 
 
