@@ -12,10 +12,12 @@ from tiny_pretrained import SIZES, WORDS, save_bert
 from functional_sam import SharpnessAware
 from functional_sam.config import compose
 from functional_sam.data import labelled, packages
+from functional_sam.data.cache import silent
 from functional_sam.data.images import images_directory
 from functional_sam.data.labelled import divided, padded, prepare_labelled, split_of
 from functional_sam.data.labels import TEXTS, Labelled
 from functional_sam.errors import UserError
+from functional_sam.exhibits import planned
 from functional_sam.models.encoder import Encoder
 from functional_sam.tasks import TASKS, prepare
 from functional_sam.tasks.agreement import agreement
@@ -272,6 +274,21 @@ def test_what_glue_reports_is_recorded_beside_accuracy():
         assert found["f1"] == pytest.approx(both[1] if classes == 2 else np.mean(both))
     assert agreement([5, 0, 3, 0]) == {"accuracy": 5 / 8, "matthews": 0.0, "f1": 0.0}
     assert agreement([5, 0, 0, 0, 3, 0, 0, 0, 0])["f1"] == 1.0  # a class that no one has counts nowhere
+
+
+def test_cola_is_judged_by_matthews_correlation(pretrained, texts, tmp_path):
+    """As GLUE publishes it; accuracy is recorded beside it."""
+    config = compose("roberta-cola", "adamw", "paper")
+    assert (config.kind, config.data.texts) == ("acceptability", "glue/cola")
+    assert any(one.task == "roberta-cola" for one in planned("table-6", "paper").configs)
+    task = prepare(config_of(pretrained, tmp_path, task="question-type"))
+    twin = TASKS["acceptability"](task.config, silent)
+    model = task.model().eval()
+    found = twin.evaluate(model, "validation")
+    assert found == task.evaluate(model, "validation")
+    assert {"matthews", "accuracy"} <= set(found)
+    assert (twin.metric.name, task.metric.name) == ("matthews", "accuracy")
+    assert twin.metric.better(0.2, 0.1)
 
 
 def test_squared_error_is_a_sum_and_a_count():

@@ -1,6 +1,7 @@
 """figure-6: what fine-tuning gains, against the share of the data, and against the functional share of the pretrained model."""
 
 import dataclasses
+import math
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -146,8 +147,10 @@ def ranks(common: pd.DataFrame) -> pd.DataFrame:
     """Spearman's correlation over tasks between functional share and gain, a row a method and radius; p is two-sided."""
     found = []
     for (entry, rho), own in common[common.rho.notna()].groupby(["entry", "rho"], sort=False):
-        result = stats.spearmanr(own.share, own.minus_baseline.round(6))  # accuracies of few texts are equal but for rounding
-        found.append({"entry": entry, "rho": rho, "tasks": len(own), "correlation": result.statistic, "p": result.pvalue})
+        gain = own.minus_baseline.round(6)  # accuracies of few texts are equal but for rounding
+        ordered = min(own.share.nunique(), gain.nunique()) > 1  # what is all the same has no order
+        correlation, p = stats.spearmanr(own.share, gain) if ordered else (math.nan, math.nan)
+        found.append({"entry": entry, "rho": rho, "tasks": len(own), "correlation": float(correlation), "p": float(p)})
     return pd.DataFrame(found)
 
 

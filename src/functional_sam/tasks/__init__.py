@@ -6,7 +6,7 @@ from typing import Any
 from functional_sam.config import Config, nearest
 from functional_sam.data.cache import MANIFEST, Progress
 from functional_sam.tasks.batches import Batches
-from functional_sam.tasks.finetune import Answers, FineTune, Grade
+from functional_sam.tasks.finetune import Acceptability, Answers, FineTune, Grade
 from functional_sam.tasks.language import Language
 from functional_sam.tasks.task import Metric, Task
 from functional_sam.tasks.text_to_text import TextToText, TextToTextAnswers
@@ -19,6 +19,7 @@ TASKS: dict[str, type[Task]] = {
     "language": Language,
     "vision": Vision,
     "finetune": FineTune,
+    "acceptability": Acceptability,
     "answers": Answers,
     "grade": Grade,
     "text-to-text": TextToText,

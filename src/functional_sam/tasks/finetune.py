@@ -210,6 +210,12 @@ class Answers(FineTune):
     any_right = True
 
 
+class Acceptability(FineTune):
+    """Two classes judged by Matthews' correlation, by which GLUE's CoLA is published."""
+
+    metric = Metric("matthews", "Matthews' correlation", lower_is_better=False)
+
+
 class Grade(FineTune):
     """Grades: one output, squared error, Spearman's rank correlation between outputs and grades."""
 
