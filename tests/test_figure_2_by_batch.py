@@ -5,6 +5,7 @@ import math
 import pytest
 from made_up import MadeUp
 
+from functional_sam.errors import UserError
 from functional_sam.exhibits import draw_plan, planned
 from functional_sam.exhibits.held_dose import AGAINST_LOGIT, AGAINST_SMALLEST, FUNCTIONAL, LOGIT
 from functional_sam.exhibits.output import write
@@ -160,6 +161,24 @@ def test_the_sweep_of_the_figure_does_not_know_the_batches(exhibit):
     assert without.answer.endswith(" so far")
     assert not exhibit.answer.endswith(" so far")
     assert len(exhibit.frame) == 220 + 54 + 64
+
+
+def test_cells_can_be_run_alone_and_are_drawn_with_the_figure():
+    """cells=NAME on the command line: a wrong name is refused, and runs that a cell shares with others are among its own."""
+    source = Measured(loss)
+    asked = ("cells=rates-256",)
+    configs = planned("figure-2", "laptop", asked, source).configs
+    assert len(configs) == 8 * 5
+    assert {config.optimizer.lr for config in configs} == {0.005, 0.01, 0.02, 0.04}
+    with pytest.raises(UserError, match=r"cell of configs/exhibits/figure-2.yaml, scale laptop: 'rates-25'.*rates-256"):
+        planned("figure-2", "laptop", ("cells=rates-25",), source)
+    source.do(configs)
+    alone = planned("figure-2", "laptop", asked, source)
+    assert not alone.missing
+    assert not alone.drawable
+    source.do(planned("figure-2", "laptop", ("cells=rows-8",), source).configs)
+    source.do(config for config in planned("figure-2", "laptop", source=source).configs if config.training.batch < 256)
+    assert list(draw_plan(planned("figure-2", "laptop", asked, source)).frames["tests"].cell.unique()) == ["fresh-256", "rates-256"]
 
 
 def test_it_is_written(exhibit, tmp_path):

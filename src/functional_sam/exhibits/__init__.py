@@ -157,6 +157,11 @@ def ready(name: str, scale: str = "quick", overrides: tuple[str, ...] = ()) -> P
             return there
     if here.drawable:
         return here
+    if not here.missing:
+        raise NotComplete(
+            f"{name} at scale {scale}: the cells that were asked for are complete; for a drawing it needs its other runs too: "
+            f"{way('run', name, scale)}"
+        )
     raise NotComplete(
         f"{name} at scale {scale}: {len(here.missing)} of {len(here.configs)} runs are not complete "
         f"(first: {Run(here.missing[0]).directory}); make them with: {way('run', name, scale, overrides)}"

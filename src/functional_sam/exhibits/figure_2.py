@@ -27,6 +27,7 @@ from functional_sam.exhibits.vision import POINTS
 from functional_sam.exhibits.words import answer, firsts, model, sentence, sizes
 from functional_sam.records import Source
 from functional_sam.study.compare import Estimate, Verdict, estimate, judged, paired_difference
+from functional_sam.study.design import cells_asked
 from functional_sam.tasks import TASKS
 
 LOOKS = (("-", "o"), ("--", "s"), (":", "^"))  # line and marker, one pair a dose
@@ -38,8 +39,10 @@ LOWER = {task.metric.name: task.metric.lower_is_better for task in TASKS.values(
 def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
     """AdamW, and Angle-SAM at each dose and angle, on each task and seed; seeds first, so that what exists is a whole sweep.
 
-    Then the cells of the scale, the two parts by batch and the tests: one that is not complete is left out of a drawing.
+    Then the cells of the scale, the two parts by batch and the tests: one that is not complete is left out of a drawing. With
+    cells=NAME,NAME among the overrides the runs of those cells alone.
     """
+    asked, overrides = cells_asked(overrides, spec.cells, f"configs/exhibits/{spec.name}.yaml, scale {spec.scale}")
     configs = []
     for seed in spec.seeds:
         for task in spec.tasks:
@@ -59,7 +62,7 @@ def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
     left = tuple(name for name in cells if name not in complete)
     by_batch = {name: own for name, own in complete.items() if name not in tests}
     content = configs, by_batch, {name: own for name, own in tests.items() if name in complete}
-    every = _once(configs, *cells.values())
+    every = _once(*(cells[name] for name in asked)) if asked else _once(configs, *cells.values())
     return Plan(spec, every, content, source, drawable, shown if drawable else None, left, growing=bool(left))
 
 

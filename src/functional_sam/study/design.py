@@ -4,7 +4,7 @@ import copy
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -99,6 +99,19 @@ class Trial:
         return dict(self.values).get(key)
 
 
+def cells_asked(overrides: tuple[str, ...], cells: Mapping[str, Any], where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The cells that cells=NAME,NAME names among the overrides, none where it is not there, and the other overrides.
+
+    Raises UserError for a cell that is none of `cells`, those of the file and scale called `where`.
+    """
+    asked = [one.removeprefix(CELLS).strip("[]") for one in overrides if one.startswith(CELLS)]
+    names = tuple(name for one in asked for name in one.split(","))
+    for name in names:
+        if name not in cells:
+            raise nearest(f"cell of {where}:", name, cells)
+    return names, tuple(one for one in overrides if not one.startswith(CELLS))
+
+
 def load_study(name: str, scale: str, overrides: tuple[str, ...] = ()) -> Study:
     """A study at a scale. Among the overrides cells=NAME,NAME keeps those cells alone.
 
@@ -113,13 +126,7 @@ def load_study(name: str, scale: str, overrides: tuple[str, ...] = ()) -> Study:
         study = instance(Study, content, scales[scale], {"name": name, "scale": scale})
     except OmegaConfBaseException as error:
         raise UserError(f"{where}: {error.full_key}: {str(error).splitlines()[0]}") from error
-    study.overrides = tuple(one for one in overrides if not one.startswith(CELLS))
-    study.only = tuple(
-        cell for one in overrides if one.startswith(CELLS) for cell in one.removeprefix(CELLS).strip("[]").split(",")
-    )
-    for cell_name in study.only:
-        if cell_name not in study.cells:
-            raise nearest(f"cell of {where}:", cell_name, study.cells)
+    study.only, study.overrides = cells_asked(overrides, study.cells, where)
     for cell_name, cell in study.cells.items():
         cell.name = cell_name
         _check(study, cell, f"{where}, cell {cell_name}")
