@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         if exhibit:
             sub.add_argument("exhibit", help="for instance figure-1; or tables, or figures: all that have the scale")
             sub.add_argument("--scale", default="quick", help="quick (default), laptop, ...: a file of configs/scales")
-            text = "key=value on every run's config, as training.steps=100; of a study or figure-2 also cells=NAME,NAME: these alone"
+            text = "key=value on every run's config, as training.steps=100; of studies and figure-2 cells=NAME,NAME: these alone"
             sub.add_argument("overrides", nargs="*", help=text)
         return sub
 
