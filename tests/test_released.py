@@ -1,5 +1,6 @@
 """Against what was released: the same records drawn again, compared, taken over, and a study that goes on from them."""
 
+import dataclasses
 import json
 
 import pytest
@@ -132,6 +133,23 @@ def test_check_compares_what_is_written(home):
     write_text(csv, csv.read_text().replace("seed", "sead"))
     with pytest.raises(UserError, match=r"configs/exhibits/figure-1.yaml, tolerance: columns without a tolerance: sead"):
         results.check_command(options())
+
+
+def test_what_was_released_of_later_cells_is_taken_too(home, monkeypatch):
+    """A study that goes cell by cell names the next ones when the present one is complete; the released records may be further."""
+    configs = exhibits.needed("figure-1")
+    do(configs)
+    results.release_command(options())
+    (home / "runs").rename(home / "elsewhere")
+    plan = exhibits.planned
+
+    def in_turn(name, scale="quick", overrides=(), source=None):
+        whole = plan(name, scale, overrides, source)
+        return whole if source is not None else dataclasses.replace(whole, configs=whole.configs[:2])
+
+    monkeypatch.setattr(exhibits, "planned", in_turn)
+    assert exhibits.take_released("figure-1", "quick", (), print) == configs[:2]
+    assert all(Run(config).done for config in configs)
 
 
 def test_released_runs_are_taken_and_never_checked_against_themselves(home, capsys):

@@ -113,11 +113,15 @@ def packs_of(name: str, scale: str) -> list[Pack]:
 def take_released(name: str, scale: str, overrides: tuple[str, ...], tell: Callable[[str], None]) -> list[Config]:
     """`needed`, once those of the runs that were released and not begun here are taken as they are; `tell` hears how many.
 
-    Runs that follow from what released ones found are named then too.
+    Runs that follow from what released ones found are named then too, and so are those of a study's later cells, where these were
+    released before an earlier one was complete.
     """
     while True:
         configs = needed(name, scale, overrides)
-        taken = {pack.name: len(restore(pack, configs)) for pack in packs_of(name, scale)}
+        taken: dict[str, int] = {}
+        for pack in packs_of(name, scale):
+            theirs = [config for one in members(name, scale) for config in planned(one, scale, overrides, pack).configs]
+            taken[pack.name] = len(restore(pack, [*configs, *theirs]))
         for pack, count in taken.items():
             if count:
                 tell(f"{count} runs taken as they were released in {pack}")
