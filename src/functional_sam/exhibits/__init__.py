@@ -122,9 +122,9 @@ def take_released(name: str, scale: str, overrides: tuple[str, ...], tell: Calla
         for pack in packs_of(name, scale):
             theirs = [config for one in members(name, scale) for config in planned(one, scale, overrides, pack).configs]
             taken[pack.name] = len(restore(pack, [*configs, *theirs]))
-        for pack, count in taken.items():
+        for where, count in taken.items():
             if count:
-                tell(f"{count} runs taken as they were released in {pack}")
+                tell(f"{count} runs taken as they were released in {where}")
         if not any(taken.values()):
             return configs
 
