@@ -8,8 +8,9 @@ import pytest
 from made_up import MadeUp, bowl
 
 from functional_sam.exhibits import draw_plan, figure_11, foreseen, module_of, planned
-from functional_sam.exhibits.comparison import changed, same_runs, to_come
+from functional_sam.exhibits.comparison import changed, differences, same_runs, to_come
 from functional_sam.exhibits.figure_3 import DOSE_AT_FIRST, judged_paths, path_alone
+from functional_sam.exhibits.markdown import MINUS
 from functional_sam.exhibits.output import write
 from functional_sam.exhibits.spec import load_spec
 from functional_sam.exhibits.words import so_far
@@ -296,3 +297,16 @@ def test_figure_11_is_drawn_without_other_text(complete):
     exhibit = drawn("figure-11", source)
     assert set(exhibit.frame.kind) == {figure_11.TRAINED, "rounding", "noise"}
     assert "other text was not trained on" in exhibit.caption
+
+
+def test_differences_are_said_with_their_interval_or_their_ends():
+    nan = math.nan
+    verdicts = [nan, "inconclusive", "no difference"]
+    data = pd.DataFrame({"minus_sam": [nan, 0.0049, -0.0024], "half_sam": [nan, 0.0071, 0.0028], "verdict_sam": verdicts})
+    assert differences(data[:2], "sam") == "+0.0049 ± 0.0071 nats (inconclusive)"
+    assert differences(data, "sam") == f"{MINUS}0.0024 to +0.0049 nats (1 no difference, 1 inconclusive)"
+    coarse = data.assign(minus_sam=[nan, 0.03, -0.0024], half_sam=[nan, 0.21, 0.0028])
+    assert differences(coarse, "sam").startswith(f"{MINUS}0.0024 to +0.030 nats")  # as many digits as the interval of each is worth
+    lost = data.assign(minus_sam=[nan, math.inf, math.inf], verdict_sam=[nan, "worse (diverged)", "worse (diverged)"])
+    assert differences(lost, "sam") == "(2 worse (diverged))"
+    assert differences(data[:1], "sam") == "(nothing to compare)"

@@ -124,6 +124,17 @@ def headline(data: pd.DataFrame) -> str:
     return f"of {len(words)} comparisons with AdamW {tally(words)}"
 
 
+def differences(data: pd.DataFrame, other: str = "baseline") -> str:
+    """In nats, minus another entry: of one row with its interval, of several the least and the largest; and the verdicts."""
+    own = data[data[f"verdict_{other}"].isin([str(word) for word in Verdict if word])]
+    means, halves, verdicts = (list(own[f"{name}_{other}"]) for name in ("minus", "half", "verdict"))
+    if len(own) == 1:
+        return f"{markdown.interval(means[0], halves[0], sign=True)} nats ({verdicts[0]})"
+    finite = sorted((mean, half) for mean, half in zip(means, halves, strict=True) if math.isfinite(mean))
+    ends = [markdown.number(mean, markdown.decimals(mean, half), sign=True) for mean, half in (finite[:1] + finite[-1:])]
+    return f"{' to '.join(ends)} nats ({tally(verdicts)})" if ends else f"({tally(verdicts)})"
+
+
 def seen(data: pd.DataFrame, other: str = "baseline") -> str:
     """The effect that inconclusive comparisons could have seen, as a sentence."""
     return would_have_seen(data[data[f"verdict_{other}"] == str(Verdict.OPEN)][f"detectable_{other}"])

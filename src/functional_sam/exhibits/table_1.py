@@ -5,10 +5,21 @@ from typing import Any
 import pandas as pd
 
 from functional_sam.exhibits import markdown
-from functional_sam.exhibits.comparison import counted, label, left_out, place, plan, same_runs, seen, setting, with_verdict
+from functional_sam.exhibits.comparison import (
+    counted,
+    differences,
+    label,
+    left_out,
+    place,
+    plan,
+    same_runs,
+    seen,
+    setting,
+    with_verdict,
+)
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
-from functional_sam.exhibits.words import answer, sentence, tally
+from functional_sam.exhibits.words import answer, sentence
 from functional_sam.study.compare import Estimate, Verdict
 from functional_sam.study.report import frame, judge
 
@@ -34,8 +45,8 @@ def draw(plan: Plan) -> Exhibit:
 
 
 def headline(data: pd.DataFrame) -> str:
-    """How the comparisons of both methods with AdamW came out, in a few words."""
-    return "; ".join(f"{label(name)} minus AdamW: {tally(data[data.entry == name].verdict_baseline)}" for name in SHOWN)
+    """How both methods compare with AdamW, in a few words."""
+    return ", ".join(f"{label(name)} minus AdamW {differences(data[data.entry == name])}" for name in SHOWN)
 
 
 def _markdown(data: pd.DataFrame) -> str:

@@ -2,10 +2,10 @@
 
 import pandas as pd
 
-from functional_sam.exhibits.comparison import counted, left_out, plan, rows_of, seen, setting
+from functional_sam.exhibits.comparison import counted, differences, left_out, plan, rows_of, seen, setting
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
-from functional_sam.exhibits.words import answer, sentence, tally
+from functional_sam.exhibits.words import answer, sentence
 from functional_sam.study.compare import Verdict
 from functional_sam.study.report import frame, judge
 
@@ -27,5 +27,5 @@ def draw(plan: Plan) -> Exhibit:
 
 def headline(data: pd.DataFrame) -> str:
     """How the preconditioned methods compare with SAM, and all with AdamW, in a few words."""
-    against = tally(data[data.entry.isin(PRECOND)].verdict_sam)
-    return f"preconditioned methods minus SAM: {against}; all methods minus AdamW: {tally(data.verdict_baseline)}"
+    against = differences(data[data.entry.isin(PRECOND)], "sam")
+    return f"preconditioned methods minus SAM {against}; all methods minus AdamW {differences(data)}"
