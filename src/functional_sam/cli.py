@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         if exhibit:
             sub.add_argument("exhibit", help="such as figure-1 or table-2; or `tables` or `figures`: all that have this scale")
             sub.add_argument("--scale", default="quick", help="quick (default), laptop or paper: a file of configs/scales")
-            text = "key=value for every run, such as training.steps=100; cells=NAME,NAME (studies, figure-2) limits it to these cells"
+            text = "key=value for every run, such as training.steps=100; cells=NAME,NAME (studies, figure-2): these cells alone"
             sub.add_argument("overrides", nargs="*", help=text)
         return sub
 
