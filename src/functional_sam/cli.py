@@ -51,8 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="functional-sam", description="Functional-SAM: the paper's exhibits, and single runs.")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser = argparse.ArgumentParser(
+        prog="functional-sam", description="Functional-SAM: reproduce the paper's figures and tables, or train single runs."
+    )
+    parser.add_argument("--debug", action="store_true", help="show the full traceback of an error")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(
@@ -61,66 +63,75 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(command=function)
         if exhibit:
-            sub.add_argument("exhibit", help="for instance figure-1; or tables, or figures: all that have the scale")
-            sub.add_argument("--scale", default="quick", help="quick (default), laptop, ...: a file of configs/scales")
-            text = "key=value on every run's config, as training.steps=100; of studies and figure-2 cells=NAME,NAME: these alone"
+            sub.add_argument("exhibit", help="such as figure-1 or table-2; or `tables` or `figures`: all that have this scale")
+            sub.add_argument("--scale", default="quick", help="quick (default), laptop or paper: a file of configs/scales")
+            text = "key=value for every run, such as training.steps=100; cells=NAME,NAME (studies, figure-2): these cells alone"
             sub.add_argument("overrides", nargs="*", help=text)
         return sub
 
-    planned = command("plan", _of("runs", "plan_command"), "the runs an exhibit needs: how far each is, how long it takes")
-    planned.add_argument("--cluster", help="a file of jobs/clusters, by name or path: what the runs need on its GPUs, computed")
-    run = command("run", _of("runs", "run_command"), "do the missing runs of an exhibit")
-    run.add_argument("--jobs", type=int, default=0, help="processes at a time (default: one per core)")
-    run.add_argument("--fresh", action="store_true", help="move the exhibit's run directories aside first, and redo all")
-    released = "take the runs that were released as they are, and do the rest"
+    planned = command("plan", _of("runs", "plan_command"), "list the runs of an exhibit, with progress and time")
+    planned.add_argument("--cluster", help="a file of jobs/clusters, by name or path: estimate time and memory on its GPUs")
+    run = command("run", _of("runs", "run_command"), "train the missing runs of an exhibit")
+    run.add_argument("--jobs", type=int, default=0, help="number of parallel processes (default: one per core)")
+    run.add_argument("--fresh", action="store_true", help="move existing run directories aside and train all runs again")
+    released = "use the released runs as they are, and train only the others"
     run.add_argument("--released", action="store_true", help=released)
-    submit = command("submit", _of("submit", "submit_command"), "do the missing runs of an exhibit on a SLURM cluster, and draw it")
+    submit = command("submit", _of("submit", "submit_command"), "train the missing runs on a SLURM cluster, then draw the exhibit")
     submit.add_argument("--cluster", required=True, help="a file of jobs/clusters, by name or path")
     submit.add_argument("--dry-run", action="store_true", help="print the sbatch scripts, submit nothing")
     submit.add_argument("--released", action="store_true", help=released)
-    draw = command("draw", _each(_of("results", "draw_command")), "draw an exhibit from its records, through its notebook")
-    draw.add_argument("--no-notebook", action="store_true", help="draw directly, without executing the notebook")
-    command("check", _each(_of("results", "check_command")), "compare an exhibit drawn from the present runs with the released one")
-    release = command("release", _each(_of("results", "release_command")), "write results/ of an exhibit from the present runs")
-    text = "the records of every complete run, also where the exhibit cannot be drawn yet: `run --released` goes on from them"
+    draw = command("draw", _each(_of("results", "draw_command")), "draw an exhibit from its records by executing its notebook")
+    draw.add_argument("--no-notebook", action="store_true", help="draw without executing the notebook")
+    command(
+        "check", _each(_of("results", "check_command")), "compare an exhibit, redrawn from the runs on disk, with the released one"
+    )
+    release = command("release", _each(_of("results", "release_command")), "write the results/ of an exhibit from the runs on disk")
+    text = "release the complete runs although others are missing; `run --released` continues from them"
     release.add_argument("--unfinished", action="store_true", help=text)
 
     command(
         "claims",
         _of("results", "claims_command"),
-        "README's table and picture, from what was drawn",
+        "update the README's table and picture from the drawn exhibits",
         exhibit=False,
     )
-    command("report", _of("results", "report_command"), "paper/report.pdf and the galleries, from what was drawn", exhibit=False)
+    command(
+        "report",
+        _of("results", "report_command"),
+        "write paper/report.pdf and the galleries from the drawn exhibits",
+        exhibit=False,
+    )
 
-    train = command("train", _train, "one run: --task and --method, or run directories to finish", exhibit=False)
+    train = command("train", _train, "train one run (--task and --method), or finish runs in given directories", exhibit=False)
     train.add_argument("--task", help="a file of configs/tasks")
-    train.add_argument("--method", default="adamw", help="one of `functional-sam methods` (default: adamw)")
+    train.add_argument("--method", default="adamw", help="a name printed by `functional-sam methods` (default: adamw)")
     train.add_argument("--scale", default="quick", help="a file of configs/scales")
     train.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     train.add_argument("--threads", type=int, default=0, help="CPU threads (default: all cores)")
-    train.add_argument("arguments", nargs="*", help="with --task: key=value overrides; without: run directories")
+    train.add_argument("arguments", nargs="*", help="with --task: key=value overrides; without --task: run directories")
 
-    status = command("status", _of("runs", "status_command"), "every run in a directory of runs and its state", exhibit=False)
-    status.add_argument("directory", nargs="?", default="runs", help="default: runs")
-    data = command("data", _of("scale", "data_command"), "prepare a task's data ahead of its runs", exhibit=False)
+    status = command("status", _of("runs", "status_command"), "list all runs in a directory, with their state", exhibit=False)
+    status.add_argument("directory", nargs="?", default="runs", help="directory of runs (default: runs)")
+    data = command("data", _of("scale", "data_command"), "prepare the data of a task before its runs", exhibit=False)
     data.add_argument("--task", required=True, help="a file of configs/tasks")
     data.add_argument("--scale", default="paper", help="a file of configs/scales (default: paper)")
-    data.add_argument("--processes", type=int, default=0, help="processes that tokenize (default: one per core)")
-    data.add_argument("overrides", nargs="*", help="key=value, for instance data.files=16 runtime.data=DIRECTORY")
-    text = "parameters, FLOPs, memory, GPU-hours and the fewest GPUs, computed without one"
+    data.add_argument("--processes", type=int, default=0, help="number of tokenizing processes (default: one per core)")
+    data.add_argument("overrides", nargs="*", help="key=value, such as data.files=16 runtime.data=DIRECTORY")
+    text = "estimate parameters, FLOPs, memory, GPU-hours and the least number of GPUs; needs no GPU"
     guess = command("estimate", _of("scale", "estimate_command"), text, exhibit=False)
-    text = "exhibits, or files of configs/tasks; and key=value on every run's config, of a study also cells=NAME,NAME"
+    text = "exhibits or files of configs/tasks; also key=value as for `run`, and cells=NAME,NAME"
     guess.add_argument("names", nargs="+", metavar="NAME", help=text)
     guess.set_defaults(overrides=[])  # those after an option
     guess.add_argument("--scale", default="paper", help="a file of configs/scales (default: paper)")
-    guess.add_argument("--method", action="append", help="with tasks: a method (may be repeated; default: the five of table-2)")
+    guess.add_argument("--method", action="append", help="with tasks: a method; may be repeated (default: the five of table-2)")
     guess.add_argument("--gpu", default="a100-80", help="a100-40, a100-80 (default), h100-80, h200-141, l40s-48, ...")
-    guess.add_argument("--utilization", type=float, default=0.4, help="fraction of the GPU's peak (default: 0.4)")
-    command("methods", _methods, "the methods: where each looks, which derivative it takes there, what it costs", exhibit=False)
-    bench = command("benchmark", _benchmark, "time and memory of methods and curvature products, measured here", exhibit=False)
-    bench.add_argument("--rounds", type=int, default=0, help="turns of each method (default: enough for stable medians)")
-    bench.add_argument("--only", choices=["methods", "curvature"], help="one of the two (default: both)")
+    guess.add_argument("--utilization", type=float, default=0.4, help="expected fraction of the GPU's peak FLOP/s (default: 0.4)")
+    command("methods", _methods, "print the table of methods: ascent, path, mix, cost, default rho, source", exhibit=False)
+    bench = command(
+        "benchmark", _benchmark, "measure time and memory of methods and curvature products on this machine", exhibit=False
+    )
+    bench.add_argument("--rounds", type=int, default=0, help="repetitions of each method (default: enough for stable medians)")
+    bench.add_argument("--only", choices=["methods", "curvature"], help="measure one of the two (default: both)")
     return parser
 
 
