@@ -58,7 +58,7 @@ def flat(model):
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.path != "plain"])
 def test_maximize_is_refused(method):
     model = make_model()
-    with pytest.raises(UserError, match=r"maximize=True.*with the sign in loss_fn"):
+    with pytest.raises(UserError, match=r"maximize=True.*put the sign into loss_fn"):
         SharpnessAware(model, adamw(model, maximize=True), method)
     SharpnessAware(model, adamw(model, maximize=True), "plain")
 

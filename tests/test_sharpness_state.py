@@ -275,7 +275,7 @@ def test_state_is_named_by_parameter_and_checked():
         ({"method": "angle-sam", "dose": True}, "dose=True"),
         ({"method": "angle-sam", "dose": float("nan")}, "dose=nan"),
         ({"method": "angle-sam", "dose": 0.1, "scope": "rank"}, "does not combine"),
-        ({"method": "angle-sam", "dose": 0.1, "rho_schedule": "warmup", "warmup_steps": 3}, "'warmup' does nothing"),
+        ({"method": "angle-sam", "dose": 0.1, "rho_schedule": "warmup", "warmup_steps": 3}, "'warmup' would do nothing"),
         ({"method": "gnp", "path": "penalty", "dose": 0.1}, "does not combine with gnp"),
         ({"method": "sam", "dose": 0.1}, "unknown option of sam 'dose'"),
         ({"method": "tram", "divergence": "last"}, "divergence"),

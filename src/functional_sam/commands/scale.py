@@ -94,7 +94,7 @@ def show_on(configs: Sequence[Config], cluster: str) -> None:
     profile = load_profile(cluster)
     if not profile.gpus_per_node or not profile.gpu:
         raise UserError(
-            f"cluster {cluster}: gpus_per_node and gpu (one of {', '.join(GPUS)}) say on what the runs are to be planned"
+            f"cluster {cluster}: set gpus_per_node and gpu (one of {', '.join(GPUS)}) in its profile to plan runs for its GPUs"
         )
     hardware, given = gpu(profile.gpu, profile.utilization), profile.nodes * profile.gpus_per_node
     show(configs, hardware)

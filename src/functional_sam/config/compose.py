@@ -94,8 +94,8 @@ def refuse_names(overrides: Sequence[str]) -> None:
         if key in ("task", "kind", "method.name"):
             option = "--method" if key == "method.name" else "--task"
             raise UserError(
-                f"override {override!r}: {key} is no setting but what a run is: functional-sam train {option} NAME chooses it, an "
-                "exhibit has its own"
+                f"override {override!r}: {key} cannot be overridden: choose it with functional-sam train {option} NAME (an exhibit "
+                "sets its own)"
             )
 
 

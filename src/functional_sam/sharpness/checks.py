@@ -28,7 +28,7 @@ def check(method: Method, options: dict[str, Any], model: torch.nn.Module, optim
         require_no_shared_memory(model)
     if method.path != "plain" and any(group.get("maximize") for group in optimizer.param_groups):
         raise UserError(
-            "optimizer(maximize=True): eps would lead where the objective is better; minimize, with the sign in loss_fn"
+            "optimizer(maximize=True) is not supported: eps would improve the objective. Minimize, and put the sign into loss_fn"
         )
     if any(p.is_complex() for p in model.parameters()):
         _require_complex(method, options)

@@ -242,7 +242,8 @@ def _require_dose(method: Method, options: Mapping[str, Any]) -> None:
         raise UserError(f"dose={dose} does not combine with {method.mix}, which weighs the correction anew: leave one of the two")
     if options["rho_schedule"] != "constant":
         raise UserError(
-            f"dose={dose} makes the correction as large at any rho: rho_schedule={options['rho_schedule']!r} does nothing"
+            f"dose={dose} fixes the size of the correction, so that rho_schedule={options['rho_schedule']!r} would do nothing: "
+            "leave one of them out"
         )
 
 
