@@ -153,6 +153,6 @@ class TrainerLoss:
                 f"(prompt tuning lengthens texts). {WAY_OUT}"
             ) from failed
         raise UserError(
-            f"the loss of the model is {found[0]:.6g}, loss_function of its logits gives {found[1]:.6g}: a part of it does not come "
-            f"from the logits (a router), or it is a different loss. {WAY_OUT}"
+            f"the loss of the model is {found[0]:.6g}, loss_function of its logits gives {found[1]:.6g}: a part of it does not "
+            f"come from the logits (a router), or it is a different loss. {WAY_OUT}"
         )
