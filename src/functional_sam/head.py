@@ -9,13 +9,14 @@ The cotangent u is built at one point (h_u, W_u) and pulled back at another (h, 
 and theta' for the functional path, theta' and theta for the logit path.
 """
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from functional_sam.losses import IGNORE
+from functional_sam.losses import IGNORE, cross_entropy
 
 CHUNK_BYTES = 64 * 2**20  # of float32 logits held at once in training
 SWEEP_BYTES = 4 * 2**20  # of float32 logits that the softmax sweeps over at a time on a CPU: they stay in its cache
@@ -104,6 +105,12 @@ def compute_dtype(h: Tensor) -> torch.dtype:
     """Of the head's products: autocast's where it is on (head_dtype "bfloat16"), that of h elsewhere; the softmax is in float32."""
     device = h.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+
+
+def reads_out(model: torch.nn.Module, forward: Callable[..., Any] | None, loss_fn: Callable[..., Any]) -> bool:
+    """Whether `model` can hand over (h, W) in the place of logits: has_readout, a forward that takes readout=, the default loss."""
+    takes_readout = forward is None or "readout" in inspect.signature(forward).parameters
+    return bool(getattr(model, "has_readout", False)) and takes_readout and loss_fn is cross_entropy
 
 
 class _PullBack(torch.autograd.Function):

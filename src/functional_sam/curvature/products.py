@@ -4,7 +4,6 @@ theta the parameters, z = F(theta) the logits, L the loss on them, u = dL/dz, J 
 parameters. A batch has any number of leading dimensions.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -34,6 +33,7 @@ from functional_sam.curvature.operators import Names, Operator, Vector
 from functional_sam.curvature.outer import LossFn, OnHead, by_classes, summed, sums
 from functional_sam.derivatives import Derivatives, DifferentiatesItself
 from functional_sam.errors import UserError
+from functional_sam.head import reads_out
 from functional_sam.losses import cross_entropy
 from functional_sam.vectors import by_place
 from functional_sam.weights import is_sharded, modules_of
@@ -96,7 +96,7 @@ class CurvatureProducts:
     ) -> None:
         self.model, self.loss_fn = model, sums(loss_fn)
         self.batches = Batches(batches)
-        self.readout = _reads_out(model, forward, loss_fn)
+        self.readout = reads_out(model, forward, loss_fn)
         self.forward: Forward = forward or (lambda module, inputs, **readout: module(inputs, **readout))
         self._outside = [module for module in modules_of(forward) if module not in set(model.modules())]
         self.parameters = select(model, parameters)
@@ -307,9 +307,3 @@ class CurvatureProducts:
         if stamp != self._stamp:
             self.release()
             self._stamp = stamp
-
-
-def _reads_out(model: nn.Module, forward: Forward | None, loss_fn: LossFn) -> bool:
-    """Whether the model can hand over (h, W) in place of logits."""
-    takes = forward is None or "readout" in inspect.signature(forward).parameters
-    return bool(getattr(model, "has_readout", False)) and takes and loss_fn is cross_entropy

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from functional_sam.errors import UserError
 from functional_sam.moments import has_rho_of_its_own, owners, parts_of, require_state
 from functional_sam.sharpness.methods import Method
+from functional_sam.vectors import local
 from functional_sam.weights import is_sharded, parts_of_unit, process_group, replicas, sharded_units, unwrapped
 
 
@@ -153,8 +154,7 @@ def require_no_shared_memory(model: torch.nn.Module) -> None:
     """Raise UserError for two trained Parameters in the same memory, which would be moved twice. Tied ones are one Parameter."""
     places = []
     for name, p in model.named_parameters():
-        held: Any = p.detach()
-        dense: Any = held.to_local() if hasattr(held, "to_local") else held
+        dense = local(p.detach())
         real = dense.layout == torch.strided and not hasattr(dense, "fake_mode")  # of a simulated one there is no memory
         if p.requires_grad and real and dense.numel() and dense.data_ptr():
             extent = 1 + sum((size - 1) * stride for size, stride in zip(dense.shape, dense.stride(), strict=True))

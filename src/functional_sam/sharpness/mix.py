@@ -6,7 +6,6 @@ A Mix may also set the radius (tram) or let a step go without its own perturbed 
 import contextlib
 import math
 import warnings
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,8 @@ from functional_sam.errors import UserError
 from functional_sam.moments import owners
 from functional_sam.sharpness.divergence import divergence, noisy_inputs
 from functional_sam.sharpness.passes import Kept, Passes
-from functional_sam.sharpness.perturbation import Perturbation, Step, complete
+from functional_sam.sharpness.perturbation import Perturbation, Step, complete, gradients_of
+from functional_sam.sharpness.steps import listen
 from functional_sam.vectors import dot, norm
 from functional_sam.weights import unwrapped
 
@@ -117,9 +117,7 @@ class WeightedSharpness(Mix):
 
     def _listen(self) -> None:
         if self.options["decoupled"]:
-            here = weakref.ref(self)  # an object that nobody holds has nothing to apply
-            self.optimizer.register_step_pre_hook(lambda optimizer, *_: _tell(here(), optimizer, before=True))
-            self.optimizer.register_step_post_hook(lambda optimizer, *_: _tell(here(), optimizer, before=False))
+            listen(self.optimizer, self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy, whose optimizer has come without hooks."""
@@ -153,8 +151,8 @@ class WeightedSharpness(Mix):
     def beside(self) -> Gradients:
         return {p: correction * self.weight for p, correction in self.pending.items()}
 
-    def _check(self, optimizer: torch.optim.Optimizer) -> None:
-        """Before a step: drop the correction where .grad is no longer what backward left."""
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Drop the correction where .grad is no longer what backward left."""
         others = [p for p in owners(optimizer) if p in self._left and p.grad is not self._left.pop(p)]
         if any(p.grad is not None for p in others):
             warnings.warn(
@@ -166,7 +164,8 @@ class WeightedSharpness(Mix):
             del self.pending[p]
 
     @torch.no_grad()
-    def _correct(self, optimizer: torch.optim.Optimizer) -> None:
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """theta -= lr w (g' - g)."""
         for p, group in owners(optimizer).items():
             self._left.pop(p, None)  # still there after a step that took its gradient itself, by a closure
             if p in self.pending:
@@ -179,11 +178,6 @@ class WeightedSharpness(Mix):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.drop()
         self.pending = unnamed(self.model, state["pending"])
-
-
-def _tell(mix: WeightedSharpness | None, optimizer: torch.optim.Optimizer, before: bool) -> None:
-    if mix is not None:
-        (mix._check if before else mix._correct)(optimizer)
 
 
 class SurrogateGap(Mix):
@@ -236,7 +230,7 @@ class LookSAM(Mix):
     def reuse(self, active: bool) -> None:
         if not active or self.size == 0.0:
             return
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        grads = list(gradients_of(self.model).values())
         pairs = [(p.grad, orthogonal) for p, orthogonal in self.orthogonal.items() if p.grad is not None]
         factor = self.options["alpha"] * norm(grads, fast=True) / self.size
         torch._foreach_add_([g for g, _ in pairs], [orthogonal for _, orthogonal in pairs], alpha=factor)

@@ -5,7 +5,6 @@ that k micro-batches equal one batch. What a later pass at other weights needs o
 """
 
 import contextlib
-import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -16,8 +15,8 @@ from torch import Tensor
 
 from functional_sam.derivatives import slow_attention
 from functional_sam.errors import UserError
-from functional_sam.head import compute_dtype, pull_back
-from functional_sam.losses import cross_entropy, require_logits, require_rows
+from functional_sam.head import compute_dtype, pull_back, reads_out
+from functional_sam.losses import require_logits, require_rows
 from functional_sam.sharpness import first_step
 from functional_sam.sharpness.buffers import Buffers
 from functional_sam.sharpness.counting import Batch, Counting, Kept, LossFn
@@ -45,8 +44,7 @@ class Passes(Counting):
         super().__init__(model, loss_fn)
         self.keep_dtype = keep_dtype
         self.forward: Callable[..., Any] = forward or _forward
-        takes_readout = forward is None or "readout" in inspect.signature(forward).parameters
-        possible = bool(getattr(unwrapped(model), "has_readout", False)) and takes_readout and loss_fn is cross_entropy
+        possible = reads_out(unwrapped(model), forward, loss_fn)
         if keep in ("hidden", "u") and not possible:
             raise UserError(
                 f'keep="{keep}" needs a model with has_readout, a forward that takes readout=, and the default loss_fn; '

@@ -17,7 +17,7 @@ from functional_sam.sharpness.checks import chosen, radius
 from functional_sam.sharpness.methods import Method
 from functional_sam.sharpness.passes import Batch, Kept
 from functional_sam.sharpness.randomness import generator_of
-from functional_sam.vectors import norm
+from functional_sam.vectors import local, norm
 from functional_sam.weights import moved, process_group, unwrapped
 
 AT_THETA, AT_PERTURBED = "pass 1 (at theta)", "pass 2 (at theta + eps)"
@@ -39,6 +39,11 @@ class Step:
     directions: list[Tensor] = field(default_factory=list)  # eps = radius * direction / size
     size: float = 0.0
     radii: dict[Tensor, float] = field(default_factory=dict)
+
+
+def gradients_of(model: torch.nn.Module) -> dict[Tensor, Tensor]:
+    """The .grad of every parameter that has one."""
+    return {p: p.grad for p in model.parameters() if p.grad is not None}
 
 
 def complete(model: torch.nn.Module, base: dict[Tensor, Tensor]) -> None:
@@ -158,7 +163,6 @@ class Perturbation:
 
     def _first_bad(self) -> str:
         for name, p in unwrapped(self.model).named_parameters():
-            g: Any = p.grad
-            if g is not None and not bool((g.to_local() if hasattr(g, "to_local") else g).isfinite().all()):
+            if p.grad is not None and not bool(local(p.grad).isfinite().all()):
                 return f", first in {name}"
         return ""

@@ -9,6 +9,7 @@ from torch import Tensor
 from functional_sam.errors import UserError
 from functional_sam.sharpness.dose import dose_of_step, plain_gradient
 from functional_sam.sharpness.passes import Batch
+from functional_sam.sharpness.perturbation import gradients_of
 from functional_sam.weights import reshard
 
 TOLERANCE = 1e-3  # of the gradient's norm: far above rounding (also of bf16, which repeats itself), far below another dropout mask
@@ -63,7 +64,7 @@ def trial(sharpness: Any, batches: Sequence[Batch]) -> None:
         sharpness.backward(batches)
         require_untouched()
         beside = sharpness._mix.beside() if sharpness._mix is not None else {}
-        off = _distance(model, {p: p.grad for p in model.parameters() if p.grad is not None}, g, beside)
+        off = _distance(model, gradients_of(model), g, beside)
         if off > TOLERANCE:
             raise UserError(
                 f"with rho -> 0 the method's gradient is {off:.1%} off the plain one: pass 2 sees another function than pass 1 "
