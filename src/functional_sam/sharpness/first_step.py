@@ -15,7 +15,7 @@ from functional_sam.vectors import by_place, local
 
 
 def tensors_of(inputs: Any, place: str = "inputs") -> Iterator[tuple[str, Tensor]]:
-    """(place, tensor) for every tensor in nested dictionaries, lists and tuples."""
+    """Yield (place, tensor) for every tensor in nested dictionaries, lists and tuples."""
     if isinstance(inputs, Tensor):
         yield place, inputs
     elif isinstance(inputs, Mapping):
@@ -27,7 +27,7 @@ def tensors_of(inputs: Any, place: str = "inputs") -> Iterator[tuple[str, Tensor
 
 
 def versions(inputs: Any, targets: Any) -> dict[str, tuple[int, int]]:
-    """Of every tensor, which one it is and how often it has been written to."""
+    """Return place -> (which tensor is there, how often it has been written to)."""
     each = (*tensors_of(inputs), *tensors_of(targets, "targets"))
     return {place: (id(t), 0 if t.is_inference() else t._version) for place, t in each}
 
@@ -55,9 +55,10 @@ Fingerprints = list[tuple[str, Tensor, Fingerprint]]
 
 
 def fingerprints(model: torch.nn.Module, trained: Container[Tensor]) -> Fingerprints:
-    """Numbers that tell whether a parameter that the optimizer does not move has other values, or the same at other places.
+    """Return numbers that change when a parameter that is not trained has other values, or the same at other places.
 
-    Of those without a norm how often they were written to: a table that forward writes its own values to (max_norm) has not moved.
+    They are of the values, so that a table that forward writes its own values to (max_norm) has not moved; where there is no norm
+    (integers), how often it was written to.
     """
     return [(name, p, _fingerprint(p)) for name, p in model.named_parameters() if p not in trained]
 
