@@ -117,6 +117,7 @@ class _PullBack(torch.autograd.Function):
     """Returns scale * loss at (h_u, W_u); its backward gives scale * u^T h and scale * u W at (h, W).
 
     The gradients are computed in forward, while a chunk of u exists, so backward must be called with cotangent 1.
+    u_NV: None, or memory for u, which is filled here, or with `known` read.
     """
 
     @staticmethod
