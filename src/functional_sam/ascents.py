@@ -18,7 +18,7 @@ Ascent = Callable[..., tuple[list[Tensor], float]]
 
 
 def _preconditioned(optimizer: Any, params: Sequence[Tensor], vectors: Sequence[Tensor], consume: bool) -> list[Tensor] | None:
-    """P x with P = 1 / (sqrt(v_hat) + e). None when no parameter has a second moment yet.
+    """Return P x, P = 1 / (sqrt(v_hat) + e), for each parameter and its vector x; None when none has a second moment yet.
 
     A parameter, or an element of one, that has none yet (no gradient reached it so far) is left where it is: its P is unknown.
     """

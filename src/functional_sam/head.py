@@ -9,13 +9,14 @@ The cotangent u is built at one point (h_u, W_u) and pulled back at another (h, 
 and theta' for the functional path, theta' and theta for the logit path.
 """
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from functional_sam.losses import IGNORE
+from functional_sam.losses import IGNORE, cross_entropy
 
 CHUNK_BYTES = 64 * 2**20  # of float32 logits held at once in training
 SWEEP_BYTES = 4 * 2**20  # of float32 logits that the softmax sweeps over at a time on a CPU: they stay in its cache
@@ -35,7 +36,7 @@ def logit_chunks(num_rows: int, num_classes: int) -> Iterator[slice]:
 
 
 def to_cotangent(z_CV: Tensor, targets_C: Tensor, dtype: torch.dtype, loss_dtype: torch.dtype | None = None) -> Tensor:
-    """Put u in the place of z, computed in `dtype`; returns the summed loss in loss_dtype (`dtype` unless given)."""
+    """Overwrite the logits z by u, computed in `dtype`; return the summed loss in loss_dtype (`dtype` unless given)."""
     num_rows, num_classes = z_CV.shape
     sweep = max(1, SWEEP_BYTES // (4 * num_classes)) if z_CV.device.type == "cpu" else num_rows
     buffer = None if z_CV.dtype == dtype else torch.empty(min(sweep, num_rows), num_classes, dtype=dtype, device=z_CV.device)
@@ -57,25 +58,25 @@ def to_cotangent(z_CV: Tensor, targets_C: Tensor, dtype: torch.dtype, loss_dtype
 
 
 def softmax_of(u_CV: Tensor, targets_C: Tensor) -> Tensor:
-    """p = u + onehot(target); rows of ignored targets stay zero."""
+    """Return p = u + onehot(target); rows of ignored targets stay zero."""
     valid_C1, index_C1 = _places(targets_C)
     return u_CV.scatter_add(1, index_C1, valid_C1.to(u_CV.dtype))
 
 
 def hessian_product(p: Tensor, dz: Tensor) -> Tensor:
-    """p * dz - p (p . dz), row by row."""
+    """Return (d2L/dz2) dz = p * dz - p (p . dz), row by row; p, dz [..., V]."""
     weighted = p * dz
     return torch.addcmul(weighted, p, weighted.sum(-1, keepdim=True), value=-1)
 
 
 def _places(targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Which targets are valid, and where to look for them (class 0 where they are not); one dimension more than `targets`."""
+    """Return masks of the valid targets and their class indices (0 where not valid), with a last dimension of 1 added."""
     valid = (targets != IGNORE).unsqueeze(-1)
     return valid, targets.unsqueeze(-1).where(valid, 0)
 
 
 class _Cotangent(torch.autograd.Function):
-    """u / divisor of whole logits. Double backward through F.cross_entropy keeps several times the logits; this keeps p."""
+    """u / divisor of whole logits, whose backward is the closed form: it keeps p, where F.cross_entropy keeps several logits."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, targets: Tensor, divisor: float) -> Tensor:
@@ -95,21 +96,28 @@ class _Cotangent(torch.autograd.Function):
 
 
 def differentiable_cotangent(z: Tensor, targets: Tensor, divisor: float) -> Tensor:
-    """u / divisor for logits [..., V], differentiable once by z."""
+    """Return u / divisor for logits z [..., V], differentiable once by z."""
     result: Tensor = _Cotangent.apply(z, targets, divisor)  # type: ignore[no-untyped-call]
     return result
 
 
 def compute_dtype(h: Tensor) -> torch.dtype:
-    """Of the head's products: autocast's where it is on (head_dtype "bfloat16"), that of h elsewhere; the softmax is in float32."""
+    """Return the dtype of the head's products: autocast's where it is on, that of h elsewhere. The softmax is in float32."""
     device = h.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+
+
+def reads_out(model: torch.nn.Module, forward: Callable[..., Any] | None, loss_fn: Callable[..., Any]) -> bool:
+    """Whether `model` can hand over (h, W) in the place of logits: has_readout, a forward that takes readout=, the default loss."""
+    takes_readout = forward is None or "readout" in inspect.signature(forward).parameters
+    return bool(getattr(model, "has_readout", False)) and takes_readout and loss_fn is cross_entropy
 
 
 class _PullBack(torch.autograd.Function):
     """Returns scale * loss at (h_u, W_u); its backward gives scale * u^T h and scale * u W at (h, W).
 
     The gradients are computed in forward, while a chunk of u exists, so backward must be called with cotangent 1.
+    u_NV: None, or memory for u, which is filled here, or with `known` read.
     """
 
     @staticmethod
@@ -171,11 +179,11 @@ def pull_back(
     u: Tensor | None = None,
     known: bool = False,
 ) -> Tensor:
-    """scale * (summed loss at (h_u, weight_u)), a scalar whose .backward() pulls that point's cotangent back through (h, weight).
+    """Return scale * (summed loss at (h_u, weight_u)), whose .backward() pulls that point's cotangent back through (h, weight).
 
     h, h_u [..., D]; weight, weight_u [V, D]; targets [...]. Logits are h @ weight.T in the dtype of h (of autocast where it is on),
-    the softmax in float32 (float64 if h is). u [number of targets, V] takes the unscaled cotangent for a later call, which with
-    `known` reads it, skips the product and the softmax that made it, and returns 0 for the loss.
+    the softmax in float32 (float64 if h is). u [number of targets, V], if given, is filled with the unscaled cotangent for a later
+    call; that one, with known=True, reads it, skips the product and the softmax that made it, and returns 0 for the loss.
     """
     width = h.shape[-1]
     result: Tensor = _PullBack.apply(

@@ -67,12 +67,12 @@ def unwrapped_optimizer(optimizer: Any) -> Any:
 
 
 def parts_of(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """The optimizers of an unwrapped one."""
+    """Return the optimizers that an unwrapped one consists of: itself, or those of Several."""
     return optimizer.optimizers if isinstance(optimizer, Several) else [optimizer]
 
 
 def owners(optimizer: Any) -> dict[Tensor, dict[str, Any]]:
-    """The parameter group of each parameter."""
+    """Map each parameter of the optimizer to its group."""
     return {p: group for group in optimizer.param_groups for p in group["params"]}
 
 
@@ -82,13 +82,13 @@ def has_rho_of_its_own(optimizer: Any) -> bool:
 
 
 def first_moment(optimizer: Any, p: Tensor) -> Tensor | None:
-    """m, up to a common factor; None before the first step."""
+    """Return m of a parameter, up to a factor that all share; None before the first step."""
     state = _state(optimizer, p)
     return next((state[name] for name in FIRST if isinstance(state.get(name), Tensor)), None)
 
 
 def second_moment(optimizer: Any, group: dict[str, Any], p: Tensor) -> tuple[Tensor, float] | None:
-    """(v, c) with v_hat = v / c, the optimizer's bias-corrected second moment of p BEFORE the coming step; None before the first.
+    """Return (v, c), v_hat = v / c the bias-corrected second moment of p BEFORE the coming step; None before the first step.
 
     Adam's family keeps exp_avg_sq (AMSGrad's running maximum takes its place) and a step count, of the parameter or the group, and
     c = 1 - beta2^t; RMSprop square_avg, Adagrad sum (both uncorrected).
@@ -106,7 +106,7 @@ def second_moment(optimizer: Any, group: dict[str, Any], p: Tensor) -> tuple[Ten
 
 
 def denominator(optimizer: Any, group: dict[str, Any], p: Tensor) -> Tensor | None:
-    """sqrt(v_hat) + e = 1 / P for one parameter, e the optimizer's own eps; None while it has no second moment.
+    """Return 1 / P = sqrt(v_hat) + e of a parameter, e the optimizer's own eps; None while it has no second moment.
 
     inf, that is P = 0, at elements that no gradient has reached so far (v = 0, a word that was not met): their P is unknown, and
     1 / e would give them nearly all of a step of length rho.
@@ -144,7 +144,7 @@ def require_state(
     params: Container[Tensor] | None = None,
     stepped: bool = False,
 ) -> None:
-    """Raise UserError, naming the state, for an ascent that reads what this optimizer does not keep.
+    """Raise UserError for an ascent that reads moments which this optimizer does not keep, naming what it keeps.
 
     params: those to perturb, None for all. stepped: a step has been taken, so that what is not there now never will be.
     """
@@ -157,6 +157,7 @@ def require_state(
 
 
 def _require(optimizer: torch.optim.Optimizer, which: str, params: Container[Tensor] | None, stepped: bool) -> None:
+    """require_state for one optimizer and its "first" or "second" moment: by its class, then by the states that are there."""
     kind, reads = type(optimizer).__name__, f"the ascent reads the optimizer's {which} moment"
     way_out = "use AdamW, another ascent (ascent='gradient'), or subset= to perturb other parameters"
     if which == "second":

@@ -64,6 +64,12 @@ def whole(number: Any) -> Any:
     return number.full_tensor() if hasattr(number, "full_tensor") else number
 
 
+def local(tensor: Tensor) -> Tensor:
+    """The tensor itself, or this process's part of a sharded one, in the same memory."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
+
+
 def ratio(numerator: float, denominator: float) -> float:
     """Their quotient, nan for a denominator of zero."""
     return numerator / denominator if denominator else math.nan
@@ -93,11 +99,11 @@ class Space:
 
     def __init__(self, template: Sequence[Tensor]) -> None:
         self.template = [tensor.detach() for tensor in template]
-        local = [_local(tensor) for tensor in self.template]
-        self.shapes, self.sizes = [t.shape for t in local], [t.numel() for t in local]
-        self.dtype, self.device = local[0].dtype, local[0].device
+        parts = [local(tensor) for tensor in self.template]
+        self.shapes, self.sizes = [t.shape for t in parts], [t.numel() for t in parts]
+        self.dtype, self.device = parts[0].dtype, parts[0].device
         self.size, self.local_size = sum(t.numel() for t in self.template), sum(self.sizes)
-        self.row_bytes = self.local_size * local[0].element_size()
+        self.row_bytes = self.local_size * parts[0].element_size()
         self.meshes = [m for m in dict.fromkeys(getattr(t, "device_mesh", None) for t in self.template) if m is not None]
         if len(self.meshes) > 1 or (self.meshes and not all(hasattr(t, "device_mesh") for t in self.template)):
             raise UserError("parameters on several device meshes: shard the whole model over one")
@@ -105,7 +111,7 @@ class Space:
     def flat(self, tensors: Sequence[Tensor], into: Tensor | None = None) -> Tensor:
         into = torch.empty(self.local_size, dtype=self.dtype, device=self.device) if into is None else into
         for part, tensor in zip(torch.split(into, self.sizes), tensors, strict=True):
-            part.copy_(_local(tensor.detach()).reshape(-1))
+            part.copy_(local(tensor.detach()).reshape(-1))
         return into
 
     def tensors(self, flat: Tensor) -> list[Tensor]:
@@ -160,8 +166,3 @@ def _placed(whole: Tensor, like: Any) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local

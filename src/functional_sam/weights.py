@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from functional_sam.errors import UserError
+from functional_sam.vectors import local
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
@@ -57,7 +58,7 @@ def process_group(model: torch.nn.Module) -> Any:
 
 def local_bytes(tensors: Iterable[Tensor]) -> int:
     """Memory of the tensors on this process, of sharded ones its own shard."""
-    return sum((t.to_local() if hasattr(t, "to_local") else t).nbytes for t in tensors)
+    return sum(local(t).nbytes for t in tensors)
 
 
 def reshard(model: torch.nn.Module) -> None:

@@ -22,7 +22,7 @@ from functional_sam.vectors import dot, norm, ratio, unit
 
 @dataclass(frozen=True)
 class Part:
-    """What a group of parameters has of g, of delta_logit and of delta_func: the norms of these restricted to it."""
+    """The norms of eps, g, delta_logit and delta_func restricted to a group of parameters."""
 
     num_parameters: int
     norm_eps: float
@@ -73,7 +73,7 @@ def decompose(
     method: str = "exact",
     memory_budget: int = MEMORY_BUDGET,
 ) -> Decomposition:
-    """The two parts of the sharpness gradient along one ascent direction d: delta_logit = H_G eps, delta_func = H_F eps.
+    """Split the sharpness gradient along one ascent direction d into delta_logit = H_G eps and delta_func = H_F eps.
 
     eps = d / |d|, d by "gradient", "adam", "adaptive", "fisher" or "momentum", or itself as a list of tensors; see
     functional_sam.curvature.ascent.direction for the formulas, for optimizer and for eta.
@@ -100,7 +100,7 @@ def decompose_many(
     method: str = "exact",
     memory_budget: int = MEMORY_BUDGET,
 ) -> list[Decomposition]:
-    """decompose for each of several ascents, with one gradient, and graphs that fit the budget, between them."""
+    """Decompose along each of several ascents, which share one gradient and the graphs that fit the budget."""
     products = CurvatureProducts(model, batches, loss_fn, forward, method=method, memory_budget=memory_budget)
     loss, g = products.loss_and_gradient()
     return [_along(products, float(loss), g, unit(direction(d, g, products.parameters, optimizer, eta))) for d in ascents]
@@ -130,6 +130,7 @@ def _along(products: CurvatureProducts, loss: float, g: list[Tensor], eps: list[
 
 
 def _parts(names: list[str], *vectors: list[Tensor]) -> dict[str, Part]:
+    """Restrict the four vectors to groups of parameters; names: the group of each parameter."""
     squares: dict[str, list[float]] = {name: [0.0] * 4 for name in dict.fromkeys(names)}
     sizes = dict.fromkeys(squares, 0)
     for i, name in enumerate(names):

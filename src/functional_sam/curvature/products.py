@@ -4,7 +4,6 @@ theta the parameters, z = F(theta) the logits, L the loss on them, u = dL/dz, J 
 parameters. A batch has any number of leading dimensions.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -34,6 +33,7 @@ from functional_sam.curvature.operators import Names, Operator, Vector
 from functional_sam.curvature.outer import LossFn, OnHead, by_classes, summed, sums
 from functional_sam.derivatives import Derivatives, DifferentiatesItself
 from functional_sam.errors import UserError
+from functional_sam.head import reads_out
 from functional_sam.losses import cross_entropy
 from functional_sam.vectors import by_place
 from functional_sam.weights import is_sharded, modules_of
@@ -96,7 +96,7 @@ class CurvatureProducts:
     ) -> None:
         self.model, self.loss_fn = model, sums(loss_fn)
         self.batches = Batches(batches)
-        self.readout = _reads_out(model, forward, loss_fn)
+        self.readout = reads_out(model, forward, loss_fn)
         self.forward: Forward = forward or (lambda module, inputs, **readout: module(inputs, **readout))
         self._outside = [module for module in modules_of(forward) if module not in set(model.modules())]
         self.parameters = select(model, parameters)
@@ -136,7 +136,7 @@ class CurvatureProducts:
         self._full = False
 
     def loss(self) -> Tensor:
-        """L, a scalar tensor; one forward, no graph."""
+        """Return L, a scalar tensor, by one forward without a graph."""
         if self._differences:
             return self._differences.loss()
         total, count = 0.0, 0.0
@@ -154,16 +154,16 @@ class CurvatureProducts:
         return self.parameters[0].new_tensor(total / required(count))
 
     def loss_along(self, v: Vector, rho: float) -> Tensor:
-        """L(theta + rho v). The weights are moved and put back by copy, bit for bit."""
+        """Return L(theta + rho v). The weights are moved and put back by copy, bit for bit."""
         with one_at_a_time, moved_along(self.model, self.parameters, self._names.listed(v), rho):
             return self.loss()
 
     def gradient(self) -> list[Tensor]:
-        """g = J^T u."""
+        """Return g = J^T u, a list shaped like the parameters."""
         return self.loss_and_gradient()[1]
 
     def loss_and_gradient(self) -> tuple[Tensor, list[Tensor]]:
-        """L, a scalar tensor, and g; from the graphs where they are kept."""
+        """Return L, a scalar tensor, and g; from the graphs where they are kept."""
         if self._differences:
             return self._differences.loss_and_gradient()
         loss, *gradient = self._mean(
@@ -194,7 +194,7 @@ class CurvatureProducts:
     def split(self, v: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]: ...
 
     def split(self, v: Any) -> Any:
-        """(H_G v, H_F v): the backward that gives H_F v gives J v on its way."""
+        """Return (H_G v, H_F v), for less than both: the backward that gives H_F v gives J v on its way."""
         listed, number = self._names.listed(v), len(self.parameters)
         if self._differences:
             both = [*self._differences.gauss_newton(listed), *self._differences.functional(listed)]
@@ -204,7 +204,7 @@ class CurvatureProducts:
         return self._names.as_given(both[:number], v), self._names.as_given(both[number:], v)
 
     def named(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """A list shaped like the parameters, such as `gradient()`, by their names."""
+        """Key a list shaped like the parameters, such as `gradient()`, by their names."""
         return dict(zip(self._names.names, tensors, strict=True))
 
     def _hessian(self, v: list[Tensor]) -> list[Tensor]:
@@ -238,7 +238,10 @@ class CurvatureProducts:
         return self.parameters[0].device
 
     def _mean(self, product: BatchProduct, total: list[Tensor] | None = None) -> list[Tensor]:
-        """Sum of product over all batches, divided by the number of valid targets in all of them."""
+        """Sum product(batch, whether its graph is to be used again) over all batches, and divide by their valid targets.
+
+        total: zeros to sum into, shaped like the product; by default like the parameters.
+        """
         # Into zeros and not into the first result, which autograd may have made a view of v itself.
         total = [torch.zeros_like(parameter) for parameter in self.parameters] if total is None else total
         count = 0.0
@@ -258,7 +261,7 @@ class CurvatureProducts:
         return total
 
     def _linearized(self, i: int, inputs: Any, targets: Any) -> Linearization:
-        """The graph of one batch, kept as retain says."""
+        """Make the graph of batch i, and keep it as retain says."""
         room = self.memory_budget - sum(batch.num_bytes for batch in self._kept.values())
         measure = self.retain == "auto" and not self._full
         options = self.model, self.forward, self.readout, self.loss_fn, self.parameters, inputs, targets
@@ -273,7 +276,7 @@ class CurvatureProducts:
         return batch
 
     def _differentiable(self, make: Callable[[Derivatives], Linearization]) -> Linearization:
-        """The graph with the quickest functions that are right for this forward."""
+        """Make the graph with the quickest functions that are right for this forward; the right ones are found by trying."""
         try:
             if not self._third:
                 try:
@@ -307,9 +310,3 @@ class CurvatureProducts:
         if stamp != self._stamp:
             self.release()
             self._stamp = stamp
-
-
-def _reads_out(model: nn.Module, forward: Forward | None, loss_fn: LossFn) -> bool:
-    """Whether the model can hand over (h, W) in place of logits."""
-    takes = forward is None or "readout" in inspect.signature(forward).parameters
-    return bool(getattr(model, "has_readout", False)) and takes and loss_fn is cross_entropy

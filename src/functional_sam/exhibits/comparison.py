@@ -24,9 +24,9 @@ DESCRIBED = ("activation", "alike", "control", "fresh")
 def plan(
     spec: Spec, source: Source, overrides: tuple[str, ...] = (), has_a_place: Callable[[Study, Cell], bool] = lambda *_: True
 ) -> Plan:
-    """The cells of the exhibit's parts: every run known so far; its content are the cells that are complete.
+    """Plan every run known so far of the cells of the exhibit's parts; the plan's content are the cells that are complete.
 
-    has_a_place: whether the exhibit shows a cell of these parts; also a function of its module, where not all are shown.
+    has_a_place: whether the exhibit shows a cell of these parts. What cells= on the command line leaves out counts as left.
     """
     study = load_study(spec.study, spec.scale, overrides)
     planned = plan_cells(study, [cell for cell in study.part(*spec.parts) if has_a_place(study, cell)], source)
@@ -47,24 +47,24 @@ def plan(
 
 
 def by_family(data: pd.DataFrame) -> list[pd.DataFrame]:
-    """The rows of the exhibit's claim, and those of each part that is DESCRIBED."""
+    """Split the rows into families of comparisons: those of the exhibit's claim, and those of each part that is DESCRIBED."""
     return [own for _, own in data.groupby(data.part.where(data.part.isin(DESCRIBED), ""), sort=False)]
 
 
 def label(name: str, own: object = "") -> str:
-    """An entry as readers know it; own: its label in the study, if any (nan where a CSV was read)."""
+    """Name an entry as readers know it; own: its label in the study, if any (nan where a CSV was read)."""
     return own if isinstance(own, str) and own else style.METHOD_LABEL.get(name, name)
 
 
 def place(row: Any) -> str:
-    """A cell in words: size, rows of a step, and how often its data is met."""
+    """Describe a cell in words: size, rows of a step, and how often its data is met."""
     size = str(row.task).split("-", 1)[-1]
     epochs = row.units / row.unique_units
     return f"{size}, {row.batch} rows" + (f", {epochs:.3g} epochs" if epochs > 1.05 else "")
 
 
 def rows_of(data: pd.DataFrame, other: str = "sam") -> str:
-    """A row an entry and cell: nine columns, what came out before what was set."""
+    """Write the Markdown table, a row an entry and cell: what came out before what was set."""
     unit = next(task.metric.label for task in TASKS.values() if task.metric.name == data.metric.iloc[0])
     second = f"minus_{other}" in data and f"verdict_{other}" in data
     columns = ["setting", "method", "against AdamW", "minus AdamW", f"against {label(other)}", unit, "lr, rho", "dose", "n"]
@@ -84,7 +84,7 @@ def rows_of(data: pd.DataFrame, other: str = "sam") -> str:
 
 
 def differs(row: Any, other: str) -> str:
-    """A row's paired difference and its 95 % interval."""
+    """Write a row's paired difference with its 95 % interval."""
     found = difference(row, other)
     if not found.n:
         return ""
@@ -92,7 +92,7 @@ def differs(row: Any, other: str) -> str:
 
 
 def with_verdict(row: Any, other: str) -> str:
-    """The same after its verdict."""
+    """Write a row's verdict and, after it, what `differs` says."""
     word = getattr(row, f"verdict_{other}")
     found = differs(row, other)
     return f"{word}, {found}" if word and found and found != "diverged" else word or ""
@@ -109,7 +109,7 @@ def _dose(value: float) -> str:
 
 
 def counted(data: pd.DataFrame, other: str = "baseline") -> str:
-    """Entries by verdict, in words: "worse: SAM; inconclusive: ..."."""
+    """List the entries by verdict, in words: "worse: SAM; inconclusive: ..."."""
     found = []
     for word in Verdict:
         own = [row for row in data.itertuples() if word and getattr(row, f"verdict_{other}") == word]
@@ -136,12 +136,12 @@ def differences(data: pd.DataFrame, other: str = "baseline") -> str:
 
 
 def seen(data: pd.DataFrame, other: str = "baseline") -> str:
-    """The effect that inconclusive comparisons could have seen, as a sentence."""
+    """Say which effect the inconclusive comparisons would have seen, in a sentence; empty where there are none."""
     return would_have_seen(data[data[f"verdict_{other}"] == str(Verdict.OPEN)][f"detectable_{other}"])
 
 
 def would_have_seen(sizes: Iterable[float]) -> str:
-    """The same of the effects that inconclusive comparisons could have seen; empty for none."""
+    """Say the same of the effects that each inconclusive comparison would have seen."""
     found = [size for size in sizes if 0 < size < math.inf]  # none of a comparison whose seeds all agree
     if not found:
         return ""
@@ -150,7 +150,7 @@ def would_have_seen(sizes: Iterable[float]) -> str:
 
 
 def setting(plan: Plan, data: pd.DataFrame) -> str:
-    """What was trained on what, in one sentence."""
+    """Say what was trained on what, in one sentence."""
     config = plan.content[0].configs[0]
     sizes = ", ".join(dict.fromkeys(str(name).split("-", 1)[-1] for name in data.task))
     steps = ", ".join(dict.fromkeys(f"{int(steps)}" for steps in data.steps))
@@ -163,10 +163,10 @@ def setting(plan: Plan, data: pd.DataFrame) -> str:
 
 
 def left_out(plan: Plan, data: pd.DataFrame | None = None, longer: Collection[str] = ()) -> str:
-    """Cells of the exhibit that are not complete, in words; empty when all are.
+    """Say which cells of the exhibit are not complete, and which verdicts may still change; empty when all are complete.
 
-    data: rows judged against the baseline in one family, but for entries in `longer`. Which verdicts would not stand if all that is
-    still to come of the family were null, is said too: the others are final.
+    data: the rows judged against the baseline in one family, entries in `longer` aside. A verdict may change if it would not
+    stand were all comparisons still to come of its family null; the others are final.
     """
     if not plan.left:
         return ""
@@ -184,14 +184,14 @@ def left_out(plan: Plan, data: pd.DataFrame | None = None, longer: Collection[st
 
 
 def changed(names: Iterable[str], before: Iterable[str], after: Iterable[str]) -> str:
-    """What more comparisons in a family do to its verdicts, in words."""
+    """Say what more comparisons in a family do to its verdicts."""
     moved = [(name, new) for name, old, new in zip(names, before, after, strict=True) if old != new]
     lost = [name if new == Verdict.OPEN else f"{name} ({new})" for name, new in moved]
     return f"leave open {', '.join(lost)}" if lost else "change no verdict"
 
 
 def to_come(plan: Plan, longer: Collection[str] = ()) -> int:
-    """How many comparisons with the baseline, at most, the cells that are not complete will add to the family, `longer` aside.
+    """Count the comparisons with the baseline that the incomplete cells will add to the family, at most, `longer` aside.
 
     At most: a cell may turn out to have the runs of another one.
     """
@@ -204,7 +204,7 @@ def to_come(plan: Plan, longer: Collection[str] = ()) -> int:
 
 
 def _named(row: Any) -> str:
-    """A row of a family: its method, with the radius where none was chosen."""
+    """Name a row of a family: its method, with the radius where none was chosen."""
     return label(row.entry, row.label) + ("" if row.trials or math.isnan(row.rho) else f" at rho {row.rho:g}")
 
 

@@ -17,7 +17,7 @@ from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import Spec
 from functional_sam.exhibits.words import answer, by_targets, firsts, sentence, sizes
 from functional_sam.records import Source
-from functional_sam.study.compare import Estimate, Verdict, estimate, holm, unpaired_difference, verdict
+from functional_sam.study.compare import Verdict, estimate, holm, unpaired_difference, verdict
 
 MARGIN = 0.05  # of a share: what is called no difference (paper/PROTOCOL.md)
 PAIR = ("language", "vision")
@@ -41,7 +41,8 @@ def compared(data: pd.DataFrame) -> pd.DataFrame:
         part = own[(own.ascent == ascent) & (own.targets == targets)]
         sides = [list(part[part.task == task].share_logit) for task in PAIR]
         if all(sides):
-            rows.append({"ascent": ascent, "targets": targets, **dict(zip(PAIR, map(_mean, sides), strict=True))})
+            means = [estimate(values).mean for values in sides]
+            rows.append({"ascent": ascent, "targets": targets, **dict(zip(PAIR, means, strict=True))})
             found.append(unpaired_difference(*sides))
     for row, one, p in zip(rows, found, holm([one.p for one in found]), strict=True):
         word = verdict(one, lower_is_better=False, margin=MARGIN, p=p)
@@ -56,15 +57,21 @@ def at_last(data: pd.DataFrame) -> pd.Series:
     return last
 
 
+def without_noise(data: pd.DataFrame) -> pd.DataFrame:
+    """The rows from which sampling noise is told: the last step, gradient ascent, eps independent of the measuring batch."""
+    return data[at_last(data) & (data.ascent == "gradient") & (data.origin == "independent")]
+
+
 def noise_scale(data: pd.DataFrame, task: str, part: str) -> float:
-    """tr Sigma / |E d|^2 in targets, at the end and the largest batch: there a batch of as many targets is as much noise as mean.
+    """Return tr Sigma / |E d|^2 at the end, the number of targets of which a batch is as much noise as mean.
 
     d is the gradient, or the part of the sharpness gradient along an independent eps; Sigma is its covariance for one target, by
-    n (|d|^2 - |E d|^2) on n targets. Both are means over seeds, of which the ratio is taken: nan where that of |E d|^2 came out
-    negative.
+    n (|d|^2 - |E d|^2) on the largest measuring batch, of n targets. Both are means over seeds, of which the ratio is taken: nan
+    where that of |E d|^2 came out negative.
     Source: McCandlish et al., An Empirical Model of Large-Batch Training, 2018, there for the gradient.
     """
-    end = data[(data.task == task) & at_last(data) & (data.ascent == "gradient") & (data.origin == "independent")]
+    end = without_noise(data)
+    end = end[end.task == task]
     end = end[end.targets == end.targets.max()]
     found = noise(end, part)
     return float(end.targets.iloc[0]) * found / (1.0 - found) if found < 1 else math.nan
@@ -84,42 +91,8 @@ def draw(plan: Plan) -> Exhibit:
     data = by_targets(plan)
     for part in ("func", "logit", "gradient"):
         data[f"noise_{part}"] = 1.0 - data.pop(f"square_{part}") / data[f"norm_{part}"] ** 2
-    tests = compared(data)
-    style.use()
-    figure, ((times, steps), (origins, norms)) = plt.subplots(2, 2, figsize=(style.PAGE, 5.2))
-    same, gradient = data.origin == "same", data.ascent == "gradient"
-    matched = plan.configs[0].measure.targets[0]
-    names: list[float] = []
-    for task in firsts(plan.configs):
-        color, own = style.TASK_COLOR.get(task, "#777777"), data.task == task
-        wide = data[own & same & gradient].groupby("step").targets.transform("nunique").max()
-        counts = data[own & same & gradient].groupby("step").targets.nunique()
-        shown = list(counts[counts == wide].index)
-        for place, step in enumerate(shown):
-            shade = 0.25 + 0.75 * (place + 1) / len(shown)
-            part = data[own & same & gradient & (data.step == step)]
-            _line(times, part, "targets", "share_logit", color, alpha=shade, band=step == shown[-1])
-            names.append(_named(times, part, "targets", "share_logit", f"{step}", color, names))
-        for ascent, dash in ASCENTS.items():
-            _line(steps, data[own & same & (data.ascent == ascent) & (data.targets == matched)], "step", "share_logit", color, dash)
-        end = data[own & gradient & at_last(data)]
-        _line(origins, end[end.origin == "same"], "targets", "share_logit", color)
-        _line(origins, end[end.origin == "independent"], "targets", "share_logit_without_noise", color, ":", "D")
-        for part, dash in (("func", "-"), ("logit", ":"), ("gradient", "--")):
-            found = {targets: noise(own, part) for targets, own in end[end.origin == "independent"].groupby("targets")}
-            norms.plot(list(found), list(found.values()), color=color, linestyle=dash, marker="o", markersize=3)
-    for axis, label in ((times, "logit share"), (steps, "logit share"), (origins, "logit share"), (norms, "part that is noise")):
-        axis.set(xscale="log", xlabel="targets of the measuring batch", ylabel=label)
-        axis.set_ylim(0.0, 1.02)
-    steps.set_xlabel("AdamW step")
-    norms.set_ylim(0.0, 1.25)
-    times.set_title(r"At several steps (numbers), $\epsilon$ from the same batch")
-    steps.set_title(f"Through training, at {matched} targets of either task")
-    origins.set_title("At the end: as a batch of SAM has it, and without noise")
-    norms.set_title(r"At the end: sampling noise ($\epsilon$ independent)")
-    _legends(figure, steps, origins, norms, list(firsts(plan.configs)))
-    finding = _finding(tests)
-    figure.tight_layout()
+    tests, matched = compared(data), plan.configs[0].measure.targets[0]
+    figure, finding = _figure(data, matched, list(firsts(plan.configs))), _finding(tests)
     style.finding_above(figure, sentence(f"{WHERE}, {headline(data)}"))
     sides = {"language above": Verdict.BETTER, "vision above": Verdict.WORSE}
     said = answer([sides.get(word, word) for word in tests.verdict], Verdict.BETTER)
@@ -131,6 +104,42 @@ def draw(plan: Plan) -> Exhibit:
         figure,
         answer=said,
     )
+
+
+def _figure(data: pd.DataFrame, matched: int, tasks: list[str]) -> Figure:
+    style.use()
+    figure, ((times, steps), (origins, norms)) = plt.subplots(2, 2, figsize=(style.PAGE, 5.2))
+    same, gradient = data.origin == "same", data.ascent == "gradient"
+    names: list[float] = []
+    for task in tasks:
+        color, own = style.TASK_COLOR.get(task, "#777777"), data.task == task
+        counts = data[own & same & gradient].groupby("step").targets.nunique()
+        shown = list(counts[counts == counts.max()].index)  # the steps measured at all numbers of targets
+        for place, step in enumerate(shown):
+            shade = 0.25 + 0.75 * (place + 1) / len(shown)
+            at_step = data[own & same & gradient & (data.step == step)]
+            _line(times, at_step, "targets", "share_logit", color, alpha=shade, band=step == shown[-1])
+            names.append(_named(times, at_step, "targets", "share_logit", f"{step}", color, names))
+        for ascent, dash in ASCENTS.items():
+            _line(steps, data[own & same & (data.ascent == ascent) & (data.targets == matched)], "step", "share_logit", color, dash)
+        independent = without_noise(data[own])
+        _line(origins, data[own & same & gradient & at_last(data)], "targets", "share_logit", color)
+        _line(origins, independent, "targets", "share_logit_without_noise", color, ":", "D")
+        for part, dash in (("func", "-"), ("logit", ":"), ("gradient", "--")):
+            found = {targets: noise(rows, part) for targets, rows in independent.groupby("targets")}
+            norms.plot(list(found), list(found.values()), color=color, linestyle=dash, marker="o", markersize=3)
+    for axis, label in ((times, "logit share"), (steps, "logit share"), (origins, "logit share"), (norms, "part that is noise")):
+        axis.set(xscale="log", xlabel="targets of the measuring batch", ylabel=label)
+        axis.set_ylim(0.0, 1.02)
+    steps.set_xlabel("AdamW step")
+    norms.set_ylim(0.0, 1.25)
+    times.set_title(r"At several steps (numbers), $\epsilon$ from the same batch")
+    steps.set_title(f"Through training, at {matched} targets of either task")
+    origins.set_title("At the end: as a batch of SAM has it, and without noise")
+    norms.set_title(r"At the end: sampling noise ($\epsilon$ independent)")
+    _legends(figure, steps, origins, norms, tasks)
+    figure.tight_layout()
+    return figure
 
 
 def through_training(data: pd.DataFrame, targets: int) -> pd.DataFrame:
@@ -146,7 +155,7 @@ def through_training(data: pd.DataFrame, targets: int) -> pd.DataFrame:
 def headline(data: pd.DataFrame) -> str:
     """What figure and CSV say, in a few words."""
     found = _finding(compared(data)).lower().removeprefix(f"{WHERE.lower()}, ")
-    end = data[at_last(data) & (data.ascent == "gradient") & (data.origin == "independent")]
+    end = without_noise(data)
     matched = set.intersection(*(set(end[end.task == task].targets) for task in PAIR)) if len(end) else set()
     if not matched:
         return found
@@ -236,27 +245,21 @@ def _verdict(plan: Plan, data: pd.DataFrame, tests: pd.DataFrame) -> str:
         f"{row.ascent}, {row.targets} targets: {interval(row.difference, row.half_width, 3, sign=True)}, {row.verdict}"
         for row in tests.itertuples()
     ]
-    noise = []
+    changes, scales = [], []
+    ends = without_noise(data)
     for task in firsts(plan.configs):
-        end = data[(data.task == task) & at_last(data) & (data.ascent == "gradient") & (data.origin == "independent")]
-        by = [
+        end = ends[ends.task == task]
+        fewest, most = (
             end[end.targets == targets].set_index("seed").share_logit_without_noise
             for targets in (end.targets.min(), end.targets.max())
-        ]
-        change = estimate(list((by[1] - by[0]).dropna()))
+        )
+        change = estimate(list((most - fewest).dropna()))
         one = " (one seed)" if change.n == 1 else ""
-        noise.append(f"{task} {interval(change.mean, change.half_width, 2, sign=True)}{one}")
-    scales = []
-    for task in firsts(plan.configs):
+        changes.append(f"{task} {interval(change.mean, change.half_width, 2, sign=True)}{one}")
         found = [f"{label} {number(noise_scale(data, task, part), 0)}" for part, label in NOISY.items()]
         scales.append(f"{task} {', '.join(found)}")
     return (
         f"logit share at the end, language minus vision ({'; '.join(said)}); share without noise, most minus fewest targets: "
-        f"{', '.join(noise)} (n={len(plan.spec.seeds)}, 95 % t intervals, Holm over {len(tests)} comparisons). "
+        f"{', '.join(changes)} (n={len(plan.spec.seeds)}, 95 % t intervals, Holm over {len(tests)} comparisons). "
         f"Noise scale at the end, in targets ({'; '.join(scales)})."
     )
-
-
-def _mean(values: list[float]) -> float:
-    found: Estimate = estimate(values)
-    return found.mean

@@ -97,7 +97,7 @@ def headline(data: pd.DataFrame) -> str:
 
 
 def with_equal_dose(data: pd.DataFrame, pairs: list[dict[str, Any]]) -> pd.DataFrame:
-    """The frame with columns plain_at_dose and plain_at_dose_stderr: a functional method minus its plain twin at equal dose."""
+    """Add columns plain_at_dose and plain_at_dose_stderr: a functional method minus its plain twin at equal dose."""
     found = {(row["cell"], row["entry"], row["rho"]): row for row in pairs if row["at_equal"] == DOSE}
     keys = list(zip(data.cell, data.entry, data.rho, strict=True))
     columns = {"plain_at_dose": "difference", "plain_at_dose_stderr": "stderr"}
@@ -106,7 +106,8 @@ def with_equal_dose(data: pd.DataFrame, pairs: list[dict[str, Any]]) -> pd.DataF
     )
 
 
-def _panel(axis: Axes, part: pd.DataFrame, x: str, judged: pd.DataFrame, ticks: int) -> None:
+def _panel(axis: Axes, part: pd.DataFrame, x: str, verdicts: pd.DataFrame, ticks: int) -> None:
+    """One cell against x, "rho" or "dose": a mark an entry and radius, hollow where its verdict says neither better nor worse."""
     axis.axhline(0.0, color=style.METHOD_COLOR["adamw"], linewidth=0.8, label="AdamW")
     placebo = part[part.entry == "placebo"]
     if len(placebo) > 1:
@@ -127,8 +128,9 @@ def _panel(axis: Axes, part: pd.DataFrame, x: str, judged: pd.DataFrame, ticks: 
             else:
                 style.diverged(axis, place, str(name))
         style.marks(axis, places, found, str(name), label=label(str(name)))
-        told = judged[judged.entry == name].set_index("rho").verdict_baseline.isin([Verdict.BETTER, Verdict.WORSE])
-        hollow = [(place, one.mean) for place, one, rho in zip(places, found, radii, strict=True) if not told[rho]]
+        own_verdicts = verdicts[verdicts.entry == name].set_index("rho").verdict_baseline
+        significant = own_verdicts.isin([Verdict.BETTER, Verdict.WORSE])
+        hollow = [(place, one.mean) for place, one, rho in zip(places, found, radii, strict=True) if not significant[rho]]
         look: dict[str, Any] = {"color": style.color(str(name)), "markerfacecolor": "white", "markeredgewidth": 0.8}
         axis.plot(*zip(*hollow, strict=True) if hollow else ([], []), style.marker(str(name)), zorder=3, **look)
     shown = sorted(set(part[part.rho.notna()][x]))
@@ -138,9 +140,10 @@ def _panel(axis: Axes, part: pd.DataFrame, x: str, judged: pd.DataFrame, ticks: 
 
 
 def path_alone(part: pd.DataFrame) -> list[dict[str, Any]]:
-    """The functional path minus the plain one, same ascent: at equal rho, and at equal dose (linear in it between radii).
+    """Compare the functional path with the plain one in a cell, same ascent: at equal rho, and at equal dose.
 
-    At equal dose also with what was called the dose at first, without AdamW at dose 0.
+    At equal dose the plain path's loss is interpolated, linear in the dose, between its radii and AdamW's at dose 0; with
+    DOSE_AT_FIRST between its radii alone. A comparison that lacks a seed's twin is left out.
     """
     rows: list[dict[str, Any]] = []
     for name, other in PAIRS:
@@ -162,7 +165,7 @@ def path_alone(part: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def judged_paths(rows: list[dict[str, Any]], margin: float, more: int = 0) -> pd.DataFrame:
-    """The rows of every cell with their verdicts, one family; more: comparisons of it that are still to come, counted as null.
+    """Judge the rows of path_alone of all cells as one family; more: comparisons still to come, counted as null.
 
     Rows at equal DOSE_AT_FIRST are judged as if they stood in the place of those at equal dose.
     """
@@ -203,7 +206,7 @@ def _still_open(plan: Plan, pairs: list[dict[str, Any]], paths: pd.DataFrame, ma
 
 
 def _at_dose(theirs: pd.DataFrame, seed: int, dose: float) -> float:
-    """The other method's test loss at this dose and seed, AdamW's at dose 0; nan beyond the doses that its radii gave."""
+    """Interpolate the other method's test loss at a dose and seed, AdamW's at dose 0; nan above the doses of its radii."""
     own = theirs[(theirs.seed == seed) & np.isfinite(theirs.test)].sort_values("dose")
     if own.empty or not dose <= own.dose.max():
         return math.nan
@@ -212,13 +215,14 @@ def _at_dose(theirs: pd.DataFrame, seed: int, dose: float) -> float:
 
 
 def _at_first(theirs: pd.DataFrame, seed: int, dose: float) -> float:
-    """The same in the mean of the measured steps; nan also below the doses that the other's radii gave."""
+    """Interpolate it in the plain mean of the measured doses; nan above and below those of its radii."""
     own = theirs[(theirs.seed == seed) & np.isfinite(theirs.test)].sort_values("dose_at_measured_steps")
     doses = own.dose_at_measured_steps
     return float(np.interp(dose, doses, own.test)) if len(own) and doses.min() <= dose <= doses.max() else math.nan
 
 
 def _finding(paths: pd.DataFrame) -> str:
+    """Each pair of paths in each cell: its verdicts by radius, and the lowest difference."""
     sentences = []
     for (cell, name, kind), part in paths.groupby(["cell", "entry", "at_equal"], sort=False) if len(paths) else ():
         words = [

@@ -86,12 +86,6 @@ def by_targets(plan: Plan, about: Callable[[Config], dict[str, Any]] = lambda _:
     return data
 
 
-def at_the_end(data: pd.DataFrame, task: str) -> pd.DataFrame:
-    """The rows of a task's last step."""
-    own = data[data.task == task]
-    return own[own.step == own.step.max()]
-
-
 def answer(verdicts: Iterable[object], wanted: Verdict) -> str:
     """What comparisons say to a claim of better (or worse): all of them are asked; empty and missing verdicts are none.
 

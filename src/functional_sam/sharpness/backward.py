@@ -19,7 +19,7 @@ from functional_sam.sharpness.mix import MIXES, Mix
 from functional_sam.sharpness.options import MethodName, Options
 from functional_sam.sharpness.passes import Batch, Kept, LossFn, Passes
 from functional_sam.sharpness.path import PATHS
-from functional_sam.sharpness.perturbation import AT_THETA, Perturbation, Rho, Step
+from functional_sam.sharpness.perturbation import AT_THETA, Perturbation, Rho, Step, gradients_of
 from functional_sam.sharpness.steps import StepsSeen
 from functional_sam.sharpness.trial import trial
 from functional_sam.vectors import norm
@@ -136,13 +136,14 @@ class SharpnessAware:
         reshard(self.model)
 
     def _fingerprints(self) -> first_step.Fingerprints:
-        """In the first step, but for plain, which has one pass as any other loop."""
+        """Fingerprint what the optimizer does not train, in the first step alone; plain has one pass, and needs none."""
         if self._passes.watched is None or self.method.path == "plain":
             return []
         reshard(self.model)  # what is gathered is not what is there afterwards
         return first_step.fingerprints(self.model, set(self._passes.watched))
 
     def _backward(self, batches: Sequence[Batch]) -> Tensor:
+        """Leave the method's gradient in .grad and return the mean loss; `backward` without the checks of its call."""
         passes, perturbation = self._passes, self._perturbation
         perturbation.where = AT_THETA
         passes.begin(batches)
@@ -152,24 +153,26 @@ class SharpnessAware:
             for i, batch in enumerate(batches):
                 passes.buffers.mark()
                 kept += self._gradient(Step([batch], i, sync=i == len(batches) - 1, earlier=earlier))
-                earlier = {p: p.grad for p in self.model.parameters() if p.grad is not None}
+                earlier = gradients_of(self.model)
         else:
             kept = self._gradient(Step(batches))
         loss, correction = passes.finish(kept)
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        if correction != 1.0:
-            torch._foreach_mul_(grads, correction)
+        self._scale_gradients(correction)
         unvisited = self.method.path in ("sam", "logit") and not self._has_first_pass
         perturbation.require_finite(float(loss), "loss", perturbation.where if unvisited else AT_THETA)
-        perturbation.require_finite(norm(grads, fast=True), "gradient")
+        perturbation.require_finite(norm(list(gradients_of(self.model).values()), fast=True), "gradient")
         if self._mix is not None:
             self._mix.done(perturbation)
         return loss
 
     def _gradient(self, step: Step) -> list[Kept]:
-        """The method's gradient on the batches of `step`, added to step.earlier; what pass 1 kept (its losses)."""
-        passes, perturbation, mix = self._passes, self._perturbation, self._mix
-        path, whole_step = self.method.path, self.options["scope"] == "step"
+        """Leave the method's gradient on the batches of `step`, plus step.earlier, in .grad; return what pass 1 kept (its losses).
+
+        Pass 1 at theta gives g, the ascent makes eps of it, and the path takes its derivative at theta + eps. Where eps needs no g
+        of the whole step (momentum, random, ascent_part) it comes first, and the path alone is taken. A step without a perturbed
+        pass (not due by `every`, a radius of zero, nothing to point along) is pass 1 alone.
+        """
+        passes, perturbation, mix, path = self._passes, self._perturbation, self._mix, self.method.path
         step.radii = perturbation.radii()
         due = path != "plain" and (self.steps - 1) % self.options["every"] == 0 and any(step.radii.values())
         if mix is not None:
@@ -182,57 +185,70 @@ class SharpnessAware:
                 return PATHS[path](passes, perturbation, step, None)
             due = False  # no momentum yet, or a gradient of zero
 
-        perturbation.start_gradients({} if due else step.earlier)
+        kept = self._first_pass(step, due)
+        if not due:
+            if mix is not None:
+                mix.reuse(any(step.radii.values()))
+        elif self._ascend_along_g(step, kept):
+            PATHS[path](passes, perturbation, step, kept)
+            if mix is not None:
+                mix.combine(step.base)
+        return kept
+
+    def _first_pass(self, step: Step, due: bool) -> list[Kept]:
+        """Leave g at theta in .grad; with `due`, the perturbed pass to come, keep what it needs of this one."""
+        passes, scope = self._passes, self.options["scope"]
+        self._perturbation.start_gradients({} if due else step.earlier)
         kept = passes.gradient(
             step.batches,
             repeated=step.repeated,
             remember=due and needs_cotangent(self.method, self.options),
-            logits=due and mix is not None and mix.compares_logits,
-            sync=whole_step if due else step.sync,
+            logits=due and self._mix is not None and self._mix.compares_logits,
+            sync=scope == "step" if due else step.sync,
         )
-        if not due:
-            if mix is not None:
-                mix.reuse(any(step.radii.values()))
-            return kept
-
-        if self.options["scope"] != "micro-batch":
-            correction = passes.settle(kept)
-            if correction != 1.0:
-                torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], correction)
-        if mix is not None:
-            mix.measure(passes, perturbation, step, kept)
-        step.params = [p for p in step.radii if p.grad is not None]
-        if mix is not None or path == "penalty":
-            step.base = {p: p.grad for p in self.model.parameters() if p.grad is not None}
-            if any(replica.gradient_as_bucket_view for replica in passes.replicas):  # the next pass writes to the same memory
-                step.base = {p: g.clone() for p, g in step.base.items()}
-        self._ascend(step, self._given(step), kept)
-        if self.options["ascent_steps"] > 1:
-            self._climb(step, step.batches, kept)
-        if step.size == 0.0 or not any(step.radii.values()):  # eps = 0: the plain gradient
-            if whole_step:
-                return kept  # which pass 1 left
-            step.size, step.radii = 1.0, dict.fromkeys(step.radii, 0.0)  # all ranks take the same passes
-        PATHS[path](passes, perturbation, step, kept)
-        if mix is not None:
-            mix.combine(step.base)
+        if due and scope != "micro-batch":
+            self._scale_gradients(passes.settle(kept))
         return kept
 
+    def _ascend_along_g(self, step: Step, kept: list[Kept]) -> bool:
+        """Fill in eps after pass 1; return whether a pass at theta + eps follows. Where eps = 0, g is the result already."""
+        passes, mix = self._passes, self._mix
+        if mix is not None:
+            mix.measure(passes, self._perturbation, step, kept)
+        step.params = [p for p in step.radii if p.grad is not None]
+        if mix is not None or self.method.path == "penalty":
+            step.base = gradients_of(self.model)
+            if any(replica.gradient_as_bucket_view for replica in passes.replicas):  # the next pass writes to the same memory
+                step.base = {p: g.clone() for p, g in step.base.items()}
+        self._ascend(step, self._ascent_vectors(step), kept)
+        if self.options["ascent_steps"] > 1:
+            self._climb(step, step.batches, kept)
+        if not _moves(step):
+            if self.options["scope"] == "step":
+                return False
+            step.size, step.radii = 1.0, dict.fromkeys(step.radii, 0.0)  # eps is this rank's own: all take the same passes
+        return True
+
+    def _scale_gradients(self, factor: float) -> None:
+        if factor != 1.0:
+            torch._foreach_mul_(list(gradients_of(self.model).values()), factor)
+
     def _ascend(self, step: Step, grads: list[Tensor], kept: list[Kept]) -> None:
+        """Fill in direction and size of `step` along `grads`; a loss of pass 1 that is not finite is named before their norm."""
         try:
             self._perturbation.ascend(step, grads, together=self._passes.world == 1 or self.options["scope"] == "step")
         except FloatingPointError:
-            if kept:  # a loss that is not finite comes before the gradient that follows from it
+            if kept:
                 self._perturbation.require_finite(float(self._passes.finish(kept)[0]), "loss")
             raise
 
-    def _given(self, step: Step) -> list[Tensor]:
-        """What the ascent points along; held by no name, since pass 2 is to find the memory of g free."""
+    def _ascent_vectors(self, step: Step) -> list[Tensor]:
+        """g, or what a mix puts in its place, of step.params. Give it no name: pass 2 is to find the memory of g free."""
         grads = [g for g in (step.base.get(p, p.grad) for p in step.params) if g is not None]
         return grads if self._mix is None else self._mix.towards(step.params, grads)
 
     def _ascend_ahead(self, step: Step) -> None:
-        """Direction and size where there is no pass 1: along none, or along the gradient of a part, which leaves no trace."""
+        """Fill in eps where there is no pass 1: of no gradient, or of that of the first micro-batches, which leaves no trace."""
         step.params = [p for p in step.radii if p.requires_grad]
         part = self.options["ascent_part"]
         if part == 1.0:
@@ -248,9 +264,9 @@ class SharpnessAware:
         passes.begin(step.batches)
 
     def _climb(self, step: Step, batches: Sequence[Batch], kept: list[Kept] | None) -> None:
-        """The steps of the ascent after its first: eps = rho / k times the sum of d / size, each at the point reached before it."""
+        """Take the other k - 1 steps of the ascent: eps = rho / k times the sum of d / size, each at the point reached so far."""
         perturbation, k = self._perturbation, self.options["ascent_steps"]
-        if step.size == 0.0 or not any(step.radii.values()):
+        if not _moves(step):
             return
         total, step.directions = torch._foreach_div(step.directions, step.size), []
         for _ in range(k - 1):
@@ -272,6 +288,7 @@ class SharpnessAware:
 
     @property
     def _point(self) -> str:
+        """ascent-path-mix, which tells whose state a state_dict is."""
         return "-".join(str(axis) for axis in (self.method.ascent, self.method.path, self.method.mix))
 
     def state_dict(self) -> dict[str, Any]:
@@ -294,8 +311,13 @@ class SharpnessAware:
             self._mix.load_state_dict(state["mix"])
 
 
+def _moves(step: Step) -> bool:
+    """Whether eps is not zero."""
+    return step.size != 0.0 and any(step.radii.values())
+
+
 def first_part(batches: Sequence[Batch], part: float) -> Sequence[Batch]:
-    """The first micro-batches, `part` of their number. Raises UserError where that is no whole number of them."""
+    """The first `part` of the micro-batches, 0 < part <= 1. Raises UserError where that is no whole number of them."""
     number = part * len(batches)
     if abs(number - round(number)) > 1e-6 * len(batches) or round(number) < 1:
         raise UserError(

@@ -10,7 +10,7 @@ from functional_sam.weights import buffers_saved, modules_of, replicas
 
 
 class Buffers:
-    """Those of a model, and of the other modules that forward and loss_fn know (an EMA codebook, a teacher, DINO's centre)."""
+    """The buffers of a model, and of other modules that forward and loss_fn know (an EMA codebook, a teacher, DINO's centre)."""
 
     def __init__(self, model: torch.nn.Module, forward: Callable[..., Any], loss_fn: Callable[..., Any]) -> None:
         self.model, self.forward, self.loss_fn = model, forward, loss_fn
@@ -32,7 +32,7 @@ class Buffers:
         self._look_up()
 
     def saved(self, always: bool = False) -> Callable[[], None]:
-        """A function that puts all of them back as they are now."""
+        """Return a function that puts all buffers back as they are now."""
         model, loss = self._model_saved(always), self.loss_saved(always)
 
         def restore() -> None:
@@ -42,11 +42,11 @@ class Buffers:
         return restore
 
     def loss_saved(self, always: bool = False) -> Callable[[], None]:
-        """The same of loss_fn alone."""
+        """Return the same for those of loss_fn alone."""
         return buffers_saved(self._of_loss, always)
 
     def _model_saved(self, always: bool = False) -> Callable[[], None]:
-        """The same of model and forward, and of whether DDP will hand around the first rank's buffers before the next forward."""
+        """Return the same for model and forward, and for DDP's flag to broadcast the first rank's buffers before a forward."""
         restore = buffers_saved(self._of_forward, always)
         flags = [replica.require_forward_param_sync for replica in self.replicas]
 
@@ -58,12 +58,15 @@ class Buffers:
         return rewind
 
     def mark(self) -> None:
-        """Take note of them before a first pass: the passes after it start from there too."""
+        """Note all buffers before a first pass: the passes after it start from there too."""
         self._rewind_model, self._rewind_loss = self._model_saved(), self.loss_saved()
 
     @contextlib.contextmanager
     def later(self, model: bool = True, loss: bool = True) -> Iterator[None]:
-        """Around a pass that is not the first: model and loss_fn have the buffers that they had in it, and it leaves no trace."""
+        """Run a later pass inside the block: it starts from the buffers that were marked, and leaves those there are as they are.
+
+        model, loss: whether that is so for the buffers of model and forward, and for those of loss_fn.
+        """
         restore_model = buffers_saved(self._of_forward) if model else _nothing
         restore_loss = self.loss_saved() if loss else _nothing
         if model:
@@ -78,4 +81,4 @@ class Buffers:
 
 
 def _nothing() -> None:
-    """What a function without an effect does."""
+    """Do nothing."""

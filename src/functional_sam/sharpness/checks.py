@@ -14,24 +14,38 @@ from torch.nn.parallel import DistributedDataParallel
 from functional_sam.errors import UserError
 from functional_sam.moments import has_rho_of_its_own, owners, parts_of, require_state
 from functional_sam.sharpness.methods import Method
+from functional_sam.vectors import local
 from functional_sam.weights import is_sharded, parts_of_unit, process_group, replicas, sharded_units, unwrapped
 
 
 def check(method: Method, options: dict[str, Any], model: torch.nn.Module, optimizer: Any, loss_fn: Callable[..., Any]) -> None:
-    """Raise UserError for what cannot work, and fill in lr_max, the highest learning rate, from the optimizer."""
+    """Raise UserError for what cannot work, and fill in options["lr_max"], the highest learning rate, from the optimizer."""
     require_known_wrappers(model)
+    require_plain_embeddings(model)
     require_parameters(model)
     require_no_parameters(loss_fn, model)
     require_the_models_own(model, optimizer)
     require_shards_averaged(model, optimizer)
     if method.path != "plain":
         require_no_shared_memory(model)
-    if method.path != "plain" and any(group.get("maximize") for group in optimizer.param_groups):
+        _require_minimizing(optimizer)
+    if any(p.is_complex() for p in model.parameters()):
+        _require_complex(method, options)
+    _require_radii(options, optimizer)
+    require_moments(method, options, model, optimizer)
+    _require_one_process(method, options, model)
+    _warn_of_lone_processes(model)
+
+
+def _require_minimizing(optimizer: Any) -> None:
+    if any(group.get("maximize") for group in optimizer.param_groups):
         raise UserError(
             "optimizer(maximize=True) is not supported: eps would improve the objective. Minimize, and put the sign into loss_fn"
         )
-    if any(p.is_complex() for p in model.parameters()):
-        _require_complex(method, options)
+
+
+def _require_radii(options: dict[str, Any], optimizer: Any) -> None:
+    """Raise UserError for a group's "rho" that is no radius, or learning rates that rho cannot follow; fill in lr_max."""
     for part in parts_of(optimizer):
         for group in [] if has_rho_of_its_own(part) else part.param_groups:
             radius(group.get("rho", 0.0), "in a parameter group")
@@ -42,19 +56,25 @@ def check(method: Method, options: dict[str, Any], model: torch.nn.Module, optim
             f'rho_schedule="lr": lr_max={options["lr_max"]:g} is not above lr_min={options["lr_min"]:g}; give lr_max=, the highest '
             "learning rate of the run (by default the optimizer's when SharpnessAware is made)"
         )
-    require_moments(method, options, model, optimizer)
-    if options["scope"] != "step" and is_sharded(model):
+
+
+def _require_one_process(method: Method, options: dict[str, Any], model: torch.nn.Module) -> None:
+    """Raise UserError where scope needs whole parameters on each rank, or exact derivatives one process, and there are others."""
+    sharded = is_sharded(model)
+    if options["scope"] != "step" and sharded:
         raise UserError(f'scope={options["scope"]!r} needs whole parameters on each rank (DDP); with sharded ones use scope="step"')
-    many = is_sharded(model) or bool(replicas(model))
     if method.path == "penalty" and options["derivative"] == "exact":
-        if many:
+        if sharded or replicas(model):
             raise UserError('exact second derivatives need the model in one process: use derivative="difference"')
         require_no_hooks(model)
+
+
+def _warn_of_lone_processes(model: torch.nn.Module) -> None:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and process_group(model) is None:
         warnings.warn(
             f"{dist.get_world_size()} processes, and this model averages its gradients over none of them: give SharpnessAware the "
             "model that DistributedDataParallel or fully_shard has wrapped",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -66,7 +86,7 @@ def require_moments(method: Method, options: dict[str, Any], model: torch.nn.Mod
 
 
 def require_known_wrappers(model: torch.nn.Module) -> None:
-    """Raise UserError for a model in shards whose norms we cannot take whole."""
+    """Raise UserError for a wrapper that shards or steps behind our back: FSDP1, DeepSpeed."""
     for module in model.modules():
         kinds = {kind.__name__ for kind in type(module).__mro__}
         if "FullyShardedDataParallel" in kinds:
@@ -76,20 +96,23 @@ def require_known_wrappers(model: torch.nn.Module) -> None:
             )
         if kinds & {"DeepSpeedEngine", "PipelineEngine"}:
             raise UserError("DeepSpeed owns backward and shards behind it: use DistributedDataParallel or fully_shard (FSDP2)")
-        if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag) and module.sparse:
+    for name, p in model.named_parameters():
+        if hasattr(p, "ds_id") or hasattr(p, "_is_flat_param"):
+            raise UserError(f"parameter {name} belongs to DeepSpeed or FSDP1: use DistributedDataParallel or fully_shard (FSDP2)")
+
+
+def require_plain_embeddings(model: torch.nn.Module) -> None:
+    """Raise UserError for an embedding with sparse gradients, or one that writes to its weights in forward."""
+    for module in model.modules():
+        if not isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag):
+            continue
+        if module.sparse:
             raise UserError(f"{type(module).__name__}(sparse=True): sparse gradients are not supported, use sparse=False")
-        if (
-            isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag)
-            and module.max_norm is not None
-            and module.weight.requires_grad
-        ):
+        if module.max_norm is not None and module.weight.requires_grad:
             raise UserError(
                 f"{type(module).__name__}(max_norm={module.max_norm:g}) writes to its weights in forward, so passes would differ: "
                 "bound the norms after optimizer.step()"
             )
-    for name, p in model.named_parameters():
-        if hasattr(p, "ds_id") or hasattr(p, "_is_flat_param"):
-            raise UserError(f"parameter {name} belongs to DeepSpeed or FSDP1: use DistributedDataParallel or fully_shard (FSDP2)")
 
 
 def require_shards_averaged(model: torch.nn.Module, optimizer: Any) -> None:
@@ -153,8 +176,7 @@ def require_no_shared_memory(model: torch.nn.Module) -> None:
     """Raise UserError for two trained Parameters in the same memory, which would be moved twice. Tied ones are one Parameter."""
     places = []
     for name, p in model.named_parameters():
-        held: Any = p.detach()
-        dense: Any = held.to_local() if hasattr(held, "to_local") else held
+        dense = local(p.detach())
         real = dense.layout == torch.strided and not hasattr(dense, "fake_mode")  # of a simulated one there is no memory
         if p.requires_grad and real and dense.numel() and dense.data_ptr():
             extent = 1 + sum((size - 1) * stride for size, stride in zip(dense.shape, dense.stride(), strict=True))
@@ -234,7 +256,7 @@ def _require_complex(method: Method, options: dict[str, Any]) -> None:
 
 
 def radius(rho: object, where: str = "") -> float:
-    """The radius as a float. Raises UserError unless it is a finite number >= 0."""
+    """Return rho as a float. Raises UserError unless it is a finite number >= 0; where: said of it in the message."""
     if isinstance(rho, bool) or not isinstance(rho, int | float) or not math.isfinite(rho) or rho < 0:
         place = f" {where}" if where else ""
         raise UserError(f"rho={rho!r}{place}: the radius is a finite number >= 0 (0 is the plain gradient)")
@@ -242,8 +264,9 @@ def radius(rho: object, where: str = "") -> float:
 
 
 def chosen(model: torch.nn.Module, subset: str | Callable[[str, Tensor], bool] | None) -> set[Tensor] | None:
-    """Parameters to perturb: None for all; "norm" for those of normalization layers (SAM-ON); or a predicate (name, parameter).
+    """Return the parameters to perturb, None for all. subset: "norm", those of normalization layers (SAM-ON), or a predicate.
 
+    A predicate is called with (name, parameter).
     A normalization layer is one whose class name says so (LayerNorm, RMSNorm, BatchNorm2d, Norm ...).
     Raises UserError when nothing is selected. Source: Mueller et al. 2023.
     """

@@ -21,20 +21,20 @@ LossFn = Callable[[Tensor, Tensor], tuple[Tensor, Any]]
 
 @dataclass
 class Kept:
-    """Of one micro-batch: random state before its forward, loss, number of valid targets, and u = dL/dz as u or as (h, weight)."""
+    """What a pass keeps of one micro-batch. u = dL/dz is kept whole, or as (h, weight), from which it is built again."""
 
-    rng: Randomness
-    loss: Tensor | None = None
-    count: Tensor | None = None
-    u: Tensor | None = None
+    rng: Randomness  # before its forward
+    loss: Tensor | None = None  # summed, over the divisor of the step
+    count: Tensor | None = None  # of valid targets
+    u: Tensor | None = None  # [..., V], over the divisor too; of a readout [targets, V] and not divided
     logits: Tensor | None = None
-    h: Tensor | None = None
-    weight: Tensor | None = None
+    h: Tensor | None = None  # the last hidden states [..., D]
+    weight: Tensor | None = None  # of the head [V, D]
     returned: Tensor | None = None  # by a model whose readout returned `loss`
 
 
 class Counting:
-    """Counts the valid targets of a step, for one model and loss, and makes means of sums."""
+    """Turns the sums that loss_fn returns into means over a whole step, for one model and loss."""
 
     def __init__(self, model: torch.nn.Module, loss_fn: LossFn):
         self.model, self.loss_fn = model, loss_fn
@@ -68,8 +68,8 @@ class Counting:
                 raise UserError(f"no valid target in this step's {len(batches)} micro-batches: all are {IGNORE} (ignored)")
             self.divisor = total / self.world
 
-    def counted(self, count: Tensor, earlier: Kept | None) -> float:
-        """The divisor, once a micro-batch's valid targets are known; `earlier`: the same micro-batch in an earlier pass."""
+    def divisor_after(self, count: Tensor, earlier: Kept | None) -> float:
+        """Return the divisor of the step. count: valid targets of the micro-batch at hand; earlier: it in an earlier pass."""
         if earlier is not None and earlier.count is not None and self.loss_fn is not cross_entropy:
             changed = (count.float() - earlier.count.float()).abs()
             self.recounted = changed if self.recounted is None else self.recounted + changed
@@ -80,7 +80,7 @@ class Counting:
         return self.divisor
 
     def finish(self, kept: Sequence[Kept]) -> tuple[Tensor, float]:
-        """Mean loss over all valid targets of the step (all ranks), and the factor that makes the gradients exact means."""
+        """Return the mean loss over all valid targets of the step (all ranks), and the factor that makes .grad an exact mean."""
         assert self.divisor is not None
         losses = torch.stack([memory.loss for memory in kept if memory.loss is not None])
         recounted = [] if self.recounted is None else [self.recounted]
@@ -98,7 +98,10 @@ class Counting:
 
     @staticmethod
     def _require_untouched(loss: float, returned: float) -> None:
-        """The head's backward counts on a cotangent of 1 (2 % for a model that casts its outputs to bf16)."""
+        """Raise UserError where the model changed its readout's loss: the head's backward counts on a cotangent of 1.
+
+        2 % are left to a model that casts its outputs to bf16.
+        """
         if math.isfinite(loss) and not math.isclose(loss, returned, rel_tol=0.02):
             raise UserError(
                 f"readout(h, weight) returned {loss:g} and the model {returned:g}: a model with has_readout returns what readout "
@@ -106,7 +109,10 @@ class Counting:
             )
 
     def settle(self, kept: Sequence[Kept]) -> float:
-        """After a pass over the whole step: the true divisor for the one that stood in; returns the factor for its gradients."""
+        """Put the true divisor in the place of the one that stood in, after a pass over the whole step.
+
+        What the pass kept is corrected here, its gradients by the caller, with the factor returned.
+        """
         if self.loss_fn is cross_entropy:
             return 1.0
         (count,) = self.sum_over_ranks(self._count(kept))
@@ -131,7 +137,7 @@ class Counting:
         return 1.0 if math.isclose(correction, 1.0, rel_tol=1e-12) else correction
 
     def sum_over_ranks(self, *values: Tensor) -> tuple[float, ...]:
-        """Each value summed over the ranks, as a float; of logits in shards (loss_parallel) the whole value of each."""
+        """Sum each value over the ranks, as floats; values of logits in shards (loss_parallel) are made whole first."""
         stacked = torch.stack([whole(value).double() for value in values])
         if self.group is not None:
             stacked = stacked.to(next(self.model.parameters()).device)

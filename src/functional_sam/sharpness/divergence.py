@@ -16,9 +16,11 @@ from functional_sam.weights import unwrapped
 
 @torch.no_grad()
 def divergence(there: Kept, here: Kept, old: dict[Tensor, Tensor], targets: Any) -> tuple[Tensor, Tensor]:
-    """Sum over rows with a target of KL(old || now), and their number; chunk by chunk, with a readout never N x V.
+    """Return the sum over rows with a target of KL(softmax(z_old) || softmax(z_now)), and the number of these rows.
 
-    One logit a row is the mean of a normal number of variance 1 (least squares), whose KL is half the squared difference.
+    there, here: what the passes at the old weights and at the present ones kept; old: parameter -> its old value. Chunk by chunk:
+    with a readout there are never N x V logits. One logit a row is the mean of a normal number of variance 1 (least squares),
+    whose KL is half the squared difference.
     """
     before, num_rows, num_classes = _rows(there, old)
     now, _, _ = _rows(here, {})
@@ -38,10 +40,11 @@ def divergence(there: Kept, here: Kept, old: dict[Tensor, Tensor], targets: Any)
 
 @contextlib.contextmanager
 def noisy_inputs(model: nn.Module, sigma: float, seed: int) -> Iterator[None]:
-    """x + z inside the block, z ~ N(0, sigma^2), where x is what the input embedding returns, or else inputs of real numbers.
+    """Add noise to inputs x inside the block: x + z, z ~ N(0, sigma^2).
 
-    The embedding is the model's get_input_embeddings() where it has one, or its first nn.Embedding. Numbers are of a generator
-    of their own: dropout draws what it would have drawn. Raises UserError after the block where no input was reached.
+    x is what the input embedding returns, or without one the inputs that are real numbers. The embedding is the model's
+    get_input_embeddings() where it has one, or its first nn.Embedding. Numbers are of a generator of their own: dropout draws
+    what it would have drawn. Raises UserError after the block where no input was reached.
     """
     inner: Any = unwrapped(model)
     reached = False

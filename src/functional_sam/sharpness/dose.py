@@ -13,9 +13,9 @@ from functional_sam.vectors import norm
 
 
 def plain_gradient(passes: Passes, batches: Sequence[Batch]) -> dict[Tensor, Tensor]:
-    """g at the weights as they are, with the random numbers that the step itself will draw; it leaves nothing but an empty .grad.
+    """Return g at the weights as they are, with the random numbers that the step itself will draw; leave an empty .grad.
 
-    Replicas are averaged here and not by DDP, whose own passes then go as they would have gone.
+    Nothing else is changed. Replicas are averaged here and not by DDP, whose own passes then go as they would have gone.
     """
     parameters = list(passes.model.parameters())
     for p in parameters:
@@ -40,7 +40,10 @@ def plain_gradient(passes: Passes, batches: Sequence[Batch]) -> dict[Tensor, Ten
 
 
 def dose_of_step(model: torch.nn.Module, g: dict[Tensor, Tensor], beside: dict[Tensor, Tensor]) -> float:
-    """|.grad + beside - g| / |g|, `beside` what the optimizer's step applies without .grad; nan where both are zero. Uses up g."""
+    """Return |.grad + beside - g| / |g|; nan where both are zero, inf where g is. Uses up g.
+
+    beside: what the coming optimizer.step() will apply beside .grad, in its units (Mix.beside).
+    """
     size, changes = norm(list(g.values())), []
     for p in model.parameters():
         parts = [part for part in (p.grad, beside.get(p)) if part is not None]

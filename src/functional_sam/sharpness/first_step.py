@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functional_sam.derivatives import nodes
 from functional_sam.errors import UserError
 from functional_sam.losses import require_no_mean
 from functional_sam.sharpness.randomness import random_state, set_random_state
-from functional_sam.vectors import by_place
+from functional_sam.vectors import by_place, local
 
 
 def tensors_of(inputs: Any, place: str = "inputs") -> Iterator[tuple[str, Tensor]]:
-    """(place, tensor) for every tensor in nested dictionaries, lists and tuples."""
+    """Yield (place, tensor) for every tensor in nested dictionaries, lists and tuples."""
     if isinstance(inputs, Tensor):
         yield place, inputs
     elif isinstance(inputs, Mapping):
@@ -26,7 +27,7 @@ def tensors_of(inputs: Any, place: str = "inputs") -> Iterator[tuple[str, Tensor
 
 
 def versions(inputs: Any, targets: Any) -> dict[str, tuple[int, int]]:
-    """Of every tensor, which one it is and how often it has been written to."""
+    """Return place -> (which tensor is there, how often it has been written to)."""
     each = (*tensors_of(inputs), *tensors_of(targets, "targets"))
     return {place: (id(t), 0 if t.is_inference() else t._version) for place, t in each}
 
@@ -54,19 +55,19 @@ Fingerprints = list[tuple[str, Tensor, Fingerprint]]
 
 
 def fingerprints(model: torch.nn.Module, trained: Container[Tensor]) -> Fingerprints:
-    """Numbers that tell whether a parameter that the optimizer does not move has other values, or the same at other places.
+    """Return numbers that change when a parameter that is not trained has other values, or the same at other places.
 
-    Of those without a norm how often they were written to: a table that forward writes its own values to (max_norm) has not moved.
+    They are of the values, so that a table that forward writes its own values to (max_norm) has not moved; where there is no norm
+    (integers), how often it was written to.
     """
     return [(name, p, _fingerprint(p)) for name, p in model.named_parameters() if p not in trained]
 
 
 def _fingerprint(p: Tensor) -> Fingerprint:
-    held: Any = p.detach()
-    local: Tensor = held.to_local() if hasattr(held, "to_local") else held
-    if local.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16) and local.layout == torch.strided:
-        size = torch.linalg.vector_norm(local, dtype=torch.promote_types(local.dtype, torch.float32))
-        return float(size), float(by_place(local))
+    part = local(p.detach())
+    if part.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16) and part.layout == torch.strided:
+        size = torch.linalg.vector_norm(part, dtype=torch.promote_types(part.dtype, torch.float32))
+        return float(size), float(by_place(part))
     return (0.0 if p.is_inference() else float(p._version),)
 
 
@@ -130,13 +131,5 @@ def require_sum(loss_fn: Callable[..., Any], z: Tensor, targets: Any, total: Ten
 
 
 def _leaves(total: Tensor) -> Iterator[Tensor]:
-    """Tensors that a backward from `total` would give a gradient."""
-    pending, seen = [total.grad_fn], set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            yield node.variable
-        pending += [following for following, _ in node.next_functions]
+    """Yield the tensors that a backward from `total` would give a gradient."""
+    return (node.variable for node in nodes([total]) if hasattr(node, "variable"))

@@ -18,11 +18,12 @@ from functional_sam.sharpness.options import ASCENT_OPTIONS, CHOICES, FORMER, GE
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one step, the mean over `every` steps, and of memory beyond the optimizer's own.
+    """What one step costs, averaged over `every` steps, and the memory it takes beyond the optimizer's own.
 
-    heads: products with the head's matrix, of which a gradient takes 3; a model with a readout does not evaluate its head in a
-    forward whose cotangents are only kept. theta, g, carried: copies of the parameters: while they are perturbed, of g for a mix,
-    between steps (in a checkpoint too). h, head: of the last hidden states of a step and of the head's matrix.
+    Computation: forwards and backwards of the whole model; heads, products with the head's matrix, of which a gradient takes 3 (a
+    model with a readout does not evaluate its head in a forward whose cotangents are only kept).
+    Memory, in copies of the parameters: theta, while they are perturbed; g, of the gradient for a mix; carried, what is kept from
+    step to step (in a checkpoint too). h, head: copies of the last hidden states of a step, and of the head's matrix.
     """
 
     forwards: float = 1.0
@@ -60,16 +61,16 @@ class Method:
     source: str = ""
 
     def has_first_pass(self, options: Mapping[str, Any]) -> bool:
-        """Whether a perturbed step needs g of all of it: where eps comes without, only a mix or the penalty does."""
+        """Whether a perturbed step takes g of all its batches: for eps, or where eps does without, for a mix or the penalty."""
         looks = self.ascent in WITH_GRADIENT and options["ascent_part"] == 1.0
         return looks or self.mix is not None or self.path == "penalty"
 
     def cost(self, options: Mapping[str, Any]) -> Cost:
-        """With complete options, as `resolve` gives them."""
+        """Count the passes of a step. options: complete, as `resolve` gives them."""
         if self.path == "plain":
             return Cost()
         first = self.has_first_pass(options)
-        passes: list[tuple[float, float, float]] = [(1, 1, 3)] if first else []
+        passes: list[tuple[float, float, float]] = [(1, 1, 3)] if first else []  # (forwards, backwards, heads) of each
         if self.ascent in WITH_GRADIENT:  # beyond pass 1
             looks = options["ascent_part"] * options["ascent_steps"] - first
             passes.append((looks, looks, 3 * looks))
@@ -87,6 +88,7 @@ class Method:
             passes.append((1, 1, 3 if functional == logit or not logit else 6))  # cotangents of two points, pulled back together
         else:
             passes.append((1, 1, 3))
+        keeps_u = self.path in ("functional", "logit") or (not exact and needs_cotangent(self, options))
         every = options["every"]
         forwards, backwards, heads = ((sum(part) + every - 1) / every for part in zip(*passes, strict=True))
         return Cost(
@@ -96,9 +98,7 @@ class Method:
             theta=1,
             g=int(self.mix is not None or self.path == "penalty") + int(options["ascent_steps"] > 1),
             carried=int(self.mix in ("looksam", "friendly", "vasso") or (self.mix == "tram" and options["divergence"] != "noise")),
-            h=2
-            if self.mix == "tram"
-            else int(self.path in ("functional", "logit") or (not exact and needs_cotangent(self, options))),
+            h=2 if self.mix == "tram" else int(keeps_u),
             head=int(self.path == "logit"),
             second_order=exact,
         )
@@ -141,7 +141,7 @@ def coefficients(phi: float) -> tuple[float, float]:
 
 
 def needs_cotangent(method: Method, options: Mapping[str, Any]) -> bool:
-    """Whether pass 1 must keep u(theta); of the penalty path only the difference, where one gradient does not give H eps."""
+    """Whether pass 1 must keep u(theta): for the functional path, and for the penalty by difference unless it is H eps alone."""
     if method.path == "penalty":
         functional, logit = coefficients(options["phi"])
         return bool(options["derivative"] == "difference" and functional != logit)
@@ -149,10 +149,10 @@ def needs_cotangent(method: Method, options: Mapping[str, Any]) -> bool:
 
 
 def resolve(name: str, given: Mapping[str, Any] | None = None) -> tuple[Method, dict[str, Any]]:
-    """The method of a name (with ascent and path as given) and its complete options; no model is needed.
+    """Look up the method of a name (ascent and path as given, if they are) and complete its options; no model is needed.
 
-    lr_max stays None: it is the optimizer's. Raises UserError for a name, an option or a value that does not exist, with the
-    nearest one that does, and for numbers out of range.
+    lr_max stays None: it is filled in from the optimizer. Raises UserError for a name, an option or a value that does not exist,
+    with the nearest one that does, and for numbers out of range.
     """
     if name not in METHODS:
         raise unknown("method", name, METHODS)
@@ -176,7 +176,15 @@ def resolve(name: str, given: Mapping[str, Any] | None = None) -> tuple[Method, 
         if key in CHOICES and value not in CHOICES[key]:
             raise unknown(f"value of {key}", value, CHOICES[key])
     options |= given
+    _require_general(options)
+    _require_path_and_mix(method, options)
+    _require_scope(method, options)
+    _require_ascent(method, options)
+    return method, options
 
+
+def _require_general(options: Mapping[str, Any]) -> None:
+    """Raise UserError for a value of a general option that is out of range or of another type."""
     if not isinstance(options["every"], int) or options["every"] < 1:
         raise UserError(f"every={options['every']!r}: the perturbed pass comes every so many steps, a whole number >= 1")
     if not (options["subset"] in (None, "norm") or callable(options["subset"])):
@@ -188,6 +196,10 @@ def resolve(name: str, given: Mapping[str, Any] | None = None) -> tuple[Method, 
             f"keep_dtype={options['keep_dtype']!r}: what is kept, u, is of the order of 1 / (number of targets), which float16 and "
             "whole numbers have as zeros: torch.bfloat16, torch.float32, torch.float64, or None for the logits' own"
         )
+
+
+def _require_path_and_mix(method: Method, options: Mapping[str, Any]) -> None:
+    """Raise UserError for a number of the path or the mix that is out of range."""
     if options.get("step", 1.0) <= 0:
         raise UserError(f"step={options['step']!r}: the displacement of the finite difference is > 0")
     if options.get("dose") is not None:
@@ -196,15 +208,17 @@ def resolve(name: str, given: Mapping[str, Any] | None = None) -> tuple[Method, 
         raise UserError(f"sigma={options['sigma']!r}: the standard deviation of the noise on the inputs is > 0")
     if not 0.0 <= options.get("gamma", 0.0) < 1.0:
         raise UserError(f"gamma={options['gamma']!r}: the weight of the sharpness is in [0, 1)")
+
+
+def _require_scope(method: Method, options: Mapping[str, Any]) -> None:
+    """Raise UserError for what needs one eps for the whole step and is given another scope."""
     scope = options["scope"]
-    if scope != "step" and (method.mix is not None or path == "penalty"):
+    if scope != "step" and (method.mix is not None or method.path == "penalty"):
         does = "averages g" if method.mix in AVERAGED else "mixes both gradients"
         raise UserError(f"scope={scope!r} does not combine with {method.mix or 'penalty'}, which {does}")
-    if scope == "micro-batch" and (ascent == "fisher" or options.get("normalize_by") == "none"):
-        what = f"ascent {ascent!r}" if ascent == "fisher" else 'normalize_by="none"'
+    if scope == "micro-batch" and (method.ascent == "fisher" or options.get("normalize_by") == "none"):
+        what = f"ascent {method.ascent!r}" if method.ascent == "fisher" else 'normalize_by="none"'
         raise UserError(f'scope="micro-batch" does not combine with {what}: eps would depend on the size of the step\'s gradient')
-    _require_ascent(method, options)
-    return method, options
 
 
 def _require_ascent(method: Method, options: Mapping[str, Any]) -> None:
@@ -248,13 +262,13 @@ def _require_dose(method: Method, options: Mapping[str, Any]) -> None:
 
 
 def cost(name: str, options: Mapping[str, Any] | None = None) -> Cost:
-    """What a step of a method costs, with these options over its own. Raises UserError as resolve does."""
+    """Return what a step of a method costs, with these options over its own. Raises UserError as resolve does."""
     method, complete = resolve(name, options)
     return method.cost(complete)
 
 
 def table() -> list[tuple[str, str, str, str, str, str, float, str]]:
-    """One row a method: name, ascent, path, mix, gradients of a step, extra memory, default rho, source; "-" for none."""
+    """List the methods: name, ascent, path, mix, gradients of a step, extra memory, default rho, source; "-" for none."""
     rows = []
     for name, method in METHODS.items():
         if name == "adamw":
@@ -271,7 +285,7 @@ def table() -> list[tuple[str, str, str, str, str, str, float, str]]:
 
 
 def unknown(kind: str, value: object, known: Iterable[object]) -> UserError:
-    """The error for a name that is not in `known`, with the nearest one."""
+    """Make the error for a name that is not in `known`, with the nearest one."""
     names = list(map(str, known))
     near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -6,7 +6,6 @@ A Mix may also set the radius (tram) or let a step go without its own perturbed 
 import contextlib
 import math
 import warnings
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,8 @@ from functional_sam.errors import UserError
 from functional_sam.moments import owners
 from functional_sam.sharpness.divergence import divergence, noisy_inputs
 from functional_sam.sharpness.passes import Kept, Passes
-from functional_sam.sharpness.perturbation import Perturbation, Step, complete
+from functional_sam.sharpness.perturbation import Perturbation, Step, complete, gradients_of
+from functional_sam.sharpness.steps import listen
 from functional_sam.vectors import dot, norm
 from functional_sam.weights import unwrapped
 
@@ -25,7 +25,7 @@ Gradients = dict[Tensor, Tensor]
 
 
 class Mix:
-    """Keep g' as it is. Subclasses change what they need; keys of state_dict are always the same."""
+    """Keep g' as it is. Subclasses override what they need; the keys of a mix's state_dict are always the same."""
 
     compares_logits = False  # pass 1 keeps its logits for `measure`
 
@@ -33,14 +33,14 @@ class Mix:
         self.model, self.optimizer, self.options = model, optimizer, options
 
     def prepare(self, passes: Passes, perturbation: Perturbation, step: Step, due: bool) -> bool:
-        """Called before pass 1; whether this step, `due` by its number and radius, has a perturbed pass."""
+        """Called before pass 1; return whether the step has a perturbed pass, which it is `due` by its number and radius."""
         return due
 
     def measure(self, passes: Passes, perturbation: Perturbation, step: Step, kept: Sequence[Kept]) -> None:
-        """Called after pass 1 of a step with a perturbed pass, which it may give other radii."""
+        """Called after pass 1 of a step with a perturbed pass; may set other radii for it."""
 
     def towards(self, params: Sequence[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        """Called with g of the parameters to perturb, before the ascent; what the ascent is given in its place."""
+        """Called with g of the parameters to perturb, before the ascent; return what the ascent is given in its place."""
         return grads
 
     def combine(self, base: Gradients) -> None:
@@ -66,19 +66,19 @@ class Mix:
         pass
 
     def _both(self, base: Gradients) -> tuple[list[Tensor], list[Tensor]]:
-        """(g, g') as lists over the parameters that have either; the other is zero, and is there afterwards."""
+        """Return g and g' as lists over the parameters that have either; zeros are filled in for the other."""
         complete(self.model, base)
         pairs = [(g, p.grad) for p, g in base.items() if p.grad is not None]
         return [g for g, _ in pairs], [there for _, there in pairs]
 
 
 def named(model: torch.nn.Module, tensors: Gradients) -> dict[str, Tensor]:
-    """The tensors by the name of their parameter, the same inside DDP and torch.compile."""
+    """Key the tensors by the name of their parameter, the same inside DDP and torch.compile."""
     return {name: tensors[p] for name, p in unwrapped(model).named_parameters() if p in tensors}
 
 
 def unnamed(model: torch.nn.Module, tensors: dict[str, Tensor]) -> Gradients:
-    """The inverse of `named`, copied to each parameter's device and dtype."""
+    """Invert `named`, with copies on each parameter's device and in its dtype."""
     parameters = dict(unwrapped(model).named_parameters())
     for name in tensors:
         if name not in parameters:
@@ -117,9 +117,7 @@ class WeightedSharpness(Mix):
 
     def _listen(self) -> None:
         if self.options["decoupled"]:
-            here = weakref.ref(self)  # an object that nobody holds has nothing to apply
-            self.optimizer.register_step_pre_hook(lambda optimizer, *_: _tell(here(), optimizer, before=True))
-            self.optimizer.register_step_post_hook(lambda optimizer, *_: _tell(here(), optimizer, before=False))
+            listen(self.optimizer, self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy, whose optimizer has come without hooks."""
@@ -153,8 +151,8 @@ class WeightedSharpness(Mix):
     def beside(self) -> Gradients:
         return {p: correction * self.weight for p, correction in self.pending.items()}
 
-    def _check(self, optimizer: torch.optim.Optimizer) -> None:
-        """Before a step: drop the correction where .grad is no longer what backward left."""
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Drop the correction where .grad is no longer what backward left."""
         others = [p for p in owners(optimizer) if p in self._left and p.grad is not self._left.pop(p)]
         if any(p.grad is not None for p in others):
             warnings.warn(
@@ -166,7 +164,8 @@ class WeightedSharpness(Mix):
             del self.pending[p]
 
     @torch.no_grad()
-    def _correct(self, optimizer: torch.optim.Optimizer) -> None:
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """theta -= lr w (g' - g)."""
         for p, group in owners(optimizer).items():
             self._left.pop(p, None)  # still there after a step that took its gradient itself, by a closure
             if p in self.pending:
@@ -179,11 +178,6 @@ class WeightedSharpness(Mix):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.drop()
         self.pending = unnamed(self.model, state["pending"])
-
-
-def _tell(mix: WeightedSharpness | None, optimizer: torch.optim.Optimizer, before: bool) -> None:
-    if mix is not None:
-        (mix._check if before else mix._correct)(optimizer)
 
 
 class SurrogateGap(Mix):
@@ -236,7 +230,7 @@ class LookSAM(Mix):
     def reuse(self, active: bool) -> None:
         if not active or self.size == 0.0:
             return
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        grads = list(gradients_of(self.model).values())
         pairs = [(p.grad, orthogonal) for p, orthogonal in self.orthogonal.items() if p.grad is not None]
         factor = self.options["alpha"] * norm(grads, fast=True) / self.size
         torch._foreach_add_([g for g, _ in pairs], [orthogonal for _, orthogonal in pairs], alpha=factor)
@@ -322,7 +316,7 @@ class TrustRegion(Mix):
 
 
 class Averaged(Mix):
-    """m, the average of g over perturbed steps: m <- decay m + (1 - decay) g, at first g. Keeps m, and leaves g' as it is."""
+    """Average g over perturbed steps: m <- decay m + (1 - decay) g, the first time m = g. Keeps m; g' goes to .grad as it is."""
 
     def __init__(self, model: torch.nn.Module, optimizer: Any, options: dict[str, Any]) -> None:
         super().__init__(model, optimizer, options)
@@ -343,6 +337,7 @@ class Averaged(Mix):
         self._average_into(self._next)
 
     def _average_into(self, g: Gradients) -> None:
+        """Replace g by the m that it makes, in place."""
         known = [p for p in g if p in self.average]
         if known:
             torch._foreach_mul_([g[p] for p in known], 1.0 - self.options["decay"])
@@ -360,7 +355,7 @@ class Averaged(Mix):
 
 
 class Friendly(Averaged):
-    """Friendly-SAM: the ascent is given g - sigma m with the m of the steps before (at first g), what is noise in this step's g.
+    """Friendly-SAM: the ascent follows g - sigma m, the noise of this step's g, with m of the steps before (the first time g).
 
     Source: Li et al. 2024, as in their code (sigma 1, lambda = decay 0.9). An m with this step's g in it, as others write it, gives
     the same direction at sigma = 1.
@@ -372,7 +367,7 @@ class Friendly(Averaged):
 
 
 class VarianceSuppressed(Averaged):
-    """VaSSO: the ascent is given m, this step's g in it.
+    """VaSSO: the ascent follows m, with this step's g in it.
 
     Source: Li & Giannakis 2023, as in their code (theta = 1 - decay = 0.9).
     """

@@ -5,7 +5,6 @@ that k micro-batches equal one batch. What a later pass at other weights needs o
 """
 
 import contextlib
-import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -16,8 +15,8 @@ from torch import Tensor
 
 from functional_sam.derivatives import slow_attention
 from functional_sam.errors import UserError
-from functional_sam.head import compute_dtype, pull_back
-from functional_sam.losses import cross_entropy, require_logits, require_rows
+from functional_sam.head import compute_dtype, pull_back, reads_out
+from functional_sam.losses import require_logits, require_rows
 from functional_sam.sharpness import first_step
 from functional_sam.sharpness.buffers import Buffers
 from functional_sam.sharpness.counting import Batch, Counting, Kept, LossFn
@@ -45,8 +44,7 @@ class Passes(Counting):
         super().__init__(model, loss_fn)
         self.keep_dtype = keep_dtype
         self.forward: Callable[..., Any] = forward or _forward
-        takes_readout = forward is None or "readout" in inspect.signature(forward).parameters
-        possible = bool(getattr(unwrapped(model), "has_readout", False)) and takes_readout and loss_fn is cross_entropy
+        possible = reads_out(unwrapped(model), forward, loss_fn)
         if keep in ("hidden", "u") and not possible:
             raise UserError(
                 f'keep="{keep}" needs a model with has_readout, a forward that takes readout=, and the default loss_fn; '
@@ -70,7 +68,7 @@ class Passes(Counting):
         return self.__dict__ | {"_job": None, "_eager_readout": None}
 
     def begin(self, batches: Sequence[Batch]) -> None:
-        """Start a step."""
+        """Start a step: note the buffers, settle the divisor, and choose whether the head is evaluated in chunks."""
         self.buffers.mark()
         self.start(batches)
         # Soft labels need whole logits.
@@ -88,10 +86,10 @@ class Passes(Counting):
         logits: bool = False,
         sync: bool = True,
     ) -> list[Kept]:
-        """J^T u at the weights as they are, added to .grad.
+        """Add J^T u at the weights as they are to .grad; return what was kept of each micro-batch.
 
-        repeated: an earlier pass whose randomness this one has. remember: keep u; logits: keep them (with a readout (h, weight)
-        is both).
+        repeated: an earlier pass whose random numbers are drawn again. remember, logits: keep u, keep the logits (with a readout
+        (h, weight) stands for either). sync: average over ranks in the last micro-batch's backward.
         """
         kept: list[Kept] = []
         before = [p._version for p in self.watched] if self.watched is not None else []
@@ -108,7 +106,7 @@ class Passes(Counting):
                     u = self._cotangent(z, targets, memory, repeated[i] if repeated else None)
                     torch.autograd.backward(z, u)
                     if remember:
-                        memory.u = u if self.keep_dtype is None else u.to(self.keep_dtype)
+                        memory.u = self._as_kept(u)
                     if logits:
                         memory.logits = z.detach()
                     del z, u
@@ -123,10 +121,10 @@ class Passes(Counting):
     def cotangents(
         self, batches: Sequence[Batch], *, repeated: Sequence[Kept] | None = None, copy_weight: bool = False, logits: bool = False
     ) -> list[Kept]:
-        """A forward at the weights as they are that keeps their cotangents (or the logits); no gradient.
+        """Keep the cotangents (or the logits) at the weights as they are: a forward without a gradient.
 
-        With a readout only (h, weight) is kept and the head is not evaluated at all. `copy_weight`: the weights will have
-        changed when it is used.
+        With a readout only (h, weight) is kept and the head is not evaluated at all. copy_weight: the weights will have changed
+        when it is used, so keep a copy of the head's.
         """
         kept: list[Kept] = []
         for i, (inputs, targets) in enumerate(batches):
@@ -139,8 +137,7 @@ class Passes(Counting):
                     if logits:
                         memory.logits = z
                     else:
-                        u = self._cotangent(z, targets, memory, repeated[i] if repeated else None)
-                        memory.u = u if self.keep_dtype is None else u.to(self.keep_dtype)
+                        memory.u = self._as_kept(self._cotangent(z, targets, memory, repeated[i] if repeated else None))
             kept.append(memory)
         reshard(self.model)  # a root module stays gathered after forward; the next pass must gather the weights it will then have
         return kept
@@ -155,9 +152,9 @@ class Passes(Counting):
         weight_here: float = 0.0,
         sync: bool = True,
     ) -> None:
-        """J^T (weight_kept * u kept elsewhere + weight_here * u here) at the weights as they are, added to .grad, in one backward.
+        """Add J^T (weight_kept * u_kept + weight_here * u), J and u at the weights as they are, to .grad, in one backward.
 
-        theta: parameter -> its values where u was kept.
+        u_kept: the cotangent that an earlier pass kept. theta: parameter -> its values in that pass.
         """
         for i, ((inputs, targets), memory) in enumerate(zip(batches, kept, strict=True)):
             self.rewind(i, kept)
@@ -178,7 +175,10 @@ class Passes(Counting):
     # ------------------------------------------------------------------ loss and cotangent
 
     def _cotangent(self, logits: Tensor, targets: Tensor, memory: Kept, earlier: Kept | None = None) -> Tensor:
-        """dL/dlogits of a micro-batch, L its part of the step's mean loss; `earlier`: the same of an earlier pass."""
+        """Return dL/dlogits of a micro-batch, L its part of the step's mean loss; its loss and count go into `memory`.
+
+        earlier: what an earlier pass kept of the same micro-batch.
+        """
         if self.watched is not None:
             require_logits(logits, targets, self.loss_fn)
         with torch.enable_grad():
@@ -199,13 +199,16 @@ class Passes(Counting):
             if self.watched is not None:
                 first_step.require_sum(self.loss_fn, leaf, targets, total, count)
             memory.count = torch.as_tensor(count, device=logits.device).reshape(())
-            scaled = total * (1.0 / self.counted(memory.count, earlier))
+            scaled = total * (1.0 / self.divisor_after(memory.count, earlier))
             (u,) = torch.autograd.grad(scaled, leaf)
         memory.loss = scaled.detach()
         return u
 
+    def _as_kept(self, u: Tensor) -> Tensor:
+        return u if self.keep_dtype is None else u.to(self.keep_dtype)
+
     def _call(self, inputs: Any, job: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Forward with `job(h, weight)` in the place of the head."""
+        """Run forward with `job(h, weight)` in the place of the head; return what forward returns, which is what job did."""
         # One callable for the life of this object, or torch.compile would guard on a new one at every call. Whoever compiled
         # anything has imported torch._dynamo, which is slow to import for those who did not.
         readout: Callable[[Tensor, Tensor], Tensor] = self._run_job
@@ -227,7 +230,7 @@ class Passes(Counting):
     def _loss_readout(
         self, targets: Tensor, memory: Kept, earlier: list[Kept], remember: bool, logits: bool, h: Tensor, weight: Tensor
     ) -> Tensor:
-        """The scaled loss here; `earlier`: the micro-batches before. Keeps u, or (h, weight), from which it is built again."""
+        """Readout of `gradient`: the loss, whose backward gives J^T u. earlier: what was kept of the micro-batches before."""
         if self.watched is not None:
             require_rows(h.shape[:-1], h.shape[:-1] + weight.shape[:1], targets)
         if remember and self._keeps_u(h, weight):
@@ -245,10 +248,12 @@ class Passes(Counting):
         return self.keep_u
 
     def _keeping_readout(self, memory: Kept, earlier: list[Kept], copy: bool, h: Tensor, weight: Tensor) -> Tensor:
+        """Readout of `cotangents`: no head at all."""
         self._keep(memory, earlier, copy, h, weight)
         return h
 
     def _keep(self, memory: Kept, earlier: list[Kept], copy: bool, h: Tensor, weight: Tensor) -> None:
+        """Keep (h, weight), the head's weight by reference where it will be found again, or one copy for all micro-batches."""
         memory.h, memory.weight = h.detach(), weight.detach()
         # A parameter is found again in `theta`. A view of one would move with it, FSDP2's whole parameter is freed.
         if isinstance(weight, torch.nn.Parameter) and not (copy or self.sharded):
@@ -260,7 +265,7 @@ class Passes(Counting):
 
     @staticmethod
     def _is_same(kept: Tensor | None, weight: Tensor) -> bool:
-        """Whether it is the head of an earlier micro-batch, and no function of the inputs or of chance."""
+        """Whether `weight` is the head that an earlier micro-batch kept, and no function of the inputs or of chance."""
         return kept is not None and (isinstance(weight, torch.nn.Parameter) or torch.equal(kept, weight))
 
     def _pull_readout(
@@ -273,6 +278,7 @@ class Passes(Counting):
         h: Tensor,
         weight: Tensor,
     ) -> Tensor:
+        """Readout of `pull`: a scalar whose backward gives J^T (weight_kept * u_kept + weight_here * u)."""
         if memory.u is not None:
             result = self._pulled(memory, h, weight, h, weight, targets, weight_kept, memory.u, True)
         else:
@@ -296,6 +302,7 @@ class Passes(Counting):
         u: Tensor | None = None,
         known: bool = False,
     ) -> Tensor:
+        """factor * head.pull_back over the divisor of the step, whose loss goes into `memory`, or with u `known` comes from it."""
         assert self.divisor is not None
         scaled = pull_back(h, weight, h_u, weight_u, targets, factor / self.divisor, u, known)
         if u is None or not known:
@@ -307,13 +314,13 @@ class Passes(Counting):
     # ------------------------------------------------------------------ randomness and ranks
 
     def rewind(self, i: int, repeated: Sequence[Kept] | None) -> Kept:
-        """A record for micro-batch i, after setting the random state to what it was in pass `repeated`."""
+        """Start micro-batch i: set the random state to what it was in pass `repeated`, if any, and note it in a new record."""
         if repeated is not None:
             self.set_random_state(repeated[i].rng)
         return Kept(self.random_state())
 
     def random_state(self) -> Randomness:
-        """Of every global generator that a forward may draw from."""
+        """Return the state of every global generator that a forward may draw from."""
         return random_state(self._device)
 
     def set_random_state(self, rng: Randomness) -> None:

@@ -1,12 +1,13 @@
 """Which derivative to take at theta' = theta + eps. With J = dz/dtheta, u = dL/dz:
 
-    sam         J(theta')^T u(theta')     (g_sam - g) / rho         -> H eps
-    functional  J(theta')^T u(theta)      (g_functional - g) / rho  -> H_F eps
-    logit       J(theta)^T  u(theta')     (g_logit - g) / rho       -> H_G eps
-    penalty     those limits themselves, added to g (penalty.py)
+    sam         J(theta')^T u(theta')  = g + H eps    + O(|eps|^2)
+    functional  J(theta')^T u(theta)   = g + H_F eps  + O(|eps|^2)
+    logit       J(theta)^T  u(theta')  = g + H_G eps  + O(|eps|^2)
+    penalty     g plus those first-order terms themselves (penalty.py)
 
-Each takes what pass 1 at theta kept (None where the ascent needed no pass 1) and returns what was kept of the unperturbed
-weights; the gradient is in .grad. Source: Foret et al. 2020 (sam); Singh et al. 2025 (functional); the third is the other part.
+Each takes what pass 1 at theta kept (None where the ascent needed no pass 1), leaves the gradient in .grad, and returns what was
+kept at theta, or at theta' where theta was not visited.
+Source: Foret et al. 2020 (sam); Singh et al. 2025 (functional); the third is the other part.
 """
 
 from collections.abc import Callable

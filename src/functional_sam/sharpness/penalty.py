@@ -115,7 +115,7 @@ def exact(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kep
     total = [torch.zeros_like(p) for p in params]
     with torch.no_grad():
         eps = torch._foreach_mul(step.directions, [step.radii[p] / step.size for p in step.params])
-    along = dict(zip(step.params, eps, strict=True))
+    eps_of = dict(zip(step.params, eps, strict=True))
     step.directions = []
     reached: set[Tensor] = set()
     with _second_order(), passes.buffers.later():
@@ -125,33 +125,52 @@ def exact(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kep
                 for node in nodes([z]):
                     watch_kernel(node)
             if functional == logit:
-                u = _cotangent(passes, z, targets)
-                (part,) = _along(_pull(z, params, u, reached), params, along, [params])
-                torch._foreach_add_(total, part, alpha=functional)
+                torch._foreach_add_(total, _hessian_eps(passes, z, targets, params, eps_of, reached), alpha=functional)
                 continue
-            before, rewind = (
-                passes.random_state(),
-                passes.buffers.loss_saved(),
-            )  # u and its derivative are of one draw, and one state of loss_fn
-            u = _cotangent(passes, z.detach(), targets).detach().requires_grad_()
-            wanted = [params if functional else [], [u] if logit else []]
-            part, (*Jeps,) = _along(_pull(z, params, u, reached), params, along, wanted, keep=bool(logit))
-            if functional:
-                torch._foreach_add_(total, part, alpha=functional)
-            if logit:
-                leaf = z.detach().requires_grad_()
-                passes.set_random_state(before)
-                rewind()
-                there = _cotangent(passes, leaf, targets)
-                (BJeps,) = torch.autograd.grad(there, leaf, Jeps[0], allow_unused=True, materialize_grads=True)
-                part = list(torch.autograd.grad(z, params, BJeps, allow_unused=True, materialize_grads=True))
-                torch._foreach_add_(total, part, alpha=logit)
+            for coefficient, part in _two_parts(passes, z, targets, params, eps_of, reached, functional, logit):
+                torch._foreach_add_(total, part, alpha=coefficient)
     _require_reached(passes.model, step.base, reached)
     with torch.no_grad():
         to_dose(total, step.base.values(), perturbation.options["dose"])
         torch._foreach_add_(total, list(step.base.values()))
     for p, value in zip(params, total, strict=True):
         p.grad = value
+
+
+def _hessian_eps(
+    passes: Passes, z: Tensor, targets: Tensor, params: Sequence[Tensor], eps_of: dict[Tensor, Tensor], reached: set[Tensor]
+) -> list[Tensor]:
+    """H eps of one micro-batch: u moves with theta."""
+    u = _cotangent(passes, z, targets)
+    (part,) = _derivative_along(_pull(z, params, u, reached), params, eps_of, [params])
+    return part
+
+
+def _two_parts(
+    passes: Passes,
+    z: Tensor,
+    targets: Tensor,
+    params: Sequence[Tensor],
+    eps_of: dict[Tensor, Tensor],
+    reached: set[Tensor],
+    functional: float,
+    logit: float,
+) -> Iterator[tuple[float, list[Tensor]]]:
+    """Yield (functional, H_F eps) and (logit, H_G eps) of one micro-batch, each where its coefficient is not zero."""
+    # u and its derivative are of one draw, and of one state of loss_fn.
+    before, rewind = passes.random_state(), passes.buffers.loss_saved()
+    u = _cotangent(passes, z.detach(), targets).detach().requires_grad_()
+    by = [params if functional else [], [u] if logit else []]
+    part, (*Jeps,) = _derivative_along(_pull(z, params, u, reached), params, eps_of, by, keep=bool(logit))
+    if functional:
+        yield functional, part
+    if logit:
+        leaf = z.detach().requires_grad_()
+        passes.set_random_state(before)
+        rewind()
+        there = _cotangent(passes, leaf, targets)
+        (BJeps,) = torch.autograd.grad(there, leaf, Jeps[0], allow_unused=True, materialize_grads=True)
+        yield logit, list(torch.autograd.grad(z, params, BJeps, allow_unused=True, materialize_grads=True))
 
 
 def _forward(passes: Passes, i: int, kept: Sequence[Kept], inputs: Any) -> Tensor:
@@ -179,16 +198,16 @@ def _require_reached(model: torch.nn.Module, g: dict[Tensor, Tensor], reached: s
             )
 
 
-def _along(
+def _derivative_along(
     g: Sequence[Tensor],
     params: Sequence[Tensor],
-    along: dict[Tensor, Tensor],
-    wanted: Sequence[Sequence[Tensor]],
+    eps_of: dict[Tensor, Tensor],
+    by: Sequence[Sequence[Tensor]],
     keep: bool = False,
 ) -> list[list[Tensor]]:
-    """Derivative of g . eps by each list of `wanted`."""
-    live = [(x, along[p]) for x, p in zip(g, params, strict=True) if p in along and x.requires_grad]
-    leaves = [leaf for leaves in wanted for leaf in leaves]
+    """The derivative of g . eps by each list of tensors in `by`; g is a list as params is, and eps zero where it has no entry."""
+    live = [(x, eps_of[p]) for x, p in zip(g, params, strict=True) if p in eps_of and x.requires_grad]
+    leaves = [leaf for leaves in by for leaf in leaves]
     flat = list(
         torch.autograd.grad(
             [x for x, _ in live],
@@ -201,7 +220,7 @@ def _along(
         if live
         else map(torch.zeros_like, leaves)
     )
-    return [[flat.pop(0) for _ in leaves] for leaves in wanted]
+    return [[flat.pop(0) for _ in leaves] for leaves in by]
 
 
 def _cotangent(passes: Passes, z: Tensor, targets: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from functional_sam.sharpness.checks import chosen, radius
 from functional_sam.sharpness.methods import Method
 from functional_sam.sharpness.passes import Batch, Kept
 from functional_sam.sharpness.randomness import generator_of
-from functional_sam.vectors import norm
+from functional_sam.vectors import local, norm
 from functional_sam.weights import moved, process_group, unwrapped
 
 AT_THETA, AT_PERTURBED = "pass 1 (at theta)", "pass 2 (at theta + eps)"
@@ -27,7 +27,7 @@ ASCENT_WORDS = ("normalize_by", "eta", "per", "direction", "preconditioned")  # 
 
 @dataclass
 class Step:
-    """One perturbation: the micro-batches it is for, and where to."""
+    """One perturbation: the micro-batches it is for, eps, and what its passes hand to each other."""
 
     batches: Sequence[Batch]
     number: int = 0  # of the micro-batch that it is for (scope="micro-batch")
@@ -41,8 +41,13 @@ class Step:
     radii: dict[Tensor, float] = field(default_factory=dict)
 
 
+def gradients_of(model: torch.nn.Module) -> dict[Tensor, Tensor]:
+    """The .grad of every parameter that has one."""
+    return {p: p.grad for p in model.parameters() if p.grad is not None}
+
+
 def complete(model: torch.nn.Module, base: dict[Tensor, Tensor]) -> None:
-    """Zeros where one of g (`base`) and g' (.grad) is missing: of a parameter that is used at one of the two weights only."""
+    """Fill in zeros where g (`base`) or g' (.grad) is missing: a parameter may be used at one of the two weights only."""
     for p in model.parameters():
         if p.grad is None and p in base:
             p.grad = torch.zeros_like(base[p])
@@ -65,13 +70,15 @@ class Perturbation:
         self._theta: dict[Tensor, Tensor] = {}  # memory of the copies, kept from step to step
 
     def radii(self) -> dict[Tensor, float]:
-        """Radius of this step for each parameter that may be perturbed: rho, or its group's "rho", under the schedule.
+        """Return the radius of this step for each parameter that may be perturbed: rho, or its group's "rho", under rho_schedule.
 
-        The "rho" of an optimizer that has a hyperparameter of that name (Adadelta) is that one, and no radius.
+            constant      rho
+            warmup        rho * min(1, step / warmup_steps)
+            after-warmup  0 for warmup_steps steps, then rho
+            lr            rho_min + (rho - rho_min) * fraction, fraction = (lr - lr_min) / (lr_max - lr_min) held in [0, 1]
 
-        constant rho; warmup rho * min(1, step / warmup_steps); after-warmup 0 for warmup_steps steps, then rho; lr rho_min +
-        (rho - rho_min) (lr - lr_min) / (lr_max - lr_min), the fraction held in [0, 1]. A rho that is a function is called with the
-        number of steps before this one.
+        A rho that is a function is called with the number of steps before this one. The "rho" of an optimizer that has a
+        hyperparameter of that name (Adadelta) is that one, and no radius.
         """
         options, result = self.options, {}
         general = radius(self.rho(self.steps - 1), f"of step {self.steps - 1}") if callable(self.rho) else self.rho
@@ -92,7 +99,7 @@ class Perturbation:
         return result
 
     def ascend(self, step: Step, grads: list[Tensor], together: bool) -> None:
-        """Fill in direction and size of `step`. together: all ranks know the same size, and may raise at once."""
+        """Fill in direction and size of `step` by the method's ascent. together: all ranks know this size, so all raise or none."""
         words = {key: self.options[key] for key in ASCENT_WORDS if key in self.options}
         if "seed" in self.options:
             words["generator"] = self._generator(step)
@@ -106,7 +113,7 @@ class Perturbation:
         self.require_finite(step.size, "gradient")
 
     def _generator(self, step: Step) -> torch.Generator:
-        """A function of seed, step and micro-batch alone, the same on all ranks; for eps of a rank's own of the rank too."""
+        """Make a generator of seed, step and micro-batch, the same on all ranks, and of the rank where eps is a rank's own."""
         group = process_group(self.model) if self.options["scope"] != "step" else None
         rank = dist.get_rank(group) if group is not None else 0
         device = next(self.model.parameters()).device
@@ -114,7 +121,7 @@ class Perturbation:
 
     @contextlib.contextmanager
     def applied(self, step: Step, scale: float = 1.0) -> Iterator[dict[Tensor, Tensor]]:
-        """The weights at theta + scale * eps inside the block, where gradients start anew; yields {parameter: theta}."""
+        """Hold the weights at theta + scale * eps inside the block, where gradients start anew; yield {parameter: theta}."""
         with self.moved(step.params, partial(self._displace, step, scale)) as theta:
             self.where = AT_PERTURBED
             step.directions = []  # frees them, gradients of pass 1 mostly, before pass 2 allocates its own
@@ -122,7 +129,7 @@ class Perturbation:
             yield theta
 
     def moved(self, params: Iterable[Tensor], move: Callable[[], None]) -> contextlib.AbstractContextManager[dict[Tensor, Tensor]]:
-        """The weights where `move` puts them inside the block, in the memory that is kept for it."""
+        """Hold the weights where `move` puts them inside the block; copies of theta go to memory that is kept from step to step."""
         return moved(self.model, params, move, self._theta)
 
     @staticmethod
@@ -143,7 +150,7 @@ class Perturbation:
         return math.hypot(*parts)
 
     def start_gradients(self, earlier: dict[Tensor, Tensor]) -> None:
-        """.grad as it is before a pass: empty, or what earlier micro-batches left."""
+        """Set .grad for a pass to add to: empty, or what earlier micro-batches left."""
         for p in self.model.parameters():
             p.grad = earlier.get(p)
 
@@ -158,7 +165,6 @@ class Perturbation:
 
     def _first_bad(self) -> str:
         for name, p in unwrapped(self.model).named_parameters():
-            g: Any = p.grad
-            if g is not None and not bool((g.to_local() if hasattr(g, "to_local") else g).isfinite().all()):
+            if p.grad is not None and not bool(local(p.grad).isfinite().all()):
                 return f", first in {name}"
         return ""

@@ -8,6 +8,19 @@ import torch
 
 from functional_sam.errors import UserError
 from functional_sam.moments import parts_of
+from functional_sam.vectors import local
+
+
+def listen(optimizer: Any, listener: Any) -> None:
+    """Call listener.before_step(optimizer) and .after_step(optimizer) around each step, for as long as others hold the listener."""
+    here = weakref.ref(listener)
+
+    def tell(what: str, stepping: Any) -> None:
+        if (held := here()) is not None:
+            getattr(held, what)(stepping)
+
+    optimizer.register_step_pre_hook(lambda stepping, *_: tell("before_step", stepping))
+    optimizer.register_step_post_hook(lambda stepping, *_: tell("after_step", stepping))
 
 
 class StepsSeen:
@@ -21,9 +34,7 @@ class StepsSeen:
 
     def _listen(self) -> None:
         if self._watched:
-            here = weakref.ref(self)
-            self._optimizer.register_step_pre_hook(lambda *_: _tell(here(), before=True))
-            self._optimizer.register_step_post_hook(lambda *_: _tell(here(), before=False))
+            listen(self._optimizer, self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy, whose optimizer has come without hooks."""
@@ -39,34 +50,29 @@ class StepsSeen:
         if not self._due or self._version != self._versions():
             return
         grads = [p.grad for p in model.parameters() if p.grad is not None]
-        if any(bool((g.to_local() if hasattr(g, "to_local") else g).any()) for g in grads):
+        if any(bool(local(g).any()) for g in grads):
             raise UserError(
                 "backward was called twice without a step of the optimizer: .grad is replaced, not added to, so the first call is "
                 "lost. Micro-batches of one step go into ONE call, backward([(inputs, targets), ...]); to drop a gradient on "
                 "purpose, zero_grad() first"
             )
 
-    def before(self) -> None:
-        """Called before every step."""
+    def before_step(self, optimizer: Any) -> None:
+        """Raise UserError for a step that a GradScaler takes."""
         if _scales():
             raise UserError(
                 "this step is taken by a GradScaler, which divides by its scale gradients that SharpnessAware never multiplied "
                 "by it: fp16 with loss scaling is not supported. Use bfloat16 autocast (bf16-mixed), which needs no scaler"
             )
 
-    def after(self) -> None:
-        """Called after every step."""
+    def after_step(self, optimizer: Any) -> None:
+        """Count it."""
         self.steps += 1
         self._due = False
 
     def _versions(self) -> int:
-        """Changes with every step, also one that hooks do not see (a compiled one)."""
+        """Return a number that changes with every step, also with one that hooks do not see (a compiled one)."""
         return sum(p._version for group in self._optimizer.param_groups for p in group["params"])
-
-
-def _tell(seen: StepsSeen | None, before: bool) -> None:
-    if seen is not None:
-        (seen.before if before else seen.after)()
 
 
 def _scales() -> bool:

@@ -26,8 +26,16 @@ class Estimate:
 
     @property
     def size(self) -> float:
-        """Of the sample whose standard error has as many degrees of freedom."""
+        """The number of seeds that would give these degrees of freedom: n, unless df is given."""
         return self.n if self.df is None else self.df + 1
+
+    @property
+    def testable(self) -> bool:
+        """Whether a t test says anything: two seeds at least, all finite, and a spread.
+
+        A spread of zero is no evidence: it is that of a count which a few seeds share, or of a metric that saw nothing.
+        """
+        return self.n > 1 and math.isfinite(self.mean) and math.isfinite(self.stderr) and self.stderr != 0.0
 
     @property
     def half_width(self) -> float:
@@ -36,17 +44,14 @@ class Estimate:
 
     @property
     def p(self) -> float:
-        """Two-sided p of "the mean is zero", Student's t; 1 where it cannot be tested.
-
-        A spread of zero is no evidence: it is that of a count which a few seeds share, or of a metric that saw nothing.
-        """
-        if self.n < 2 or not math.isfinite(self.mean) or not math.isfinite(self.stderr) or self.stderr == 0.0:
+        """Two-sided p of "the mean is zero", Student's t; 1 where it is not testable."""
+        if not self.testable:
             return 1.0
         return float(2 * stats.t.sf(abs(self.mean) / self.stderr, self.size - 1))
 
     @property
     def detectable(self) -> float:
-        """The effect that a test of 5 % on as many seeds of this spread finds in 4 of 5 cases; inf for n < 2."""
+        """The effect that a 5 % test on as many seeds of this spread finds with probability POWER; inf for n < 2."""
         return float((_t(0.5 + LEVEL / 2, self.size) + _t(POWER, self.size)) * self.stderr) if self.n > 1 else math.inf
 
 
@@ -63,7 +68,7 @@ class Verdict(StrEnum):
 
     @property
     def sign(self) -> int:
-        """-1 for a loss against the other, 1 for a gain, 0 else."""
+        """1 where the method is better, -1 where it is worse, else 0."""
         return {Verdict.BETTER: 1, Verdict.WON: 1, Verdict.WORSE: -1, Verdict.LOST: -1}.get(self, 0)
 
 
@@ -78,12 +83,12 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Estimate:
-    """Mean and standard error of values - baseline, seed by seed (which share what is drawn); two diverged are equal."""
+    """Estimate the mean of values - baseline, seed by seed (one seed draws the same for both); two that diverged are equal."""
     return estimate([0.0 if a == b else a - b for a, b in zip(values, baseline, strict=True)])
 
 
 def unpaired_difference(values: Sequence[float], others: Sequence[float]) -> Estimate:
-    """mean(values) - mean(others) of two independent samples; standard error and degrees of freedom by Welch."""
+    """Estimate mean(values) - mean(others) of two independent samples; standard error and degrees of freedom by Welch."""
     a, b = estimate(values), estimate(others)
     if not (math.isfinite(a.stderr) and math.isfinite(b.stderr)):
         return Estimate(a.mean - b.mean, math.nan, min(a.n, b.n))
@@ -115,11 +120,8 @@ def ratio(values: Sequence[float], others: Sequence[float]) -> tuple[float, floa
 
 
 def equivalent(difference: Estimate, margin: float) -> bool:
-    """Whether the difference is smaller than the margin in size: two one-sided t tests of 5 %, the 90 % interval within it.
-
-    Not where its spread is zero, as of an accuracy that every run has: nothing was seen that could have differed.
-    """
-    if difference.n < 2 or not math.isfinite(difference.mean) or not math.isfinite(difference.stderr) or not difference.stderr:
+    """Whether |difference| < margin by two one-sided t tests of 5 %: the 90 % interval lies within the margin."""
+    if not difference.testable:
         return False
     return abs(difference.mean) + float(_t(LEVEL, difference.size)) * difference.stderr < margin
 
@@ -137,9 +139,9 @@ def holm(ps: Sequence[float], more: int = 0) -> list[float]:
 
 
 def verdict(difference: Estimate, *, lower_is_better: bool = True, margin: float = 0.0, p: float | None = None) -> Verdict:
-    """Better or worse where p, adjusted by the caller for its family or that of the difference alone, is below 5 %.
+    """Better or worse where p is below 5 %, else "no difference" where equivalent within the margin, else inconclusive.
 
-    Else "no difference" where it is smaller than the margin, else inconclusive. Divergence is worse: a loss that is infinite.
+    p: adjusted by the caller for its family; None: that of the difference alone. Divergence is worse: a loss that is infinite.
     """
     if math.isinf(difference.mean):
         return Verdict.LOST if (difference.mean > 0) == lower_is_better else Verdict.WON
@@ -149,9 +151,9 @@ def verdict(difference: Estimate, *, lower_is_better: bool = True, margin: float
 
 
 def judged(differences: Sequence[Estimate], *, lower_is_better: bool = True, margin: float = 0.0, more: int = 0) -> list[Verdict]:
-    """The verdicts of a family of comparisons, Holm's correction within it; of divergences and single seeds no p is counted.
+    """Judge a family of comparisons, with Holm's correction within it.
 
-    Where both diverged, at different seeds, nothing is told, and that counts as a member with p = 1.
+    Divergences and single seeds are no members. Where both diverged, at different seeds, nothing is told: a member with p = 1.
     more: comparisons of the family that are still to come, counted as null.
     """
     tested = [i for i, one in enumerate(differences) if one.n > 1 and not math.isinf(one.mean)]
@@ -162,4 +164,5 @@ def judged(differences: Sequence[Estimate], *, lower_is_better: bool = True, mar
 
 
 def _t(probability: float, n: float) -> float:
+    """Quantile of Student's t with n - 1 degrees of freedom."""
     return float(stats.t.ppf(probability, n - 1))

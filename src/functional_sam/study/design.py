@@ -25,9 +25,7 @@ class Entry:
 
     method: str = ""  # default: the entry's own name
     label: str = ""  # as readers know it; default: the method's
-    settings: dict[str, Any] = field(
-        default_factory=dict
-    )  # key -> value on the config of its runs, such as method.options.every: 5
+    settings: dict[str, Any] = field(default_factory=dict)  # key -> value on its runs' config, such as method.options.every: 5
     grid: dict[str, list[float]] = field(default_factory=dict)  # key -> values beside the learning rate; all combinations are tried
     rho_scale: float = 1.0  # unit of its radius in that of the grid: a cell's grid of rho is multiplied by it
     steps: float = 1.0  # times those of the cell: AdamW with the time of another method
@@ -151,6 +149,8 @@ def _require_not_its_own(study: Study, cell: Cell) -> None:
 
 
 def _check(study: Study, cell: Cell, where: str) -> None:
+    """Raise UserError for a cell that contradicts itself, names what is not there, or does not try all entries alike."""
+
     def require(condition: bool, message: str) -> None:
         if not condition:
             raise UserError(f"{where}: {message}")
@@ -195,7 +195,7 @@ def has_radius(study: Study, name: str) -> bool:
 
 
 def inherited_keys(study: Study, cell: Cell) -> list[str]:
-    """What the other entries of a cell wait for: keys of the baseline's choice that they take, unless their own grid has them."""
+    """List the keys that the other entries take from the baseline's choice, and so wait for, unless their own grid has them."""
     return [key for key in study.inherit if key in grid_of(study, cell, cell.entries[0])] if cell.choose else []
 
 
@@ -227,12 +227,11 @@ def trials(study: Study, cell: Cell, name: str, centre: float, inherited: tuple[
 def make(
     study: Study, cell: Cell, name: str, trial: Trial, seed: int, *, reported: bool = False, curvature: bool = False
 ) -> Config:
-    """The config of one run: task, scale, study, cell, entry, trial, seed, and the command line's overrides over all of them."""
-    config = copy.deepcopy(_base(study.name, study.scale, study.overrides, _key(study.settings), _key(cell.settings), cell.task))
-    entry = study.entries[name]
-    given = settings_of(study.overrides)
-    steps = config.training.steps if "training.steps" in given else round(entry.steps * steps_of(study, cell))
-    rows = steps_of(study, cell) * config.training.batch * TASKS[config.kind].units(config)
+    """Make the config of one run: of task, scale, study, cell, entry, trial and seed, the command line's overrides over all."""
+    config, entry, given = copy.deepcopy(_base(study, cell)), study.entries[name], settings_of(study.overrides)
+    task, baseline_steps = TASKS[config.kind], steps_of(study, cell)
+    steps = config.training.steps if "training.steps" in given else round(entry.steps * baseline_steps)
+    units = baseline_steps * config.training.batch * task.units(config)
     values: dict[str, Any] = {
         "method.name": entry.method or name,
         **entry.settings,
@@ -242,7 +241,7 @@ def make(
         "training.data_seed": seed,
         "training.test": reported,
         "training.test_best": reported and cell.best,
-        f"data.unique_{TASKS[config.kind].unit}": None if cell.epochs is None else rows // cell.epochs,
+        f"data.unique_{task.unit}": None if cell.epochs is None else units // cell.epochs,
         "measure.curvature": curvature,
         **(cell.report if reported else {}),
         **dict(trial.values),
@@ -271,13 +270,18 @@ def put(config: Config, key: str, value: Any) -> None:
     setattr(owner, rest, float(value) if real and isinstance(value, int) else value)
 
 
-def _key(settings: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+def _base(study: Study, cell: Cell) -> Config:
+    """The config that all runs of a cell start from; to be copied before it is changed."""
+    return _composed(study.name, study.scale, study.overrides, _hashable(study.settings), _hashable(cell.settings), cell.task)
+
+
+def _hashable(settings: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
     return tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in settings.items())
 
 
 @functools.lru_cache(maxsize=256)
-def _base(name: str, scale: str, overrides: tuple[str, ...], of_study: Any, of_cell: Any, task: str) -> Config:
-    """Composing takes 30 ms, and a study has hundreds of runs."""
+def _composed(name: str, scale: str, overrides: tuple[str, ...], of_study: Any, of_cell: Any, task: str) -> Config:
+    """Compose the config of a cell. That takes 30 ms, and a study has hundreds of runs; `name` tells studies apart."""
     config = compose(task, "adamw", scale, overrides=overrides)
     given = settings_of(overrides)
     for key, value in (*of_study, *of_cell):
@@ -290,12 +294,12 @@ def steps_of(study: Study, cell: Cell) -> int:
     """Updates of a run of the baseline's length."""
     if cell.steps is not None:
         return cell.steps
-    config = _base(study.name, study.scale, study.overrides, _key(study.settings), _key(cell.settings), cell.task)
     assert cell.tokens_per_parameter is not None
-    units = cell.tokens_per_parameter * TASKS[config.kind].size(config)
-    return math.ceil(units / (config.training.batch * TASKS[config.kind].units(config)))
+    config = _base(study, cell)
+    task = TASKS[config.kind]
+    return math.ceil(cell.tokens_per_parameter * task.size(config) / (config.training.batch * task.units(config)))
 
 
 def rounded(value: float) -> float:
-    """Four significant digits: a grid's points have one name however they were computed."""
+    """Round to four significant digits: a grid's points have one name however they were computed."""
     return float(f"{value:.4g}")

@@ -10,7 +10,7 @@ from functional_sam.records import Source
 
 
 def dose_of(config: Config, source: Source) -> float:
-    """Average over the steps of a run, linear between the measured ones; nan where no finite dose was measured.
+    """Average the dose over the steps of a run, linear between the measured ones; nan where no finite dose was measured.
 
     Measurements are log-spaced. Their plain mean would give half of its weight to the first thirtieth of the run, in warm-up.
     """
@@ -22,18 +22,18 @@ def dose_of(config: Config, source: Source) -> float:
 
 
 def dose_at_measured_steps(config: Config, source: Source) -> float:
-    """Plain mean of the measurements, whatever their steps: what the protocol called the dose at first."""
+    """Average the measurements, whatever their steps: what the protocol called the dose at first."""
     doses = [dose for _, dose in _measured(config, source)]
     return sum(doses) / len(doses) if doses else math.nan
 
 
 def mean_dose(configs: Sequence[Config], source: Source) -> float:
-    """Mean over runs, those left out that have none; nan where none has."""
+    """Average dose_of over the runs that have one; nan where none has."""
     doses = [dose for config in configs if not math.isnan(dose := dose_of(config, source))]
     return sum(doses) / len(doses) if doses else math.nan
 
 
 def _measured(config: Config, source: Source) -> list[tuple[int, float]]:
-    """(step, dose) of each measurement that is a finite number: a run that diverges has others at its end."""
+    """List (step, dose) of the measurements that are finite numbers: a run that diverges has others at its end."""
     lines = source.metrics(config, "dose")
     return [(line["step"], float(line["dose"])) for line in lines if line["dose"] is not None and math.isfinite(line["dose"])]

@@ -57,7 +57,7 @@ def check(planned: Sequence[Planned], source: Source) -> None:
 
 
 def _differing(a: Config, b: Config) -> set[str]:
-    """Keys that differ, method and runtime aside."""
+    """Name the settings in which two configs differ, method, runtime and the measured curvature aside."""
     first, second = (dataclasses.asdict(dataclasses.replace(config, runtime=RuntimeConfig())) for config in (a, b))
     found = set()
     for section, values in first.items():
@@ -71,7 +71,7 @@ def _differing(a: Config, b: Config) -> set[str]:
 
 
 def frame(planned: Sequence[Planned], source: Source, others: Mapping[str, Sequence[str]] = SAM) -> pd.DataFrame:
-    """All cells as one frame, after `check`: one row an entry, or a trial where nothing was chosen.
+    """Read all cells into one frame, after `check`: one row an entry, or a trial where nothing was chosen.
 
     others: what is compared with beside the baseline: NAME of a column minus_NAME -> entries, the first of them that a cell has.
     """
@@ -93,9 +93,9 @@ def _row(
     source: Source,
     others: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
+    """One row: what was set, what came out, the differences, and the curvature where it was measured."""
     config, cell, entry = configs[0], one.cell, one.study.entries[name]
-    task = TASKS[config.kind]
-    sign = 1.0 if task.metric.lower_is_better else -1.0
+    task, sign = TASKS[config.kind], _sign(config)
     units = config.training.steps * config.training.batch * task.units(config)
     losses = tested(configs, source, cell.best)
     found = estimate([sign * loss for loss in losses])
@@ -128,24 +128,41 @@ def _row(
         "seconds": estimate([float(source.summary(c).get("seconds", math.nan)) for c in configs]).mean,
         "label": entry.label,
     }
-    against = {"baseline": _twin(one, base, trial)}
-    for column, names in others.items():
-        other = next((known for known in names if known in one.cell.entries), "")
-        against[column] = None if name in (base[0], other) else _like(one, other, trial)
-    for other, twin in against.items():
+    for column, twin in _compared_with(one, name, trial, base, others).items():
         difference = Estimate(math.nan, math.nan, 0)
         if twin is not None and twin != (name, trial):
             theirs = tested(one.reported[twin], source, cell.best)
             difference = paired_difference([sign * a for a in losses], [sign * b for b in theirs])
             if math.isnan(difference.mean):  # each diverged at a seed of its own: there is a difference, and it has no mean
                 difference = Estimate(math.nan, math.inf, difference.n)
-        row |= {f"minus_{other}": difference.mean, f"minus_{other}_stderr": difference.stderr}
+        row |= {f"minus_{column}": difference.mean, f"minus_{column}_stderr": difference.stderr}
+    return row | _curvature(configs, source)
+
+
+def _sign(config: Config) -> float:
+    """1 or -1, which makes the task's metric of a loss (see score), and back."""
+    return 1.0 if TASKS[config.kind].metric.lower_is_better else -1.0
+
+
+def _compared_with(
+    one: Planned, name: str, trial: Trial, base: tuple[str, Trial], others: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[str, Trial] | None]:
+    """Column minus_NAME -> the entry and trial that a row is compared with there, None for none."""
+    found = {"baseline": _twin(one, base, trial)}
+    for column, names in others.items():
+        other = next((known for known in names if known in one.cell.entries), "")
+        found[column] = None if name in (base[0], other) else _like(one, other, trial)
+    return found
+
+
+def _curvature(configs: list[Config], source: Source) -> dict[str, Any]:
+    """Means of DIAGNOSIS over the runs whose curvature was measured, and their number."""
     measured = [c for c in configs if c.measure.curvature and not source.summary(c).get("diverged")]
-    row["n_curvature"] = len(measured)
+    found: dict[str, Any] = {"n_curvature": len(measured)}
     for key, path in DIAGNOSIS.items():
         values = [float(_inside(source.read(c, "curvature.json"), path)) for c in measured]
-        row[key] = estimate(values).mean if values else math.nan
-    return row
+        found[key] = estimate(values).mean if values else math.nan
+    return found
 
 
 def _held(config: Config, unit: str, source: Source) -> int | None:
@@ -155,14 +172,14 @@ def _held(config: Config, unit: str, source: Source) -> int | None:
 
 
 def _twin(one: Planned, base: tuple[str, Trial], trial: Trial) -> tuple[str, Trial] | None:
-    """What a row is compared to: the baseline as chosen, or, where nothing was chosen, the baseline at the same learning rate."""
+    """Find the baseline that a row is compared with: as chosen, or, where nothing was chosen, at the same learning rate."""
     if one.cell.choose:
         return base
     return next((key for key in one.reported if key[0] == base[0] and key[1].get(LR) == trial.get(LR)), None)
 
 
 def _like(one: Planned, name: str, trial: Trial) -> tuple[str, Trial] | None:
-    """Another entry as chosen, or at the same learning rate and radius."""
+    """Find another entry to compare a row with: as chosen, or, where nothing was chosen, at the same learning rate and radius."""
     of = [key for key in one.reported if key[0] == name]
     if one.cell.choose:
         return of[0] if of else None
@@ -170,7 +187,7 @@ def _like(one: Planned, name: str, trial: Trial) -> tuple[str, Trial] | None:
 
 
 def tested(configs: Sequence[Config], source: Source, best: bool) -> list[float]:
-    """The metric of every run on the test split, as a loss, inf where it diverged: no run is left out."""
+    """Score every run on the test split: its metric as a loss, inf where it diverged. No run is left out."""
     return [score(config, source, best, "test_") for config in configs]
 
 
@@ -183,8 +200,7 @@ def by_seed(planned: Sequence[Planned], source: Source) -> pd.DataFrame:
         for (name, trial), configs in one.reported.items():
             twin = _twin(one, base, trial)
             assert twin is not None
-            metric = TASKS[configs[0].kind].metric
-            sign = 1.0 if metric.lower_is_better else -1.0
+            sign = _sign(configs[0])
             own, theirs = (tested(of, source, one.cell.best) for of in (configs, one.reported[twin]))
             for config, a, b in zip(configs, own, theirs, strict=True):
                 rows.append(
@@ -207,7 +223,7 @@ def by_seed(planned: Sequence[Planned], source: Source) -> pd.DataFrame:
 
 
 def difference(row: Any, other: str = "baseline") -> Estimate:
-    """A row's paired difference; n = 0 where there is none. Of two that diverged at different seeds its standard error is inf."""
+    """Read a row's paired difference; n = 0 where there is none, stderr inf where the two diverged at different seeds."""
     mean, stderr = float(getattr(row, f"minus_{other}")), float(getattr(row, f"minus_{other}_stderr"))
     return Estimate(mean, stderr, 0 if math.isnan(mean) and not math.isinf(stderr) else int(row.n))
 
@@ -215,7 +231,7 @@ def difference(row: Any, other: str = "baseline") -> Estimate:
 def judge(
     data: pd.DataFrame, margin: float, other: str = "baseline", family: Callable[[Any], bool] | None = None, more: int = 0
 ) -> pd.DataFrame:
-    """The frame with columns verdict_OTHER, detectable_OTHER and half_OTHER (of the 95 % interval); Holm over the family.
+    """Add columns verdict_OTHER, detectable_OTHER and half_OTHER (of the 95 % interval), with Holm's correction over the family.
 
     family: the rows that a claim quantifies over, all with a difference unless given; the others are judged one by one, unadjusted.
     more: comparisons of the family that are still to come, counted as null.

@@ -84,55 +84,54 @@ def score(config: Config, source: Source, best: bool = False, split: str = "") -
 
 
 def plan_cell(study: Study, cell: Cell, source: Source) -> Planned:
-    """The runs of a cell that are known so far; Planned.complete says whether these are all, and done."""
+    """Plan the runs of a cell that are known so far; Planned.complete says whether these are all, and done."""
     centre = find_centre(study, cell, source)
     searches: dict[str, Search] = {}
-    reported: dict[tuple[str, Trial], list[Config]] = {}
-    known = centre.best is not None
+    to_report: dict[str, list[Trial]] = {}  # of each entry, once those of all entries are known
     if centre.best is not None:
         lr = centre.best.get(LR)
         assert lr is not None
         if cell.choose:
             searches = search_all(study, cell, lr, source)
             chosen = {name: [one.best] for name, one in searches.items() if one.best is not None}
-            known = len(chosen) == len(cell.entries)
-            tried = chosen if known else {}
+            to_report = chosen if len(chosen) == len(cell.entries) else {}
         else:
-            tried = {name: trials(study, cell, name, lr) for name in cell.entries}
-        for name, of in tried.items():
-            for trial in of:
-                reported[name, trial] = [
-                    make(study, cell, name, trial, seed, reported=True, curvature=index < cell.curvature)
-                    for index, seed in enumerate(cell.seeds)
-                ]
-    one = Planned(study, cell, centre, searches, reported, False)
-    complete = known and all(source.done(config) for config in one.configs)
-    return Planned(study, cell, centre, searches, reported, complete)
+            to_report = {name: trials(study, cell, name, lr) for name in cell.entries}
+    reported = {
+        (name, trial): [
+            make(study, cell, name, trial, seed, reported=True, curvature=index < cell.curvature)
+            for index, seed in enumerate(cell.seeds)
+        ]
+        for name, of_entry in to_report.items()
+        for trial in of_entry
+    }
+    one = Planned(study, cell, centre, searches, reported, complete=False)
+    return dataclasses.replace(one, complete=bool(to_report) and all(source.done(config) for config in one.configs))
 
 
 def search_all(study: Study, cell: Cell, lr: float, source: Source) -> dict[str, Search]:
-    """The search of every entry, but for those that wait for the baseline's choice."""
+    """Search among the trials of every entry, but for those that still wait for the baseline's choice."""
     found: dict[str, Search] = {}
     inherited: tuple[tuple[str, float], ...] = ()
-    waited = inherited_keys(study, cell)
-    for name in cell.entries:
-        if any(key not in grid_of(study, cell, name) for key in waited):
+    waited_for = inherited_keys(study, cell)
+    for name in cell.entries:  # the baseline first
+        if any(key not in grid_of(study, cell, name) for key in waited_for):
             continue
-        of = trials(study, cell, name, lr, inherited)
-        found[name] = search(study, cell, name, of, source) if tuned(study, cell, name) else Search(of, [], [], of[0])
+        tried = trials(study, cell, name, lr, inherited)
+        found[name] = search(study, cell, name, tried, source) if tuned(study, cell, name) else Search(tried, [], [], tried[0])
         if name == cell.entries[0] and (best := found[name].best):
-            inherited = tuple((key, value) for key, value in best.values if key in waited)
-            waited = []
+            inherited = tuple((key, value) for key, value in best.values if key in waited_for)
+            waited_for = []
     return found
 
 
 def plan_cells(study: Study, cells: Sequence[Cell], source: Source) -> list[Planned]:
-    """All cells, each as far as it is known."""
+    """Plan all cells, each as far as it is known."""
     return [plan_cell(study, cell, source) for cell in cells]
 
 
 def todo(planned: Sequence[Planned]) -> list[Config]:
-    """Their runs in the order in which they are best done; of a study in turn up to the first cell that is not complete."""
+    """List the cells' runs in the order in which they are best done; of a study in_turn up to the first incomplete cell."""
     wanted: list[Planned] = []
     for one in planned:
         wanted.append(one)
@@ -142,7 +141,7 @@ def todo(planned: Sequence[Planned]) -> list[Config]:
 
 
 def search(study: Study, cell: Cell, name: str, tried: Sequence[Trial], source: Source) -> Search:
-    """An entry's trials on the tuning seeds; the best has the lowest mean, and a diverged run never is."""
+    """Search among an entry's trials on the tuning seeds: the best has the lowest mean, and is none with a diverged run."""
     runs = [[make(study, cell, name, trial, seed) for seed in tuning_seeds(study, cell)] for trial in tried]
     if not all(source.done(config) for configs in runs for config in configs):
         return Search(list(tried), runs, [])
@@ -152,7 +151,8 @@ def search(study: Study, cell: Cell, name: str, tried: Sequence[Trial], source: 
 
 
 def find_centre(study: Study, cell: Cell, source: Source) -> Search:
-    """The baseline's learning rate: its grid grows by its own factor at the end where the best is, study.extensions times at most.
+    """Search for the baseline's learning rate; its grid grows by its own factor at the end where the best is, as often as
+    study.extensions allows.
 
     Of rates within one standard error (paired) of the best mean the smallest is taken: which of two equal ones wins is then no
     matter of rounding. A grid of one rate is that rate, of which no run is needed.
@@ -206,9 +206,9 @@ class _AllDone:
 
 
 def foreseen(study: Study, cells: Sequence[Cell]) -> list[Config]:
-    """As many runs of as many steps as the cells will have in all three stages, had the centre's grid not to grow.
+    """List as many runs, of as many steps, as the cells will have in all three stages if no centre's grid grows.
 
-    Before any is done: which trials will be chosen is not known, and the learning rates of these are not those of the study.
+    For estimates before any run is done: which trials will be chosen is not known, so learning rates are not the study's.
     """
     planned = plan_cells(dataclasses.replace(study, extensions=0), cells, _AllDone())
     return unique(config for one in planned for config in one.configs)
