@@ -1,7 +1,7 @@
 """figure-2: Angle-SAM at matched dose: each task's metric against the angle between the two parts of the sharpness gradient."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -60,8 +60,8 @@ def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
     complete = {name: own for name, own in cells.items() if all(source.done(config) for config in own)}
     shown = _once(configs, *complete.values())
     left = tuple(name for name in cells if name not in complete)
-    by_batch = {name: own for name, own in complete.items() if name not in tests}
-    content = configs, by_batch, {name: own for name, own in tests.items() if name in complete}
+    batches = {name: own for name, own in complete.items() if name not in tests}
+    content = configs, batches, {name: own for name, own in tests.items() if name in complete}
     every = _once(*(cells[name] for name in asked)) if asked else _once(configs, *cells.values())
     return Plan(spec, every, content, source, drawable, shown if drawable else None, left, growing=bool(left))
 
@@ -129,57 +129,52 @@ def draw(plan: Plan) -> Exhibit:
     """
     spec, (grid, cells, _) = plan.spec, plan.content
     batches = [config for own in cells.values() for config in own]
-    data = frame(grid, plan.source)
-    found = comparisons(data, spec.margin)
-    told, table = _tests(plan)
+    data, rows = frame(grid, plan.source), frame(batches, plan.source, BY_BATCH) if batches else pd.DataFrame()
+    found, (told, tests) = comparisons(data, spec.margin), _tests(plan)
+    ends = by_batch(rows, spec.margin).merge(noise_by_batch(plan, batches), on="batch") if batches else pd.DataFrame()
     style.use()
     figure, axes = plt.subplots(2, len(spec.tasks) + bool(batches), figsize=(style.PAGE, 3.9), sharex="col", squeeze=False)
-    for column, (task, config) in enumerate(firsts(grid).items()):
-        part, metric = data[data.task == task], TASKS[config.kind].metric
-        own = found[(found.task == task) & (found.against == "AdamW")]
-        above, below = axes[:, column]
-        base = estimate(list(part[part.method == "adamw"].value))
-        _band(above, base)
-        below.axhline(0.0, color=style.METHOD_COLOR["adamw"])
-        for number, dose in enumerate(spec.dose):
-            beside = 0.12 * (number - (len(spec.dose) - 1) / 2)
-            values = [estimate(list(part[(part.dose == dose) & (part.phi == phi)].value)) for phi in spec.phi]
-            _line(above, values, beside, number, f"Angle-SAM, |correction| = {dose:g} |g|")
-            rows = own[own.dose == dose].set_index("phi").loc[spec.phi]
-            unit = POINTS if metric.name == "accuracy" else 1
-            _line(below, [Estimate(unit * r.difference, unit * r.stderr, r.n) for r in rows.itertuples()], beside, number)
-            _judged(below, rows, beside, number, unit)
-        above.set(
-            title=f"{style.TASK_LABEL.get(task, task)}\n({model(config)})", ylabel=f"validation {metric.label}".replace(" (", "\n(")
-        )
-        below.set(
-            xlabel="$\\phi$ (degrees)\nfunctional part 0, logit part 90",
-            ylabel=f"{metric.name} minus\nAdamW's{' (points)' * (metric.name == 'accuracy')}",
-        )
-        below.set_xticks(range(len(spec.phi)), [f"{phi:g}" for phi in spec.phi])
-    frames, ends = {"": pd.concat([data, told], ignore_index=True), "comparisons": found}, pd.DataFrame()
-    words = [tests_in_words(table)]
+    for column, config in enumerate(firsts(grid).values()):
+        _panels(axes[:, column], config, data, found, spec)
+    words = [tests_in_words(tests)]
     if batches:
-        own = frame(batches, plan.source, BY_BATCH)
-        ends = by_batch(own, spec.margin).merge(noise_by_batch(plan, batches), on="batch")
-        dose, steps = float(own.dose.max()), batches[0].training.steps
+        dose, steps = float(rows.dose.max()), batches[0].training.steps
         draw_by_batch(axes[:, -1], ends, dose, steps)
         words.append(in_words(ends, dose, steps))
-        frames |= {"": pd.concat([data, own, told], ignore_index=True), "batches": ends}
-    frames |= {"tests": table} if len(table) else {}
-    further = "; ".join(filter(None, words))
     figure.align_ylabels()
     style.legend_above(figure, axes[0, 0], columns=2)
-    finding = _finding(found)
+    finding, further = _finding(found), "; ".join(filter(None, words))
     short = f"{sentence(headline(data))} {_significant(found, ends)}"
     style.finding_above(figure, finding if len(spec.dose) == 1 else short)
-    language = [
-        *found[(found.task == "language") & (found.against == "logit part")].verdict,
-        *(ends.verdict if len(ends) else ()),
-    ]
-    said = answer(language, Verdict.BETTER)
-    more = {"tests": tests_figure(table)} if len(table) else {}
+    language = found[(found.task == "language") & (found.against == "logit part")]
+    said = answer([*language.verdict, *(ends.verdict if batches else ())], Verdict.BETTER)
+    frames = {"": pd.concat([data, rows, told], ignore_index=True), "comparisons": found}
+    frames |= {"batches": ends} if batches else {}
+    frames |= {"tests": tests} if len(tests) else {}
+    more = {"tests": tests_figure(tests)} if len(tests) else {}
     return Exhibit(plan, frames, _caption(plan, finding, further), _verdict(found, further), figure, answer=said, more=more)
+
+
+def _panels(column: Iterable[Axes], config: Config, data: pd.DataFrame, found: pd.DataFrame, spec: Spec) -> None:
+    """Both panels of a task, a line a dose. data: `frame` of the sweep; found: its `comparisons`; config: the task's AdamW."""
+    (above, below), metric = column, TASKS[config.kind].metric
+    part, own = data[data.task == config.task], found[(found.task == config.task) & (found.against == "AdamW")]
+    points = metric.name == "accuracy"
+    unit = POINTS if points else 1
+    _band(above, estimate(list(part[part.method == "adamw"].value)))
+    below.axhline(0.0, color=style.METHOD_COLOR["adamw"])
+    for number, dose in enumerate(spec.dose):
+        beside = 0.12 * (number - (len(spec.dose) - 1) / 2)
+        values = [estimate(list(part[(part.dose == dose) & (part.phi == phi)].value)) for phi in spec.phi]
+        _line(above, values, beside, number, f"Angle-SAM, |correction| = {dose:g} |g|")
+        rows = own[own.dose == dose].set_index("phi").loc[spec.phi]
+        _line(below, [Estimate(unit * r.difference, unit * r.stderr, r.n) for r in rows.itertuples()], beside, number)
+        _fill_significant(below, rows, beside, number, unit)
+    name = style.TASK_LABEL.get(config.task, config.task)
+    above.set(title=f"{name}\n({model(config)})", ylabel=f"validation {metric.label}".replace(" (", "\n("))
+    minus = f"{metric.name} minus\nAdamW's{' (points)' if points else ''}"
+    below.set(xlabel="$\\phi$ (degrees)\nfunctional part 0, logit part 90", ylabel=minus)
+    below.set_xticks(range(len(spec.phi)), [f"{phi:g}" for phi in spec.phi])
 
 
 def _tests(plan: Plan) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -239,7 +234,7 @@ def _line(axis: Axes, values: Sequence[Estimate], beside: float, number: int, la
             )
 
 
-def _judged(axis: Axes, rows: pd.DataFrame, beside: float, number: int, unit: float) -> None:
+def _fill_significant(axis: Axes, rows: pd.DataFrame, beside: float, number: int, unit: float) -> None:
     """Filled markers where the angle is better or worse than AdamW."""
     for place, row in enumerate(rows.itertuples()):
         if row.verdict in (Verdict.BETTER, Verdict.WORSE):
@@ -278,10 +273,10 @@ def _significant(found: pd.DataFrame, batches: pd.DataFrame) -> str:
     return f"Significant: {', '.join(words) or 'nothing'}."
 
 
-def _caption(plan: Plan, finding: str, batches: str) -> str:
-    spec = plan.spec
-    if batches:
-        batches = f"; {batches}, noise being the part of |H_F eps|^2 that is sampling noise of the batch (AdamW's weights)"
+def _caption(plan: Plan, finding: str, further: str) -> str:
+    spec, batches = plan.spec, ""
+    if further:
+        batches = f"; {further}, noise being the part of |H_F eps|^2 that is sampling noise of the batch (AdamW's weights)"
     if plan.left:
         words = " (verdicts by batch are so far, Holm over those shown)" if plan.content[1] else ""
         batches += f"; not shown, their runs are not complete: {', '.join(plan.left)}{words}"

@@ -48,6 +48,7 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
     ranks.lead(run.open)
+    count = 0  # steps done
     try:
         if ranks.leads:
             warn_of_slow_bf16(config)
@@ -70,7 +71,7 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
         )
 
         start, seconds = restore(run.directory / "checkpoint", ranks, sharpness)
-        count = start  # steps done
+        count = start
         record = {**provenance(), "hash": config.hash, "data": task.provenance, **ranks.record}
         run.write("provenance.json", resumed(run.read("provenance.json"), record, start) if start else record)
         run.restart_at(start)
@@ -82,8 +83,9 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
         began = time.perf_counter()
         stop.install()
         for step in range(start, training.steps):
+            lr = learning_rate(config.optimizer, step, training.steps)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config.optimizer, step, training.steps)
+                group["lr"] = lr
             # What a step draws (dropout) is its own, whatever was drawn before it: by a method, a measurement, an earlier process.
             torch.manual_seed(seed_of("step", training.data_seed, step, ranks.rank))
             batches = place(ranks.part(task.batch(step)))
@@ -97,7 +99,7 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
             last = count == training.steps
             elapsed = seconds + time.perf_counter() - began
             if count % config.runtime.log_every == 0 or last or count == 1:
-                run.log("train", count, loss=float(loss), lr=group["lr"], seconds=round(elapsed, 3))
+                run.log("train", count, loss=float(loss), lr=lr, seconds=round(elapsed, 3))
             if count in doses_at:
                 run.log("dose", count, dose=sharpness.dose)
             if last or (training.eval_every and count % training.eval_every == 0):
@@ -121,8 +123,7 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
                     f"go on with: functional-sam train {run.directory}"
                 )
 
-        if not evaluated:  # resumed after the last step
-            evaluated = _values(run.metrics("validation")[-1])
+        evaluated = evaluated or _values(run.metrics("validation")[-1])  # none where it was resumed after the last step
         summary: dict[str, Any] = {"step": training.steps, "seconds": 0.0, **evaluated}
         if training.test:
             summary |= _named("test", _evaluate(task, inner, "test"))
@@ -180,7 +181,7 @@ def _evaluate(task: Task, model: torch.nn.Module, split: str) -> dict[str, float
     finally:
         model.train()
     if not math.isfinite(result["loss"]):
-        raise FloatingPointError(f"after training, the {split} loss is {result['loss']}")
+        raise FloatingPointError(f"the {split} loss is {result['loss']}")
     return result
 
 
