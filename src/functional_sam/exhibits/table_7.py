@@ -7,10 +7,10 @@ import pandas as pd
 
 from functional_sam.config import Config
 from functional_sam.exhibits import markdown
-from functional_sam.exhibits.comparison import counted, edge, label, left_out, plan, seen
+from functional_sam.exhibits.comparison import counted, differences, edge, label, left_out, plan, seen
 from functional_sam.exhibits.output import Exhibit, paper_directory
 from functional_sam.exhibits.plan import Plan
-from functional_sam.exhibits.words import answer, tally
+from functional_sam.exhibits.words import answer
 from functional_sam.records import Source
 from functional_sam.study.compare import Estimate, Verdict, estimate, judged, paired_difference
 from functional_sam.study.report import difference, frame, tested
@@ -49,8 +49,8 @@ def draw(plan: Plan) -> Exhibit:
 def headline(data: pd.DataFrame) -> str:
     """How the losses compare, at equal steps and at equal compute, in a few words."""
     methods = data[~data.entry.isin([DOUBLE, PLACEBO])]
-    equal, double = (tally(methods[f"verdict_{other}"]) for other in ("baseline", "double"))
-    return f"methods against AdamW at equal steps: {equal}; at equal compute: {double}"
+    equal, double = (differences(methods, other) for other in ("baseline", "double"))
+    return f"methods minus AdamW at equal steps {equal}; at equal compute {double}"
 
 
 def _cell(one: Planned, source: Source) -> pd.DataFrame:
