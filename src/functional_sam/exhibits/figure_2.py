@@ -127,7 +127,7 @@ def draw(plan: Plan) -> Exhibit:
 
     A further column is the two parts by batch, a further figure the tests, where their cells are complete.
     """
-    spec, (grid, cells, _) = plan.spec, plan.content
+    spec, (grid, cells, tested_cells) = plan.spec, plan.content
     batches = [config for own in cells.values() for config in own]
     data, rows = frame(grid, plan.source), frame(batches, plan.source, BY_BATCH) if batches else pd.DataFrame()
     found, (told, tests) = comparisons(data, spec.margin), _tests(plan)
@@ -151,7 +151,8 @@ def draw(plan: Plan) -> Exhibit:
     frames = {"": pd.concat([data, rows, told], ignore_index=True), "comparisons": found}
     frames |= {"batches": ends} if batches else {}
     frames |= {"tests": tests} if len(tests) else {}
-    more = {"tests": tests_figure(tests)} if len(tests) else {}
+    given = {name: runs[0].optimizer.lr for cell in tested_cells.values() for name, runs in cell.items()}
+    more = {"tests": tests_figure(tests, given["AdamW"])} if len(tests) else {}
     return Exhibit(plan, frames, _caption(plan, finding, further), _verdict(found, further), figure, answer=said, more=more)
 
 

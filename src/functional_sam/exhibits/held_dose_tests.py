@@ -59,10 +59,13 @@ def tested(data: pd.DataFrame, cells: dict[str, Any], margin: float) -> pd.DataF
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
-def tests_figure(table: pd.DataFrame) -> Figure:
-    """figure-2-tests: one row a comparison, families apart; left of zero the first named is better, filled where significant."""
+def tests_figure(table: pd.DataFrame, lr: float) -> Figure:
+    """figure-2-tests: one row a comparison, families apart; left of zero the first named is better, filled where significant.
+
+    lr: learning rate of the runs whose names say none.
+    """
     style.use()
-    figure, axis = plt.subplots(figsize=(style.PAGE, 0.9 + 0.19 * len(table)))
+    figure, axis = plt.subplots(figsize=(style.PAGE, 1.0 + 0.19 * len(table)))
     height, heights, labels = 0.0, [], []
     for _, family in table.groupby("cell", sort=False):
         for row in family.itertuples():
@@ -76,7 +79,7 @@ def tests_figure(table: pd.DataFrame) -> Figure:
     axis.axvline(0.0, color=style.METHOD_COLOR["adamw"])
     axis.set(yticks=heights, yticklabels=labels, ylim=(height - 0.9, -0.6))
     axis.tick_params(axis="y", length=0)
-    axis.set_xlabel("validation loss, the first minus the other (nats per token)")
+    axis.set_xlabel(f"validation loss, the first minus the other\n(nats per token; rate {lr:g} where none is named)")
     figure.tight_layout()
     n, batch = "/".join(str(one) for one in sorted(set(table.n))), table.batch.iloc[0]
     style.finding_above(figure, f"On {n} fresh seeds at {batch} rows a step: {_significant(table)}")
