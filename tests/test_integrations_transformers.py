@@ -242,7 +242,7 @@ def test_a_router_at_its_published_coefficient_is_refused(tmp_path):
     for words in ({"output_router_logits": True}, {"output_router_logits": True, "router_aux_loss_coef": 0.0}, {}):
         model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**shape, **words))
         if words == {"output_router_logits": True}:
-            with pytest.raises(UserError, match=r"a part of it comes from elsewhere \(a router\)"):
+            with pytest.raises(UserError, match=r"a part of it does not come from the logits \(a router\)"):
                 trained(SharpnessAwareTrainer, model, tmp_path, sharpness={"method": "sam"})
         else:
             trained(SharpnessAwareTrainer, model, tmp_path, sharpness={"method": "sam"}, max_steps=1)
