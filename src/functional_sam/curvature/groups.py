@@ -66,7 +66,7 @@ def select(model: nn.Module, chosen: Selection) -> list[nn.Parameter]:
             found += named
         found = list(dict.fromkeys(found))
     if not found or not all(parameter.requires_grad for parameter in found):
-        raise UserError("some selected parameters are frozen, or none is selected: set requires_grad on those whose curvature you want")
+        raise UserError("parameters are frozen, or none is selected: set requires_grad on those whose curvature you want")
     return found
 
 
