@@ -6,7 +6,7 @@ import pandas as pd
 
 from functional_sam.exhibits.comparison import label
 from functional_sam.exhibits.markdown import interval
-from functional_sam.study.compare import Estimate, holm, judged, paired_difference
+from functional_sam.study.compare import Estimate, family, paired_difference
 
 PART = "fresh"
 COMPARED = (("sam", "adamw"), ("functional-sam", "sam"), ("functional-sam", "adamw"))
@@ -27,15 +27,7 @@ def on_fresh_seeds(seeds: pd.DataFrame, margin: float) -> pd.DataFrame:
                 pairs = own.merge(theirs, on="seed", suffixes=("", "_other"), validate="one_to_one")
                 found.append(paired_difference(list(pairs.test), list(pairs.test_other)))
                 rows.append({"cell": cell, "batch": own.batch.iloc[0], "entry": name, "other": other, "rho": rho})
-        columns = {
-            "n": [one.n for one in found],
-            "difference": [one.mean for one in found],
-            "stderr": [one.stderr for one in found],
-            "half_width": [one.half_width for one in found],
-            "p_holm": holm([one.p for one in found]),
-            "verdict": list(map(str, judged(found, margin=margin))),
-        }
-        tables.append(pd.DataFrame(rows).assign(**columns))
+        tables.append(pd.DataFrame(rows).assign(**family(found, margin)))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 

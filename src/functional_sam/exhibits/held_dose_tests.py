@@ -11,7 +11,9 @@ from functional_sam.config import Config
 from functional_sam.exhibits import style
 from functional_sam.exhibits.markdown import interval
 from functional_sam.exhibits.spec import Spec
-from functional_sam.study.compare import Estimate, Verdict, holm, judged, paired_difference
+from functional_sam.study.compare import Estimate, Verdict, family, paired_difference
+
+SIGNIFICANT = (str(Verdict.BETTER), str(Verdict.WORSE))  # also where one diverged
 
 
 def is_test(cell: dict[str, Any]) -> bool:
@@ -42,20 +44,9 @@ def tested(data: pd.DataFrame, cells: dict[str, Any], margin: float) -> pd.DataF
         pairs = [(run, other) for run, others in cell["tests"].items() for other in others]
         by = {run: list(own.sort_values("seed").value) for run, own in data[data.seed.isin(cell["seeds"])].groupby("run")}
         found = [paired_difference(by[run], by[other]) for run, other in pairs]
-        columns = {
-            "cell": name,
-            "batch": cell["settings"]["training"]["batch"],
-            "run": [run for run, _ in pairs],
-            "other": [other for _, other in pairs],
-            "n": [one.n for one in found],
-            "difference": [one.mean for one in found],
-            "stderr": [one.stderr for one in found],
-            "half_width": [one.half_width for one in found],
-            "p": [one.p for one in found],
-            "p_holm": holm([one.p for one in found]),
-            "verdict": list(map(str, judged(found, margin=margin))),
-        }
-        tables.append(pd.DataFrame(columns))
+        names = {"run": [run for run, _ in pairs], "other": [other for _, other in pairs], "p": [one.p for one in found]}
+        rows = pd.DataFrame(names | family(found, margin))
+        tables.append(rows.assign(cell=name, batch=cell["settings"]["training"]["batch"]))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
@@ -67,9 +58,9 @@ def tests_figure(table: pd.DataFrame, lr: float) -> Figure:
     style.use()
     figure, axis = plt.subplots(figsize=(style.PAGE, 1.0 + 0.19 * len(table)))
     height, heights, labels = 0.0, [], []
-    for _, family in table.groupby("cell", sort=False):
-        for row in family.itertuples():
-            filled, found = row.verdict in (Verdict.BETTER, Verdict.WORSE), Estimate(row.difference, row.stderr, row.n)
+    for _, part in table.groupby("cell", sort=False):
+        for row in part.itertuples():
+            filled, found = row.verdict.startswith(SIGNIFICANT), Estimate(row.difference, row.stderr, row.n)
             look = {"marker": style.OTHER_MARKER}
             style.marks(axis, [height], [found], "angle-sam", joined=False, horizontal=True, filled=filled, look=look)
             heights.append(height)
@@ -88,7 +79,7 @@ def tests_figure(table: pd.DataFrame, lr: float) -> Figure:
 
 def _significant(table: pd.DataFrame) -> str:
     """What is significant, in a sentence's part."""
-    told = table[table.verdict.isin([Verdict.BETTER, Verdict.WORSE])]
+    told = table[table.verdict.str.startswith(SIGNIFICANT)]
     each = [
         f"{run} is {' and '.join(f'{word} than {_listed(own.other)}' for word, own in part.groupby('verdict', sort=False))}"
         for run, part in told.groupby("run", sort=False)
@@ -105,11 +96,11 @@ def _listed(names: Iterable[str]) -> str:
 def tests_in_words(table: pd.DataFrame) -> str:
     """Every comparison with interval and verdict, as part of a sentence; empty without one."""
     each = []
-    for _, family in table.groupby("cell", sort=False) if len(table) else ():
+    for _, part in table.groupby("cell", sort=False) if len(table) else ():
         words = ", ".join(
             f"{row.run} minus {row.other} {interval(row.difference, row.half_width, sign=True)} ({row.verdict})"
-            for row in family.itertuples()
+            for row in part.itertuples()
         )
-        size = "a family of its own" if len(family) == 1 else f"a family of {len(family)}"
-        each.append(f"on {family.n.iloc[0]} fresh seeds at {family.batch.iloc[0]} rows {words}, {size}")
+        size = "a family of its own" if len(part) == 1 else f"a family of {len(part)}"
+        each.append(f"on {part.n.iloc[0]} fresh seeds at {part.batch.iloc[0]} rows {words}, {size}")
     return "; ".join(each)

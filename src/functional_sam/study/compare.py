@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -161,6 +162,18 @@ def judged(differences: Sequence[Estimate], *, lower_is_better: bool = True, mar
     return [
         verdict(one, lower_is_better=lower_is_better, margin=margin, p=adjusted.get(i, 1.0)) for i, one in enumerate(differences)
     ]
+
+
+def family(differences: Sequence[Estimate], margin: float) -> dict[str, list[Any]]:
+    """Columns of a table, a row a comparison: n, difference, standard error, half width, p by Holm, verdict within the family."""
+    return {
+        "n": [one.n for one in differences],
+        "difference": [one.mean for one in differences],
+        "stderr": [one.stderr for one in differences],
+        "half_width": [one.half_width for one in differences],
+        "p_holm": holm([one.p for one in differences]),
+        "verdict": list(map(str, judged(differences, margin=margin))),
+    }
 
 
 def _t(probability: float, n: float) -> float:
