@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from functional_sam.config import Config, compose, configs_directory, load, refuse_names, settings_of, to_yaml, validated
+from functional_sam.config.files import mapping
 from functional_sam.errors import UserError
 from functional_sam.models import PUBLISHED, Decoder
 
@@ -108,11 +109,22 @@ def test_yaml_round_trip(tmp_path):
     assert load(tmp_path / "config.yaml") == config
 
 
+def test_what_a_run_has_written_is_read_as_omegaconf_reads_it(tmp_path):
+    """By YAML alone, which is 20 times faster: numbers, none, and words that look like numbers or dates."""
+    config = compose("language", "sam")
+    config.optimizer.lr, config.optimizer.eps, config.training.jitter = 1e-07, 1e16, float("inf")
+    config.data.hub, config.data.tokenizer, config.data.texts = "1e-3", "2026-11-30", "null"
+    config.method.options = {"rho_schedule": "off", "phi": 1e-05, "nested": {"1": [None, True, "yes", "0x10", "1_0", ""]}}
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    assert repr(mapping(path, written=True)) == repr(mapping(path))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("- 1", "expected a mapping, found a list"),
-        ("5", "cannot be read"),
+        ("5", "expected a mapping, found a number"),
         ("a: [", r"cannot be read \(while parsing a flow node .*line 2"),
         ("training: {steps: x}", "training.steps: Value 'x'"),
         ("training: 3", "int is not a subclass of TrainingConfig"),

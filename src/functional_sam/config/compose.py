@@ -144,7 +144,7 @@ def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def load(path: Path) -> Config:
     """A config from a run directory's config.yaml."""
-    content = mapping(path)
+    content = mapping(path, written=True)
     _check_keys(content, str(path))
     return validated(_merged(content, [(str(path), content)]))
 
