@@ -152,7 +152,7 @@ def draw(plan: Plan) -> Exhibit:
     frames |= {"batches": ends} if batches else {}
     frames |= {"tests": tests} if len(tests) else {}
     given = {name: runs[0].optimizer.lr for cell in tested_cells.values() for name, runs in cell.items()}
-    more = {"tests": tests_figure(tests, given["AdamW"])} if len(tests) else {}
+    more = {"tests": tests_figure(tests, spec.cells, given["AdamW"])} if len(tests) else {}
     return Exhibit(plan, frames, _caption(plan, finding, further), _verdict(found, further), figure, answer=said, more=more)
 
 

@@ -1,11 +1,11 @@
 """figure-2's tests: named runs on seeds that suggested nothing, each cell a family (paper/PROTOCOL.md, "Held dose by batch")."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.transforms import blended_transform_factory
 
 from functional_sam.config import Config
 from functional_sam.exhibits import style
@@ -14,6 +14,7 @@ from functional_sam.exhibits.spec import Spec
 from functional_sam.study.compare import Estimate, Verdict, family, paired_difference
 
 SIGNIFICANT = (str(Verdict.BETTER), str(Verdict.WORSE))  # also where one diverged
+LABELS = 0.36  # of the figure's width: the names of what is compared
 
 
 def is_test(cell: dict[str, Any]) -> bool:
@@ -50,57 +51,55 @@ def tested(data: pd.DataFrame, cells: dict[str, Any], margin: float) -> pd.DataF
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
-def tests_figure(table: pd.DataFrame, lr: float) -> Figure:
-    """figure-2-tests: one row a comparison, families apart; left of zero the first named is better, filled where significant.
+def tests_figure(table: pd.DataFrame, cells: dict[str, Any], lr: float) -> Figure:
+    """figure-2-tests: under each cell's question its comparisons; left of zero the first named is better, filled where significant.
 
     lr: learning rate of the runs whose names say none.
     """
     style.use()
-    figure, axis = plt.subplots(figsize=(style.PAGE, 1.0 + 0.19 * len(table)))
-    height, heights, labels = 0.0, [], []
-    for _, part in table.groupby("cell", sort=False):
+    rows = len(table) + 1.2 * table.cell.nunique()
+    figure, axis = plt.subplots(figsize=(style.PAGE, 0.5 + 0.195 * rows))
+    figure.subplots_adjust(left=LABELS + 0.01, right=0.99, bottom=0.55 / figure.get_figheight(), top=1.0)
+    at_left = blended_transform_factory(figure.transFigure, axis.transData)
+    height, heights = 0.0, []
+    for cell, part in table.groupby("cell", sort=False):
+        axis.text(0.0, height, cells[cell]["question"], transform=at_left, va="center", fontsize=7, fontweight="bold")
         for row in part.itertuples():
-            filled, found = row.verdict.startswith(SIGNIFICANT), Estimate(row.difference, row.stderr, row.n)
-            look = {"marker": style.OTHER_MARKER}
-            style.marks(axis, [height], [found], "angle-sam", joined=False, horizontal=True, filled=filled, look=look)
-            heights.append(height)
-            labels.append(f"{row.run} minus {row.other}")
             height += 1.0
-        height += 0.4
+            filled, found = row.verdict.startswith(SIGNIFICANT), Estimate(row.difference, row.stderr, row.n)
+            method = cells[cell]["runs"][row.run]["method"]
+            style.marks(axis, [height], [found], method, joined=False, horizontal=True, filled=filled)
+            axis.text(LABELS, height, f"{row.run}\nminus {row.other}", transform=at_left, ha="right", va="center", fontsize=5.5)
+            heights.append(height)
+        height += 1.2
     axis.axvline(0.0, color=style.METHOD_COLOR["adamw"])
-    axis.set(yticks=heights, yticklabels=labels, ylim=(height - 0.9, -0.6))
+    axis.set(yticks=heights, yticklabels=[], ylim=(height - 0.5, -0.5))
     axis.tick_params(axis="y", length=0)
-    axis.set_xlabel(f"validation loss, the first minus the other\n(nats per token; rate {lr:g} where none is named)")
-    figure.tight_layout()
-    n, batch = "/".join(str(one) for one in sorted(set(table.n))), table.batch.iloc[0]
-    style.finding_above(figure, f"On {n} fresh seeds at {batch} rows a step: {_significant(table)}")
+    axis.spines["left"].set_visible(False)
+    axis.set_xlabel(f"validation loss, the first minus the other (nats per token)\nrate {lr:g} where none is named")
+    style.finding_above(figure, _finding(table, cells))
     return figure
 
 
-def _significant(table: pd.DataFrame) -> str:
-    """What is significant, in a sentence's part."""
-    told = table[table.verdict.str.startswith(SIGNIFICANT)]
-    each = [
-        f"{run} is {' and '.join(f'{word} than {_listed(own.other)}' for word, own in part.groupby('verdict', sort=False))}"
-        for run, part in told.groupby("run", sort=False)
-    ]
-    return "; ".join(each) or "nothing is significant"
+def _finding(table: pd.DataFrame, cells: dict[str, Any]) -> str:
+    """The first comparison of each cell that the YAML puts into the title; how many, where none of them is complete."""
+    n, batch = ("/".join(str(one) for one in sorted(set(values))) for values in (table.n, table.batch))
+    first = table.drop_duplicates("cell")
+    shown = [_in_words(row) for row in first.itertuples() if cells[row.cell].get("in_title")]
+    told = f"{table.verdict.str.startswith(SIGNIFICANT).sum()} of {len(table)} comparisons are significant"
+    return f"On {n} fresh seeds at {batch} rows a step: {'; '.join(shown) or told}"
 
 
-def _listed(names: Iterable[str]) -> str:
-    """a, b and c."""
-    *first, last = names
-    return f"{', '.join(first)} and {last}" if first else last
+def _in_words(row: Any) -> str:
+    """A comparison with its interval and verdict."""
+    return f"{row.run} minus {row.other} {interval(row.difference, row.half_width, sign=True)} ({row.verdict})"
 
 
 def tests_in_words(table: pd.DataFrame) -> str:
     """Every comparison with interval and verdict, as part of a sentence; empty without one."""
     each = []
     for _, part in table.groupby("cell", sort=False) if len(table) else ():
-        words = ", ".join(
-            f"{row.run} minus {row.other} {interval(row.difference, row.half_width, sign=True)} ({row.verdict})"
-            for row in part.itertuples()
-        )
+        words = ", ".join(_in_words(row) for row in part.itertuples())
         size = "a family of its own" if len(part) == 1 else f"a family of {len(part)}"
         each.append(f"on {part.n.iloc[0]} fresh seeds at {part.batch.iloc[0]} rows {words}, {size}")
     return "; ".join(each)
