@@ -192,7 +192,8 @@ def require_no_shared_memory(model: torch.nn.Module) -> None:
 
 def require_no_hooks(model: torch.nn.Module) -> None:
     """Raise UserError for a hook on a parameter, after which .grad is no gradient of the loss, and its derivative no Hessian."""
-    name = next((name for name, p in model.named_parameters() if p._backward_hooks), None)
+    hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    name = next((name for name, p in model.named_parameters() if any(getattr(p, kind, None) for kind in hooks)), None)
     if name is not None:
         raise UserError(
             f"{name} has a hook on its gradient, and second derivatives need the gradient as it is: remove it, or use "
@@ -208,6 +209,10 @@ def require_parameters(model: torch.nn.Module) -> None:
     for name, p in model.named_parameters():
         if p.device.type == "meta":
             raise UserError(f"parameter {name} of {kind} is on the meta device: materialize the model (to_empty) first")
+        if p.is_inference():
+            raise UserError(
+                f"parameter {name} of {kind} was made under torch.inference_mode(), and cannot be trained: make it outside"
+            )
 
 
 def require_no_parameters(loss_fn: Callable[..., Any], model: torch.nn.Module) -> None:
