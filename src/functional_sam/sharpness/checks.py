@@ -50,7 +50,9 @@ def _require_radii(options: dict[str, Any], optimizer: Any) -> None:
         for group in [] if has_rho_of_its_own(part) else part.param_groups:
             radius(group.get("rho", 0.0), "in a parameter group")
     if options["lr_max"] is None:
-        options["lr_max"] = max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
+        # OneCycleLR starts far below its "max_lr", of which initial_lr is a part.
+        rates = [group.get("max_lr", group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+        options["lr_max"] = max(map(float, rates))
     if options["rho_schedule"] == "lr" and options["lr_max"] <= options["lr_min"]:
         raise UserError(
             f'rho_schedule="lr": lr_max={options["lr_max"]:g} is not above lr_min={options["lr_min"]:g}; give lr_max=, the highest '

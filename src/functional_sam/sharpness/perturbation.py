@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -104,6 +105,12 @@ class Perturbation:
             elif options["rho_schedule"] == "lr":
                 # Numbers, whatever lr is (a tensor, for a compiled step): radii are compared, and equal tensors are not one key.
                 fraction = (float(group["lr"]) - options["lr_min"]) / (options["lr_max"] - options["lr_min"])
+                if fraction > 1.0 + 1e-6:
+                    warnings.warn(
+                        f'rho_schedule="lr": a learning rate is above lr_max={options["lr_max"]:g}, where rho cannot follow it: give '
+                        "lr_max=, the highest of the run",
+                        stacklevel=4,
+                    )
                 rho = options["rho_min"] + (rho - options["rho_min"]) * min(max(fraction, 0.0), 1.0)
             result[p] = float(rho if self.fixed is None else self.fixed)
         return result
