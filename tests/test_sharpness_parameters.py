@@ -222,3 +222,14 @@ def test_the_earlier_weights_of_what_is_frozen_by_now():
     model.up.requires_grad_(False)
     step_of(sharpness, optimizer, 3)
     assert torch.equal(sharpness._mix.old[model.up.weight], model.up.weight)
+
+
+@pytest.mark.parametrize("method", ["sam", "functional-sam", "precond-sam"])
+def test_a_model_whose_parameters_are_all_others_is_refused(method):
+    model = make_model()
+    optimizer = adamw(model)
+    sharpness = SharpnessAware(model, optimizer, method, rho=0.3)
+    step_of(sharpness, optimizer, 0)
+    model.load_state_dict(make_model(seed=1).state_dict(), assign=True)
+    with pytest.raises(UserError, match=r"none of the optimizer's parameters is in the model any more"):
+        sharpness.backward([make_batch(seed=1)])

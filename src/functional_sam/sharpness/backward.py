@@ -12,7 +12,7 @@ from functional_sam.errors import UserError
 from functional_sam.losses import cross_entropy
 from functional_sam.moments import owners, unwrapped_optimizer
 from functional_sam.sharpness import first_step
-from functional_sam.sharpness.checks import check, radius, require_moments, require_synchronized
+from functional_sam.sharpness.checks import check, radius, require_moments, require_some_left, require_synchronized
 from functional_sam.sharpness.dose import dose_of_step, plain_gradient
 from functional_sam.sharpness.methods import needs_cotangent, resolve
 from functional_sam.sharpness.mix import MIXES, Mix
@@ -221,6 +221,8 @@ class SharpnessAware:
             mix.measure(passes, self._perturbation, step, kept)
         reached = gradients_of(self.model)  # what the optimizer still holds of a head that was replaced has an old .grad
         step.params = [p for p in step.radii if p in reached]
+        if not step.params:
+            require_some_left(self.model, self._perturbation.optimizer)
         if mix is not None or self.method.path == "penalty":
             step.base = gradients_of(self.model)
             if any(replica.gradient_as_bucket_view for replica in passes.replicas):  # the next pass writes to the same memory

@@ -254,6 +254,16 @@ def require_the_models_own(model: torch.nn.Module, optimizer: Any) -> None:
         )
 
 
+def require_some_left(model: torch.nn.Module, optimizer: Any) -> None:
+    """Raise UserError where the model has none of the optimizer's parameters any more."""
+    inside = set(model.parameters())
+    if not any(p in inside for p in owners(optimizer)):
+        raise UserError(
+            "none of the optimizer's parameters is in the model any more (load_state_dict(assign=True)?): they would be stepped, "
+            "and the model stays as it is. Build the optimizer, and SharpnessAware, after the model has its parameters"
+        )
+
+
 def _require_complex(method: Method, options: dict[str, Any]) -> None:
     """sam, functional and logit along g or the first moment need norms alone, which are those of the pairs (re, im)."""
     if method.ascent not in (None, "gradient", "momentum") or options.get("preconditioned") or method.path == "penalty":

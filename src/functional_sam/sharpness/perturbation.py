@@ -107,8 +107,8 @@ class Perturbation:
                 fraction = (float(group["lr"]) - options["lr_min"]) / (options["lr_max"] - options["lr_min"])
                 if fraction > 1.0 + 1e-6:
                     warnings.warn(
-                        f'rho_schedule="lr": a learning rate is above lr_max={options["lr_max"]:g}, where rho cannot follow it: give '
-                        "lr_max=, the highest of the run",
+                        f'rho_schedule="lr": a learning rate is above lr_max={options["lr_max"]:g}, where rho cannot follow it: '
+                        "give lr_max=, the highest of the run",
                         stacklevel=4,
                     )
                 rho = options["rho_min"] + (rho - options["rho_min"]) * min(max(fraction, 0.0), 1.0)
