@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,9 +36,9 @@ def require_evaluation(model: nn.Module) -> None:
             )
 
 
-def require_gradients_possible(model: nn.Module, parameters: Sequence[Tensor]) -> None:
+def require_gradients_possible(model: nn.Module, parameters: Sequence[Tensor], before: Container[Tensor]) -> None:
     """Raise UserError inside torch.inference_mode(), where all derivatives are zero, for parameters that were made there, and for
-    those that have been frozen, or replaced in the model, since they were selected."""
+    those that have been frozen, or replaced in the model, since they were selected; before: those of the model then."""
     if torch.is_inference_mode_enabled():
         raise UserError(
             "curvature under torch.inference_mode(), where there are no derivatives: take it outside, or use torch.no_grad()"
@@ -47,8 +47,9 @@ def require_gradients_possible(model: nn.Module, parameters: Sequence[Tensor]) -
         raise UserError("parameters made under torch.inference_mode(), which have no derivatives: build or load the model outside")
     present = set(model.parameters())
     for p in parameters:
-        if not p.requires_grad or not (p in present or hasattr(p, "device_mesh")):  # FSDP2 may have it gathered just now
-            what = "is no longer the model's" if p not in present else "is frozen now"
+        gone = p in before and p not in present and not hasattr(p, "device_mesh")  # FSDP2 may have it gathered just now
+        if gone or not p.requires_grad:
+            what = "is no longer the model's" if gone else "is frozen now"
             raise UserError(
                 f"a parameter of shape {list(p.shape)} {what}, and was one when CurvatureProducts was made: make it anew"
             )

@@ -115,6 +115,7 @@ class CurvatureProducts:
         if method == "difference":
             self._differences = Differences(model, self.batches, self.loss_fn, self.forward, self.parameters)
         self._kept: dict[int, Linearization] = {}
+        self._trained = set(model.parameters())
         self._stamp: list[Any] = []
         self._held: list[Tensor] = []  # those of the batches when it was made
         self._full = False
@@ -247,7 +248,7 @@ class CurvatureProducts:
         # Into zeros and not into the first result, which autograd may have made a view of v itself.
         total = [torch.zeros_like(parameter) for parameter in self.parameters] if total is None else total
         count = 0.0
-        require_gradients_possible(self.model, self.parameters)
+        require_gradients_possible(self.model, self.parameters, self._trained)
         require_no_hooks(self._names.names, self.parameters)
         with second_order(self.model, self._device.type):
             self._drop_stale()
