@@ -349,14 +349,51 @@ def test_what_pytorch_refuses_in_place_is_refused(retain):
         CurvatureProducts(InPlace(twice).double(), [(x, y)], retain=retain).gradient()
 
 
-def test_a_batch_changed_under_its_graph_is_refused():
+CHANGES = {
+    "inputs": lambda x, y, batches: x.add_(0.1),
+    "targets": lambda x, y, batches: y.add_(1).remainder_(3),
+    "targets that are ignored": lambda x, y, batches: y[:3].fill_(-100),
+    "another batch": lambda x, y, batches: batches.__setitem__(0, (x * 2, y)),
+    "one batch more": lambda x, y, batches: batches.append((x * 2, y)),
+    "one batch fewer": lambda x, y, batches: batches.pop(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_batches_that_have_changed_make_graphs_anew(change):
+    """Of inputs that no derivative saves, and of targets, autograd tells nothing."""
     x, y = torch.randn(6, 4, dtype=torch.float64, generator=seeded()), torch.arange(6) % 3
-    model = moved(InPlace(lambda a, b: a.tanh() * b).double())
+    model = moved(InPlace(lambda a, b: (a + 0).tanh() * b).double())
+    batches = [(x, y), (x + 1, y.clone())]
+    products = CurvatureProducts(model, batches)
+    v = directions(products)
+    products.hessian(v)
+    change(x, y, batches)
+    fresh = CurvatureProducts(model, batches)
+    for mine, theirs in ((products.hessian, fresh.hessian), (products.gauss_newton, fresh.gauss_newton)):
+        assert error(mine(v), theirs(v)) < 1e-13
+
+
+def test_a_part_that_changes_its_mode_makes_graphs_anew():
+    model = moved(InPlace(lambda a, b: a.tanh() * (b * 2 if model.part.training else b)).double().eval())
+    model.part = torch.nn.Identity().eval()
+    batches = [(torch.randn(6, 4, dtype=torch.float64, generator=seeded()), torch.arange(6) % 3)]
+    products = CurvatureProducts(model, batches)
+    v = directions(products)
+    products.hessian(v)
+    model.part.train()
+    assert error(products.hessian(v), CurvatureProducts(model, batches).hessian(v)) < 1e-13
+
+
+def test_a_tensor_of_forward_changed_under_its_graph_is_refused():
+    x, y = torch.randn(6, 4, dtype=torch.float64, generator=seeded()), torch.arange(6) % 3
+    scale = torch.rand(8, dtype=torch.float64, generator=seeded())
+    model = moved(InPlace(lambda a, b: a.tanh() * b * scale).double())
     products = CurvatureProducts(model, [(x, y)])
     v = directions(products)
     products.hessian(v)
-    x.add_(0.1)
-    with pytest.raises(UserError, match=r"shape \[6, 4\].*release\(\)"):
+    scale.add_(0.1)
+    with pytest.raises(UserError, match=r"shape \[8\].*release\(\)"):
         products.hessian(v)
     products.release()
     assert error(products.hessian(v), CurvatureProducts(model, [(x, y)]).hessian(v)) < 1e-13

@@ -157,3 +157,32 @@ def test_reentrant_checkpointing_is_refused():
     model.reentrant = False
     assert error(products.functional(v), reference) < 1e-8
     assert flat(reference[:2]).norm() > 0
+
+
+@pytest.mark.parametrize("method", ["exact", "difference"])
+def test_an_embedding_that_writes_to_itself_is_refused(method):
+    model = nn.Sequential(nn.Embedding(5, 4, max_norm=0.5), nn.Tanh(), nn.Linear(4, 3)).double()
+    before, products = model[0].weight.clone(), CurvatureProducts(model, [(torch.arange(5), torch.arange(5) % 3)], method=method)
+    for call in (products.gradient, products.loss, lambda: products.hessian(directions(products))):
+        with pytest.raises(UserError, match=r"'0' has max_norm=0.5"):
+            call()
+    assert torch.equal(before, model[0].weight)
+    model[0].max_norm = None
+    products.hessian(directions(products))
+
+
+@pytest.mark.parametrize("method", ["exact", "difference"])
+def test_parameters_that_are_frozen_or_replaced_later(method):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    x = torch.randn(3, 4, dtype=torch.float64, generator=seeded())
+    products = CurvatureProducts(model, [(x, torch.arange(3))], method=method)
+    v = directions(products)
+    products.hessian(v)
+    model[0].weight.requires_grad_(False)
+    with pytest.raises(UserError, match=r"shape \[4, 4\] is frozen now"):
+        products.hessian(v)
+    model[0].weight.requires_grad_(True)
+    products.hessian(v)
+    model[2].weight = model[0].weight
+    with pytest.raises(UserError, match=r"shape \[4, 4\] is no longer the model's"):
+        products.hessian(v)

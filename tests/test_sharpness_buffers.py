@@ -196,3 +196,18 @@ def test_a_state_of_the_loss_is_found_behind_a_function(how):
         grads.append([*(p.grad for p in model.parameters()), its.mean.clone()])
     for a, b in zip(*grads, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("method", ["sam", "functional-sam", "logit-sam"])
+def test_buffers_of_a_scripted_module(method):
+    """Its buffers are held by something that is almost a dictionary."""
+    found = []
+    for scripted in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6), torch.nn.Linear(6, 3)).double()
+        model = torch.jit.script(model) if scripted else model
+        SharpnessAware(model, adamw(model), method, rho=0.3).backward([batch_of(0), batch_of(1)])
+        found.append(({n: p.grad for n, p in model.named_parameters()}, dict(model.named_buffers())))
+    close(found[1][0], found[0][0])
+    close(found[1][1], found[0][1])

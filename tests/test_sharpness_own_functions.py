@@ -241,3 +241,92 @@ def test_looking_at_it_changes_no_number_of_the_step():
         sharpness.backward([batch(), batch(2)])
         found.append((flat(model), model[1].running_mean.clone(), torch.rand(3)))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+# ---------------------------------------------------------------------- what exact second derivatives would go through twice
+
+
+def deep():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4)).double()
+
+
+def halved(module, given, incoming):
+    return (given[0] / 2,)
+
+
+@pytest.mark.parametrize("phi", [0.0, 45.0, 90.0])
+def test_a_modules_hook_that_changes_a_gradient_is_refused(phi):
+    def backward(hook, **words):
+        model = deep()
+        if hook is not None:
+            model[2].register_full_backward_hook(hook)
+        SharpnessAware(model, sgd(model), "angle-sam", rho=0.5, phi=phi, **words).backward([batch()])
+        return flat(model)
+
+    with pytest.raises(UserError, match="full backward hook changes a gradient"):
+        backward(halved)
+    torch.testing.assert_close(backward(lambda *_: None), backward(None), rtol=1e-12, atol=1e-14)
+    assert backward(halved, derivative="difference", step=1e-5).isfinite().all()
+
+
+@pytest.mark.parametrize("what", ["hessian", "gauss_newton", "functional"])
+def test_curvature_through_a_modules_hook_is_refused(what):
+    model = deep()
+    v = [torch.ones_like(p) for p in model.parameters()]
+    wanted = getattr(CurvatureProducts(model, [batch()]), what)(v)
+    handle = model[2].register_full_backward_hook(lambda *_: None)
+    for mine, before in zip(getattr(CurvatureProducts(model, [batch()]), what)(v), wanted, strict=True):
+        torch.testing.assert_close(mine, before, rtol=1e-12, atol=1e-14)
+    handle.remove()
+    model[2].register_full_backward_hook(halved)
+    with pytest.raises(UserError, match="full backward hook changes a gradient"):
+        getattr(CurvatureProducts(model, [batch()]), what)(v)
+
+
+def test_hooks_on_parameters_are_refused_whenever_they_come():
+    def twice(p):
+        p.grad.mul_(2)
+
+    model = deep()
+    sharpness = SharpnessAware(model, sgd(model), "penalty-sam", rho=0.5)
+    sharpness.backward([batch()])
+    model.zero_grad()
+    handle = model[0].weight.register_post_accumulate_grad_hook(twice)
+    for call in (lambda: SharpnessAware(model, sgd(model), "penalty-sam"), lambda: sharpness.backward([batch()])):
+        with pytest.raises(UserError, match=r"0.weight has a hook on its gradient"):
+            call()
+    handle.remove()
+    sharpness.backward([batch()])
+
+
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+def test_spectral_norm_in_training_is_no_constant(norm):
+    model = nn.Sequential(norm(nn.Linear(5, 6)), nn.Tanh(), nn.Linear(6, 4)).double()
+    with pytest.raises(UserError, match=r"spectral_norm at 0.* in training mode .* derivative='difference'"):
+        SharpnessAware(model, sgd(model), "penalty-sam", rho=0.5).backward([batch()])
+    SharpnessAware(model, sgd(model), "penalty-sam", rho=0.5, derivative="difference").backward([batch()])
+    model.zero_grad()
+    model[0].eval()
+    SharpnessAware(model.eval(), sgd(model), "penalty-sam", rho=0.5).backward([batch()])
+
+
+class Bag(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bag, self.head = nn.EmbeddingBag(7, 5).double(), nn.Linear(5, 4).double()
+
+    def forward(self, ids):
+        return self.head(self.bag(ids).tanh())
+
+
+def test_derivatives_that_pytorch_lacks_are_named_with_the_way_out():
+    model, given = Bag(), [(torch.arange(6).view(3, 2), torch.arange(3))]
+    v = [torch.ones_like(p) for p in model.parameters()]
+    missing = r"_embedding_bag_backward' is not implemented.*derivative='difference', method='difference'"
+    with pytest.raises(UserError, match=missing):
+        SharpnessAware(model, sgd(model), "penalty-sam", rho=0.5).backward(given)
+    with pytest.raises(UserError, match=missing):
+        CurvatureProducts(model, given).hessian(v)
+    SharpnessAware(model, sgd(model), "penalty-sam", rho=0.5, derivative="difference").backward(given)
+    CurvatureProducts(model, given, method="difference").hessian(v)

@@ -174,3 +174,62 @@ def test_adaptive_ascents_of_adapters_at_their_start(options):
     SharpnessAware(model, adamw(model), "asam", rho=0.3, **options).backward([(inputs, targets)])
     assert expected[1].norm() > 0.1
     close(gradients(model), dict(zip("AB", expected, strict=True)))
+
+
+# ---------------------------------------------------------------------- a model that changes between steps
+
+
+def step_of(sharpness, optimizer, seed):
+    sharpness.backward([make_batch(seed=seed)])
+    optimizer.step()
+
+
+@pytest.mark.parametrize("subset", [None, lambda name, p: "weight" in name])
+@pytest.mark.parametrize("method", ["sam", "functional-sam", "momentum-sam", "random-sam", "precond-sam"])
+def test_a_head_that_is_replaced(method, subset):
+    """The new one is perturbed, where the subset says so; what the optimizer still holds of the old one counts for no norm."""
+    found = []
+    for keeps_old in (False, True):
+        model = make_model()
+        optimizer = adamw(model)
+        sharpness = SharpnessAware(model, optimizer, method, rho=0.3, subset=subset)
+        step_of(sharpness, optimizer, 0)
+        torch.manual_seed(5)
+        old, model.up = model.up, torch.nn.Linear(model.up.in_features, model.up.out_features).double()
+        held = optimizer.param_groups[0]["params"]
+        if not keeps_old:  # as it should be
+            held[:] = [p for p in held if all(p is not q for q in old.parameters())]
+        held += list(model.up.parameters())
+        step_of(sharpness, optimizer, 1)
+        sharpness.backward([make_batch(seed=2)])
+        found.append(gradients(model))
+        if not keeps_old:
+            anew = SharpnessAware(model, optimizer, method, rho=0.3, subset=subset)
+            anew._perturbation.steps = sharpness.steps - 1  # of which random directions are a function
+            optimizer.zero_grad()
+            anew.backward([make_batch(seed=2)])
+            close(gradients(model), found[0])
+    close(found[1], found[0])
+
+
+def test_the_earlier_weights_of_what_is_frozen_by_now():
+    """TRAM's theta_{t-1} of a parameter that was frozen on the way is where it stays, not where it was before its last step."""
+    model = make_model()
+    optimizer = adamw(model)
+    sharpness = SharpnessAware(model, optimizer, "tram", rho=0.3)
+    for seed in range(3):
+        step_of(sharpness, optimizer, seed)
+    model.up.requires_grad_(False)
+    step_of(sharpness, optimizer, 3)
+    assert torch.equal(sharpness._mix.old[model.up.weight], model.up.weight)
+
+
+@pytest.mark.parametrize("method", ["sam", "functional-sam", "precond-sam"])
+def test_a_model_whose_parameters_are_all_others_is_refused(method):
+    model = make_model()
+    optimizer = adamw(model)
+    sharpness = SharpnessAware(model, optimizer, method, rho=0.3)
+    step_of(sharpness, optimizer, 0)
+    model.load_state_dict(make_model(seed=1).state_dict(), assign=True)
+    with pytest.raises(UserError, match=r"none of the optimizer's parameters is in the model any more"):
+        sharpness.backward([make_batch(seed=1)])

@@ -314,3 +314,18 @@ def test_a_loss_fn_that_counts_nothing():
     sharpness = SharpnessAware(model, adamw(model), "sam", loss_fn=lambda z, t: (z.sum(), 0))
     with pytest.raises(UserError, match="counted no valid target"):
         sharpness.backward([make_batch()])
+
+
+def test_a_radius_that_follows_a_cycle_of_learning_rates():
+    """OneCycleLR starts at a 25th of its highest rate: not the rate at which rho is whole."""
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
+    sharpness = SharpnessAware(model, optimizer, "gsam", rho=0.5)
+    for _ in range(9):
+        assert radius_of(sharpness) == pytest.approx(5.0 * optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    optimizer.param_groups[0]["lr"] = 0.2
+    with pytest.warns(UserWarning, match=r'rho_schedule="lr": a learning rate is above lr_max=0.1'):
+        assert radius_of(sharpness) == pytest.approx(0.5)

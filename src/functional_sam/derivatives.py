@@ -124,13 +124,30 @@ def nodes(outputs: Iterable[Tensor]) -> Iterator[Any]:
         pending += [following for following, _ in node.next_functions]
 
 
+@contextlib.contextmanager
+def missing_derivatives_named() -> Iterator[None]:
+    """Raise UserError, with the way out, where PyTorch has no derivative of a backward (embedding_bag, cdist, ctc_loss)."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "derivative for" not in str(error) or "not implemented" not in str(error):
+            raise
+        raise UserError(
+            f"PyTorch: {str(error).rstrip('.')}. Second derivatives do not exist there: take differences of gradients "
+            "(derivative='difference', method='difference'), or build it from operations that have them"
+        ) from error
+
+
 def watch_kernel(node: Any) -> None:
     """Let the node raise UserError if it is of a torch.autograd.Function whose backward is no function that autograd follows.
 
     Second derivatives of a kernel (numpy, Triton, CUDA) that is not marked once_differentiable are zeros, without a word; a
     constant added to the gradient of an auxiliary loss is added again. Nothing but a backward with create_graph is looked at.
+    So does one where a module's full backward hook has changed a gradient: it would be met again in the second backward.
     """
-    if isinstance(node, BackwardCFunction):
+    if type(node).__name__ == "BackwardHookFunctionBackward":
+        node.register_hook(_require_identity)
+    elif isinstance(node, BackwardCFunction):
         node.register_hook(partial(_require_differentiable, type(node).__name__.removesuffix("Backward")))
 
 
@@ -152,6 +169,17 @@ def _require_differentiable(name: str, given: Sequence[Tensor | None], incoming:
             f"{name}, a torch.autograd.Function, computes its backward outside of autograd (a fused kernel), or adds a constant "
             "there (an injected auxiliary loss): second derivatives would be wrong. Take differences of gradients "
             "(derivative='difference', method='difference'), or give the model the plain operations"
+        )
+
+
+def _require_identity(given: Sequence[Tensor | None], incoming: Sequence[Tensor | None]) -> None:
+    """given: what the hooks of a module have left of `incoming`; the node itself does nothing."""
+    if torch.is_grad_enabled() and any(
+        a is not b and (a is None or b is None or not torch.equal(a, b)) for a, b in zip(given, incoming, strict=True)
+    ):
+        raise UserError(
+            "a module's full backward hook changes a gradient, which second derivatives would go through twice: remove() it, or "
+            "take differences of gradients (derivative='difference', method='difference')"
         )
 
 

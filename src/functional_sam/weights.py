@@ -132,8 +132,10 @@ def buffers_saved(modules: Iterable[torch.nn.Module], always: bool = False) -> C
     @torch.no_grad()
     def restore() -> None:
         for buffers, held, caches in places:
+            present = dict(buffers)  # a scripted module's is almost a dictionary
             for name, buffer in held.items():
-                if buffers.get(name) is not buffer and not (name in caches and has_grown(buffers.get(name), buffer)):
+                now = present.get(name)
+                if now is not buffer and not (name in caches and has_grown(now, buffer)):
                     buffers[name] = buffer
         for buffer, copy in copies.items():
             if not (always and buffer.layout == torch.strided and torch.equal(buffer, copy)):  # a graph may have saved it

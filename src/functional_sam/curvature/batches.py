@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_sam.curvature.buffers import parts
+from functional_sam.curvature.buffers import parts, tensors_of, version
 from functional_sam.errors import UserError
 
 Batch = tuple[Any, Any]
@@ -15,7 +15,8 @@ Batch = tuple[Any, Any]
 class Batches:
     """A list of batches, or anything that gives the same batches each time it is iterated over.
 
-    A list is trusted. Anything else is read once here and compared with that at every pass, by two weighted sums of each tensor.
+    A list is trusted, and may be changed: `written` tells. Anything else is read once here and compared with that at every pass, by
+    two weighted sums of each tensor.
     Raises UserError for no batch, for an iterator, which ends after one pass, and, at a later pass, for batches that differ.
     """
 
@@ -26,12 +27,19 @@ class Batches:
         self.prints: list[Any] | None = None
         if not isinstance(batches, list | tuple):
             self.prints = [_fingerprint(batch) for batch in batches]
-        self.num_batches = len(batches) if isinstance(batches, list | tuple) else len(self.prints or [])
-        if not self.num_batches:
+        if not len(self):
             raise UserError("curvature over no batch: give a list with at least one (inputs, targets)")
 
     def __len__(self) -> int:
-        return self.num_batches
+        return len(self.source) if isinstance(self.source, list | tuple) else len(self.prints or [])
+
+    def written(self) -> tuple[list[Any], list[Any]]:
+        """Return which tensors a list of batches holds and how often each was written to, and the tensors, held so that no other
+        one gets their id."""
+        if self.prints is not None:
+            return [], []
+        tensors = list(tensors_of(self.source))
+        return [(id(tensor), version(tensor)) for tensor in tensors], tensors
 
     def __iter__(self) -> Iterator[Batch]:
         if self.prints is None:

@@ -1,6 +1,6 @@
 """What a forward has changed that is to stay, buffers and batches, and what tensors of any layout consist of."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,12 +31,17 @@ def version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def tensors_of(batch: Any) -> Iterator[Tensor]:
+    """Every tensor in nested lists, tuples and dictionaries."""
+    if isinstance(batch, Tensor):
+        yield batch
+    for item in batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ():
+        yield from tensors_of(item)
+
+
 def written(batch: Any) -> list[tuple[int, int]]:
     """Which tensor and how often written to, of every tensor in nested lists, tuples and dictionaries."""
-    if isinstance(batch, Tensor):
-        return [(id(batch), version(batch))]
-    items = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
-    return [one for item in items for one in written(item)]
+    return [(id(tensor), version(tensor)) for tensor in tensors_of(batch)]
 
 
 class Buffers:
@@ -63,7 +68,7 @@ class Buffers:
         """
         changed = []
         for full, held, name, caches, buffer, before in self.places:
-            now = held.get(name)
+            now = dict(held).get(name)  # a scripted module's is almost a dictionary
             if now is None or (now is buffer and version(now) == before and not self.training):
                 continue  # writing past the version, by .data, is a habit of training
             copy = self.copies[buffer]

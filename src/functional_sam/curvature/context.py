@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from functional_sam.curvature.buffers import Buffers, written
-from functional_sam.derivatives import slow_attention
+from functional_sam.derivatives import missing_derivatives_named, slow_attention
 from functional_sam.errors import UserError
 from functional_sam.weights import moved
 
@@ -21,23 +21,38 @@ one_at_a_time = threading.RLock()
 
 
 def require_evaluation(model: nn.Module) -> None:
-    """Raise UserError for active dropout and batch normalization in training mode, which make each pass one of another loss."""
+    """Raise UserError for what makes each pass one of another loss: active dropout, batch normalization in training mode, and an
+    embedding that writes to its own weights."""
     for name, module in model.named_modules():
         random = any("drop" in key and isinstance(value, float) and value > 0 for key, value in vars(module).items())
         random = random or (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0)
         if module.training and (random or isinstance(module, _BatchNorm)):
             kind = type(module).__name__
             raise UserError(f"curvature of a model in training mode with an active {kind} ({name!r}): call model.eval() first")
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None and module.weight.requires_grad:
+            raise UserError(
+                f"curvature of a model whose {name!r} has max_norm={module.max_norm:g}, by which forward writes to its weights: "
+                "set max_norm = None while it is measured"
+            )
 
 
-def require_gradients_possible(parameters: Sequence[Tensor]) -> None:
-    """Raise UserError inside torch.inference_mode(), where all derivatives are zero, and for parameters that were made there."""
+def require_gradients_possible(model: nn.Module, parameters: Sequence[Tensor], before: Container[Tensor]) -> None:
+    """Raise UserError inside torch.inference_mode(), where all derivatives are zero, for parameters that were made there, and for
+    those that have been frozen, or replaced in the model, since they were selected; before: those of the model then."""
     if torch.is_inference_mode_enabled():
         raise UserError(
             "curvature under torch.inference_mode(), where there are no derivatives: take it outside, or use torch.no_grad()"
         )
     if any(p.is_inference() for p in parameters):
         raise UserError("parameters made under torch.inference_mode(), which have no derivatives: build or load the model outside")
+    present = set(model.parameters())
+    for p in parameters:
+        gone = p in before and p not in present and not hasattr(p, "device_mesh")  # FSDP2 may have it gathered just now
+        if gone or not p.requires_grad:
+            what = "is no longer the model's" if gone else "is frozen now"
+            raise UserError(
+                f"a parameter of shape {list(p.shape)} {what}, and was one when CurvatureProducts was made: make it anew"
+            )
 
 
 def require_no_hooks(names: Sequence[str], parameters: Sequence[Tensor]) -> None:
@@ -60,7 +75,15 @@ def second_order(model: nn.Module, device: str) -> Iterator[None]:
     # Only compiled code needs telling, and torch._dynamo, slow to import, is there if any was.
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
     plain = torch.autocast(device, enabled=False)
-    with one_at_a_time, eager, torch.enable_grad(), plain, sdpa_kernel(SDPBackend.MATH), slow_attention():
+    with (
+        one_at_a_time,
+        eager,
+        torch.enable_grad(),
+        plain,
+        sdpa_kernel(SDPBackend.MATH),
+        slow_attention(),
+        missing_derivatives_named(),
+    ):
         yield
 
 

@@ -139,7 +139,7 @@ class Differences:
     @contextmanager
     def _gradients_apart(self) -> Iterator[None]:
         """Second-order surroundings, .grad empty inside and at the end what it was."""
-        require_gradients_possible(self.parameters)
+        require_gradients_possible(self.model, self.parameters, self._trained)
         everything = list(self.model.parameters())
         before = [p.grad for p in everything]
         for p in everything:

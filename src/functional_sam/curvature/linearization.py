@@ -220,7 +220,7 @@ class _Held:
         if tensor._version != version:
             raise ChangedInPlace(
                 f"a tensor of shape {list(tensor.shape)} that the derivatives need was changed in place: by forward after its use "
-                "(y = y + x in the place of y += x), or, in a batch whose graph is kept, between two products (release() first). "
-                "method='difference' allows the former"
+                "(y = y + x in the place of y += x), or, what forward or loss_fn reads beside the batch, between two products "
+                "(release() first). method='difference' allows the former"
             )
         return tensor

@@ -115,7 +115,9 @@ class CurvatureProducts:
         if method == "difference":
             self._differences = Differences(model, self.batches, self.loss_fn, self.forward, self.parameters)
         self._kept: dict[int, Linearization] = {}
+        self._trained = set(model.parameters())
         self._stamp: list[Any] = []
+        self._held: list[Tensor] = []  # those of the batches when it was made
         self._full = False
         self._num_targets = math.nan
         self._third = False  # whether the forward takes derivatives itself, as far as is known
@@ -133,6 +135,7 @@ class CurvatureProducts:
     def release(self) -> None:
         """Free the kept graphs."""
         self._kept.clear()
+        self._held = []
         self._full = False
 
     def loss(self) -> Tensor:
@@ -245,7 +248,7 @@ class CurvatureProducts:
         # Into zeros and not into the first result, which autograd may have made a view of v itself.
         total = [torch.zeros_like(parameter) for parameter in self.parameters] if total is None else total
         count = 0.0
-        require_gradients_possible(self.parameters)
+        require_gradients_possible(self.model, self.parameters, self._trained)
         require_no_hooks(self._names.names, self.parameters)
         with second_order(self.model, self._device.type):
             self._drop_stale()
@@ -297,7 +300,7 @@ class CurvatureProducts:
             ) from error
 
     def _drop_stale(self) -> None:
-        """Forget the graphs of weights and buffers that have changed, in whatever way, since they were made."""
+        """Forget the graphs of weights, buffers and batches that have changed, in whatever way, since they were made."""
         buffers = [part for buffer in self.model.buffers() for part in parts(buffer)]
         floating = (buffer for buffer in buffers if buffer.is_floating_point())
         tensors = list(dict.fromkeys([*self.parameters, *self.model.parameters(), *floating]))
@@ -306,7 +309,10 @@ class CurvatureProducts:
             places = torch.stack([by_place(t) for t in tensors]).tolist()  # writing by .data leaves no other trace
         everything = [*tensors, *buffers]  # of integers and booleans this alone tells
         versions = [version(t) for t in [*everything, *self.model.buffers()]]
-        stamp = [norms, places, [t.data_ptr() for t in everything], versions, self.model.training]
+        batches, held = self.batches.written()
+        modes = [module.training for module in self.model.modules()]
+        stamp = [norms, places, [t.data_ptr() for t in everything], versions, modes, batches]
         if stamp != self._stamp:
             self.release()
             self._stamp = stamp
+        self._held = held

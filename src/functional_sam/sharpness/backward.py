@@ -12,7 +12,7 @@ from functional_sam.errors import UserError
 from functional_sam.losses import cross_entropy
 from functional_sam.moments import owners, unwrapped_optimizer
 from functional_sam.sharpness import first_step
-from functional_sam.sharpness.checks import check, radius, require_moments, require_synchronized
+from functional_sam.sharpness.checks import check, radius, require_moments, require_some_left, require_synchronized
 from functional_sam.sharpness.dose import dose_of_step, plain_gradient
 from functional_sam.sharpness.methods import needs_cotangent, resolve
 from functional_sam.sharpness.mix import MIXES, Mix
@@ -101,6 +101,8 @@ class SharpnessAware:
         if self._seen.steps and not self._moments_known:
             require_moments(self.method, self.options, self.model, self._perturbation.optimizer, stepped=True)
             self._moments_known = True
+        if self._passes.watched is not None and self.method.path != "plain":
+            first_step.require_repeatable(batches)
         restore_buffers = self._passes.buffers.saved()
         self.dose = None
         self._perturbation.steps += 1
@@ -118,7 +120,9 @@ class SharpnessAware:
                 self._mix.drop()
             restore_buffers()
             raise
-        self._passes.watched, self.dose = None, dose
+        if self.method.path != "plain":
+            first_step.warn_of_others(self._passes.others)
+        self._passes.watched, self._passes.others, self.dose = None, [], dose
         self._seen.left_gradients()
         return loss
 
@@ -215,7 +219,10 @@ class SharpnessAware:
         passes, mix = self._passes, self._mix
         if mix is not None:
             mix.measure(passes, self._perturbation, step, kept)
-        step.params = [p for p in step.radii if p.grad is not None]
+        reached = gradients_of(self.model)  # what the optimizer still holds of a head that was replaced has an old .grad
+        step.params = [p for p in step.radii if p in reached]
+        if not step.params:
+            require_some_left(self.model, self._perturbation.optimizer)
         if mix is not None or self.method.path == "penalty":
             step.base = gradients_of(self.model)
             if any(replica.gradient_as_bucket_view for replica in passes.replicas):  # the next pass writes to the same memory
@@ -249,7 +256,9 @@ class SharpnessAware:
 
     def _ascend_ahead(self, step: Step) -> None:
         """Fill in eps where there is no pass 1: of no gradient, or of that of the first micro-batches, which leaves no trace."""
-        step.params = [p for p in step.radii if p.requires_grad]
+        reshard(self.model)  # gathered parameters are not the optimizer's
+        inside = set(self.model.parameters())
+        step.params = [p for p in step.radii if p.requires_grad and p in inside]
         part = self.options["ascent_part"]
         if part == 1.0:
             self._ascend(step, [], [])

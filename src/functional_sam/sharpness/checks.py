@@ -50,7 +50,9 @@ def _require_radii(options: dict[str, Any], optimizer: Any) -> None:
         for group in [] if has_rho_of_its_own(part) else part.param_groups:
             radius(group.get("rho", 0.0), "in a parameter group")
     if options["lr_max"] is None:
-        options["lr_max"] = max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
+        # OneCycleLR starts far below its "max_lr", of which initial_lr is a part.
+        rates = [group.get("max_lr", group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+        options["lr_max"] = max(map(float, rates))
     if options["rho_schedule"] == "lr" and options["lr_max"] <= options["lr_min"]:
         raise UserError(
             f'rho_schedule="lr": lr_max={options["lr_max"]:g} is not above lr_min={options["lr_min"]:g}; give lr_max=, the highest '
@@ -192,7 +194,8 @@ def require_no_shared_memory(model: torch.nn.Module) -> None:
 
 def require_no_hooks(model: torch.nn.Module) -> None:
     """Raise UserError for a hook on a parameter, after which .grad is no gradient of the loss, and its derivative no Hessian."""
-    name = next((name for name, p in model.named_parameters() if p._backward_hooks), None)
+    hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    name = next((name for name, p in model.named_parameters() if any(getattr(p, kind, None) for kind in hooks)), None)
     if name is not None:
         raise UserError(
             f"{name} has a hook on its gradient, and second derivatives need the gradient as it is: remove it, or use "
@@ -208,6 +211,10 @@ def require_parameters(model: torch.nn.Module) -> None:
     for name, p in model.named_parameters():
         if p.device.type == "meta":
             raise UserError(f"parameter {name} of {kind} is on the meta device: materialize the model (to_empty) first")
+        if p.is_inference():
+            raise UserError(
+                f"parameter {name} of {kind} was made under torch.inference_mode(), and cannot be trained: make it outside"
+            )
 
 
 def require_no_parameters(loss_fn: Callable[..., Any], model: torch.nn.Module) -> None:
@@ -244,6 +251,16 @@ def require_the_models_own(model: torch.nn.Module, optimizer: Any) -> None:
             f"{len(left)} trainable parameters of {kind} are not the optimizer's ({some}): they stay as they are; "
             "requires_grad_(False) says that this is meant",
             stacklevel=4,
+        )
+
+
+def require_some_left(model: torch.nn.Module, optimizer: Any) -> None:
+    """Raise UserError where the model has none of the optimizer's parameters any more."""
+    inside = set(model.parameters())
+    if not any(p in inside for p in owners(optimizer)):
+        raise UserError(
+            "none of the optimizer's parameters is in the model any more (load_state_dict(assign=True)?): they would be stepped, "
+            "and the model stays as it is. Build the optimizer, and SharpnessAware, after the model has its parameters"
         )
 
 

@@ -1,7 +1,10 @@
 """What is looked at in the first step, mostly: whether forward and loss_fn are what later steps take them for."""
 
+import dataclasses
 import math
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+import warnings
+import weakref
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ from functional_sam.vectors import by_place, local
 
 
 def tensors_of(inputs: Any, place: str = "inputs") -> Iterator[tuple[str, Tensor]]:
-    """Yield (place, tensor) for every tensor in nested dictionaries, lists and tuples."""
+    """Yield (place, tensor) for every tensor in nested dictionaries, lists, tuples and dataclasses."""
     if isinstance(inputs, Tensor):
         yield place, inputs
     elif isinstance(inputs, Mapping):
@@ -24,6 +27,51 @@ def tensors_of(inputs: Any, place: str = "inputs") -> Iterator[tuple[str, Tensor
     elif isinstance(inputs, list | tuple):
         for i, part in enumerate(inputs):
             yield from tensors_of(part, f"{place}[{i}]")
+    elif dataclasses.is_dataclass(inputs) and not isinstance(inputs, type):
+        for field in dataclasses.fields(inputs):
+            yield from tensors_of(getattr(inputs, field.name, None), f"{place}.{field.name}")
+
+
+def require_repeatable(batches: Sequence[tuple[Any, Any]]) -> None:
+    """Raise UserError for inputs that are there for one pass only; warn of those whose own gradients would add up over passes."""
+    for inputs, _ in batches:
+        if isinstance(inputs, Iterator):
+            raise UserError(f"inputs are a {type(inputs).__name__}, which the first pass uses up: give list(inputs)")
+        for place, x in tensors_of(inputs):
+            if x.grad_fn is not None:
+                raise UserError(
+                    f"{place} has a graph of its own (an encoder outside the model?), which each pass of the step would go "
+                    "through: detach() it, or let forward compute it from parameters of the model"
+                )
+            if x.requires_grad:
+                _warn_of_sum(f"{place} requires a gradient, and its .grad")
+
+
+Others = list["weakref.ref[Tensor]"]
+
+
+def others(model: torch.nn.Module, z: Tensor, inputs: Any) -> Others:
+    """Return what a backward from z gives a gradient besides the model's parameters and the inputs."""
+    known = {id(x) for x in (*model.parameters(), *(x for _, x in tensors_of(inputs)))}
+    return [weakref.ref(leaf) for leaf in _leaves(z) if id(leaf) not in known]
+
+
+def warn_of_others(found: Others) -> None:
+    """Warn of those that outlive the step: what forward makes for itself (points to differentiate by) is gone by now."""
+    alive = {id(there): there for seen in found if (there := seen()) is not None}
+    for leaf in list(alive.values())[:1]:
+        _warn_of_sum(
+            f"forward reads tensors that require a gradient and are no parameters of the model ({len(alive)}, the first of shape "
+            f"{list(leaf.shape)}), whose .grad"
+        )
+
+
+def _warn_of_sum(what: str) -> None:
+    warnings.warn(
+        f"{what} adds up over all passes of a step, at different weights: do not train by it. Make it a parameter of the model and "
+        "the optimizer, or a constant (detach(), requires_grad_(False), torch.no_grad())",
+        stacklevel=4,
+    )
 
 
 def versions(inputs: Any, targets: Any) -> dict[str, tuple[int, int]]:
@@ -80,6 +128,12 @@ def require_unmoved(before: Fingerprints) -> None:
                 f"{name}, which the optimizer does not train, moved during backward: forward writes to it (a momentum encoder of "
                 "MoCo, BYOL, DINO), and does so in every pass. Move it outside, once a step, after optimizer.step()"
             )
+
+
+def require_graph(z: Tensor) -> None:
+    """Raise UserError for what forward has returned without a way back to the parameters. Asked in every step, at no cost."""
+    if not z.requires_grad:
+        raise UserError("forward returned logits that depend on no parameter: it runs under no_grad, or detaches them")
 
 
 def require_gradients(params: Iterable[Tensor]) -> None:

@@ -302,7 +302,7 @@ class TrustRegion(Mix):
         keeps = self.options["divergence"]
         if keeps == "previous" or (keeps == "initial" and not self.old):
             for p in self.model.parameters():
-                if p.requires_grad:
+                if p.requires_grad or p in self.old:  # frozen by now, it is to be where it stays
                     if p in self.old:
                         self.old[p].copy_(p.detach())
                     else:

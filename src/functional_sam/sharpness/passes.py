@@ -58,6 +58,7 @@ class Passes(Counting):
         if any(replica.static_graph for replica in self.replicas):
             raise UserError("DDP(static_graph=True) takes one synchronized pass a step: build it with static_graph=False")
         self.watched: list[Tensor] | None = None  # in the first step: the weights, which no pass may change
+        self.others: first_step.Others = []  # met in that step
         self.units = sharded_units(model)
         self.buffers = Buffers(model, self.forward, loss_fn)
         self._job: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -65,7 +66,7 @@ class Passes(Counting):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is bound to this very object: a copy would run the original's readout."""
-        return self.__dict__ | {"_job": None, "_eager_readout": None}
+        return self.__dict__ | {"_job": None, "_eager_readout": None, "others": []}
 
     def begin(self, batches: Sequence[Batch]) -> None:
         """Start a step: note the buffers, settle the divisor, and choose whether the head is evaluated in chunks."""
@@ -99,11 +100,13 @@ class Passes(Counting):
             with self._synchronized(sync and i == len(batches) - 1):
                 if self.fused:
                     loss = self._call(inputs, partial(self._loss_readout, targets, memory, kept, remember, logits))
+                    self._look_at(loss, inputs)
                     memory.returned = loss.detach()
                     torch.autograd.backward(loss)
                 else:
                     z = self.forward(self.model, inputs)
                     u = self._cotangent(z, targets, memory, repeated[i] if repeated else None)
+                    self._look_at(z, inputs)
                     torch.autograd.backward(z, u)
                     if remember:
                         memory.u = self._as_kept(u)
@@ -172,6 +175,11 @@ class Passes(Counting):
                         u = u * weight_kept + self._cotangent(z, targets, Kept(()), memory) * weight_here
                     torch.autograd.backward(z, u)
 
+    def _look_at(self, z: Tensor, inputs: Any) -> None:
+        first_step.require_graph(z)
+        if self.watched is not None and not self.sharded:  # of FSDP2 the graph has the gathered parameters
+            self.others += first_step.others(self.model, z, inputs)
+
     # ------------------------------------------------------------------ loss and cotangent
 
     def _cotangent(self, logits: Tensor, targets: Tensor, memory: Kept, earlier: Kept | None = None) -> Tensor:
@@ -205,7 +213,8 @@ class Passes(Counting):
         return u
 
     def _as_kept(self, u: Tensor) -> Tensor:
-        return u if self.keep_dtype is None else u.to(self.keep_dtype)
+        # Contiguous, for of a loss that is a plain sum it may be one number, expanded, and it is scaled in place later.
+        return (u if self.keep_dtype is None else u.to(self.keep_dtype)).contiguous()
 
     def _call(self, inputs: Any, job: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Run forward with `job(h, weight)` in the place of the head; return what forward returns, which is what job did."""

@@ -21,10 +21,18 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from functional_sam.derivatives import differentiable_gradient, nodes, padding_watched, twice_differentiable, watch_kernel
+from functional_sam.derivatives import (
+    differentiable_gradient,
+    missing_derivatives_named,
+    nodes,
+    padding_watched,
+    twice_differentiable,
+    watch_kernel,
+)
 from functional_sam.errors import UserError
 from functional_sam.head import differentiable_cotangent
 from functional_sam.losses import cross_entropy
+from functional_sam.sharpness.checks import require_no_hooks
 from functional_sam.sharpness.methods import coefficients
 from functional_sam.sharpness.passes import Kept, Passes
 from functional_sam.sharpness.perturbation import AT_PERTURBED, Perturbation, Step, complete
@@ -109,6 +117,8 @@ def exact(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kep
     H_G eps = J^T (d2L/dz2) J eps, with d2L/dz2 in closed form for cross-entropy. At 45 degrees u is not held, and one double
     backward gives H eps. Logits are whole here, and the graph of the gradient is kept: a few times the memory of a pass.
     """
+    require_no_hooks(passes.model)  # again: there may be new ones
+    _require_still(passes.model)
     perturbation.where = AT_PERTURBED
     functional, logit = coefficients(perturbation.options["phi"])
     params = list(step.base)
@@ -135,6 +145,17 @@ def exact(passes: Passes, perturbation: Perturbation, step: Step, kept: list[Kep
         torch._foreach_add_(total, list(step.base.values()))
     for p, value in zip(params, total, strict=True):
         p.grad = value
+
+
+def _require_still(model: torch.nn.Module) -> None:
+    """Raise UserError for spectral_norm in training: its vectors follow the weights, and autograd takes them for constants."""
+    for name, module in model.named_modules():
+        parts = (module, *module._forward_pre_hooks.values())
+        if module.training and any(type(part).__name__ in ("SpectralNorm", "_SpectralNorm") for part in parts):
+            raise UserError(
+                f"spectral_norm at {name} in training mode moves its singular vectors with the weights, which second derivatives "
+                "take for constants: use derivative='difference', or eval() for this module"
+            )
 
 
 def _hessian_eps(
@@ -237,5 +258,5 @@ def _cotangent(passes: Passes, z: Tensor, targets: Tensor) -> Tensor:
 def _second_order() -> Iterator[None]:
     """Where a second derivative exists: eager, gradients on, plain attention."""
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
-    with eager, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    with eager, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), missing_derivatives_named():
         yield

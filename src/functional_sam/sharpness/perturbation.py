@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +19,7 @@ from functional_sam.sharpness.methods import Method
 from functional_sam.sharpness.passes import Batch, Kept
 from functional_sam.sharpness.randomness import generator_of
 from functional_sam.vectors import local, norm
-from functional_sam.weights import moved, process_group, unwrapped
+from functional_sam.weights import moved, process_group, reshard, unwrapped
 
 AT_THETA, AT_PERTURBED = "pass 1 (at theta)", "pass 2 (at theta + eps)"
 Rho = float | Callable[[int], float]
@@ -63,11 +64,20 @@ class Perturbation:
 
     def __init__(self, model: torch.nn.Module, optimizer: Any, method: Method, rho: Rho, options: dict[str, Any]) -> None:
         self.model, self.optimizer, self.method, self.rho, self.options = model, optimizer, method, rho, options
+        self._chosen_of = set(model.parameters())
         self.chosen = chosen(model, options["subset"])
         self.steps = 0
         self.fixed: float | None = None  # in the place of every radius (a trial)
         self.where = AT_THETA
         self._theta: dict[Tensor, Tensor] = {}  # memory of the copies, kept from step to step
+
+    def _choose_again(self) -> None:
+        """Choose anew what is perturbed, where the model has other parameters than it had then (a head that was replaced)."""
+        if self.chosen is None:
+            return
+        reshard(self.model)  # gathered parameters are others too
+        if (inside := set(self.model.parameters())) != self._chosen_of:
+            self._chosen_of, self.chosen = inside, chosen(self.model, self.options["subset"])
 
     def radii(self) -> dict[Tensor, float]:
         """Return the radius of this step for each parameter that may be perturbed: rho, or its group's "rho", under rho_schedule.
@@ -80,6 +90,7 @@ class Perturbation:
         A rho that is a function is called with the number of steps before this one. The "rho" of an optimizer that has a
         hyperparameter of that name (Adadelta) is that one, and no radius.
         """
+        self._choose_again()
         options, result = self.options, {}
         general = radius(self.rho(self.steps - 1), f"of step {self.steps - 1}") if callable(self.rho) else self.rho
         own = {p for part in parts_of(self.optimizer) if has_rho_of_its_own(part) for p in owners(part)}
@@ -94,6 +105,12 @@ class Perturbation:
             elif options["rho_schedule"] == "lr":
                 # Numbers, whatever lr is (a tensor, for a compiled step): radii are compared, and equal tensors are not one key.
                 fraction = (float(group["lr"]) - options["lr_min"]) / (options["lr_max"] - options["lr_min"])
+                if fraction > 1.0 + 1e-6:
+                    warnings.warn(
+                        f'rho_schedule="lr": a learning rate is above lr_max={options["lr_max"]:g}, where rho cannot follow it: '
+                        "give lr_max=, the highest of the run",
+                        stacklevel=4,
+                    )
                 rho = options["rho_min"] + (rho - options["rho_min"]) * min(max(fraction, 0.0), 1.0)
             result[p] = float(rho if self.fixed is None else self.fixed)
         return result
