@@ -16,7 +16,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.table import Table
 
-from functional_sam.commands import console, wide
+from functional_sam.commands import console, shown, wide
 from functional_sam.errors import RESUMABLE, Interrupted, UserError
 
 
@@ -219,12 +219,13 @@ def _methods(options: argparse.Namespace) -> int:
 def _benchmark(options: argparse.Namespace) -> int:
     from functional_sam.benchmark import benchmark, curvature, methods
     from functional_sam.exhibits.cost import draw_cost
+    from functional_sam.records.released import results_directory
 
-    directory = Path("results/benchmark")
+    directory = results_directory() / "benchmark"
     frames = benchmark(directory, console, options.rounds or None, options.only)
     for name, frame in frames.items():
         console.print(frame.to_string(index=False, float_format="%.3f", na_rep=""), highlight=False, soft_wrap=True)
-        console.print(f"wrote {directory / name}.csv", highlight=False)
+        console.print(f"wrote {shown(directory / f'{name}.csv')}", highlight=False)
     if "curvature" in frames and curvature.PAGE.is_file():
         curvature.fill(directory / "curvature.csv")
         console.print(f"wrote the table of costs in {curvature.PAGE}", highlight=False, soft_wrap=True)
@@ -232,5 +233,5 @@ def _benchmark(options: argparse.Namespace) -> int:
         methods.fill(directory)
         console.print(f"wrote the table of costs in {methods.PAGE}", highlight=False, soft_wrap=True)
     for path in draw_cost(directory / "time.csv") if "time" in frames else ():
-        console.print(f"wrote {path.relative_to(Path.cwd())}", highlight=False)
+        console.print(f"wrote {shown(path)}", highlight=False)
     return 0
