@@ -69,6 +69,12 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("overrides", nargs="*", help=text)
         return sub
 
+    _commands_of_exhibits(command)
+    _other_commands(command)
+    return parser
+
+
+def _commands_of_exhibits(command: Callable[..., argparse.ArgumentParser]) -> None:
     planned = command("plan", _of("runs", "plan_command"), "list the runs of an exhibit, with progress and time")
     planned.add_argument("--cluster", help="a file of jobs/clusters, by name or path: estimate time and memory on its GPUs")
     run = command("run", _of("runs", "run_command"), "train the missing runs of an exhibit")
@@ -89,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "release the complete runs although others are missing; `run --released` continues from them"
     release.add_argument("--unfinished", action="store_true", help=text)
 
+
+def _other_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     command(
         "claims",
         _of("results", "claims_command"),
@@ -132,7 +140,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--rounds", type=int, default=0, help="repetitions of each method (default: enough for stable medians)")
     bench.add_argument("--only", choices=["methods", "curvature"], help="measure one of the two (default: both)")
-    return parser
 
 
 def _of(module: str, function: str) -> Callable[[argparse.Namespace], int]:

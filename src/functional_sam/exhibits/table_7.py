@@ -1,6 +1,5 @@
 """table-7: translation from scratch, every method against AdamW at equal steps and with twice the steps; loss, BLEU, chrF."""
 
-import csv
 import math
 from collections.abc import Sequence
 
@@ -11,6 +10,7 @@ from functional_sam.exhibits import markdown
 from functional_sam.exhibits.comparison import chosen, counted, differences, label, left_out, level, plan, runs, seen
 from functional_sam.exhibits.output import Exhibit, paper_directory
 from functional_sam.exhibits.plan import Plan
+from functional_sam.exhibits.published import rows
 from functional_sam.exhibits.words import answer
 from functional_sam.records import Source
 from functional_sam.study.compare import Estimate, Verdict, estimate, judged, paired_difference
@@ -121,11 +121,11 @@ def _rows(data: pd.DataFrame) -> str:
 
 def _signs(data: pd.DataFrame) -> str:
     """Published differences of BLEU beside ours: signs alone, for data, model and steps are others."""
-    with (paper_directory() / "numbers.csv").open(newline="", encoding="utf-8") as file:
-        published = {row["id"]: float(row["value"]) for row in csv.DictReader(file)}
+    published = rows(paper_directory() / "numbers.csv")
     lines = []
     for entry in PUBLISHED:
-        gains = [published[f"iwslt14-{split}-{entry}"] - published[f"iwslt14-{split}-adam"] for split in ("valid", "test")]
+        pairs = [[published[f"iwslt14-{split}-{name}"] for name in (entry, "adam")] for split in ("valid", "test")]
+        gains = [float(ours["value"]) - float(theirs["value"]) for ours, theirs in pairs]
         own = [difference(row, "bleu") for row in data[data.entry == entry].itertuples()]
         ours = ", ".join(_sign(found) for found in own)
         lines.append([label(entry), *(markdown.number(gain, 2, sign=True) for gain in gains), ours or "not run"])
