@@ -8,9 +8,8 @@ import pytest
 from made_up import MadeUp
 
 from functional_sam.errors import UserError
-from functional_sam.exhibits import draw_plan, planned
+from functional_sam.exhibits import draw_plan, held_dose_tests, planned
 from functional_sam.exhibits.held_dose import AGAINST_LOGIT, AGAINST_SMALLEST, FUNCTIONAL, LOGIT, draw_by_batch
-from functional_sam.exhibits.held_dose_tests import tested, tests_figure
 from functional_sam.exhibits.output import write
 from functional_sam.study.compare import holm, paired_difference
 
@@ -201,10 +200,10 @@ def test_tests_of_two_cells_may_call_other_runs_alike():
             [{"run": name, "seed": s, "value": 4 + s + more + 0.01 * s * more} for name, more in values.items() for s in seeds]
         )
 
-    table = tested({"at-64": runs(0.1), "at-256": runs(-0.2)}, {"at-64": cell(64), "at-256": cell(256)}, 0.005)
+    table = held_dose_tests.tested({"at-64": runs(0.1), "at-256": runs(-0.2)}, {"at-64": cell(64), "at-256": cell(256)}, 0.005)
     assert list(table.difference) == pytest.approx([0.106, -0.212])
     assert set(table.n) == {3}
-    title = tests_figure(table, 0.01).texts[-1].get_text()
+    title = held_dose_tests.tests_figure(table, 0.01).texts[-1].get_text()
     assert title.startswith("On 3 fresh seeds at 64/256 rows a step: functional part is worse than AdamW and better than AdamW")
 
 
