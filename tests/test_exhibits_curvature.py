@@ -223,7 +223,7 @@ def test_table_4_tells_temperature_from_flatness(tmp_path):
         "sam": "mostly temperature",
         "functional-sam": "mostly not temperature",
         **dict.fromkeys(["logit-sam", "precond-sam", "precond-functional-sam", "sam-on"], "flatness not significant"),
-        "asam": "a run diverged",
+        "asam": flatness.UNKNOWN,
     }
     assert found.fraction["sam"] == pytest.approx(1 - math.log(0.95) / math.log(0.5), abs=0.05)
     assert found.low["sam"] < found.fraction["sam"] < found.high["sam"]
@@ -247,7 +247,7 @@ def test_table_4_tells_temperature_from_flatness(tmp_path):
     text = (tmp_path / "paper" / "tables" / "table-4.md").read_text()
     assert "| ASAM | infinite |" in text
     assert "1 of 30 runs diverged, of methods of whose flatness nothing is told: ASAM" in text
-    assert "a run diverged: ASAM" in exhibit.verdict
+    assert f"{flatness.UNKNOWN}: ASAM" in exhibit.verdict
     assert "|delta_func|".replace("|", "\\|") in text
     widths = {line.replace("\\|", "").count("|") - 1 for line in text.splitlines() if line.startswith("|")}
     assert max(widths) == 9
@@ -373,7 +373,7 @@ def test_table_4_says_of_flatness_that_is_not_there_that_nothing_is_undone():
     with pytest.MonkeyPatch.context() as patch:
         assert said(-0.3, patch).endswith("; temperature undoes 0.40 of SAM's")
         assert "undoes" not in said(0.3, patch)  # SAM is sharper
-        assert "SAM a run diverged, Functional-SAM" in said(math.nan, patch)
+        assert "SAM not known, Functional-SAM" in said(math.nan, patch)
 
 
 def test_the_level_that_a_notebook_changes_moves_verdicts_too(monkeypatch):
@@ -385,3 +385,23 @@ def test_the_level_that_a_notebook_changes_moves_verdicts_too(monkeypatch):
     monkeypatch.setattr(compare, "LEVEL", 0.8)
     assert figure_4.smaller_in_language(tests) == ["better"]
     assert flatness._judged([({"b": -1.0}, trained, contrast)])[0]["verdict"] == flatness.EXPLAINED
+
+
+def test_flatness_without_a_logarithm_is_not_known():
+    """A trace may come out negative, of a method that broke: that is no flatness that is "not significant"."""
+    rows = [
+        {
+            "geometry": "plain",
+            "method": method,
+            "length": 1.0,
+            "seed": seed,
+            "state": state,
+            "loss": 4.0 + seed,
+            "trace_hessian": trace,
+        }
+        for method, traces in (("adamw", (5.0, 6.0)), ("gsam", (7.0, -1.0)))
+        for seed, trace in enumerate(traces)
+        for state in flatness.STATES
+    ]
+    (row,) = flatness.undone(pd.DataFrame(rows)).itertuples()
+    assert row.verdict == flatness.UNKNOWN

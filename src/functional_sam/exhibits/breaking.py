@@ -233,3 +233,8 @@ def times(row: Any) -> str:
     low, high = (significant(math.exp(row.difference + sign * row.half_width), 2) for sign in (-1, 1))
     ends = f" [{low}, {high}]" if math.isfinite(row.half_width) else ""
     return f"{significant(math.exp(row.difference), 2)}{ends}"
+
+
+def of_seeds(row: Any, seeds: int) -> str:
+    """In how many seeds two radii could be compared, where these are not all."""
+    return "" if row.n == seeds else f", in {row.n} of {seeds} seeds"

@@ -34,7 +34,7 @@ def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
     found = comparison.plan(spec, source, overrides)
     study = load_study(spec.study, spec.scale, overrides)
     tasks = dict.fromkeys(cell.task for cell in study.part(*spec.parts))
-    measured = {task: share_runs(spec, task, overrides) for task in tasks}
+    measured = {task: share_runs(spec, task, study.overrides) for task in tasks}  # without cells=, which is of the study alone
     runs = [config for configs in measured.values() for config in configs]
     drawable = found.drawable and all(source.done(config) for config in runs)
     drawn = [*runs, *(found.drawn or [])]

@@ -25,6 +25,7 @@ from functional_sam.exhibits.breaking import (
     frame,
     frontier,
     grid,
+    of_seeds,
     radii,
     times,
 )
@@ -226,13 +227,8 @@ def _finding(pairs: pd.DataFrame, seeds: int) -> str:
             parts.append(f"{label} {NOT_COMPARED}, both beyond the grid or AdamW itself broken")
             continue
         row = own.loc[own.width.idxmax()]
-        parts.append(f"{label} {times(row)} at width {row.width:.0f} ({row.verdict}{_of_seeds(row, seeds)})")
+        parts.append(f"{label} {times(row)} at width {row.width:.0f} ({row.verdict}{of_seeds(row, seeds)})")
     return f"Radius that breaks training, functional path over SAM's: {'; '.join(parts)}"
-
-
-def _of_seeds(row: Any, seeds: int) -> str:
-    """In how many seeds two radii could be compared, where these are not all."""
-    return "" if row.n == seeds else f", in {row.n} of {seeds} seeds"
 
 
 def _caption(plan: Plan, data: pd.DataFrame, finding: str) -> str:
@@ -253,12 +249,12 @@ def _caption(plan: Plan, data: pd.DataFrame, finding: str) -> str:
 def _verdict(data: pd.DataFrame, pairs: pd.DataFrame, slopes: pd.DataFrame) -> str:
     label, seeds = style.METHOD_LABEL, data.seed.nunique()
     at = [
-        f"{label[row.method]} over {label[row.other]} at width {row.width:.0f}: {times(row)}, {row.verdict}{_of_seeds(row, seeds)}"
+        f"{label[row.method]} over {label[row.other]} at width {row.width:.0f}: {times(row)}, {row.verdict}{of_seeds(row, seeds)}"
         for row in pairs[pairs.what == RADIUS].itertuples()
     ]
     turns = [
         f"{label[row.method]} {_exponent(row.difference, row.half_width)} "
-        f"({', '.join(filter(None, (row.bound, row.verdict)))}{_of_seeds(row, seeds)})"
+        f"({', '.join(filter(None, (row.bound, row.verdict)))}{of_seeds(row, seeds)})"
         for row in pairs[(pairs.what == SLOPE) & (pairs.n > 0)].itertuples()
     ]
     grows = [

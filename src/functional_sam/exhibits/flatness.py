@@ -33,7 +33,7 @@ RANKED = {
     "logit_norm": "norm of the logits",
 }
 EXPLAINED, OWN, FLAT, OPEN = "mostly temperature", "mostly not temperature", "flatness not significant", "inconclusive"
-LOST = "a run diverged"  # of the method: nothing is told of its flatness
+UNKNOWN = "not known, for a run diverged or has no positive tr H"  # the logarithm of a seed is nan
 READINGS = ("ranks as the loss", "ranks against the loss")
 
 
@@ -82,8 +82,8 @@ def undone(data: pd.DataFrame) -> pd.DataFrame:
     """A row per geometry and method: how much flatter than AdamW in log tr H, as trained (b) and at the fitted temperatures (a).
 
     fraction = (b - a) / b, the part that a temperature undoes, with its interval by Fieller. The verdict tests b < 0, then
-    .5 b - a, each with Holm's correction over the methods of a geometry; b is nan where a run diverged. matched_...: the same
-    against AdamW's runs of other lengths at the method's own loss, descriptive.
+    .5 b - a, each with Holm's correction over the methods of a geometry; b is nan where a run diverged or
+    its tr H is not positive. matched_...: the same against AdamW's runs of other lengths at the method's own loss, descriptive.
     """
     rows = []
     for geometry, own in data.groupby("geometry", sort=False):
@@ -139,7 +139,7 @@ def _judged(family: list[tuple[dict[str, Any], Estimate, Estimate]]) -> list[dic
     adjusted = iter(zip(contrasts, holm([one.p for one in contrasts]), strict=True))
     rows = []
     for (row, _, _), flat in zip(family, flatter, strict=True):
-        word = LOST if math.isnan(row["b"]) else FLAT
+        word = UNKNOWN if math.isnan(row["b"]) else FLAT
         if flat:
             contrast, p = next(adjusted)
             word = (EXPLAINED if contrast.mean < 0 else OWN) if significant(p) else OPEN

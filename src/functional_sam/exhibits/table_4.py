@@ -12,12 +12,12 @@ from functional_sam.exhibits import markdown, style
 from functional_sam.exhibits.flatness import (
     EXPLAINED,
     FLAT,
-    LOST,
     OPEN,
     OWN,
     RANKED,
     READINGS,
     STATES,
+    UNKNOWN,
     kendall,
     measures,
     undone,
@@ -91,7 +91,9 @@ def _as_claimed(verdict: str, claim: str) -> Verdict:
 def headline(data: pd.DataFrame) -> str:
     """What table and CSV say, in a few words."""
     own = undone(data).query("geometry == 'plain'").set_index("method")
-    parts = [f"{style.METHOD_LABEL[name]} {interval(own.b[name], own.b_half[name], 2, sign=True) or LOST}" for name in CLAIMS]
+    parts = [
+        f"{style.METHOD_LABEL[name]} {interval(own.b[name], own.b_half[name], 2, sign=True) or 'not known'}" for name in CLAIMS
+    ]
     sam = own.loc["sam"]
     undoes = f"; temperature undoes {number(sam.fraction, 2)} of SAM's" if sam.b < 0 else ""  # else there is no flatness to undo
     return f"log tr H minus AdamW's: {', '.join(parts)}{undoes}"
@@ -146,7 +148,7 @@ def _verdict(found: pd.DataFrame, taus: pd.DataFrame) -> str:
     own = found[found.geometry == "plain"]
     words = [
         f"{word}: {', '.join(style.METHOD_LABEL[name] for name in own[own.verdict == word].method)}"
-        for word in (EXPLAINED, OWN, OPEN, FLAT, LOST)
+        for word in (EXPLAINED, OWN, OPEN, FLAT, UNKNOWN)
         if (own.verdict == word).any()
     ]
     ranks = []
