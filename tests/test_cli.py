@@ -11,6 +11,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import psutil
 import pytest
 from processes import Process
@@ -19,6 +20,7 @@ from functional_sam.cli import main
 from functional_sam.config import load
 from functional_sam.errors import RESUMABLE, UserError
 from functional_sam.records import Run
+from functional_sam.records.released import results_directory
 from functional_sam.training.pool import POOL
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -279,3 +281,14 @@ def test_check_needs_runs_of_ones_own(tmp_path, capsys):
     code, _, err = here(capsys, "check", "figure-1", f"runtime.runs={tmp_path}")
     assert code == 2
     assert "functional-sam run figure-1 --scale quick" in err
+
+
+def test_a_benchmark_from_another_directory_is_written_where_figure_7_reads_it(tmp_path, monkeypatch, capsys):
+    """It takes ten minutes, and drew its picture into paper/ of the checkout: not below every directory it is started in."""
+    measured, frame = [], pd.DataFrame({"method": ["adamw"], "ratio": [1.0]})
+    monkeypatch.setattr("functional_sam.benchmark.benchmark", lambda directory, *_: measured.append(directory) or {"time": frame})
+    monkeypatch.setattr("functional_sam.exhibits.cost.draw_cost", lambda csv: [csv.parents[2] / "paper" / "figure-7-cost.pdf"])
+    monkeypatch.chdir(tmp_path)
+    assert main(["benchmark"]) == 0
+    assert measured == [results_directory() / "benchmark"]
+    assert str(results_directory().parent / "paper" / "figure-7-cost.pdf") in capsys.readouterr().out.replace("\n", "")

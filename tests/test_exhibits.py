@@ -22,7 +22,7 @@ from functional_sam.exhibits.check import check
 from functional_sam.exhibits.markdown import MARKS, interval, marked, number, significant, table
 from functional_sam.exhibits.spec import load_spec, scales
 from functional_sam.files import write_text
-from functional_sam.records import Run, released
+from functional_sam.records import Run, Status, released
 from functional_sam.study.compare import Estimate, Verdict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,6 +119,14 @@ def test_the_part_that_is_noise_is_a_ratio_of_means():
     assert figure_1.noise(data, "func") == pytest.approx(1 - (3 - 1) / (4 + 16))
 
 
+def test_a_share_of_which_all_is_noise_in_a_seed_is_of_the_other_seeds():
+    """It is 0 / 0 there; the mean of all seeds would be nan, and print nothing."""
+    known = figure_1._known(pd.Series([0.7, 0.8, 0.9]))
+    assert known == "0.80 \N{PLUS-MINUS SIGN} 0.25"
+    assert figure_1._known(pd.Series([0.7, np.nan, 0.9, 0.8])) == f"{known} (in 3 of 4 seeds, of the others all is noise)"
+    assert figure_1._known(pd.Series([np.nan, np.nan])) == "not known, all is noise"
+
+
 def test_figure_1_says_nothing_where_seeds_differ_more_than_tasks(home):
     do(
         exhibits.needed("figure-1"),
@@ -142,6 +150,23 @@ def test_nothing_differs_from_itself():
     tolerance = exhibits.spec.Tolerance(keys=["seed"], exact=["a"])
     found = check(frame, frame.copy(), tolerance)
     assert (found.mismatches, found.rows, found.cells, found.same) == ([], 2, 2, True)
+
+
+def test_a_row_that_is_there_twice_is_a_difference():
+    """The second of them alone would be compared."""
+    released = pd.DataFrame({"seed": [0, 1], "a": [1.0, 2.0]})
+    fresh = pd.DataFrame({"seed": [0, 1, 1], "a": [1.0, 7.0, 2.0]})
+    (found,) = check(fresh, released, exhibits.spec.Tolerance(keys=["seed"], exact=["a"])).mismatches
+    assert (found.row, found.fresh, found.released) == ("seed 1", "there more than once", "once")
+
+
+def test_commands_that_a_message_names_are_of_the_same_scale():
+    """Without its scale --fresh would move the runs of another one aside."""
+    stale = [(None, Status("stale", 3, ["torch 1.0, here 2.0"]))]
+    words = runs.stale_words("figure-1", "laptop", stale)
+    assert "`functional-sam plan figure-1 --scale laptop` says what differs" in words
+    assert "`functional-sam run figure-1 --scale laptop --fresh` moves them aside" in words
+    assert runs.stale_words("figure-1", "laptop", []) == ""
 
 
 # ---------------------------------------------------------------------- YAML, make, README

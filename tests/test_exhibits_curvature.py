@@ -18,6 +18,7 @@ from functional_sam.exhibits.spec import load_spec
 from functional_sam.files import write_text
 from functional_sam.records import Run
 from functional_sam.records.due import lines_due
+from functional_sam.study import compare
 from functional_sam.study.compare import Estimate, paired_difference
 from functional_sam.tasks import prepare
 from functional_sam.training import loop
@@ -221,7 +222,8 @@ def test_table_4_tells_temperature_from_flatness(tmp_path):
     assert found.verdict.to_dict() == {
         "sam": "mostly temperature",
         "functional-sam": "mostly not temperature",
-        **dict.fromkeys(["logit-sam", "precond-sam", "precond-functional-sam", "asam", "sam-on"], "flatness not significant"),
+        **dict.fromkeys(["logit-sam", "precond-sam", "precond-functional-sam", "sam-on"], "flatness not significant"),
+        "asam": flatness.UNKNOWN,
     }
     assert found.fraction["sam"] == pytest.approx(1 - math.log(0.95) / math.log(0.5), abs=0.05)
     assert found.low["sam"] < found.fraction["sam"] < found.high["sam"]
@@ -244,7 +246,8 @@ def test_table_4_tells_temperature_from_flatness(tmp_path):
     exhibits.write(exhibit, tmp_path / "paper")
     text = (tmp_path / "paper" / "tables" / "table-4.md").read_text()
     assert "| ASAM | infinite |" in text
-    assert "1 of 30 runs diverged" in text
+    assert "1 of 30 runs diverged, of methods of whose flatness nothing is told: ASAM" in text
+    assert f"{flatness.UNKNOWN}: ASAM" in exhibit.verdict
     assert "|delta_func|".replace("|", "\\|") in text
     widths = {line.replace("\\|", "").count("|") - 1 for line in text.splitlines() if line.startswith("|")}
     assert max(widths) == 9
@@ -357,3 +360,48 @@ def test_a_method_that_broke_does_not_choose_the_unit_of_a_column():
     head, cells = table_4._scaled("top of H", [Estimate(mean, 0.1, 5) for mean in (1.93, 1.18, 1.36, 1430.2)])
     assert head == "top of H"
     assert [cell.split()[0] for cell in cells] == ["1.93", "1.18", "1.36", "1430"]
+
+
+def test_table_4_says_of_flatness_that_is_not_there_that_nothing_is_undone():
+    row = {"geometry": "plain", "b_half": 0.1, "fraction": 0.4, "low": math.nan, "high": math.nan, "verdict": flatness.FLAT}
+
+    def said(sam, monkeypatch):
+        found = pd.DataFrame([row | {"method": "sam", "b": sam}, row | {"method": "functional-sam", "b": -0.2}])
+        monkeypatch.setattr(table_4, "undone", lambda _: found)
+        return table_4.headline(pd.DataFrame())
+
+    with pytest.MonkeyPatch.context() as patch:
+        assert said(-0.3, patch).endswith("; temperature undoes 0.40 of SAM's")
+        assert "undoes" not in said(0.3, patch)  # SAM is sharper
+        assert "SAM not known, Functional-SAM" in said(math.nan, patch)
+
+
+def test_the_level_that_a_notebook_changes_moves_verdicts_too(monkeypatch):
+    """The cell "Change one thing" sets compare.LEVEL: no exhibit may have read it before."""
+    tests = pd.DataFrame({"p_holm": [0.1], "difference": [-1.0]})
+    trained, contrast = Estimate(-1.0, 0.3, 3), Estimate(-1.0, 0.3, 3)  # p = .08
+    assert figure_4.smaller_in_language(tests) == ["inconclusive"]
+    assert flatness._judged([({"b": -1.0}, trained, contrast)])[0]["verdict"] == flatness.FLAT
+    monkeypatch.setattr(compare, "LEVEL", 0.8)
+    assert figure_4.smaller_in_language(tests) == ["better"]
+    assert flatness._judged([({"b": -1.0}, trained, contrast)])[0]["verdict"] == flatness.EXPLAINED
+
+
+def test_flatness_without_a_logarithm_is_not_known():
+    """A trace may come out negative, of a method that broke: that is no flatness that is "not significant"."""
+    rows = [
+        {
+            "geometry": "plain",
+            "method": method,
+            "length": 1.0,
+            "seed": seed,
+            "state": state,
+            "loss": 4.0 + seed,
+            "trace_hessian": trace,
+        }
+        for method, traces in (("adamw", (5.0, 6.0)), ("gsam", (7.0, -1.0)))
+        for seed, trace in enumerate(traces)
+        for state in flatness.STATES
+    ]
+    (row,) = flatness.undone(pd.DataFrame(rows)).itertuples()
+    assert row.verdict == flatness.UNKNOWN

@@ -2,12 +2,14 @@
 
 import math
 
+import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 from made_up import MadeUp
 
 from functional_sam.errors import UserError
-from functional_sam.exhibits import draw_plan, planned
-from functional_sam.exhibits.held_dose import AGAINST_LOGIT, AGAINST_SMALLEST, FUNCTIONAL, LOGIT
+from functional_sam.exhibits import draw_plan, held_dose_tests, planned
+from functional_sam.exhibits.held_dose import AGAINST_LOGIT, AGAINST_SMALLEST, FUNCTIONAL, LOGIT, draw_by_batch
 from functional_sam.exhibits.output import write
 from functional_sam.study.compare import holm, paired_difference
 
@@ -184,3 +186,34 @@ def test_cells_can_be_run_alone_and_are_drawn_with_the_figure():
 def test_it_is_written(exhibit, tmp_path):
     written = {path.name for path in write(exhibit, tmp_path)}
     assert {"figure-2-laptop.png", "figure-2-laptop-tests.png", "figure-2-laptop-batches.csv"} <= written
+
+
+def test_tests_of_two_cells_may_call_other_runs_alike():
+    """Two batches on the same seeds, each with an AdamW and a functional part of its own."""
+    seeds = [5, 6, 7]
+
+    def cell(batch):
+        return {"tests": {"functional part": ["AdamW"]}, "settings": {"training": {"batch": batch}}, "seeds": seeds}
+
+    def runs(gain):
+        values = {"AdamW": 0.0, "functional part": gain}
+        return pd.DataFrame(
+            [{"run": name, "seed": s, "value": 4 + s + more + 0.01 * s * more} for name, more in values.items() for s in seeds]
+        )
+
+    table = held_dose_tests.tested({"at-64": runs(0.1), "at-256": runs(-0.2)}, {"at-64": cell(64), "at-256": cell(256)}, 0.005)
+    assert list(table.difference) == pytest.approx([0.106, -0.212])
+    assert set(table.n) == {3}
+    title = held_dose_tests.tests_figure(table, 0.01).texts[-1].get_text()
+    assert title.startswith("On 3 fresh seeds at 64/256 rows a step: functional part is worse than AdamW and better than AdamW")
+
+
+def test_one_seed_and_a_diverged_one_are_drawn_without_a_bar():
+    rows = {"batch": 8, "targets": 1024, "n": 1, "verdict": "inconclusive", "noise_func_first": 1.0, "noise_func": 0.5}
+    what = {FUNCTIONAL: 0.1, LOGIT: math.inf, AGAINST_LOGIT: -0.1}
+    table = pd.DataFrame([rows | {"what": name, "difference": mean, "half_width": math.inf} for name, mean in what.items()])
+    figure, axes = plt.subplots(2)
+    draw_by_batch(axes, table, 0.2, 100)
+    limits = [limit for axis in axes for limit in axis.get_ylim()]
+    plt.close(figure)
+    assert all(math.isfinite(limit) and abs(limit) < 1 for limit in limits)

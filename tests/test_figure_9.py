@@ -225,3 +225,48 @@ def test_an_override_of_the_precision_is_of_the_whole_grid(scale):
     assert set(exhibit.frame.precision) == {"bf16"}
     assert "bf16" not in exhibit.frames
     assert "Not shown" not in exhibit.caption
+
+
+def drawn(of):
+    source = Dosed(of)
+    source.do(planned("figure-9", source=source).configs)
+    return draw_plan(planned("figure-9", source=source))
+
+
+def test_a_grid_on_which_all_diverges_has_no_frontier(tmp_path):
+    exhibit = drawn(lambda config: None)
+    assert set(exhibit.frames["frontier"].bound) == {ADAMW}
+    assert exhibit.headline.endswith("Functional-SAM over SAM not compared, Precond Functional-SAM over Precond SAM not compared")
+    assert exhibit.answer == "not tested"
+    assert "diverged of 204 runs: AdamW 12, Functional-SAM 48" in exhibit.caption
+    assert write(exhibit, tmp_path)
+
+
+def test_a_seed_that_is_not_compared_is_said():
+    """Of seed 2 AdamW itself is broken at both rates: its ratio is not known, and the interval is that of two seeds."""
+
+    def loss_of(config):
+        broken = config.method.name == "adamw" and config.training.init_seed == 2
+        return loss(config) + (5.0 if broken else 0.0) if config.method.name != "precond-sam" else 4.0
+
+    exhibit = drawn(loss_of)
+    pairs = exhibit.frames["pairs"]
+    assert set(pairs[pairs.method.eq("functional-sam") & pairs.what.eq(breaking.RADIUS)].n) == {2}
+    assert "at width 48 (later, in 2 of 3 seeds)" in exhibit.caption
+    assert "at width 16: 1 [0.97, 1], the frontiers coincide, in 2 of 3 seeds" in exhibit.verdict
+
+
+def test_an_exponent_is_none_where_it_is_zero_alone():
+    """A best radius that every seed has at the same point of the grid may move with the width all the same."""
+    pairs = pd.DataFrame(
+        columns=["method", "other", "what", "width", "n", "difference", "stderr", "half_width", "bound", "verdict"]
+    )
+    data = pd.DataFrame({"seed": [0, 1], "diverged": [False, False]})
+
+    def said(value, half):
+        row = {"method": "sam", "of": "best", "n": 1 if math.isinf(half) else 2, "exponent": value, "half_width": half}
+        return figure_9._verdict(data, pairs, pd.DataFrame([row]))
+
+    assert f"in width: SAM {figure_9.UNMOVED}." in said(6e-18, 7e-17)
+    assert "in width: SAM -1.00 \N{PLUS-MINUS SIGN} 0.00." in said(-1.0, 0.0)
+    assert "in width: SAM -0.50." in said(-0.5, math.inf)  # of one seed there is no interval

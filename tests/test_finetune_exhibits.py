@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from made_up import MadeUp
 
-from functional_sam.exhibits import draw_plan, planned, table_6
+from functional_sam.exhibits import draw_plan, figure_6, planned, table_6
 from functional_sam.exhibits.figure_6 import functional_share
 from functional_sam.exhibits.output import paper_directory, write
 from functional_sam.exhibits.published import gains
@@ -189,3 +189,28 @@ def test_every_entry_has_as_many_trials_and_learning_rates_stay_where_they_were_
             assert not cell.choose or len({len(trials(study, cell, name, 1e-4)) for name in cell.entries}) == 1
             if cell.lr and not cell.task.startswith(("language", "t5")):
                 assert max(cell.lr) <= 2e-4
+
+
+@pytest.mark.parametrize("part", ["tasks", "share"])
+def test_figure_6_is_drawn_of_one_part_alone(part, tmp_path):
+    """As its cells are done one after the other: each part may be the first."""
+    cells = [cell.name for cell in load_study("finetune", "quick").part(part)]
+    cells = [name for name in cells if part != "share" or "question-type" in name]
+    overrides = (f"cells={','.join(cells)}",)
+    source = complete("figure-6", "quick", overrides)
+    exhibit = draw_plan(planned("figure-6", "quick", overrides, source))
+    assert write(exhibit, tmp_path)
+    assert ("SAM minus AdamW" in exhibit.headline) == (part == "share")
+    assert ("rank correlation" in exhibit.headline) == (part == "tasks")
+    assert ("by task" in exhibit.caption) == (part == "tasks")
+    assert "nan" not in exhibit.caption
+
+
+def test_figure_6_has_no_correlation_of_one_task_and_no_answer_without_a_mean():
+    row = {"entry": "sam", "rho": 0.05, "share": 0.2, "minus_baseline": 0.01, "minus_baseline_stderr": 0.001, "n": 3}
+    data = pd.DataFrame([row | {"part": "tasks", "task": "question-type", "data_share": 0.05}])
+    assert figure_6.headline(data) == "rank correlation of gain and functional share: SAM none"
+    ends = [row | {"part": "share", "task": "t", "data_share": share} for share in (0.01, 0.2)]
+    assert figure_6._little_against_much(pd.DataFrame(ends).assign(minus_baseline=[0.1, 0.0])) == "better"
+    lost = pd.DataFrame(ends).assign(minus_baseline=[-math.inf, -math.inf], minus_baseline_stderr=math.nan)
+    assert figure_6._little_against_much(lost) == "inconclusive"

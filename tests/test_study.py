@@ -94,6 +94,9 @@ def test_verdicts(values, lower, word):
 def test_two_diverged_runs_are_equal_and_one_is_worse():
     assert paired_difference([math.inf, 1.0], [math.inf, 1.0]).mean == 0.0
     assert paired_difference([math.inf, 1.0], [2.0, 1.0]).mean == math.inf
+    each = paired_difference([math.inf, 1.0, 2.0], [1.0, math.inf, 2.0])  # at a seed of its own: a difference without a mean
+    assert math.isnan(each.mean)
+    assert (each.stderr, each.n, each.p) == (math.inf, 3, 1.0)
 
 
 def test_a_family_raises_the_bar():

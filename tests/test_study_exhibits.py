@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from made_up import MadeUp, bowl
 
-from functional_sam.exhibits import draw_plan, figure_11, foreseen, module_of, planned
+from functional_sam.exhibits import draw_plan, figure_3, figure_11, foreseen, module_of, planned
 from functional_sam.exhibits.comparison import changed, differences, same_runs, to_come
 from functional_sam.exhibits.figure_3 import DOSE_AT_FIRST, judged_paths, path_alone
 from functional_sam.exhibits.markdown import MINUS
@@ -309,4 +309,59 @@ def test_differences_are_said_with_their_interval_or_their_ends():
     assert differences(coarse, "sam").startswith(f"{MINUS}0.0024 to +0.030 nats")  # as many digits as the interval of each is worth
     lost = data.assign(minus_sam=[nan, math.inf, math.inf], verdict_sam=[nan, "worse (diverged)", "worse (diverged)"])
     assert differences(lost, "sam") == "(2 worse (diverged))"
+    one = data.assign(minus_sam=[nan, math.inf, -0.0024], verdict_sam=[nan, "worse (diverged)", "no difference"])
+    assert differences(one, "sam") == f"{MINUS}0.0024 nats (1 no difference, 1 worse (diverged))"
     assert differences(data[:1], "sam") == "(nothing to compare)"
+
+
+def without(complete, diverged):
+    """The same records, but for runs on reported seeds that diverged."""
+    source = MadeUp(complete.loss)
+    source.records = {
+        name: (config, None if config.measure.robustness and diverged(config) else loss)
+        for name, (config, loss) in complete.records.items()
+    }
+    return source
+
+
+def test_figure_11_counts_divergences_among_the_larger(complete):
+    exhibit = drawn("figure-11", without(complete, lambda config: config.method.name == "sam"))
+    own = exhibit.frame[exhibit.frame.entry.eq("sam") & exhibit.frame.kind.ne(figure_11.TRAINED)]
+    assert set(own.verdict) == {str(Verdict.LOST)}
+    cases, *counts = exhibit.headline.split(": ")[1].split(", ")
+    assert int(cases.split()[0]) == sum(int(count.split()[0]) for count in counts)
+    assert int(counts[1].split()[0]) >= 5
+
+
+def test_figure_11_keeps_a_comparison_with_sam_that_has_no_mean(complete):
+    """SAM diverged at one seed and Functional-SAM at another: the comparison is of the family, and open."""
+    seeds = {"sam": 0, "functional-sam": 1}
+    first = min(c.training.init_seed for c, _ in complete.records.values() if c.measure.robustness)
+    lost = without(complete, lambda c: c.training.init_seed - first == seeds.get(c.method.name))
+    data = drawn("figure-11", lost).frame
+    own = data[data.entry.eq("functional-sam") & data.kind.ne(figure_11.TRAINED)]
+    assert own.minus_sam.isna().all()
+    assert set(own.verdict_sam) == {str(Verdict.OPEN)}
+
+
+def test_figure_11_is_drawn_where_every_run_of_adamw_or_all_diverged(complete):
+    alone = drawn("figure-11", without(complete, lambda config: config.method.name == "adamw"))
+    assert set(alone.frame[alone.frame.entry.eq("sam") & alone.frame.kind.eq("noise")].verdict) == {str(Verdict.WON)}
+    every = drawn("figure-11", without(complete, lambda config: True))
+    assert set(every.frame.kind) == {figure_11.TRAINED}
+    assert "0 cases" in every.headline
+
+
+def test_figure_3_says_where_no_path_is_compared():
+    assert figure_3._finding(pd.DataFrame()) == "No path is compared with another."
+    row = {"cell": "c", "entry": "functional-sam", "other": "sam", "at_equal": "rho", "rho": 0.5, "n": 3, "verdict": "inconclusive"}
+    lost = pd.DataFrame([row | {"difference": math.nan, "stderr": math.inf}])  # each diverged at a seed of its own
+    assert figure_3._finding(lost) == "c, Functional-SAM against SAM at equal rho: inconclusive at rho 0.5."
+
+
+def test_figure_5_has_no_panel_of_batches_where_none_is_complete(complete):
+    study = load_study("language", "quick")
+    cells = [cell.name for cell in study.part(*load_spec("figure-5", "quick").parts) if cell.part in ("chinchilla", "repeated")]
+    exhibit = draw_plan(planned("figure-5", "quick", (f"cells={','.join(cells)}",), complete))
+    assert not [axis.get_title() for axis in exhibit.figure.axes if "nan" in axis.get_title()]
+    assert "SAM" in [text.get_text() for text in exhibit.figure.legends[0].get_texts()]

@@ -15,9 +15,9 @@ from scipy import stats
 from functional_sam.cli import main
 from functional_sam.exhibits import draw_plan, planned
 from functional_sam.exhibits.comparison import DESCRIBED
-from functional_sam.exhibits.figure_10 import _chosen, what_is_kept
+from functional_sam.exhibits.figure_10 import _chosen, _verdicts, what_is_kept
 from functional_sam.exhibits.output import write
-from functional_sam.exhibits.vision import accuracies
+from functional_sam.exhibits.vision import DOUBLES, accuracies, gained
 from functional_sam.jobs.launch import submit
 from functional_sam.study import design
 from functional_sam.study.compare import Verdict, ratio
@@ -285,3 +285,24 @@ def test_a_cell_that_is_not_complete_is_named(complete):
     source = copy.copy(complete)
     source.records = {key: value for key, value in complete.records.items() if not key.startswith("vision-convnet")}
     assert "Not shown, their runs are not complete: convnet" in draw_plan(planned("table-5", "quick", source=source)).caption
+
+
+def test_a_gain_is_said_of_a_run_that_diverged_and_of_one_seed():
+    def said(mean, stderr, n):
+        return gained(pd.Series({"minus_baseline": mean, "minus_baseline_stderr": stderr, "n": n}))
+
+    assert said(-math.inf, math.nan, 3) == "(diverged)"
+    assert said(math.nan, math.inf, 3) == "(diverged)"
+    assert said(0.01, math.nan, 1) == "+1.0"
+    assert said(-0.0001, 0.0, 3) == "\N{MINUS SIGN}0.0 \N{PLUS-MINUS SIGN} 0.0"
+
+
+def test_figure_10_says_that_nothing_is_there_at_40_per_cent(complete):
+    exhibit = draw_plan(planned("figure-10", "quick", ("cells=noise-0",), complete))
+    assert exhibit.headline == "nothing at 40 % label noise"
+
+
+def test_verdicts_at_equal_epochs_do_not_wait_for_twice_the_epochs(complete):
+    frame = draw_plan(planned("figure-10", "quick", source=complete)).frame
+    alone = frame[frame.checkpoint.eq("best") & ~frame.entry.isin(DOUBLES)]
+    assert _verdicts(alone.assign(verdict_longer=""), "best") == _verdicts(frame[frame.checkpoint.eq("best")], "best")

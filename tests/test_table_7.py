@@ -5,9 +5,9 @@ import math
 import pytest
 from made_up import MadeUp, bowl
 
-from functional_sam.exhibits import draw_plan, module_of, planned
+from functional_sam.exhibits import draw_plan, module_of, planned, table_7
 from functional_sam.exhibits.output import as_written
-from functional_sam.study.compare import holm, paired_difference
+from functional_sam.study.compare import Estimate, holm, paired_difference
 from functional_sam.study.design import load_study
 from functional_sam.study.report import difference
 from functional_sam.study.tune import plan_cell
@@ -37,8 +37,8 @@ def loss(config):
     return value - (0.5 + 0.001 * math.cos(config.training.init_seed) if longer else 0.0)
 
 
-def drawn(scale):
-    source, study = Translated(loss), load_study("translation", scale)
+def drawn(scale, of=loss):
+    source, study = Translated(of), load_study("translation", scale)
     for cell in study.cells.values():
         while source.do(plan_cell(study, cell, source).configs):
             pass
@@ -115,3 +115,24 @@ def test_a_table_a_cell_at_laptop_scale():
     assert set(data.units / data.unique_units) == {16, 32}  # AdamW with twice the steps meets the same pairs twice as often
     assert set(exhibit.frame.n) == {5}
     assert "Italian to English" in exhibit.caption
+
+
+def test_a_comparison_without_a_mean_stays_in_the_family():
+    """SAM diverged at one seed, AdamW with twice the steps at another."""
+    first = min(load_study("translation", "quick").cells["bible-ja-en"].seeds)
+
+    def diverging(config):
+        name, seed = config.method.name, config.training.init_seed - first
+        longer = name == "adamw" and config.training.steps == 400
+        return None if config.training.test and ((name == "sam" and seed == 0) or (longer and seed == 1)) else loss(config)
+
+    row = drawn("quick", diverging)[0].frame.set_index("entry").loc["sam"]
+    assert math.isnan(row.minus_double)
+    assert row.verdict_double == "inconclusive"
+    assert row.verdict_baseline == "worse (diverged)"
+
+
+def test_a_score_of_zero_everywhere_is_no_sign():
+    assert table_7._sign(Estimate(0.0, 0.0, 3)) == "not significant"
+    assert table_7._sign(Estimate(-1.0, 0.1, 3)) == "below"
+    assert table_7._sign(Estimate(1.0, 0.1, 3)) == "above"

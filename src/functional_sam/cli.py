@@ -16,7 +16,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.table import Table
 
-from functional_sam.commands import console, wide
+from functional_sam.commands import console, shown, wide
 from functional_sam.errors import RESUMABLE, Interrupted, UserError
 
 
@@ -69,6 +69,12 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("overrides", nargs="*", help=text)
         return sub
 
+    _commands_of_exhibits(command)
+    _other_commands(command)
+    return parser
+
+
+def _commands_of_exhibits(command: Callable[..., argparse.ArgumentParser]) -> None:
     planned = command("plan", _of("runs", "plan_command"), "list the runs of an exhibit, with progress and time")
     planned.add_argument("--cluster", help="a file of jobs/clusters, by name or path: estimate time and memory on its GPUs")
     run = command("run", _of("runs", "run_command"), "train the missing runs of an exhibit")
@@ -89,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "release the complete runs although others are missing; `run --released` continues from them"
     release.add_argument("--unfinished", action="store_true", help=text)
 
+
+def _other_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     command(
         "claims",
         _of("results", "claims_command"),
@@ -132,7 +140,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--rounds", type=int, default=0, help="repetitions of each method (default: enough for stable medians)")
     bench.add_argument("--only", choices=["methods", "curvature"], help="measure one of the two (default: both)")
-    return parser
 
 
 def _of(module: str, function: str) -> Callable[[argparse.Namespace], int]:
@@ -219,12 +226,13 @@ def _methods(options: argparse.Namespace) -> int:
 def _benchmark(options: argparse.Namespace) -> int:
     from functional_sam.benchmark import benchmark, curvature, methods
     from functional_sam.exhibits.cost import draw_cost
+    from functional_sam.records.released import results_directory
 
-    directory = Path("results/benchmark")
+    directory = results_directory() / "benchmark"
     frames = benchmark(directory, console, options.rounds or None, options.only)
     for name, frame in frames.items():
         console.print(frame.to_string(index=False, float_format="%.3f", na_rep=""), highlight=False, soft_wrap=True)
-        console.print(f"wrote {directory / name}.csv", highlight=False)
+        console.print(f"wrote {shown(directory / f'{name}.csv')}", highlight=False)
     if "curvature" in frames and curvature.PAGE.is_file():
         curvature.fill(directory / "curvature.csv")
         console.print(f"wrote the table of costs in {curvature.PAGE}", highlight=False, soft_wrap=True)
@@ -232,5 +240,5 @@ def _benchmark(options: argparse.Namespace) -> int:
         methods.fill(directory)
         console.print(f"wrote the table of costs in {methods.PAGE}", highlight=False, soft_wrap=True)
     for path in draw_cost(directory / "time.csv") if "time" in frames else ():
-        console.print(f"wrote {path.relative_to(Path.cwd())}", highlight=False)
+        console.print(f"wrote {shown(path)}", highlight=False)
     return 0

@@ -1,17 +1,16 @@
 """draw, check, release: from records to figures and tables, and the released ones."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from rich.table import Table
 
-from functional_sam.commands import console, wide
+from functional_sam.commands import console, shown, wide
 from functional_sam.commands.runs import stale_words, statuses
 from functional_sam.config import Config
 from functional_sam.errors import UserError
-from functional_sam.exhibits import Plan, changing, draw_plan, fresh, module_of, pack_name, planned, ready, sharing, write
+from functional_sam.exhibits import Plan, changing, draw_plan, fresh, module_of, pack_name, planned, ready, sharing, way, write
 from functional_sam.exhibits.check import check, load_released, released_path
 from functional_sam.exhibits.output import as_written, csv_text, overridden_directory, stem
 from functional_sam.exhibits.spec import load_spec
@@ -80,7 +79,7 @@ def known_reason(plan: Plan) -> str:
     here, there = ({record.get("code", {}).get("sha256", "") for record in records} for records in (ours, theirs))
     if here.isdisjoint(there):
         return "Known reason: other code than the released runs were made by"
-    return f"No known reason: `functional-sam plan {plan.spec.name}` says whether code or data differ"
+    return f"No known reason: `{way('plan', plan.spec.name, plan.spec.scale)}` says whether code or data differ"
 
 
 def check_command(options: argparse.Namespace) -> int:
@@ -136,7 +135,7 @@ def release_command(options: argparse.Namespace) -> int:
     changed = sum(bool(run.read("provenance.json").get("diff")) for run in runs)
     if changed:
         console.print(f"{changed} runs were made with uncommitted changes, which are not released", style="yellow")
-    words = stale_words(name, statuses(runs))
+    words = stale_words(name, scale, statuses(runs))
     if words:
         console.print(words.removeprefix("; "), style="yellow", soft_wrap=True)
     try:
@@ -185,11 +184,6 @@ def _complete(plan: Plan, unfinished: bool) -> list[Config]:
     """The runs that a drawing shows; unfinished: and all others that are complete."""
     drawn = plan.shown if plan.drawable else []
     return drawn + [config for config in plan.configs if unfinished and plan.source.done(config)]
-
-
-def shown(path: Path) -> Path:
-    """A path as short as it can be read from here."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def claims_command(options: argparse.Namespace) -> int:

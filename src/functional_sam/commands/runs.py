@@ -48,21 +48,12 @@ def plan_command(options: argparse.Namespace) -> int:
         table.add_row(run.directory.name, rho, seed, steps_text, f"{amount:,} {unit}", time, now.words(run))
     wide().print(table)
     console.print(
-        f"{len(found) - len(left)} of {len(found)} known runs complete" + stale_words(options.exhibit, found), soft_wrap=True
+        f"{len(found) - len(left)} of {len(found)} known runs complete" + stale_words(options.exhibit, options.scale, found),
+        soft_wrap=True,
     )
     if left:
-        known = [part for part in left if part is not None]
-        threads = max((part.threads for part in known), default=1)
-        jobs = max(1, (os.cpu_count() or 1) // threads)
-        longest = max((part.seconds for part in known), default=0.0)
-        seconds = max(sum(part.seconds for part in known) / jobs, longest)
-        text = f"{took_words(seconds)} for {len(known)} runs, {jobs} at a time on {threads} thread(s) each"
-        unknown = len(left) - len(known)
-        console.print(
-            (f"estimated time left on this machine: {text}" if known else "time left: unknown, no run of this shape was done here")
-            + (f"; unknown for {unknown} whose shape was never run here" if known and unknown else ""),
-            soft_wrap=True,
-        )
+        known = [(part.seconds, part.threads) for part in left if part is not None]
+        console.print(left_words(known, len(left) - len(known)), soft_wrap=True)
     packs = packs_of(options.exhibit, options.scale)
     waiting = sum(now.state == "missing" and any(pack.done(run.config) for pack in packs) for run, now in found)
     if waiting:
@@ -134,7 +125,7 @@ def run_command(options: argparse.Namespace) -> int:
         if all(Run(config).done for config in configs):
             found = statuses([Run(config) for config in configs])
             text = f"{options.exhibit}, scale {options.scale}: all {len(configs)} runs are complete"
-            console.print(text + stale_words(options.exhibit, found), highlight=False, soft_wrap=True)
+            console.print(text + stale_words(options.exhibit, options.scale, found), highlight=False, soft_wrap=True)
             return 0
         try:
             with Stop(at_once=f"nothing was running; {AGAIN}"):
@@ -174,14 +165,25 @@ def statuses(runs: list[Run]) -> list[tuple[Run, Status]]:
     return [(run, status(run, present(run.config))) for run in runs]
 
 
-def stale_words(exhibit: str, found: list[tuple[Run, Status]]) -> str:
+def left_words(known: list[tuple[float, int]], unknown: int) -> str:
+    """How long the runs that are left will take here: seconds and threads of those with a known speed, number of the others."""
+    if not known:
+        return "time left: unknown, no run of this shape was done here"
+    seconds, threads = [seconds for seconds, _ in known], max(threads for _, threads in known)
+    jobs = max(1, (os.cpu_count() or 1) // threads)
+    time = took_words(max(sum(seconds) / jobs, max(seconds)))
+    text = f"estimated time left on this machine: {time} for {len(known)} runs, {jobs} at a time on {threads} thread(s) each"
+    return text + (f"; unknown for {unknown} whose shape was never run here" if unknown else "")
+
+
+def stale_words(exhibit: str, scale: str, found: list[tuple[Run, Status]]) -> str:
     """What to say of runs that other code or data made; nothing when there are none."""
     stale = sum(now.state == "stale" for _, now in found)
     if not stale:
         return ""
     return (
-        f"; {stale} of them made by other code or data than is here: `functional-sam plan {exhibit}` says what differs, "
-        f"`functional-sam run {exhibit} --fresh` moves them aside and redoes them"
+        f"; {stale} of them made by other code or data than is here: `{way('plan', exhibit, scale)}` says what differs, "
+        f"`{way('run', exhibit, scale, (), '--fresh')}` moves them aside and redoes them"
     )
 
 

@@ -18,9 +18,9 @@ RISE = 0.1  # nats above the best, from which on a run is broken
 SAME = math.log(1.25)  # radii that differ by less coincide
 PAIRS = {"functional-sam": "sam", "precond-functional-sam": "precond-sam"}  # the path alone differs
 AT_MOST, AT_LEAST, ABOUT, BETWEEN, ADAMW = "at most", "at least", "about", "", "AdamW is broken"
-LEVEL, SLOPE = "log radius", "slope in log width"
+RADIUS, SLOPE = "log radius", "slope in log width"
 WORDS = {
-    LEVEL: {Verdict.BETTER: "later", Verdict.WORSE: "earlier", Verdict.SAME: "the frontiers coincide"},
+    RADIUS: {Verdict.BETTER: "later", Verdict.WORSE: "earlier", Verdict.SAME: "the frontiers coincide"},
     SLOPE: {Verdict.BETTER: "grows with width", Verdict.WORSE: "shrinks with width"},
 }
 
@@ -63,7 +63,8 @@ def frame(plan: Plan) -> pd.DataFrame:
 def frontier(data: pd.DataFrame) -> pd.DataFrame:
     """A row per width, method, lr and seed: the radius from which on training is broken, and its dose.
 
-    bound: "at most" or "at least" where the grid does not hold it; "AdamW is broken" where there is none, and rho_b is nan.
+    bound: "at most" or "at least" where the grid does not hold it; "AdamW is broken" where there is none, and rho_b is nan: its
+    own loss is RISE above the best, or it diverged.
     """
     rows = []
     for (width, seed), part in data.groupby(["width", "seed"], sort=False):
@@ -73,7 +74,7 @@ def frontier(data: pd.DataFrame) -> pd.DataFrame:
             best = min(own.loss.min(), adamw.min())
             for lr, at in own.groupby("lr"):
                 found = (math.nan, math.nan, ADAMW)
-                if adamw[lr] <= best + RISE:
+                if math.isfinite(adamw[lr]) and adamw[lr] <= best + RISE:
                     at = at.sort_values("rho")
                     found = first_broken(list(at.rho), list(at.loss), list(at.dose), best + RISE)
                 row = {"width": width, "method": method, "lr": lr, "seed": seed}
@@ -109,7 +110,7 @@ def compared(found: pd.DataFrame) -> pd.DataFrame:
                 values[width, seed], sides[width, seed] = value, open_sides
         widths = sorted({width for width, _ in values})
         for width in widths:
-            rows.append(row_of(name, other, LEVEL, width, [value for (at, _), value in values.items() if at == width]))
+            rows.append(row_of(name, other, RADIUS, width, [value for (at, _), value in values.items() if at == width]))
             rows[-1]["bound"] = together(own for (at, _), own in sides.items() if at == width)
         slopes = [slope({width: value for (width, at), value in values.items() if at == seed}) for seed in found.seed.unique()]
         rows.append(row_of(name, other, SLOPE, math.nan, [one for one in slopes if not math.isnan(one)]))
@@ -118,7 +119,7 @@ def compared(found: pd.DataFrame) -> pd.DataFrame:
     result = pd.DataFrame(rows)
     result["verdict"] = ""
     for kind, family in result.groupby("what"):
-        words = verdicts(family, SAME if kind == LEVEL else 0.0)
+        words = verdicts(family, SAME if kind == RADIUS else 0.0)
         result.loc[family.index, "verdict"] = [WORDS[str(kind)].get(word, str(Verdict.OPEN)) for word in words]
     return result
 
@@ -232,3 +233,8 @@ def times(row: Any) -> str:
     low, high = (significant(math.exp(row.difference + sign * row.half_width), 2) for sign in (-1, 1))
     ends = f" [{low}, {high}]" if math.isfinite(row.half_width) else ""
     return f"{significant(math.exp(row.difference), 2)}{ends}"
+
+
+def of_seeds(row: Any, seeds: int) -> str:
+    """In how many seeds two radii could be compared, where these are not all."""
+    return "" if row.n == seeds else f", in {row.n} of {seeds} seeds"

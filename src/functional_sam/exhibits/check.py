@@ -111,6 +111,8 @@ def compare(fresh: pd.DataFrame, released: pd.DataFrame, tolerance: Tolerance) -
     if any(key not in fresh for key in tolerance.keys):
         return found
     rows: tuple[dict[str, Any], dict[str, Any]] = (_by_key(fresh, tolerance.keys), _by_key(released, tolerance.keys))
+    twice = fresh[fresh.duplicated(tolerance.keys)]  # load_released refuses a released one
+    found += [Mismatch(name, "", "there more than once", "once", "") for name in _by_key(twice, tolerance.keys)]
     for name in dict.fromkeys([*rows[1], *rows[0]]):
         if name not in rows[0] or name not in rows[1]:
             fresh_has, released_has = ("present" if name in side else "no such row" for side in rows)

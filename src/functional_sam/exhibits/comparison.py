@@ -9,13 +9,12 @@ import pandas as pd
 from functional_sam.exhibits import markdown, style
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import Spec
-from functional_sam.exhibits.words import data_name, model_name, tally
+from functional_sam.exhibits.words import data_name, metric_label, model_name, tally
 from functional_sam.records import Source
 from functional_sam.study.compare import Estimate, Verdict
 from functional_sam.study.design import Cell, Study, load_study, trials
 from functional_sam.study.report import difference, judge
 from functional_sam.study.tune import Planned, plan_cells, todo, unique
-from functional_sam.tasks import TASKS
 
 # Parts whose comparisons are a family of their own, beside that of the exhibit's claim.
 DESCRIBED = ("activation", "alike", "control", "fresh")
@@ -65,19 +64,17 @@ def place(row: Any) -> str:
 
 def rows_of(data: pd.DataFrame, other: str = "sam") -> str:
     """Write the Markdown table, a row an entry and cell: what came out before what was set."""
-    unit = next(task.metric.label for task in TASKS.values() if task.metric.name == data.metric.iloc[0])
+    unit = metric_label(data.metric.iloc[0])
     second = f"minus_{other}" in data and f"verdict_{other}" in data
     columns = ["setting", "method", "against AdamW", "minus AdamW", f"against {label(other)}", unit, "lr, rho", "dose", "n"]
     differing = data.groupby("cell").weight_decay.nunique() > 1
     decays, lines = set(differing[differing].index), []
     for row in data.itertuples():
-        n = f"{row.n}" + (f" ({row.diverged} diverged)" if row.diverged else "")
-        chosen = f"{row.lr:g}{edge(row, 'lr')}" + ("" if math.isnan(row.rho) else f", {row.rho:g}{edge(row, 'rho')}")
-        chosen += f", decay {row.weight_decay:g}" if row.cell in decays else ""
+        settings = [chosen(row, "lr"), chosen(row, "rho"), f"decay {row.weight_decay:g}" if row.cell in decays else ""]
         cells = [place(row), label(row.entry, row.label), row.verdict_baseline, differs(row, "baseline")]
         cells += [with_verdict(row, other)] if second else []
-        cells.append(markdown.interval(row.test, Estimate(row.test, row.test_stderr, row.n).half_width))
-        lines.append([*cells, chosen, _dose(row.dose), n])
+        dose = markdown.significant(row.dose, 2)
+        lines.append([*cells, level(row), ", ".join(filter(None, settings)), dose, runs(row)])
     if not second:
         columns.remove(f"against {label(other)}")
     return markdown.table(columns, lines, text=[column for column in columns if column not in ("dose", "n")])
@@ -98,14 +95,24 @@ def with_verdict(row: Any, other: str) -> str:
     return f"{word}, {found}" if word and found and found != "diverged" else word or ""
 
 
-def edge(row: Any, key: str) -> str:
-    """A mark where the chosen value lies at an end of what was tried."""
-    edges = dict(part.split(":") for part in str(row.edges).split()) if isinstance(row.edges, str) else {}
-    return {"low": " (lowest tried)", "high": " (highest tried)"}.get(edges.get(key, ""), "")
+def chosen(row: Any, key: str) -> str:
+    """Write a row's value of "lr" or "rho", with a mark where it lies at an end of what was tried; empty where it has none."""
+    value = getattr(row, key)
+    if math.isnan(value):
+        return ""
+    edges = dict(part.split(":") for part in row.edges.split()) if isinstance(row.edges, str) else {}
+    return f"{value:g}" + {"low": " (lowest tried)", "high": " (highest tried)"}.get(edges.get(key, ""), "")
 
 
-def _dose(value: float) -> str:
-    return "" if math.isnan(value) else markdown.significant(value, 2)
+def runs(row: Any) -> str:
+    """Write how many runs a row is of, and how many of them diverged."""
+    return f"{row.n}" + (f" ({row.diverged} diverged)" if row.diverged else "")
+
+
+def level(row: Any, digits: int | None = None, column: str = "test", unit: float = 1.0) -> str:
+    """Write a mean over a row's runs, that of the test metric unless another is named, with its 95 % interval, in a unit."""
+    mean, stderr = unit * getattr(row, column), unit * getattr(row, f"{column}_stderr")
+    return markdown.interval(mean, Estimate(mean, stderr, row.n).half_width, digits)
 
 
 def counted(data: pd.DataFrame, other: str = "baseline") -> str:
@@ -131,7 +138,8 @@ def differences(data: pd.DataFrame, other: str = "baseline") -> str:
     if len(own) == 1:
         return f"{markdown.interval(means[0], halves[0], sign=True)} nats ({verdicts[0]})"
     finite = sorted((mean, half) for mean, half in zip(means, halves, strict=True) if math.isfinite(mean))
-    ends = [markdown.number(mean, markdown.decimals(mean, half), sign=True) for mean, half in (finite[:1] + finite[-1:])]
+    extremes = finite[:1] + finite[1:][-1:]  # of several that diverged but for one, that one
+    ends = [markdown.number(mean, markdown.decimals(mean, half), sign=True) for mean, half in extremes]
     return f"{' to '.join(ends)} nats ({tally(verdicts)})" if ends else f"({tally(verdicts)})"
 
 

@@ -160,9 +160,18 @@ def headline(data: pd.DataFrame) -> str:
     if not matched:
         return found
     own = end[end.targets == max(matched)].groupby("task").share_logit_without_noise
-    means = {task: estimate(list(values)) for task, values in own}
-    numbers = " against ".join(interval(means[task].mean, means[task].half_width, 2) for task in PAIR)
-    return f"{found}; without sampling noise {numbers}"
+    means = {task: _known(values) for task, values in own}
+    return f"{found}; without sampling noise {' against '.join(means[task] for task in PAIR)}"
+
+
+def _known(shares: pd.Series, sign: bool = False) -> str:
+    """Mean and interval of shares without noise, a seed each; nan where all that a seed has is noise: of how many seeds it is."""
+    known = shares.dropna()
+    if known.empty:
+        return "not known, all is noise"
+    one = estimate(list(known))
+    left = "" if len(known) == len(shares) else f" (in {len(known)} of {len(shares)} seeds, of the others all is noise)"
+    return f"{interval(one.mean, one.half_width, 2, sign=sign)}{left}"
 
 
 def _line(
@@ -181,7 +190,7 @@ def _line(
     xs, means = [at for at, _ in groups], [one.mean for _, one in groups]
     axis.plot(xs, means, color=color, linestyle=dash, marker=marker, alpha=alpha, markersize=3)
     if band:
-        halves = [one.half_width if math.isfinite(one.half_width) else 0.0 for _, one in groups]
+        halves = [style.bar(one.half_width) for _, one in groups]
         low, high = zip(*((m - h, m + h) for m, h in zip(means, halves, strict=True)), strict=True) if groups else ((), ())
         axis.fill_between(xs, low, high, color=color, alpha=0.15, linewidth=0)
 
@@ -253,9 +262,8 @@ def _verdict(plan: Plan, data: pd.DataFrame, tests: pd.DataFrame) -> str:
             end[end.targets == targets].set_index("seed").share_logit_without_noise
             for targets in (end.targets.min(), end.targets.max())
         )
-        change = estimate(list((most - fewest).dropna()))
-        one = " (one seed)" if change.n == 1 else ""
-        changes.append(f"{task} {interval(change.mean, change.half_width, 2, sign=True)}{one}")
+        one = " (one seed)" if len(most) == 1 else ""
+        changes.append(f"{task} {_known(most - fewest, sign=True)}{one}")
         found = [f"{label} {number(noise_scale(data, task, part), 0)}" for part, label in NOISY.items()]
         scales.append(f"{task} {', '.join(found)}")
     return (

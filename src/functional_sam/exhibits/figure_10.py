@@ -71,6 +71,8 @@ def headline(data: pd.DataFrame) -> str:
     own = data[data.checkpoint.eq("best") & data.noise.eq(0.4)]
     part = "control" if own.part.eq("control").any() else "noise"
     own = own[own.part.eq(part) & own.entry.isin(["sam", "functional-sam", "logit-sam"])]
+    if own.empty:
+        return "nothing at 40 % label noise"
     found = ", ".join(f"{label(row.entry)} {gained(row)}" for row in own.itertuples())
     where = f"same rate and decay, {own.n.iloc[0]} fresh seeds" if part == "control" else "best checkpoint"
     return f"points over AdamW at 40 % label noise, {where}: {found}"
@@ -138,7 +140,7 @@ def what_is_kept(planned: Sequence[Planned], source: Source) -> pd.DataFrame:
 
 def _verdicts(data: pd.DataFrame, checkpoint: str) -> str:
     """Against AdamW at equal epochs, at one checkpoint."""
-    own = data[~data.part.isin(DESCRIBED) & data.verdict_longer.ne("")]
+    own = data[~data.part.isin(DESCRIBED) & ~data.entry.isin(DOUBLES)]
     words = [f"at {POINTS * noise:.0f} % noise {counted(part)}" for noise, part in own.groupby("noise", sort=False)]
     return f"Against AdamW, {checkpoint}, {' - '.join(words)}."
 

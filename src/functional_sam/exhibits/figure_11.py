@@ -1,6 +1,7 @@
 """figure-11: what flatness buys when the loss does not show it: rounded weights, jittered weights, training on other text."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -9,14 +10,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from functional_sam.exhibits import style
-from functional_sam.exhibits.comparison import label, left_out, plan, setting, would_have_seen
-from functional_sam.exhibits.markdown import interval
+from functional_sam.exhibits.comparison import differs, label, left_out, plan, setting, would_have_seen
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.words import answer, sentence, tally
 from functional_sam.records import Source
-from functional_sam.study.compare import Estimate, Verdict, estimate, judged, paired_difference
-from functional_sam.study.report import check, frame
+from functional_sam.study.compare import Verdict, estimate, judged, paired_difference
+from functional_sam.study.report import check, difference, frame
 from functional_sam.study.tune import Planned
 
 __all__ = ["draw", "headline", "plan"]
@@ -24,7 +24,12 @@ __all__ = ["draw", "headline", "plan"]
 TRAINED = "as trained"  # no change: the loss itself, which is to be matched where increases are compared
 KINDS = {TRAINED: "", "rounding": "bits", "noise": "noise / RMS of a tensor", "forgetting": "steps on other text"}
 WITH_SAM = ("functional-sam", "precond-functional-sam")  # whose increase the protocol compares with SAM's as well
-PHRASES = {Verdict.BETTER: "smaller", Verdict.WORSE: "larger", Verdict.SAME: "no different", Verdict.OPEN: "inconclusive"}
+PHRASES = {  # a run that diverged has an infinite increase
+    "smaller": (Verdict.BETTER, Verdict.WON),
+    "larger": (Verdict.WORSE, Verdict.LOST),
+    "no different": (Verdict.SAME,),
+    "inconclusive": (Verdict.OPEN,),
+}
 HARD: dict[str, tuple[float, ...]] = {
     TRAINED: (),
     "rounding": (4, 3),
@@ -39,7 +44,8 @@ def draw(plan: Plan) -> Exhibit:
     First the loss before any change, minus AdamW's. A kind that no run was measured on (other text at paper scale) has no panel.
     """
     rows = [row for one in plan.content for row in increases(one, plan.source)]
-    data = _judged(pd.DataFrame(rows), plan.content[0].study.margin)
+    baseline = plan.content[0].cell.entries[0]
+    data = _judged(pd.DataFrame(rows), baseline, plan.content[0].study.margin)
     style.use()
     cells, kinds = list(dict.fromkeys(data.cell)), [kind for kind in KINDS if data.kind.eq(kind).any()]
     figure, axes = plt.subplots(
@@ -55,10 +61,10 @@ def draw(plan: Plan) -> Exhibit:
             _panel(axis, data[(data.cell == cell) & (data.kind == kind)])
             axis.set(title=kind, xlabel=KINDS[kind])
         line[0].set_ylabel("loss, or its increase,\nminus AdamW's (nats per token)")
-    style.legend_above(figure, axes[0, 1])
+    style.legend_above(figure, axes[0, -1])
     finding = sentence(headline(data))
     style.finding_above(figure, finding)
-    base = data[data.entry == plan.content[0].cell.entries[0]]
+    base = data[data.entry == baseline]
     scale = "; ".join(f"{kind} {_own(base, kind)}" for kind in kinds if HARD[kind])
     other = (
         "other text is AWS documentation, cut by the same tokenizer" if "forgetting" in kinds else "other text was not trained on"
@@ -85,7 +91,7 @@ def increases(one: Planned, source: Source) -> list[dict[str, Any]]:
     sam = next((own for key, own in records.items() if key[0] == "sam"), None)
     rows = []
     for key, own in records.items():
-        for kind, level in [(TRAINED, 0.0), *_levels(records[base])]:
+        for kind, level in [(TRAINED, 0.0), *_levels(record for of in records.values() for record in of)]:
             after, theirs = ([_increase(record, kind, level) for record in of] for of in (own, records[base]))
             mean, minus = estimate(after), paired_difference(after, theirs)
             row = {"cell": one.cell.name, "task": one.cell.task, "entry": key[0], "kind": kind, "level": level, "n": len(configs)}
@@ -101,21 +107,21 @@ def increases(one: Planned, source: Source) -> list[dict[str, Any]]:
 
 def headline(data: pd.DataFrame) -> str:
     """How the increases compare with AdamW's where the change is hard, in a few words."""
-    keep = [isinstance(row.verdict, str) and row.verdict != "" and row.level in HARD[row.kind] for row in data.itertuples()]
-    hard = data[keep]  # a verdict that is not there is nan where a CSV was read
-    tally = []
-    for word, phrase in PHRASES.items():
-        own = hard[hard.verdict == str(word)]
-        tally.append(f"{len(own)} {phrase}")
-    return f"loss increase by rounding, noise or retraining against AdamW's: {len(hard)} cases, {', '.join(tally)}"
+    told = [row for row in data.itertuples() if isinstance(row.verdict, str) and row.verdict]  # nan where a CSV was read
+    hard = [row.verdict for row in told if row.level in HARD[row.kind]]
+    counts = [f"{sum(word in words for word in hard)} {phrase}" for phrase, words in PHRASES.items()]
+    return f"loss increase by rounding, noise or retraining against AdamW's: {len(hard)} cases, {', '.join(counts)}"
 
 
 def _finished(config: Any, source: Source) -> bool:
     return not source.summary(config).get("diverged")
 
 
-def _levels(records: list[dict[str, Any] | None]) -> list[tuple[str, float]]:
-    record = next(record for record in records if record is not None)
+def _levels(records: Iterable[dict[str, Any] | None]) -> list[tuple[str, float]]:
+    """(kind, level) of the changes that were measured, by the first run that did not diverge; none where all did."""
+    record = next((record for record in records if record is not None), None)
+    if record is None:
+        return []
     found = [(kind, float(level)) for kind in ("rounding", "noise") for level in record[kind]]
     return found + [("forgetting", float(level)) for level in record.get("elsewhere", {}) if level != "0"]
 
@@ -138,12 +144,12 @@ def _there(record: dict[str, Any] | None, kind: str, level: float) -> float:
     return math.inf if value is None else float(value)
 
 
-def _judged(data: pd.DataFrame, margin: float) -> pd.DataFrame:
-    """With verdicts, Holm over the exhibit: increases minus AdamW's, which is not compared to itself, and minus SAM's."""
-    own = [row.kind != TRAINED and (row.minus_baseline != 0.0 or row.minus_baseline_stderr != 0.0) for row in data.itertuples()]
-    with_sam = data.minus_sam.notna()
-    found = [Estimate(r.minus_baseline, r.minus_baseline_stderr, r.n) for r in data[own].itertuples()]
-    found += [Estimate(r.minus_sam, r.minus_sam_stderr, r.n) for r in data[with_sam].itertuples()]
+def _judged(data: pd.DataFrame, baseline: str, margin: float) -> pd.DataFrame:
+    """With verdicts, Holm over the exhibit: increases minus the baseline's, which is not compared to itself, and minus SAM's."""
+    own = data.kind.ne(TRAINED) & data.entry.ne(baseline)
+    with_sam = [difference(row, "sam").n > 0 for row in data.itertuples()]
+    found = [difference(row) for row in data[own].itertuples()]
+    found += [difference(row, "sam") for row in data[with_sam].itertuples()]
     words = iter(map(str, judged(found, margin=margin)))
     data = data.assign(verdict=[next(words) if compared else "" for compared in own])
     return data.assign(verdict_sam=[next(words) if compared else "" for compared in with_sam])
@@ -155,7 +161,7 @@ def _panel(axis: Axes, data: pd.DataFrame) -> None:
     levels = sorted(set(data.level), reverse=data.kind.iloc[0] == "rounding")  # from gentle to hard
     for shift, name in zip(np.linspace(-0.18, 0.18, len(entries)), entries, strict=True):
         own = data[data.entry == name].set_index("level").loc[levels]
-        found = [Estimate(r.minus_baseline, r.minus_baseline_stderr, r.n) for r in own.itertuples()]
+        found = [difference(row) for row in own.itertuples()]
         style.marks(axis, list(np.arange(len(levels)) + shift), found, name, label=label(name), joined=False)
     axis.set_xticks(range(len(levels)), [f"{level:g}" if data.kind.iloc[0] != TRAINED else "" for level in levels])
     axis.set_xlim(-0.5, len(levels) - 0.5)
@@ -165,15 +171,15 @@ def _panel(axis: Axes, data: pd.DataFrame) -> None:
 def _before(data: pd.DataFrame) -> str:
     """How far the methods' losses are from AdamW's to begin with, in words."""
     own = data[data.kind.eq(TRAINED) & data.entry.ne("adamw")]
-    found = {row.entry: Estimate(row.minus_baseline, row.minus_baseline_stderr, row.n) for row in own.itertuples()}
-    each = [f"{label(name)} {interval(one.mean, one.half_width, sign=True)}" for name, one in found.items()]
+    several = own.cell.nunique() > 1
+    each = [f"{label(row.entry)} {differs(row, 'baseline')}{f' ({row.cell})' if several else ''}" for row in own.itertuples()]
     return f"the loss before minus AdamW's, which is not matched: {', '.join(each)}"
 
 
 def _seen(data: pd.DataFrame) -> str:
-    found = [(row.minus_baseline, row.minus_baseline_stderr, row.n, row.verdict) for row in data.itertuples()]
-    found += [(row.minus_sam, row.minus_sam_stderr, row.n, row.verdict_sam) for row in data.itertuples()]
-    return would_have_seen(Estimate(*one).detectable for *one, word in found if word == Verdict.OPEN)
+    found = [(difference(row), row.verdict) for row in data.itertuples()]
+    found += [(difference(row, "sam"), row.verdict_sam) for row in data.itertuples()]
+    return would_have_seen(one.detectable for one, word in found if word == Verdict.OPEN)
 
 
 def _own(base: pd.DataFrame, kind: str) -> str:

@@ -21,12 +21,13 @@ from functional_sam.exhibits.held_dose import (
 from functional_sam.exhibits.held_dose_tests import is_test, named_configs, tested, tests_figure, tests_in_words
 from functional_sam.exhibits.markdown import interval
 from functional_sam.exhibits.output import Exhibit
+from functional_sam.exhibits.pairs import by_seed
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import Spec
 from functional_sam.exhibits.vision import POINTS
 from functional_sam.exhibits.words import answer, firsts, model, sentence, sizes
 from functional_sam.records import Source
-from functional_sam.study.compare import Estimate, Verdict, estimate, judged, paired_difference
+from functional_sam.study.compare import Estimate, Verdict, estimate, judged
 from functional_sam.study.design import cells_asked
 from functional_sam.tasks import TASKS
 
@@ -95,10 +96,10 @@ def frame(configs: Sequence[Config], source: Source, part: str = SWEEP, names: M
                 "diverged": bool(summary.get("diverged", False)),
             }
         )
-    data = pd.DataFrame(rows)
+    data = pd.DataFrame(rows).astype({"dose": float, "phi": float})  # nan for AdamW: runs of it alone would make them objects
     pairs = ["task", "batch", "seed"]
     base = data[(data.method == "adamw") & data.run.isin(["", "AdamW"])].set_index(pairs).value
-    data["minus_adamw"] = data.value - [base[key] for key in data[pairs].itertuples(index=False, name=None)]
+    data["minus_adamw"] = data.value - base.reindex(pd.MultiIndex.from_frame(data[pairs])).to_numpy()
     return data
 
 
@@ -106,11 +107,11 @@ def comparisons(data: pd.DataFrame, margin: float) -> pd.DataFrame:
     """The smallest angle minus the largest (one family), and every angle minus AdamW (another), with Holm's correction in each."""
     rows = []
     for (task, dose), part in data[data.phi.notna()].groupby(["task", "dose"], sort=False):
-        by = {phi: list(own.sort_values("seed").value) for phi, own in part.groupby("phi")}
-        adamw = list(data[(data.task == task) & (data.method == "adamw")].sort_values("seed").value)
+        by = dict(iter(part.groupby("phi")))
+        adamw = data[(data.task == task) & (data.method == "adamw")]
         pairs = [("logit part", min(by), by[max(by)]), *(("AdamW", phi, adamw) for phi in by)]
         for against, phi, other in pairs:
-            found = paired_difference(by[phi], other)
+            found = by_seed(by[phi], other, "value", f"{task}, dose {dose:g}, phi {phi:g} minus {against}")
             row = {"task": task, "dose": dose, "phi": phi, "against": against, "metric": part.metric.iloc[0]}
             rows.append(row | {"n": found.n, "difference": found.mean, "stderr": found.stderr, "half_width": found.half_width})
     result = pd.DataFrame(rows)
@@ -179,14 +180,15 @@ def _panels(column: Iterable[Axes], config: Config, data: pd.DataFrame, found: p
 
 
 def _tests(plan: Plan) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The runs of the tests that are complete, each once, and their comparisons."""
+    """The runs of the tests that are complete, those that several cells name alike once, and their comparisons."""
     spec, (_, _, tests) = plan.spec, plan.content
-    names = {config.name: name for cell in tests.values() for name, own in cell.items() for config in own}
-    if not names:
+    if not tests:
         return pd.DataFrame(), pd.DataFrame()
-    configs = _once(*(own for cell in tests.values() for own in cell.values()))
-    data = frame(configs, plan.source, TESTS, names)
-    return data, tested(data, {name: spec.cells[name] for name in tests}, spec.margin)
+    data = {}
+    for cell, runs in tests.items():
+        names = {config.name: name for name, own in runs.items() for config in own}
+        data[cell] = frame(_once(*runs.values()), plan.source, TESTS, names)
+    return pd.concat(data.values()).drop_duplicates(ignore_index=True), tested(data, spec.cells, spec.margin)
 
 
 def headline(data: pd.DataFrame) -> str:
@@ -220,7 +222,7 @@ def _line(axis: Axes, values: Sequence[Estimate], beside: float, number: int, la
     axis.errorbar(
         [place + beside for place, _ in shown],
         [one.mean for _, one in shown],
-        [one.half_width if math.isfinite(one.half_width) else 0.0 for _, one in shown],
+        [style.bar(one.half_width) for _, one in shown],
         color=style.METHOD_COLOR["angle-sam"],
         linestyle=dash,
         marker=marker,

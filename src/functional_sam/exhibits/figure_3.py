@@ -223,17 +223,18 @@ def _at_first(theirs: pd.DataFrame, seed: int, dose: float) -> float:
 
 def _finding(paths: pd.DataFrame) -> str:
     """Each pair of paths in each cell: its verdicts by radius, and the lowest difference."""
+    if paths.empty:
+        return "No path is compared with another."
     sentences = []
-    for (cell, name, kind), part in paths.groupby(["cell", "entry", "at_equal"], sort=False) if len(paths) else ():
+    for (cell, name, kind), part in paths.groupby(["cell", "entry", "at_equal"], sort=False):
         words = [
             f"{word} at rho {', '.join(f'{r:g}' for r in part[part.verdict == word].rho)}"
             for word in Verdict
             if word in set(part.verdict)
         ]
         other = label(part.other.iloc[0])
-        best = part.loc[part.difference.idxmin()]
-        sentences.append(
-            f"{cell}, {label(name)} against {other} at equal {kind}: {'; '.join(words)} (lowest "
-            f"{markdown.interval(best.difference, Estimate(best.difference, best.stderr, int(best.n)).half_width, sign=True)})"
-        )
+        known = part[np.isfinite(part.difference)].sort_values("difference", kind="stable")
+        found = [Estimate(row.difference, row.stderr, row.n) for row in known[:1].itertuples()]
+        lowest = "".join(f" (lowest {markdown.interval(one.mean, one.half_width, sign=True)})" for one in found)
+        sentences.append(f"{cell}, {label(name)} against {other} at equal {kind}: {'; '.join(words)}{lowest}")
     return ". ".join(sentences) + "."

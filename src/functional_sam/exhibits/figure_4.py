@@ -18,12 +18,13 @@ from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import Spec
 from functional_sam.exhibits.words import answer, sizes
 from functional_sam.records import Source
-from functional_sam.study.compare import LEVEL, Estimate, Verdict, estimate, holm, unpaired_difference
+from functional_sam.study.compare import Verdict, estimate, holm, significant, unpaired_difference
 
 GEOMETRIES = {"plain": "plain", "adam": "Adam's geometry"}
 MEASURES = {"traces": r"tr $H_F$ / tr $H$", "tops": r"top $H_F$ / top $H_G$"}
 PLAIN = {"traces": "tr H_F / tr H", "tops": "top H_F / top H_G"}
 PAIR = ("language", "vision")
+SIDES = {Verdict.BETTER: "smaller in language", Verdict.WORSE: "larger in language"}
 BINS = 240
 
 
@@ -110,11 +111,18 @@ def compared(ends: pd.DataFrame) -> pd.DataFrame:
             sides = [list(own[own.task == task][measure]) for task in PAIR]
             found, each = unpaired_difference(*sides), [estimate(side) for side in sides]
             about = {"measure": measure, "geometry": geometry, "n": found.n}
-            about |= {f"{task}{end}": value for task, one in zip(PAIR, each, strict=True) for end, value in _with_half(one).items()}
+            for task, one in zip(PAIR, each, strict=True):
+                about |= {task: one.mean, f"{task}_half_width": one.half_width}
             rows.append(about | {"difference": found.mean, "half_width": found.half_width, "p": found.p})
     for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
         row["p_holm"] = p
     return pd.DataFrame(rows)
+
+
+def smaller_in_language(tests: pd.DataFrame) -> list[Verdict]:
+    """Of each row of `compared`, whether the functional part is smaller in language: better is yes, worse is larger."""
+    sides = [Verdict.BETTER if row.difference < 0 else Verdict.WORSE for row in tests.itertuples()]
+    return [side if significant(p) else Verdict.OPEN for side, p in zip(sides, tests.p_holm, strict=True)]
 
 
 def draw(plan: Plan) -> Exhibit:
@@ -139,12 +147,8 @@ def draw(plan: Plan) -> Exhibit:
     figure.legend(handles=matrices + marks, loc="lower center", ncol=4, bbox_to_anchor=(0.5, 1.0))
     finding = _finding(tests)
     style.finding_above(figure, finding)
-    smaller = [  # in language, as the paper's explanation has it
-        Verdict.OPEN if p >= 1 - LEVEL else Verdict.BETTER if difference < 0 else Verdict.WORSE
-        for p, difference in zip(tests.p_holm, tests.difference, strict=True)
-    ]
     frames = {"": ends, "density": densities, "tests": tests}
-    said = answer(smaller, Verdict.BETTER)
+    said = answer(smaller_in_language(tests), Verdict.BETTER)  # as the paper's explanation has it
     return Exhibit(plan, frames, _caption(plan, ends, finding), _verdict(tests), figure, answer=said)
 
 
@@ -178,8 +182,7 @@ def _density(axis: Axes, data: pd.DataFrame, ends: pd.DataFrame) -> None:
 def _bars(axis: Axes, tests: pd.DataFrame) -> None:
     for place, row in enumerate(tests.to_dict("records")):
         for shift, task in ((-0.18, PAIR[0]), (0.18, PAIR[1])):
-            half = row[f"{task}_half_width"]
-            error = [half if math.isfinite(half) else 0.0]
+            error = [style.bar(row[f"{task}_half_width"])]
             axis.bar(
                 place + shift, row[task], 0.34, yerr=error, color=style.TASK_COLOR[task], capsize=2, error_kw={"linewidth": 0.8}
             )
@@ -192,17 +195,12 @@ def _bars(axis: Axes, tests: pd.DataFrame) -> None:
     )
 
 
-def _with_half(one: Estimate) -> dict[str, float]:
-    return {"": one.mean, "_half_width": one.half_width}
-
-
 def _finding(tests: pd.DataFrame) -> str:
-    words, sides = [], []
-    for row in tests.itertuples():
-        sides.append(
-            "inconclusive" if row.p_holm >= 1 - LEVEL else "smaller in language" if row.difference < 0 else "larger in language"
-        )
-        words.append(f"{PLAIN[row.measure]}, {row.geometry}, {number(row.language, 2)} against {number(row.vision, 2)}")
+    sides = [SIDES.get(word, str(word)) for word in smaller_in_language(tests)]
+    words = [
+        f"{PLAIN[row.measure]}, {row.geometry}, {number(row.language, 2)} against {number(row.vision, 2)}"
+        for row in tests.itertuples()
+    ]
     if len(set(sides)) == 1:
         shown = "; ".join(word.replace(", plain,", "") for word in words if ", plain," in word)
         return f"The functional part, language against vision: {sides[0]} by all measures ({shown})"
@@ -214,7 +212,8 @@ def _caption(plan: Plan, ends: pd.DataFrame, finding: str) -> str:
     unconverged = int((~ends.top_converged.astype(bool)).sum() + (~ends.bottom_converged.astype(bool)).sum())
     return (
         f"{finding}. Densities by stochastic Lanczos quadrature ({measure.density_probes} probes of order "
-        f"{measure.density_order} a seed, a Gaussian of 3.2e-3 of the range) on {measure.curvature_targets} targets of either; "
+        f"{measure.density_order} a seed, a Gaussian of {1e3 * WIDTH:.1f}e-3 of the range) on {measure.curvature_targets} targets "
+        "of either; "
         f"triangles: ends by Lanczos, {unconverged} of {2 * len(ends)} not converged to 1e-3; Adam's geometry: P^1/2 A P^1/2, "
         f"P = 1 / (sqrt(v_hat) + e); scale {plan.spec.scale}, not the paper's: {sizes(plan.configs)}. "
         f"Means over n={len(plan.spec.seeds)} seeds, bands and bars are 95 % t intervals, Holm's correction over four comparisons."

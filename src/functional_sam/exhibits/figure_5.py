@@ -42,7 +42,7 @@ def draw(plan: Plan) -> Exhibit:
     data["epochs"] = data.units / data.unique_units
     data["swept"] = data.rho.where(data.trials == 0)  # the radius where none was chosen: it names a row
     batch = data[(data.part == "batch") & (data.lr_over_centre.sub(1).abs() < 0.01)]
-    radii = sorted(batch.rho.dropna().unique()) or [math.nan]
+    radii = sorted(batch.rho.dropna().unique())
     style.use()
     parts_shown = {part: title for part, title in PARTS.items() if data.part.eq(part).any()}
     figure, above, below = _panels(len(radii), len(parts_shown))
@@ -55,7 +55,7 @@ def draw(plan: Plan) -> Exhibit:
         own = data[data.part == part]
         lines(axis, own[own.batch == own.batch.max()] if part == "fixed" else own, x)
         axis.set(title=title, xlabel="epochs over the data" if part == "repeated" else "non-embedding\nparameters")
-    style.legend_above(figure, above[0], columns=4)
+    style.legend_above(figure, (above or below)[0], columns=4)
     style.finding_above(figure, sentence(headline(data)))
     with_sam = f"Against SAM at equal rho, a family of its own: {tally(once.verdict_sam)}."
     caption = (
@@ -93,7 +93,7 @@ def _at_equal_rho(row: Any) -> bool:
 def headline(data: pd.DataFrame) -> str:
     """The paper's best method at the largest size of fixed length, in a few words."""
     own = data[data.part.eq("fixed") & data.entry.eq("precond-functional-sam")]
-    own = own[own.parameters == own.parameters.max()]
+    own = own[(own.parameters == own.parameters.max()) & (own.batch == own.batch.max())]  # the panel shows that batch
     found = [
         f"Precond Functional-SAM minus AdamW {differs(row, 'baseline')} nats at {style.count(row.parameters)} parameters"
         for row in own.itertuples()

@@ -16,7 +16,7 @@ from functional_sam.exhibits.comparison import counted, label
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import Spec
-from functional_sam.exhibits.words import answer, sentence
+from functional_sam.exhibits.words import answer, metric_label, sentence
 from functional_sam.records import Source
 from functional_sam.study.compare import Verdict, estimate
 from functional_sam.study.design import load_study
@@ -34,7 +34,7 @@ def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
     found = comparison.plan(spec, source, overrides)
     study = load_study(spec.study, spec.scale, overrides)
     tasks = dict.fromkeys(cell.task for cell in study.part(*spec.parts))
-    measured = {task: share_runs(spec, task, overrides) for task in tasks}
+    measured = {task: share_runs(spec, task, study.overrides) for task in tasks}  # without cells=, which is of the study alone
     runs = [config for configs in measured.values() for config in configs]
     drawable = found.drawable and all(source.done(config) for config in runs)
     drawn = [*runs, *(found.drawn or [])]
@@ -52,7 +52,7 @@ def draw(plan: Plan) -> Exhibit:
     """Left the tasks with several shares of the data, right all tasks at the share that they have in common."""
     planned, measured = plan.content
     data = judge(frame(planned, plan.source), planned[0].study.margin)
-    data["data_share"] = [share for one in planned for share in [_config(one).data.share] * len(one.reported)]
+    data["data_share"] = data.cell.map({one.cell.name: _config(one).data.share for one in planned})
     shares = {task: estimate([functional_share(plan.source, config) for config in configs]) for task, configs in measured.items()}
     data["share"] = [shares[task].mean for task in data.task]
     data["share_stderr"] = [shares[task].stderr for task in data.task]
@@ -62,26 +62,34 @@ def draw(plan: Plan) -> Exhibit:
     several = data[data.task.isin(data[data.part == "share"].task)]
 
     style.use()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(style.PAGE, 2.7))
-    for axis, part, x in ((left, several, "data_share"), (right, common, "share")):
+    figure, panels = plt.subplots(1, 2, figsize=(style.PAGE, 2.7))
+    for axis, part, x in zip(panels, (several, common), ("data_share", "share"), strict=True):
+        if part.empty:  # no cell of it is complete
+            axis.set_axis_off()
+            continue
         axis.axhline(0.0, color=style.METHOD_COLOR["adamw"], linewidth=0.8)
         _points(axis, part[part.entry != "adamw"], x)
-    left.set_xscale("log")
-    ticks = sorted(set(several.data_share))
-    left.set_xticks(ticks, [f"{tick:.0%}" for tick in ticks])
-    left.xaxis.set_minor_locator(NullLocator())
-    tasks = ", ".join(dict.fromkeys(several.task))
-    left.set(xlabel=f"share of the training texts ({tasks})", ylabel=f"{_metric(several)} minus AdamW's")
-    right.set_ylabel(f"{_metric(common)} minus AdamW's")
-    right.set(xlabel=r"functional share $|\delta_{func}|/(|\delta_{func}|+|\delta_{logit}|)$, pretrained")
-    _shares_below(right, common)
-    style.legend_above(figure, right, columns=4)
+        axis.set_ylabel(f"{_metric(part)} minus AdamW's")
+    if len(several):
+        _shares_of_the_data(panels[0], several)
+    if len(common):
+        panels[1].set(xlabel=r"functional share $|\delta_{func}|/(|\delta_{func}|+|\delta_{logit}|)$, pretrained")
+        _shares_below(panels[1], common)
+    style.legend_above(figure, panels[1] if len(common) else panels[0], columns=4)
     style.finding_above(figure, sentence(headline(data)))
     correlations = ranks(common)
     finding = _finding(several, common, correlations)
     caption = f"{finding} {_setting(plan, data)}{comparison.seen(data)}{comparison.left_out(plan_of_cells(plan))}"
     said = answer([_little_against_much(data)], Verdict.BETTER)
     return Exhibit(plan, {"": data, "ranks": correlations}, caption, finding, figure, answer=said)
+
+
+def _shares_of_the_data(axis: Axes, several: pd.DataFrame) -> None:
+    axis.set_xscale("log")
+    ticks = sorted(set(several.data_share))
+    axis.set_xticks(ticks, [f"{tick:.0%}" for tick in ticks])
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xlabel(f"share of the training texts ({', '.join(dict.fromkeys(several.task))})")
 
 
 def _shares_below(axis: Axes, common: pd.DataFrame) -> None:
@@ -103,21 +111,25 @@ def _shares_below(axis: Axes, common: pd.DataFrame) -> None:
 
 def _metric(part: pd.DataFrame) -> str:
     """What most tasks of a panel are judged by, on the test split; the caption names those that are judged by another measure."""
-    label = {task.metric.name: task.metric.label for task in TASKS.values()}[part.metric.mode()[0]]
-    return f"test {label[0].lower()}{label[1:]}"
+    words = metric_label(part.metric.mode()[0])
+    return f"test {words[0].lower()}{words[1:]}"
 
 
 def headline(data: pd.DataFrame) -> str:
     """SAM's gain with the least and the most of the data, and the rank correlation of gain and functional share, in a few words."""
-    gains = [
-        (markdown.interval(100 * row.minus_baseline, 100 * difference(row).half_width, 1, sign=True), f"{row.data_share:.0%}")
-        for row in (_ends(data) if len(data) else ())
-    ]
-    units = (" points", "", " of the data", "")  # after the first gain and the second, after the first share and the second
-    ends = [f"{gain}{units[i]} with {share}{units[2 + i]}" for i, (gain, share) in enumerate(gains)]
-    found = ranks(data[data.part == "tasks"])
-    words = ", ".join(f"{label(row.entry)} {markdown.number(row.correlation, 2, sign=True)}" for row in found.itertuples())
-    return f"SAM minus AdamW {', '.join(ends)}; rank correlation of gain and functional share: {words}"
+    parts = []
+    if ends := _ends(data):
+        least, most = (markdown.interval(100 * row.minus_baseline, 100 * difference(row).half_width, 1, sign=True) for row in ends)
+        shares = [f"{row.data_share:.0%}" for row in ends]
+        parts.append(f"SAM minus AdamW {least} points with {shares[0]} of the data, {most} with {shares[1]}")
+    words = [f"{label(row.entry)} {_correlation(row)}" for row in ranks(data[data.part == "tasks"]).itertuples()]
+    parts += [f"rank correlation of gain and functional share: {', '.join(words)}"] if words else []
+    return "; ".join(parts) or "neither several shares of the data nor several tasks are complete"
+
+
+def _correlation(row: Any) -> str:
+    """Of a row of `ranks`: what is all the same, or one task alone, has no order."""
+    return "none" if math.isnan(row.correlation) else markdown.number(row.correlation, 2, sign=True)
 
 
 def _ends(data: pd.DataFrame) -> list[Any]:
@@ -132,7 +144,8 @@ def _little_against_much(data: pd.DataFrame) -> Verdict | str:
     if not (ends := _ends(data)):
         return ""
     least, most = (difference(row) for row in ends)
-    if abs(least.mean - most.mean) <= least.half_width + most.half_width:
+    gap = least.mean - most.mean  # nan: runs of both diverged
+    if math.isnan(gap) or abs(gap) <= least.half_width + most.half_width:
         return Verdict.OPEN
     return Verdict.BETTER if least.mean > most.mean else Verdict.WORSE
 
@@ -179,21 +192,20 @@ def _finding(several: pd.DataFrame, common: pd.DataFrame, correlations: pd.DataF
     parts = [f"{share:.0%} {counted(own)}" for share, own in several.sort_values("data_share").groupby("data_share")]
     tasks = [f"{task} {counted(own)}" for task, own in common.groupby("task", sort=False)]
     words = [
-        f"{label(row.entry)} at rho {row.rho:g} {markdown.number(row.correlation, 2, sign=True)} (p {row.p:.2f})"
+        f"{label(row.entry)} at rho {row.rho:g} {_correlation(row)}{'' if math.isnan(row.p) else f' (p {row.p:.2f})'}"
         for row in correlations.itertuples()
     ]
-    return (
-        f"Against AdamW, by the share of the data: {'; '.join(parts)}; by task: {'; '.join(tasks)}. Rank correlation of gain and "
-        f"functional share over {common.task.nunique()} tasks: {', '.join(words)}."
-    )
+    sides = [f"by the share of the data: {'; '.join(parts)}"] if parts else []
+    sides += [f"by task: {'; '.join(tasks)}"] if tasks else []
+    ranked = f" Rank correlation of gain and functional share over {common.task.nunique()} tasks: {', '.join(words)}."
+    return f"Against AdamW, {'; '.join(sides)}.{ranked if words else ''}"
 
 
 def _setting(plan: Plan, data: pd.DataFrame) -> str:
     config = _config(plan.content[0][0])
     n = "/".join(str(value) for value in sorted(set(data.n)))
-    units = {task.metric.name: task.metric.label for task in TASKS.values()}
     others = data[data.metric != data.metric.mode()[0]].groupby("metric", sort=False).task.unique()
-    judged = "".join(f" ({', '.join(tasks)}: {units[str(name)]})" for name, tasks in others.items())
+    judged = "".join(f" ({', '.join(tasks)}: {metric_label(str(name))})" for name, tasks in others.items())
     steps = "/".join(str(value) for value in sorted(set(data.steps)))
     return (
         f"Scale {plan.spec.scale}: {TASKS[config.kind].model_name(config)}, {steps} steps of {config.training.batch} texts, rho as "

@@ -15,11 +15,12 @@ from functional_sam.config import Config
 from functional_sam.exhibits import style
 from functional_sam.exhibits.markdown import interval, number
 from functional_sam.exhibits.output import Exhibit
+from functional_sam.exhibits.pairs import by_seed
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import Spec
 from functional_sam.exhibits.words import answer, by_targets, sentence, sizes
 from functional_sam.records import Source
-from functional_sam.study.compare import LEVEL, Verdict, estimate, holm, paired_difference
+from functional_sam.study.compare import Estimate, Verdict, estimate, holm, significant
 from functional_sam.study.regression import Fit, fit
 
 LEAST_R2 = 0.02  # that outputs and domain must add to matter (paper/PROTOCOL.md)
@@ -74,18 +75,19 @@ def _fitted(data: pd.DataFrame, added: Sequence[str], below_uniform: bool = Fals
     return fit(y, np.stack([*base, *(more[one] for one in added)], 1), clusters)
 
 
-def contrasts(data: pd.DataFrame) -> dict[str, Any]:
+def contrasts(data: pd.DataFrame) -> dict[str, Estimate]:
     """What is compared in pairs at the last step, most targets, temperature 1: name -> difference of logit shares."""
     end = at_end(data)
     found = {}
     for task in firsts_of(end):
         own = end[(end.task == task) & (end.embedding_scale == 1)]
         least, most = own.outputs.min(), own.outputs.max()
-        found[f"{task}, {most:,} minus {least} outputs"] = _paired(own[own.outputs == most], own[own.outputs == least])
+        name = f"{task}, {most:,} minus {least} outputs"
+        found[name] = by_seed(own[own.outputs == most], own[own.outputs == least], "share_logit", name)
     small = end[end.embedding_scale < 1]
     same = end[(end.embedding_scale == 1) & (end.task == "language") & end.outputs.isin(small.outputs)]
-    found[f"language, embeddings of {small.embedding_scale.min():g} minus 1"] = _paired(small, same)
-    return found
+    name = f"language, embeddings of {small.embedding_scale.min():g} minus 1"
+    return found | {name: by_seed(small, same, "share_logit", name)}
 
 
 def at_end(data: pd.DataFrame) -> pd.DataFrame:
@@ -131,7 +133,7 @@ def _coefficients(full: Fit) -> list[dict[str, Any]]:
             "compared": name,
             "of": "log ratio",
             "estimate": full.coefficients[first + place],
-            "half_width": full.stderr[first + place] * _quantile(full.clusters),
+            "half_width": Estimate(full.coefficients[first + place], full.stderr[first + place], full.clusters).half_width,
             "p": full.p(first + place),
             "n": full.clusters,
         }
@@ -150,7 +152,7 @@ def told(data: pd.DataFrame) -> dict[str, str]:
     for rows, beside in fitted:
         adds = _fitted(data, (*beside, *ADDED)).r2 - _fitted(data, beside).r2 >= LEAST_R2
         own = rows.set_index("compared").loc[list(ADDED)]
-        signs.append([int(np.sign(row.estimate)) if adds and row.p_holm < 1 - LEVEL else 0 for row in own.itertuples()])
+        signs.append([int(np.sign(row.estimate)) if adds and significant(row.p_holm) else 0 for row in own.itertuples()])
     words = {1: RISES, -1: FALLS, 0: UNSEEN}
     return {name: words[one] if one == other else OPEN for name, one, other in zip(ADDED, *signs, strict=True)}
 
@@ -196,7 +198,7 @@ def draw(plan: Plan) -> Exhibit:
     style.finding_above(figure, finding)
     plain = tests[tests.compared.str.endswith("outputs") & ~tests.compared.isin(ADDED)]
     words = [
-        Verdict.OPEN if row.p_holm >= 1 - LEVEL else Verdict.BETTER if row.estimate > 0 else Verdict.WORSE
+        (Verdict.BETTER if row.estimate > 0 else Verdict.WORSE) if significant(row.p_holm) else Verdict.OPEN
         for row in plain.itertuples()
     ]
     words += [{RISES: Verdict.BETTER, FALLS: Verdict.WORSE}.get(word, Verdict.OPEN) for word in told(data).values()]
@@ -244,16 +246,11 @@ def _plainly(data: pd.DataFrame) -> str:
     return f"logit share {few} at {least} classes, {many} at {most}"
 
 
-def _paired(part: pd.DataFrame, other: pd.DataFrame) -> Any:
-    left, right = (one.set_index("seed").share_logit.sort_index() for one in (part, other))
-    return paired_difference(list(left), list(right))
-
-
 def _means(axis: Axes, part: pd.DataFrame, x: str, y: str, color: str, dash: Any, marker: str = "o") -> None:
     """Means over seeds with their 95 % t intervals as bars."""
     groups = [(at, estimate(list(values))) for at, values in part.groupby(x)[y]]
     if groups:
-        halves = [one.half_width if math.isfinite(one.half_width) else 0.0 for _, one in groups]
+        halves = [style.bar(one.half_width) for _, one in groups]
         xs, means = [at for at, _ in groups], [one.mean for _, one in groups]
         face = color if marker == "o" else "white"
         axis.errorbar(xs, means, halves, color=color, linestyle=dash, marker=marker, markerfacecolor=face, capsize=2, linewidth=1)
@@ -271,8 +268,7 @@ def _cosines(axis: Axes, data: pd.DataFrame) -> None:
         color = style.TASK_COLOR[name.split(",")[0]]
         for shift, step, marker in zip((-0.12, 0.12), (own.step.min(), own.step.max()), STEP_MARKERS, strict=True):
             found = estimate(list(part[part.step == step].groupby("seed").cosine.mean()))
-            half = found.half_width if math.isfinite(found.half_width) else 0.0
-            axis.errorbar([place + shift], [found.mean], [half], color=color, marker=marker, capsize=2)
+            axis.errorbar([place + shift], [found.mean], [style.bar(found.half_width)], color=color, marker=marker, capsize=2)
     axis.axhline(0, color="#bbbbbb", linewidth=0.6, zorder=0)
     scale = small.embedding_scale.min() if len(small) else math.nan
     axis.set_xticks(range(3), ["vision,\nall classes", "language,\nembeddings x 1", f"language,\nembeddings x {scale:g}"])
@@ -340,9 +336,3 @@ def _verdict(tests: pd.DataFrame, models: dict[str, Fit]) -> str:
     ]
     explained = ", ".join(f"{name} {number(one.r2, 3)}" for name, one in models.items())
     return f"R2: {explained}; {'; '.join(said)} (95 % intervals, p by Holm)."
-
-
-def _quantile(clusters: int) -> float:
-    from scipy import stats
-
-    return float(stats.t.ppf(0.5 + LEVEL / 2, clusters - 1))

@@ -15,8 +15,8 @@ from functional_sam.exhibits import style
 from functional_sam.exhibits.breaking import (
     ADAMW,
     BETWEEN,
-    LEVEL,
     PAIRS,
+    RADIUS,
     RISE,
     SLOPE,
     WORDS,
@@ -25,6 +25,7 @@ from functional_sam.exhibits.breaking import (
     frame,
     frontier,
     grid,
+    of_seeds,
     radii,
     times,
 )
@@ -37,7 +38,9 @@ from functional_sam.records import Source
 from functional_sam.study.compare import Estimate, Verdict, estimate
 from functional_sam.tasks import TASKS
 
-UNMOVED = "none that this grid of radii shows"  # of an exponent that is the same in every seed
+UNMOVED = "none that this grid of radii shows"  # of an exponent that is zero in every seed: the best radius is one of the grid
+ROUNDING = 1e-6  # an exponent below it is zero
+NOT_COMPARED = "not compared"
 
 
 def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
@@ -92,11 +95,11 @@ def draw(plan: Plan) -> Exhibit:
         bbox_to_anchor=(0.5, 1.0),
         ncol=3,
     )
-    finding = _finding(pairs)
+    finding = _finding(pairs, full.seed.nunique())
     style.finding_above(figure, finding)
     frames = {"": data, "frontier": found, "pairs": pairs, "radii": table, "exponents": slopes}
-    largest = pairs[(pairs.what == LEVEL) & (pairs.width == pairs.width.max())]
-    meant = {word: verdict for verdict, word in WORDS[LEVEL].items()}
+    largest = pairs[(pairs.what == RADIUS) & (pairs.width == pairs.width.max())]
+    meant = {word: verdict for verdict, word in WORDS[RADIUS].items()}
     said = answer([meant.get(word, word) for word in largest.verdict], Verdict.BETTER)
     frames |= {} if in_bf16.empty else {"bf16": in_bf16}
     rounded = " Not shown, its runs are not complete: bf16." if plan.left else in_words(data, in_bf16)
@@ -106,9 +109,12 @@ def draw(plan: Plan) -> Exhibit:
 
 def headline(data: pd.DataFrame) -> str:
     """The radius that breaks training at the largest width, of the functional path over SAM's, in a few words."""
-    pairs = compared(frontier(first_precision(data)))
-    own = pairs[(pairs.what == LEVEL) & (pairs.width == pairs.width.max())]
-    found = [f"{style.METHOD_LABEL[row.method]} over {style.METHOD_LABEL[row.other]} {times(row)}" for row in own.itertuples()]
+    pairs, label = compared(frontier(first_precision(data))), style.METHOD_LABEL
+    own = pairs[(pairs.what == RADIUS) & (pairs.width == pairs.width.max())].set_index("method")
+    found = [
+        f"{label[name]} over {label[other]} {times(own.loc[name]) if name in own.index else NOT_COMPARED}"
+        for name, other in PAIRS.items()
+    ]
     return f"radius that costs {RISE:g} nats: {', '.join(found)}"
 
 
@@ -139,8 +145,10 @@ def _against_width(axis: Axes, table: pd.DataFrame, field: str, widths: list[int
             points.append((width * beside, at[field].dropna(), field != "best" and bool(at.bounded.any())))
         _line(axis, [(x, _of_logs(values), bounded) for x, values, bounded in points if len(values)], method)
     values = table[field].dropna()
-    axis.set(xscale="log", yscale="log", xlabel="width", ylim=(values.min() / 2, values.max() * 2))
-    style.plain_log(axis)
+    axis.set(xscale="log", xlabel="width")
+    if len(values):
+        axis.set(yscale="log", ylim=(values.min() / 2, values.max() * 2))
+        style.plain_log(axis)
     _ticks_of(axis, widths)
 
 
@@ -148,7 +156,7 @@ def _ratios(axis: Axes, pairs: pd.DataFrame, widths: list[int]) -> None:
     """The figure's question: the radius of a functional method over its plain twin's; above 1 it bears more."""
     axis.axhline(1.0, color=style.METHOD_COLOR["adamw"], linewidth=0.8)
     for name, shift in zip(PAIRS, (0.97, 1.03), strict=True):
-        own = pairs[(pairs.method == name) & (pairs.what == LEVEL) & (pairs.n > 0)]
+        own = pairs[(pairs.method == name) & (pairs.what == RADIUS) & (pairs.n > 0)]
         points = [
             (row.width * shift, Estimate(row.difference, row.stderr, row.n), row.bound != BETWEEN) for row in own.itertuples()
         ]
@@ -185,7 +193,7 @@ def _line(axis: Axes, points: list[tuple[float, Estimate, bool]], method: str) -
     color = style.METHOD_COLOR[method]
     found = [one for _, one, _ in points]
     xs, ys = [x for x, _, _ in points], [math.exp(one.mean) for one in found]
-    halves = [one.half_width if math.isfinite(one.half_width) else 0.0 for one in found]
+    halves = [style.bar(one.half_width) for one in found]
     errors = [[y - y * math.exp(-half) for y, half in zip(ys, halves, strict=True)]]
     errors.append([y * math.exp(min(half, 50.0)) - y for y, half in zip(ys, halves, strict=True)])
     axis.errorbar(xs, ys, errors, color=color, elinewidth=0.7)
@@ -209,16 +217,17 @@ def _legend(methods: list[str], adamw: bool, in_bf16: bool) -> list[Line2D]:
 # ---------------------------------------------------------------------- words
 
 
-def _finding(pairs: pd.DataFrame) -> str:
+def _finding(pairs: pd.DataFrame, seeds: int) -> str:
+    """The ratio of radii at the largest width at which it is known; seeds: of the runs, not all of which may be compared."""
     parts = []
     for name, other in PAIRS.items():
-        own = pairs[(pairs.method == name) & (pairs.what == LEVEL)]
+        own = pairs[(pairs.method == name) & (pairs.what == RADIUS)]
         label = f"{style.METHOD_LABEL[name]} / {style.METHOD_LABEL[other]}"
         if own.empty:
-            parts.append(f"{label} not compared, both beyond the grid")
+            parts.append(f"{label} {NOT_COMPARED}, both beyond the grid or AdamW itself broken")
             continue
         row = own.loc[own.width.idxmax()]
-        parts.append(f"{label} {times(row)} at width {row.width:.0f} ({row.verdict})")
+        parts.append(f"{label} {times(row)} at width {row.width:.0f} ({row.verdict}{of_seeds(row, seeds)})")
     return f"Radius that breaks training, functional path over SAM's: {'; '.join(parts)}"
 
 
@@ -238,22 +247,27 @@ def _caption(plan: Plan, data: pd.DataFrame, finding: str) -> str:
 
 
 def _verdict(data: pd.DataFrame, pairs: pd.DataFrame, slopes: pd.DataFrame) -> str:
-    label = style.METHOD_LABEL
+    label, seeds = style.METHOD_LABEL, data.seed.nunique()
     at = [
-        f"{label[row.method]} over {label[row.other]} at width {row.width:.0f}: {times(row)}, {row.verdict}"
-        for row in pairs[pairs.what == LEVEL].itertuples()
+        f"{label[row.method]} over {label[row.other]} at width {row.width:.0f}: {times(row)}, {row.verdict}{of_seeds(row, seeds)}"
+        for row in pairs[pairs.what == RADIUS].itertuples()
     ]
     turns = [
-        f"{label[row.method]} {row.difference:+.2f} \N{PLUS-MINUS SIGN} {row.half_width:.2f} "
-        f"({', '.join(filter(None, (row.bound, row.verdict)))})"
+        f"{label[row.method]} {_exponent(row.difference, row.half_width)} "
+        f"({', '.join(filter(None, (row.bound, row.verdict)))}{of_seeds(row, seeds)})"
         for row in pairs[(pairs.what == SLOPE) & (pairs.n > 0)].itertuples()
     ]
     grows = [
         f"{label[row.method]} "
-        + (f"{row.exponent:+.2f} \N{PLUS-MINUS SIGN} {row.half_width:.2f}" if row.half_width > 1e-6 else UNMOVED)
+        + (UNMOVED if max(abs(row.exponent), row.half_width) < ROUNDING else _exponent(row.exponent, row.half_width))
         for row in slopes[(slopes.of == "best") & (slopes.n > 0)].itertuples()
     ]
     return (
         f"{'; '.join(at)}. Slope of the logarithm in log width: {'; '.join(turns) or 'not known'}. Exponent of the best radius in "
         f"width: {'; '.join(grows) or 'not known'}. {int(data.diverged.sum())} of {len(data)} runs diverged."
     )
+
+
+def _exponent(value: float, half: float) -> str:
+    """To a hundredth, with the interval where two seeds or more have one."""
+    return f"{value:+.2f}" + (f" \N{PLUS-MINUS SIGN} {half:.2f}" if math.isfinite(half) else "")

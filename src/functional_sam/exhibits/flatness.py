@@ -12,7 +12,7 @@ from scipy import stats
 from functional_sam.config import Config
 from functional_sam.exhibits import style
 from functional_sam.records import Source
-from functional_sam.study.compare import LEVEL, Estimate, estimate, holm, paired_difference, ratio
+from functional_sam.study.compare import Estimate, estimate, holm, paired_difference, ratio, significant
 from functional_sam.study.dose import dose_of
 
 STATES = {"trained": "as trained", "fitted": "at the fitted temperature"}
@@ -33,6 +33,7 @@ RANKED = {
     "logit_norm": "norm of the logits",
 }
 EXPLAINED, OWN, FLAT, OPEN = "mostly temperature", "mostly not temperature", "flatness not significant", "inconclusive"
+UNKNOWN = "not known, for a run diverged or has no positive tr H"  # the logarithm of a seed is nan
 READINGS = ("ranks as the loss", "ranks against the loss")
 
 
@@ -81,8 +82,8 @@ def undone(data: pd.DataFrame) -> pd.DataFrame:
     """A row per geometry and method: how much flatter than AdamW in log tr H, as trained (b) and at the fitted temperatures (a).
 
     fraction = (b - a) / b, the part that a temperature undoes, with its interval by Fieller. The verdict tests b < 0, then
-    .5 b - a, each with Holm's correction over the methods of a geometry. matched_...: the same against AdamW's runs of other
-    lengths at the method's own loss, descriptive.
+    .5 b - a, each with Holm's correction over the methods of a geometry; b is nan where a run diverged or
+    its tr H is not positive. matched_...: the same against AdamW's runs of other lengths at the method's own loss, descriptive.
     """
     rows = []
     for geometry, own in data.groupby("geometry", sort=False):
@@ -133,15 +134,15 @@ def _log(value: float) -> float:
 
 def _judged(family: list[tuple[dict[str, Any], Estimate, Estimate]]) -> list[dict[str, Any]]:
     ps = holm([trained.p for _, trained, _ in family])
-    flatter = [p < 1 - LEVEL and trained.mean < 0 for p, (_, trained, _) in zip(ps, family, strict=True)]
+    flatter = [significant(p) and trained.mean < 0 for p, (_, trained, _) in zip(ps, family, strict=True)]
     contrasts = [contrast for (_, _, contrast), flat in zip(family, flatter, strict=True) if flat]
     adjusted = iter(zip(contrasts, holm([one.p for one in contrasts]), strict=True))
     rows = []
     for (row, _, _), flat in zip(family, flatter, strict=True):
-        word = FLAT
+        word = UNKNOWN if math.isnan(row["b"]) else FLAT
         if flat:
             contrast, p = next(adjusted)
-            word = OPEN if p >= 1 - LEVEL else EXPLAINED if contrast.mean < 0 else OWN
+            word = (EXPLAINED if contrast.mean < 0 else OWN) if significant(p) else OPEN
         rows.append(row | {"verdict": word})
     return rows
 
@@ -172,7 +173,7 @@ def kendall(data: pd.DataFrame) -> pd.DataFrame:
             rows.append(row | {"p": max(ps)})
     result = pd.DataFrame(rows)
     result["p"] = holm(list(result.p))
-    result["reading"] = [OPEN if row.p >= 1 - LEVEL else READINGS[int(row.tau < 0)] for row in result.itertuples()]
+    result["reading"] = [READINGS[int(row.tau < 0)] if significant(row.p) else OPEN for row in result.itertuples()]
     return result
 
 

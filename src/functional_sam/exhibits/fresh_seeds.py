@@ -6,7 +6,8 @@ import pandas as pd
 
 from functional_sam.exhibits.comparison import label
 from functional_sam.exhibits.markdown import interval
-from functional_sam.study.compare import Estimate, family, paired_difference
+from functional_sam.exhibits.pairs import by_seed
+from functional_sam.study.compare import Estimate, family
 
 PART = "fresh"
 COMPARED = (("sam", "adamw"), ("functional-sam", "sam"), ("functional-sam", "adamw"))
@@ -24,8 +25,7 @@ def on_fresh_seeds(seeds: pd.DataFrame, margin: float) -> pd.DataFrame:
         for name, other in COMPARED:
             for rho, own in part[part.entry == name].groupby("rho"):
                 theirs = part[part.entry.eq(other) & (part.rho.eq(rho) | part.rho.isna())]
-                pairs = own.merge(theirs, on="seed", suffixes=("", "_other"), validate="one_to_one")
-                found.append(paired_difference(list(pairs.test), list(pairs.test_other)))
+                found.append(by_seed(own, theirs, "test", f"{cell}: {name} minus {other} at rho {rho:g}"))
                 rows.append({"cell": cell, "batch": own.batch.iloc[0], "entry": name, "other": other, "rho": rho})
         tables.append(pd.DataFrame(rows).assign(**family(found, margin)))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
@@ -90,11 +91,12 @@ def draw_by_batch(column: Iterable[Axes], table: pd.DataFrame, dose: float, step
         axis.set_xscale("log", base=2)
     look: dict[str, Any] = {"color": style.METHOD_COLOR["angle-sam"], "marker": "o", "markerfacecolor": "white"}
     for beside, (what, other) in zip((0.94, 1.06), LOOKS.items(), strict=True):
-        own = table[table.what == what]
+        own = _drawn(table[table.what == what])
         label = what.removesuffix(" minus AdamW")
         above.errorbar(own.targets * beside, own.difference, own.half_width, **look | other, label=label)
     own = table[table.what == AGAINST_LOGIT]
-    below.errorbar(own.targets, own.difference, own.half_width, **look)
+    bars = _drawn(own)
+    below.errorbar(bars.targets, bars.difference, bars.half_width, **look)
     significant = own[own.verdict.str.startswith(("better", "worse"))]
     below.plot(significant.targets, significant.difference, **look | {"markerfacecolor": look["color"]}, linestyle="", zorder=3)
     noise = [f"{row.noise_func_first:.2f} to\n{row.noise_func:.2f}" for row in own.itertuples()]
@@ -108,6 +110,12 @@ def draw_by_batch(column: Iterable[Axes], table: pd.DataFrame, dose: float, step
     above.set_ylim(low, high + 0.45 * (high - low))  # room for the legend
     above.legend(fontsize=6, loc="upper right")
     below.set(xlabel="targets a step; noise in $|H_F\\epsilon|^2$,\nfirst to last step", ylabel="functional minus\nlogit part")
+
+
+def _drawn(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with a mean that can be drawn, those without an interval without a bar."""
+    finite = rows[np.isfinite(rows.difference)]
+    return finite.assign(half_width=[style.bar(half) for half in finite.half_width])
 
 
 def in_words(table: pd.DataFrame, dose: float, steps: int) -> str:

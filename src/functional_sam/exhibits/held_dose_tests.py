@@ -10,8 +10,9 @@ from matplotlib.transforms import blended_transform_factory
 from functional_sam.config import Config
 from functional_sam.exhibits import style
 from functional_sam.exhibits.markdown import interval
+from functional_sam.exhibits.pairs import by_seed
 from functional_sam.exhibits.spec import Spec
-from functional_sam.study.compare import Estimate, Verdict, family, paired_difference
+from functional_sam.study.compare import Estimate, Verdict, family
 
 SIGNIFICANT = (str(Verdict.BETTER), str(Verdict.WORSE))  # also where one diverged
 LABELS = 0.36  # of the figure's width: the names of what is compared
@@ -35,16 +36,16 @@ def named_configs(spec: Spec, cell: dict[str, Any], overrides: tuple[str, ...]) 
     return configs
 
 
-def tested(data: pd.DataFrame, cells: dict[str, Any], margin: float) -> pd.DataFrame:
+def tested(data: dict[str, pd.DataFrame], cells: dict[str, Any], margin: float) -> pd.DataFrame:
     """One row a comparison: loss of a run minus the other's, paired by seed, p by Holm within the cell, verdict.
 
-    data: "run", "seed" and "value" of every run; cells: those that are complete.
+    data: of each cell that is complete "run", "seed" and "value" of its runs: those of two cells may be called alike and be others.
     """
     tables = []
-    for name, cell in cells.items():
+    for name, own in data.items():
+        cell, by = cells[name], dict(iter(own.groupby("run")))
         pairs = [(run, other) for run, others in cell["tests"].items() for other in others]
-        by = {run: list(own.sort_values("seed").value) for run, own in data[data.seed.isin(cell["seeds"])].groupby("run")}
-        found = [paired_difference(by[run], by[other]) for run, other in pairs]
+        found = [by_seed(by[run], by[other], "value", f"{name}: {run} minus {other}") for run, other in pairs]
         names = {"run": [run for run, _ in pairs], "other": [other for _, other in pairs], "p": [one.p for one in found]}
         rows = pd.DataFrame(names | family(found, margin))
         tables.append(rows.assign(cell=name, batch=cell["settings"]["training"]["batch"]))

@@ -1,4 +1,4 @@
-"""Gains in fine-tuning that were published: differences of rows of paper/numbers.csv."""
+"""Published numbers, the rows of paper/numbers.csv, and the gains in fine-tuning among them."""
 
 import csv
 from dataclasses import dataclass
@@ -18,12 +18,16 @@ class Gain:
     transfer: bool = False
 
 
+def rows(numbers: Path) -> dict[str, dict[str, str]]:
+    """The rows of paper/numbers.csv by their ids."""
+    with numbers.open(newline="", encoding="utf-8") as file:
+        return {row["id"]: row for row in csv.DictReader(file)}
+
+
 def gains(numbers: Path) -> list[Gain]:
     """Those that table-6 shows, from the rows glue-delta-*, superglue-* and xnli-*."""
-    with numbers.open(newline="", encoding="utf-8") as file:
-        value = {
-            row["id"]: float(row["value"]) for row in csv.DictReader(file) if row["id"].startswith(("glue-", "superglue-", "xnli-"))
-        }
+    shown = ("glue-", "superglue-", "xnli-")
+    value = {name: float(row["value"]) for name, row in rows(numbers).items() if name.startswith(shown)}
 
     def minus(method: str, base: str) -> float:
         return round(value[method] - value[base], 2)

@@ -5,7 +5,7 @@ import math
 import pandas as pd
 
 from functional_sam.config import Config
-from functional_sam.exhibits.breaking import PAIRS, SAME, frontier, grid, log_ratio, row_of, times, together, verdicts
+from functional_sam.exhibits.breaking import PAIRS, SAME, frontier, grid, log_ratio, of_seeds, row_of, times, together, verdicts
 from functional_sam.exhibits.spec import Spec
 from functional_sam.exhibits.style import METHOD_LABEL
 from functional_sam.study.compare import Verdict
@@ -66,7 +66,8 @@ def in_words(data: pd.DataFrame, table: pd.DataFrame) -> str:
     low = data[data.precision == BF16]
     parts = {
         what: "; ".join(
-            f"{METHOD_LABEL[row.method]}{f' / {METHOD_LABEL[row.other]}' if row.other else ''} {times(row)} ({row.verdict})"
+            f"{METHOD_LABEL[row.method]}{f' / {METHOD_LABEL[row.other]}' if row.other else ''} {times(row)} ({row.verdict}"
+            f"{of_seeds(row, low.seed.nunique())})"
             for row in table[table.what == what].itertuples()
         )
         for what in WORDS

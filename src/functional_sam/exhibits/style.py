@@ -143,6 +143,11 @@ def offsets(number: int, step: float) -> list[float]:
     return [step * (index - (number - 1) / 2) for index in range(number)]
 
 
+def bar(half: float) -> float:
+    """The half width of an interval as it is drawn: no bar where there is no interval."""
+    return half if math.isfinite(half) else 0.0
+
+
 def marks(
     axis: Axes,
     places: Sequence[float],
@@ -170,7 +175,7 @@ def marks(
         if not part:
             continue
         at, means = [place for place, _ in part], [one.mean for _, one in part]
-        halves = None if single else [one.half_width if math.isfinite(one.half_width) else 0.0 for _, one in part]
+        halves = None if single else [bar(one.half_width) for _, one in part]
         style["alpha"] = SINGLE if single else 1.0
         if horizontal:
             axis.errorbar(means, at, xerr=halves, **style)

@@ -10,6 +10,7 @@ from functional_sam.exhibits.comparison import (
     differences,
     label,
     left_out,
+    level,
     place,
     plan,
     same_runs,
@@ -20,7 +21,7 @@ from functional_sam.exhibits.comparison import (
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.words import answer, sentence
-from functional_sam.study.compare import Estimate, Verdict
+from functional_sam.study.compare import Verdict
 from functional_sam.study.report import frame, judge
 
 __all__ = ["draw", "headline", "plan"]
@@ -56,8 +57,7 @@ def _markdown(data: pd.DataFrame) -> str:
     for _, part in data.groupby("cell", sort=False):
         rows: dict[str, Any] = {row.entry: row for row in part.itertuples()}
         base = rows["adamw"]
-        half = Estimate(base.test, base.test_stderr, base.n).half_width
         cells = [base.part, place(base), *(with_verdict(rows[name], "baseline") if name in rows else "" for name in SHOWN)]
         cells.append(with_verdict(rows["functional-sam"], "sam") if "functional-sam" in rows else "")
-        lines.append([*cells, markdown.interval(base.test, half), f"{base.n}"])
+        lines.append([*cells, level(base), f"{base.n}"])
     return markdown.table(columns, lines, text=columns[1:-2])

@@ -9,7 +9,19 @@ import pandas as pd
 
 from functional_sam.config import Config
 from functional_sam.exhibits import markdown, style
-from functional_sam.exhibits.flatness import EXPLAINED, FLAT, OPEN, OWN, RANKED, READINGS, STATES, kendall, measures, undone
+from functional_sam.exhibits.flatness import (
+    EXPLAINED,
+    FLAT,
+    OPEN,
+    OWN,
+    RANKED,
+    READINGS,
+    STATES,
+    UNKNOWN,
+    kendall,
+    measures,
+    undone,
+)
 from functional_sam.exhibits.markdown import interval, number
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
@@ -31,6 +43,7 @@ SHOWN = {
 }
 OUTLYING = 8  # times the median of a column: GSAM at a radius that broke it had 700 times
 CLAIMS = {"sam": EXPLAINED, "functional-sam": OWN}  # of the paper
+SAYS = {Verdict.BETTER: "as the paper says", Verdict.WORSE: "against the paper", Verdict.OPEN: "open"}
 
 
 def plan(spec: Spec, source: Source, overrides: tuple[str, ...] = ()) -> Plan:
@@ -63,24 +76,32 @@ def draw(plan: Plan) -> Exhibit:
     found, taus = undone(data), kendall(data)
     frames = {"": data, "temperature": found, "kendall": taus}
     own = found[found.geometry == "plain"].set_index("method").verdict
-    words = [
-        Verdict.BETTER if own[m] == claim else Verdict.OPEN if own[m] in (OPEN, FLAT) else Verdict.WORSE
-        for m, claim in CLAIMS.items()
-    ]
+    words = [_as_claimed(own[method], claim) for method, claim in CLAIMS.items()]
     said, tables = answer(words, Verdict.BETTER), _tables(plan, data, found, taus)
     return Exhibit(plan, frames, _caption(plan, data, found), _verdict(found, taus), markdown=tables, answer=said)
+
+
+def _as_claimed(verdict: str, claim: str) -> Verdict:
+    """What a verdict of `undone` says to a claim of the paper: better is yes, worse the opposite."""
+    if verdict == claim:
+        return Verdict.BETTER
+    return Verdict.WORSE if verdict in (EXPLAINED, OWN) else Verdict.OPEN
 
 
 def headline(data: pd.DataFrame) -> str:
     """What table and CSV say, in a few words."""
     own = undone(data).query("geometry == 'plain'").set_index("method")
-    parts = [f"{style.METHOD_LABEL[name]} {interval(own.b[name], own.b_half[name], 2, sign=True)}" for name in CLAIMS]
-    return f"log tr H minus AdamW's: {', '.join(parts)}; temperature undoes {number(own.fraction['sam'], 2)} of SAM's"
+    parts = [
+        f"{style.METHOD_LABEL[name]} {interval(own.b[name], own.b_half[name], 2, sign=True) or 'not known'}" for name in CLAIMS
+    ]
+    sam = own.loc["sam"]
+    undoes = f"; temperature undoes {number(sam.fraction, 2)} of SAM's" if sam.b < 0 else ""  # else there is no flatness to undo
+    return f"log tr H minus AdamW's: {', '.join(parts)}{undoes}"
 
 
 def _flatness(row: Any) -> str:
     words = f", {_fraction(row)} undone" if row.b < 0 else ""
-    return f"{interval(row.b, row.b_half, 3, sign=True)}{words} ({row.verdict})"
+    return f"{interval(row.b, row.b_half, 3, sign=True)}{words} ({row.verdict})".strip()
 
 
 def _fraction(row: Any) -> str:
@@ -95,8 +116,7 @@ def _finding(found: pd.DataFrame) -> str:
     parts = []
     for name, claim in CLAIMS.items():
         row = own.loc[name]
-        word = "as the paper says" if row.verdict == claim else "open" if row.verdict in (OPEN, FLAT) else "against the paper"
-        parts.append(f"{style.METHOD_LABEL[name]} {_flatness(row)}: {word}")
+        parts.append(f"{style.METHOD_LABEL[name]} {_flatness(row)}: {SAYS[_as_claimed(row.verdict, claim)]}")
     return f"Log tr H minus AdamW's and the fraction of it that a fitted temperature undoes: {'; '.join(parts)}"
 
 
@@ -104,7 +124,8 @@ def _caption(plan: Plan, data: pd.DataFrame, found: pd.DataFrame) -> str:
     spec, configs = plan.spec, plan.configs
     units = ", ".join(f"times {value:g} for {style.METHOD_LABEL[method]}" for method, value in spec.rho_scale.items())
     diverged = data[(data.loss == math.inf) & (data.geometry == "plain") & (data.state == "trained")]
-    lost = f", {len(diverged)} of {len(configs)} runs diverged and are left out: {', '.join(diverged.method)}"
+    names = ", ".join(dict.fromkeys(style.METHOD_LABEL[name] for name in diverged.method))
+    lost = f", {len(diverged)} of {len(configs)} runs diverged, of methods of whose flatness nothing is told: {names}"
     setting = [
         f"Final weights on {configs[0].measure.rows} held-out rows, scale {spec.scale}, not the paper's: {sizes(configs[:1])}",
         f"rho {', '.join(f'{rho:g}' for rho in spec.rho)}{f' ({units})' if units else ''}, fixed, not tuned",
@@ -127,7 +148,7 @@ def _verdict(found: pd.DataFrame, taus: pd.DataFrame) -> str:
     own = found[found.geometry == "plain"]
     words = [
         f"{word}: {', '.join(style.METHOD_LABEL[name] for name in own[own.verdict == word].method)}"
-        for word in (EXPLAINED, OWN, OPEN, FLAT)
+        for word in (EXPLAINED, OWN, OPEN, FLAT, UNKNOWN)
         if (own.verdict == word).any()
     ]
     ranks = []

@@ -1,16 +1,14 @@
 """table-5: every method on clean images, ViT and residual network: accuracy and loss at the best checkpoint."""
 
-import math
-
 import pandas as pd
 
 from functional_sam.exhibits import markdown
-from functional_sam.exhibits.comparison import counted, edge, label, left_out, plan, seen
+from functional_sam.exhibits.comparison import chosen, counted, label, left_out, level, plan, seen
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.vision import DOUBLES, accuracies, gained, percent, points, published, setting
 from functional_sam.exhibits.words import answer, tally
-from functional_sam.study.compare import Estimate, Verdict
+from functional_sam.study.compare import Verdict
 
 __all__ = ["draw", "headline", "plan"]
 
@@ -23,9 +21,9 @@ PUBLISHED = [
 def draw(plan: Plan) -> Exhibit:
     """One row an entry and model; Holm over all differences to AdamW, and over all to AdamW with twice the epochs."""
     data = accuracies(plan.content, plan.source)
-    longer = data.verdict_longer.ne("")
-    words = "; ".join(f"{name}: {counted(part[part.verdict_longer.ne('')])}" for name, part in data.groupby("model", sort=False))
-    finding = f"Against AdamW at equal epochs: {words}.{seen(data[longer])}"
+    equal = data[~data.entry.isin(DOUBLES)]
+    words = "; ".join(f"{name}: {counted(part)}" for name, part in equal.groupby("model", sort=False))
+    finding = f"Against AdamW at equal epochs: {words}.{seen(equal)}"
     apart = "; ".join(f"{name}: {counted(part, 'longer')}" for name, part in data.groupby("model", sort=False))
     verdict = f"{finding} Against AdamW with twice the epochs: {apart}."
     caption = (
@@ -50,15 +48,8 @@ def rows(data: pd.DataFrame) -> str:
     columns += ["minus AdamW, verdict", "minus AdamW for twice the epochs, verdict"]
     lines = []
     for row in data.itertuples():
-        rho = "" if math.isnan(row.rho) else f"{row.rho:g}{edge(row, 'rho')}"
-        loss = markdown.interval(row.test_loss, Estimate(row.test_loss, row.test_loss_stderr, row.n).half_width, 3)
-        cells = [
-            row.model,
-            label(row.entry, row.label),
-            f"{row.lr:g}{edge(row, 'lr')}",
-            rho,
-            f"{row.weight_decay:g}",
-            percent(row) + (f" ({row.diverged} of {row.n} diverged)" if row.diverged else ""),
-        ]
+        cells = [row.model, label(row.entry, row.label), chosen(row, "lr"), chosen(row, "rho"), f"{row.weight_decay:g}"]
+        cells.append(percent(row) + (f" ({row.diverged} of {row.n} diverged)" if row.diverged else ""))
+        loss = level(row, 3, "test_loss")
         lines.append([*cells, loss, points(row, "baseline"), points(row, "longer")])
     return markdown.table(columns, lines, text=["method", *columns[-2:]])

@@ -8,12 +8,23 @@ import pandas as pd
 
 from functional_sam.config import Config
 from functional_sam.exhibits import markdown
-from functional_sam.exhibits.comparison import counted, differs, edge, label, left_out, plan, seen, with_verdict
-from functional_sam.exhibits.comparison import headline as tally
+from functional_sam.exhibits.comparison import (
+    chosen,
+    counted,
+    differs,
+    label,
+    left_out,
+    level,
+    plan,
+    runs,
+    seen,
+    with_verdict,
+)
+from functional_sam.exhibits.comparison import headline as overall
 from functional_sam.exhibits.output import Exhibit, paper_directory
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.published import Gain, gains
-from functional_sam.exhibits.words import answer
+from functional_sam.exhibits.words import answer, metric_label
 from functional_sam.records import Source
 from functional_sam.study.compare import Estimate, Verdict, estimate, paired_difference
 from functional_sam.study.report import frame, judge
@@ -124,18 +135,15 @@ def tested_on(configs: Sequence[Config], source: Source, texts: str) -> list[flo
 
 def _block(own: pd.DataFrame) -> str:
     first = own.iloc[0]
-    unit = next(task.metric.label for task in TASKS.values() if task.metric.name == first.metric)
+    unit = metric_label(first.metric)
     base = label(first.entry, first.label)
     columns = ["method", "lr", "rho", "dose", "n", unit, f"minus {base}, verdict"]
     double = own.minus_double.notna().any()
     columns += [f"minus {base} with twice the steps, verdict"] if double else []
     lines = []
     for row in own.itertuples():
-        cells = [label(row.entry, row.label), f"{row.lr:g}{edge(row, 'lr')}"]
-        cells += ["" if math.isnan(row.rho) else f"{row.rho:g}{edge(row, 'rho')}"]
-        cells += ["" if math.isnan(row.dose) else markdown.significant(row.dose, 2)]
-        cells.append(f"{row.n}" + (f" ({row.diverged} diverged)" if row.diverged else ""))
-        cells.append(markdown.interval(row.test, Estimate(row.test, row.test_stderr, row.n).half_width))
+        cells = [label(row.entry, row.label), chosen(row, "lr"), chosen(row, "rho"), markdown.significant(row.dose, 2)]
+        cells += [runs(row), level(row)]
         lines.append([*cells, with_verdict(row, "baseline"), *([with_verdict(row, "double")] if double else [])])
     by = "" if first.tested_on == first.task else f" ({first.task})"
     what = "from scratch" if first.metric == SCRATCH else f"{first.data_share:.0%} of its texts"
@@ -192,7 +200,7 @@ def _words(group: Gain) -> str:
 def _finding(home: pd.DataFrame, away: pd.DataFrame) -> str:
     by_task = home.groupby(["task", "tested_on", "data_share"], sort=False)
     parts = [f"on {share:.0%} of {on} {counted(own)}" for (_, on, share), own in by_task]
-    parts += [f"on other domains {tally(away)}"] if len(away) else []
+    parts += [f"on other domains {overall(away)}"] if len(away) else []
     double = home[home.minus_double.notna()]
     twice = f". Against AdamW with twice the steps: {counted(double, 'double')}" if len(double) else ""
     return f"Against AdamW at equal steps: {'; '.join(parts)}{twice}.{seen(home)}"

@@ -1,15 +1,16 @@
 """table-7: translation from scratch, every method against AdamW at equal steps and with twice the steps; loss, BLEU, chrF."""
 
-import csv
+import math
 from collections.abc import Sequence
 
 import pandas as pd
 
 from functional_sam.config import Config
 from functional_sam.exhibits import markdown
-from functional_sam.exhibits.comparison import counted, differences, edge, label, left_out, plan, seen
+from functional_sam.exhibits.comparison import chosen, counted, differences, label, left_out, level, plan, runs, seen
 from functional_sam.exhibits.output import Exhibit, paper_directory
 from functional_sam.exhibits.plan import Plan
+from functional_sam.exhibits.published import rows
 from functional_sam.exhibits.words import answer
 from functional_sam.records import Source
 from functional_sam.study.compare import Estimate, Verdict, estimate, judged, paired_difference
@@ -21,6 +22,7 @@ __all__ = ["draw", "headline", "plan"]
 
 DOUBLE, PLACEBO = "adamw-double", "placebo"
 SCORES = {"bleu": "BLEU", "chrf": "chrF"}
+NONE = Estimate(math.nan, math.nan, 0)  # nothing to compare with
 PUBLISHED = ("sam", "asam")  # rows iwslt14-valid-NAME and iwslt14-test-NAME of paper/numbers.csv
 
 
@@ -56,23 +58,22 @@ def headline(data: pd.DataFrame) -> str:
 def _cell(one: Planned, source: Source) -> pd.DataFrame:
     """The rows of a cell, a method each, with the loss against AdamW with twice the steps, and with what its translations score."""
     data = frame([one], source)
-    runs = {name: configs for (name, _), configs in one.reported.items()}
+    by_name = {name: configs for (name, _), configs in one.reported.items()}
     names = list(data.entry)
     matched = {name: one.study.entries[name].matched for name in names}
     found = {
-        name: paired_difference(*(tested(runs[entry], source, one.cell.best) for entry in (name, matched[name])))
+        name: paired_difference(*(tested(by_name[entry], source, one.cell.best) for entry in (name, matched[name])))
         for name in names
-        if matched[name] in runs
+        if matched[name] in by_name
     }
     data["matched"] = [matched[name] for name in names]
-    data = _with(data, "double", [found.get(name, Estimate(float("nan"), float("nan"), 0)) for name in names])
+    data = _with(data, "double", [found.get(name, NONE) for name in names])
     for score in SCORES:
-        values = {name: _scores(configs, source, score, one.cell.best) for name, configs in runs.items()}
+        values = {name: _scores(configs, source, score, one.cell.best) for name, configs in by_name.items()}
         each = [estimate(values[name]) for name in names]
         data[score], data[f"{score}_stderr"] = [e.mean for e in each], [e.stderr for e in each]
-        base = next(iter(runs))
-        none = Estimate(float("nan"), float("nan"), 0)
-        data = _with(data, score, [none if name == base else paired_difference(values[name], values[base]) for name in names])
+        base = next(iter(by_name))
+        data = _with(data, score, [NONE if name == base else paired_difference(values[name], values[base]) for name in names])
     return data
 
 
@@ -89,52 +90,43 @@ def _scores(configs: Sequence[Config], source: Source, score: str, best: bool) -
 
 def _judged(data: pd.DataFrame, others: Sequence[str], *, lower_is_better: bool, margin: float = 0.0) -> pd.DataFrame:
     """Verdicts of all differences of some columns as one family."""
-    rows = [row for row in range(len(data)) if data.entry.iloc[row] != PLACEBO]
-    places = [(row, other) for row in rows for other in others if difference(_row(data, row), other).n]
-    found = [difference(_row(data, row), other) for row, other in places]
-    words = dict(zip(places, judged(found, lower_is_better=lower_is_better, margin=margin), strict=True))
+    found = {(place, other): difference(row, other) for place, row in enumerate(data.itertuples()) for other in others}
+    family = {key: one for key, one in found.items() if one.n and data.entry.iloc[key[0]] != PLACEBO}
+    words = dict(zip(family, judged(list(family.values()), lower_is_better=lower_is_better, margin=margin), strict=True))
     for other in others:
-        data[f"verdict_{other}"] = [str(words.get((row, other), Verdict.NONE)) for row in range(len(data))]
-        each = [difference(_row(data, row), other) for row in range(len(data))]
-        data[f"half_{other}"] = [e.half_width if e.n else float("nan") for e in each]
-        data[f"detectable_{other}"] = [e.detectable if e.n else float("nan") for e in each]
+        each = [found[place, other] for place in range(len(data))]
+        data[f"verdict_{other}"] = [str(words.get((place, other), Verdict.NONE)) for place in range(len(data))]
+        data[f"half_{other}"] = [one.half_width if one.n else math.nan for one in each]
+        data[f"detectable_{other}"] = [one.detectable if one.n else math.nan for one in each]
     return data
-
-
-def _row(data: pd.DataFrame, row: int) -> pd.Series:
-    return data.iloc[row]
 
 
 def _rows(data: pd.DataFrame) -> str:
     columns = ["method", "lr", "rho", "n", "test loss", "loss minus AdamW", "loss minus AdamW, twice the steps"]
     columns += [f"{name} (minus AdamW)" for name in SCORES.values()]
     lines = []
-    for i in range(len(data)):
-        row = _row(data, i)
-        n = f"{row.n}" + (f" ({row.diverged} diverged)" if row.diverged else "")
-        rho = "" if pd.isna(row.rho) else f"{row.rho:g}{edge(row, 'rho')}"
-        cells = [label(row.entry, row.label), f"{row.lr:g}{edge(row, 'lr')}", rho, n]
-        cells.append(markdown.interval(row.test, Estimate(row.test, row.test_stderr, int(row.n)).half_width, 3))
+    for row in data.itertuples():
+        cells = [label(row.entry, row.label), chosen(row, "lr"), chosen(row, "rho"), runs(row), level(row, 3)]
         for other in ("baseline", "double"):
             found = difference(row, other)
             text = markdown.interval(found.mean, found.half_width, 3, sign=True) if found.n else ""
-            cells.append(", ".join(filter(None, (text, row[f"verdict_{other}"]))))
+            cells.append(", ".join(filter(None, (text, getattr(row, f"verdict_{other}")))))
         for score in SCORES:
             found = difference(row, score)
             against = f" ({markdown.interval(found.mean, found.half_width, 2, sign=True)})" if found.n else ""
-            cells.append(f"{markdown.number(row[score], 2)}{against}")
+            cells.append(f"{markdown.number(getattr(row, score), 2)}{against}")
         lines.append(cells)
     return markdown.table(columns, lines, text=columns[5:])
 
 
 def _signs(data: pd.DataFrame) -> str:
     """Published differences of BLEU beside ours: signs alone, for data, model and steps are others."""
-    with (paper_directory() / "numbers.csv").open(newline="", encoding="utf-8") as file:
-        published = {row["id"]: float(row["value"]) for row in csv.DictReader(file)}
+    published = rows(paper_directory() / "numbers.csv")
     lines = []
     for entry in PUBLISHED:
-        gains = [published[f"iwslt14-{split}-{entry}"] - published[f"iwslt14-{split}-adam"] for split in ("valid", "test")]
-        own = [difference(_row(data, i), "bleu") for i in range(len(data)) if data.entry.iloc[i] == entry]
+        pairs = [[published[f"iwslt14-{split}-{name}"] for name in (entry, "adam")] for split in ("valid", "test")]
+        gains = [float(ours["value"]) - float(theirs["value"]) for ours, theirs in pairs]
+        own = [difference(row, "bleu") for row in data[data.entry == entry].itertuples()]
         ours = ", ".join(_sign(found) for found in own)
         lines.append([label(entry), *(markdown.number(gain, 2, sign=True) for gain in gains), ours or "not run"])
     columns = ["BLEU minus Adam", "published, IWSLT14 DE-EN, validation", "published, test", "sign here, test"]
@@ -142,14 +134,14 @@ def _signs(data: pd.DataFrame) -> str:
 
 
 def _sign(found: Estimate) -> str:
-    if abs(found.mean) < found.half_width:
+    if abs(found.mean) <= found.half_width:  # also where no translation of any seed scores
         return "not significant"
     return "above" if found.mean > 0 else "below"
 
 
 def _chance(data: pd.DataFrame) -> str:
     """What the placebo did: differences that are no larger are chance."""
-    found = [difference(_row(data, i)) for i in range(len(data)) if data.entry.iloc[i] == PLACEBO]
+    found = [difference(row) for row in data[data.entry == PLACEBO].itertuples()]
     each = [markdown.interval(one.mean, one.half_width, 3, sign=True) for one in found if one.n]
     return f" (a placebo, AdamW's weights jittered by 1e-6: {' and '.join(each)})" if each else ""
 

@@ -1,6 +1,5 @@
 """What table-5 and figure-10 share: a row an entry with accuracy, loss and noise, against AdamW, and for twice the epochs."""
 
-import csv
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -10,10 +9,11 @@ import pandas as pd
 
 from functional_sam.config import Config
 from functional_sam.exhibits import markdown
-from functional_sam.exhibits.comparison import by_family
+from functional_sam.exhibits.comparison import by_family, level
 from functional_sam.exhibits.output import paper_directory
+from functional_sam.exhibits.published import rows
 from functional_sam.records import Source
-from functional_sam.study.compare import Estimate, estimate
+from functional_sam.study.compare import estimate
 from functional_sam.study.report import difference, frame, judge
 from functional_sam.study.tune import Planned
 from functional_sam.tasks import TASKS
@@ -60,14 +60,18 @@ def _loss(summary: dict[str, Any], best: bool) -> float:
 
 
 def gained(row: Any) -> str:
-    """Points of accuracy over AdamW and their 95 % interval, to a tenth even of what rounds to zero."""
-    text = f"{POINTS * row.minus_baseline:+.1f} \N{PLUS-MINUS SIGN} {POINTS * difference(row).half_width:.1f}"
-    return text.replace("-", "\N{MINUS SIGN}")
+    """Points of accuracy over AdamW and their 95 % interval, to a tenth even of what rounds to zero; or that a run diverged."""
+    found = difference(row)
+    if not math.isfinite(found.mean):
+        return "(diverged)"
+    text = f"{POINTS * found.mean:+.1f}"
+    text += f" \N{PLUS-MINUS SIGN} {POINTS * found.half_width:.1f}" if math.isfinite(found.half_width) else ""
+    return text.replace("-", markdown.MINUS)
 
 
 def percent(row: Any) -> str:
     """Accuracy in per cent and the 95 % interval of its mean."""
-    return markdown.interval(POINTS * row.test, POINTS * Estimate(row.test, row.test_stderr, row.n).half_width, 1)
+    return level(row, 1, unit=POINTS)
 
 
 def points(row: Any, other: str) -> str:
@@ -83,12 +87,11 @@ def points(row: Any, other: str) -> str:
 
 def published(ids: Sequence[str]) -> str:
     """Rows of paper/numbers.csv as a table, with their ids; what we know from others alone is marked."""
-    with (paper_directory() / "numbers.csv").open(newline="", encoding="ascii") as file:
-        found = {row["id"]: row for row in csv.DictReader(file)}
-    rows = [[found[name][key] for key in ("dataset", "model", "method", "value", "unit")] for name in ids]
+    found = rows(paper_directory() / "numbers.csv")
+    cells = [[found[name][key] for key in ("dataset", "model", "method", "value", "unit")] for name in ids]
     standing = {name: "" if found[name]["standing"] == "first-hand" else f", {found[name]['standing']}" for name in ids}
     sources = [[f"{found[name]['source']}{standing[name]}", name] for name in ids]
-    lines = [[*row, *more] for row, more in zip(rows, sources, strict=True)]
+    lines = [[*row, *more] for row, more in zip(cells, sources, strict=True)]
     columns = ["data", "model", "method", "value", "unit", "source", "id"]
     return markdown.table(columns, lines, text=["model", "method", "unit", "source", "id"])
 

@@ -40,6 +40,11 @@ def data_name(config: Config) -> str:
     return named(TASKS[config.kind].data_name(config))
 
 
+def metric_label(name: str) -> str:
+    """A metric with its unit, as an axis has it."""
+    return next(task.metric.label for task in TASKS.values() if task.metric.name == name)
+
+
 def row_name(config: Config) -> str:
     """What a row of a batch is: an image, or a row of tokens."""
     return "images" if TASKS[config.kind].unit == "images" else "rows"

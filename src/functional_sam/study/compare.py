@@ -84,8 +84,14 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Estimate:
-    """Estimate the mean of values - baseline, seed by seed (one seed draws the same for both); two that diverged are equal."""
-    return estimate([0.0 if a == b else a - b for a, b in zip(values, baseline, strict=True)])
+    """Estimate the mean of values - baseline, seed by seed (one seed draws the same for both); two that diverged are equal.
+
+    Where each diverged at a seed of its own there is a difference and it has no mean: nan, with a standard error of inf.
+    """
+    differences = [0.0 if a == b else a - b for a, b in zip(values, baseline, strict=True)]
+    if {math.inf, -math.inf} <= set(differences):
+        return Estimate(math.nan, math.inf, len(differences))
+    return estimate(differences)
 
 
 def unpaired_difference(values: Sequence[float], others: Sequence[float]) -> Estimate:
@@ -139,6 +145,11 @@ def holm(ps: Sequence[float], more: int = 0) -> list[float]:
     return adjusted
 
 
+def significant(p: float) -> bool:
+    """Whether a p value, adjusted for its family, is below 5 %."""
+    return p < 1.0 - LEVEL
+
+
 def verdict(difference: Estimate, *, lower_is_better: bool = True, margin: float = 0.0, p: float | None = None) -> Verdict:
     """Better or worse where p is below 5 %, else "no difference" where equivalent within the margin, else inconclusive.
 
@@ -146,7 +157,7 @@ def verdict(difference: Estimate, *, lower_is_better: bool = True, margin: float
     """
     if math.isinf(difference.mean):
         return Verdict.LOST if (difference.mean > 0) == lower_is_better else Verdict.WON
-    if (difference.p if p is None else p) < 1.0 - LEVEL:
+    if significant(difference.p if p is None else p):
         return Verdict.BETTER if (difference.mean < 0) == lower_is_better else Verdict.WORSE
     return Verdict.SAME if margin and equivalent(difference, margin) else Verdict.OPEN
 

@@ -133,8 +133,6 @@ def _row(
         if twin is not None and twin != (name, trial):
             theirs = tested(one.reported[twin], source, cell.best)
             difference = paired_difference([sign * a for a in losses], [sign * b for b in theirs])
-            if math.isnan(difference.mean):  # each diverged at a seed of its own: there is a difference, and it has no mean
-                difference = Estimate(math.nan, math.inf, difference.n)
         row |= {f"minus_{column}": difference.mean, f"minus_{column}_stderr": difference.stderr}
     return row | _curvature(configs, source)
 
