@@ -6,9 +6,9 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import scipy
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
-from scipy import stats
 
 from functional_sam.config import Config
 from functional_sam.exhibits import comparison, markdown, style
@@ -162,7 +162,7 @@ def ranks(common: pd.DataFrame) -> pd.DataFrame:
     for (entry, rho), own in common[common.rho.notna()].groupby(["entry", "rho"], sort=False):
         gain = own.minus_baseline.round(6)  # accuracies of few texts are equal but for rounding
         ordered = min(own.share.nunique(), gain.nunique()) > 1  # what is all the same has no order
-        correlation, p = stats.spearmanr(own.share, gain) if ordered else (math.nan, math.nan)
+        correlation, p = scipy.stats.spearmanr(own.share, gain) if ordered else (math.nan, math.nan)
         found.append({"entry": entry, "rho": rho, "tasks": len(own), "correlation": float(correlation), "p": float(p)})
     return pd.DataFrame(found)
 

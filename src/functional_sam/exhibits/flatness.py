@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+import scipy
 
 from functional_sam.config import Config
 from functional_sam.exhibits import style
@@ -182,5 +182,5 @@ def _taus(part: pd.DataFrame, field: str) -> Sequence[float]:
     found = []
     for _, seed in part.groupby("seed"):
         values = seed[field].abs() if field.startswith("bottom") else seed[field]
-        found.append(float(stats.kendalltau(values, seed.loss)[0]))
+        found.append(float(scipy.stats.kendalltau(values, seed.loss)[0]))
     return found

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
@@ -78,6 +77,8 @@ TASK_LABEL["language-1208M"] = "Language, 1.2B"
 
 def use() -> None:
     """Set matplotlib's defaults for print: 8 pt text, thin lines, vector text in PDF."""
+    import seaborn as sns  # imports all of scipy.stats, and most commands draw nothing
+
     sns.set_theme(context="paper", style="ticks")
     mpl.rcParams.update(
         {

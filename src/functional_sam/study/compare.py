@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 import numpy as np
-from scipy import stats
+import scipy  # .stats is imported where it is first used: it takes a second, which most commands can do without
 
 LEVEL = 0.95
 POWER = 0.8
@@ -48,7 +48,7 @@ class Estimate:
         """Two-sided p of "the mean is zero", Student's t; 1 where it is not testable."""
         if not self.testable:
             return 1.0
-        return float(2 * stats.t.sf(abs(self.mean) / self.stderr, self.size - 1))
+        return float(2 * scipy.stats.t.sf(abs(self.mean) / self.stderr, self.size - 1))
 
     @property
     def detectable(self) -> float:
@@ -189,4 +189,4 @@ def family(differences: Sequence[Estimate], margin: float) -> dict[str, list[Any
 
 def _t(probability: float, n: float) -> float:
     """Quantile of Student's t with n - 1 degrees of freedom."""
-    return float(stats.t.ppf(probability, n - 1))
+    return float(scipy.stats.t.ppf(probability, n - 1))

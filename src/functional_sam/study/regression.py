@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+import scipy
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Fit:
 
     def p(self, column: int) -> float:
         """Two-sided p of "this coefficient is zero": partial F test, 1 and clusters - 1 degrees of freedom, or t."""
-        return float(2 * stats.t.sf(abs(self.coefficients[column] / self.stderr[column]), self.clusters - 1))
+        return float(2 * scipy.stats.t.sf(abs(self.coefficients[column] / self.stderr[column]), self.clusters - 1))
 
 
 def fit(y: Sequence[float], X: np.ndarray, clusters: Sequence[object]) -> Fit:
