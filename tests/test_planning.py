@@ -232,11 +232,11 @@ def test_an_estimate_sums_by_size_and_takes_overrides(capsys):
     assert "for instance estimate table-2 cells=fixed-23.9M" in capsys.readouterr().err
 
 
-def test_plan_on_a_cluster(capsys, tmp_path):
+def test_plan_on_a_cluster(capsys, home):
     """`plan` appends the table for the profile's GPUs, and names the runs that want more than it gives."""
     assert main(["plan", "figure-1", "--cluster", "gpu-a100"]) == 0
     assert "312 TFLOP/s at 40%" in capsys.readouterr().out
-    profile = tmp_path / "small.yaml"
+    profile = home / "small.yaml"
     profile.write_text("time: 60\ngpus_per_node: 1\ngpu: rtx4090-24\n")
     show_on([compose("language-1208M", "sam", "paper")], str(profile))
     assert "wants 2 GPUs" in capsys.readouterr().out.replace("\n", " ")
