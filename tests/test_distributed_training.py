@@ -42,7 +42,7 @@ METHODS = {
 }
 RESUMED = ("functional-sam", "looksam")  # without and with state of its own
 DRAWS = {"model.dropout": 0.1, "data.augment": "crop-flip", "data.images": "mnist-5k"}  # of a vision run
-STEPS, DIES = 8, 5  # checkpoints are of steps 3, 6 and 8
+STEPS, DIES = 5, 3  # checkpoints are of steps 2, 4 and 5: one goes on between two of the ascents of looksam, of steps 1 and 4
 
 
 LONG = {"training.steps": 40, "training.eval_every": "null", "runtime.checkpoint_every": 5}  # time to be killed in
@@ -105,8 +105,8 @@ def config(cache, runs, method, parallel="none", task="language", **overrides):
         "measure.points": 0,
         "measure.doses": 2,
         "training.micro_batch": 4,
-        "runtime.checkpoint_every": 3,
-        "training.eval_every": 4,
+        "runtime.checkpoint_every": 2,
+        "training.eval_every": 3,
         "runtime.threads": 1,
         "runtime.parallel": parallel,
     }
@@ -180,7 +180,7 @@ def done(server, cache, tmp_path_factory):
     for parallel in ("ddp", "fsdp"):
         add("measured", "adamw", parallel, overrides=measured)
         for method in RESUMED:
-            # One process, then two. The copy is of a checkpoint of step 3.
+            # One process, then two. The copy is of a checkpoint of step 2.
             stopped = in_one_process(Job(config(cache, root / f"one-dies-{parallel}", method), dies=DIES))
             add("one-then-two", method, parallel, stopped)
             # Two, then two, and (from the copy) two, then one or four.
@@ -192,12 +192,12 @@ def done(server, cache, tmp_path_factory):
         add("draws-again", "functional-sam", parallel, task="vision", overrides=DRAWS, dies=DIES)
         jobs.append(Job(config(cache, root / f"{parallel}-draws-again", "functional-sam", parallel, "vision", **DRAWS)))
     # The newest checkpoint damaged: all processes take the one before.
-    stopped = in_one_process(Job(config(cache, root / "damaged", "functional-sam"), dies=7))
+    stopped = in_one_process(Job(config(cache, root / "damaged", "functional-sam"), dies=4))
     newest = max((stopped.directory / "checkpoint").glob("*.pt"))
     newest.write_bytes(newest.read_bytes()[:-100])
     add("damaged", "functional-sam", "ddp", stopped)
     # One process gets a signal: both finish the step and save.
-    add("signal", "adamw", "ddp", dies=DIES, signal_rank=1, expect=(Interrupted, "SIGUSR2 after step 6"))
+    add("signal", "adamw", "ddp", dies=DIES, signal_rank=1, expect=(Interrupted, "SIGUSR2 after step 4"))
     # What only the first process meets is raised by both.
     add("full", "adamw", "fsdp", full_disk=True, expect=(UserError, "disk full"))
     add("locked", "adamw", "ddp", expect=(RunLocked, "another process"))
@@ -302,7 +302,7 @@ def test_a_checkpoint_does_not_show_how_many_wrote_it(done, method):
 def test_a_damaged_checkpoint_is_passed_over_by_all_processes(done):
     run = done.two["functional-sam", "ddp", "damaged"]
     assert_close(run, done.one["functional-sam"])
-    assert run.read("provenance.json")["resumed"][-1]["step"] == 3
+    assert run.read("provenance.json")["resumed"][-1]["step"] == 2
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(done):
