@@ -75,7 +75,7 @@ benchmark: $(READY)  ## measure time and memory of all methods and curvature pro
 	@$(BIN)/functional-sam benchmark
 
 test: $(READY)  ## run all tests on up to 4 cores (10 to 20 min on 2; shorter: make test ARGS='-m "not slow and not slurm"')
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $$(( $$(nproc) + 1 )) --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(READY)  ## check with ruff and mypy (strict on sharpness/ and curvature/)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
