@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -388,6 +389,14 @@ def test_an_executed_notebook_keeps_no_trace_of_when_and_where(tmp_path):
     assert "papermill" not in found.metadata
 
 
+def test_a_notebook_has_its_pictures_whatever_the_backend(tmp_path, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import matplotlib.pyplot as plt\nplt.plot([1])")])
+    notebooks.run(book, tmp_path / "n.ipynb", tmp_path)
+    assert "image/png" in (tmp_path / "n.ipynb").read_text()
+    assert os.environ["MPLBACKEND"] == "agg"
+
+
 @pytest.mark.parametrize("name", exhibits.known())
 def test_the_notebook_of_an_exhibit_is_the_one_that_draws_it(name):
     """Committed: of the largest scale that is released, run from its first cell to its last without an error."""
@@ -399,6 +408,7 @@ def test_the_notebook_of_an_exhibit_is_the_one_that_draws_it(name):
     assert None not in counts
     assert counts == sorted(set(counts))
     assert not any(output.output_type == "error" for cell in code for output in cell.outputs)
+    assert name.startswith("table") or any("image/png" in output.get("data", {}) for output in code[1].outputs)
 
 
 @pytest.mark.parametrize(("name", "again"), [("figure-3", "again.figure"), ("table-2", "Markdown(again.page)")])

@@ -1,7 +1,10 @@
 """Making and executing analysis/*.ipynb by papermill: the notebook that a reader opens is the one that drew the exhibit."""
 
+import contextlib
 import json
+import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +82,7 @@ def notebook_of(spec: Spec) -> Any:
 
 def run(source: Any, output: Path, directory: Path) -> None:
     """Execute a notebook (a path or its content) in a directory; without times and paths. Raises UserError where a cell fails."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _pictures_inline():
         warnings.filterwarnings("ignore", message="The specified file", module="papermill")  # the name of a temporary file
         try:
             papermill.execute_notebook(
@@ -88,6 +91,17 @@ def run(source: Any, output: Path, directory: Path) -> None:
         except papermill.PapermillExecutionError as error:
             raise UserError(f"{output}: {error.ename}: {error.evalue}") from error
     tidy(output)
+
+
+@contextlib.contextmanager
+def _pictures_inline() -> Iterator[None]:
+    """Without the caller's MPLBACKEND, which a kernel would take over, and leave the notebook without its pictures."""
+    given = os.environ.pop("MPLBACKEND", None)
+    try:
+        yield
+    finally:
+        if given is not None:
+            os.environ["MPLBACKEND"] = given
 
 
 def tidy(path: Path) -> None:
