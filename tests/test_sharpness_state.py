@@ -181,10 +181,11 @@ def test_a_scheduled_radius_reaches_the_gradient():
         model.zero_grad()
 
 
-def test_a_radius_that_is_off_in_warm_up():
+@pytest.mark.parametrize(("schedule", "radii"), [("after-warmup", (0.0, 0.0, 0.4, 0.4)), ("in-warmup", (0.4, 0.4, 0.0, 0.0))])
+def test_a_radius_that_is_off_in_warm_up_or_after_it(schedule, radii):
     model = make_model()
-    sharpness = SharpnessAware(model, adamw(model), "functional-sam", rho=0.4, rho_schedule="after-warmup", warmup_steps=2)
-    for rho in (0.0, 0.0, 0.4, 0.4):
+    sharpness = SharpnessAware(model, adamw(model), "functional-sam", rho=0.4, rho_schedule=schedule, warmup_steps=2)
+    for rho in radii:
         sharpness.backward([make_batch()])
         assert radius_of(sharpness) == rho
         expected = oracle(model, theta_of(model), make_batch(), "gradient", "functional", rho)[1]
@@ -288,6 +289,7 @@ def test_state_is_named_by_parameter_and_checked():
         ({"method": "sam", "ascent": "grad"}, "'gradient'"),
         ({"method": "sam", "rho_schedule": "warmup"}, "warmup_steps"),
         ({"method": "sam", "rho_schedule": "after-warmup"}, 'rho_schedule="after-warmup" needs warmup_steps >= 1'),
+        ({"method": "sam", "rho_schedule": "in-warmup"}, 'rho_schedule="in-warmup" needs warmup_steps >= 1'),
         ({"method": "sam", "subset": lambda name, p: False}, "selects no parameter"),
         ({"method": "sam", "subset": "bias"}, "subset='bias'"),
         ({"method": "fisher-sam", "scope": "micro-batch"}, "fisher"),

@@ -64,7 +64,7 @@ class Options(TypedDict, total=False):
     ascent_steps: int  # of length rho / ascent_steps each, every one along its own gradient
     ascent_part: float  # of the step's micro-batches, whose gradient makes eps
     subset: Literal["norm"] | Callable[[str, Tensor], bool] | None  # what is perturbed
-    rho_schedule: Literal["constant", "warmup", "after-warmup", "lr"]
+    rho_schedule: Literal["constant", "warmup", "after-warmup", "in-warmup", "lr"]
     warmup_steps: int
     lr_max: float | None
     lr_min: float

@@ -85,6 +85,7 @@ class Perturbation:
             constant      rho
             warmup        rho * min(1, step / warmup_steps)
             after-warmup  0 for warmup_steps steps, then rho
+            in-warmup     rho for warmup_steps steps, then 0
             lr            rho_min + (rho - rho_min) * fraction, fraction = (lr - lr_min) / (lr_max - lr_min) held in [0, 1]
 
         A rho that is a function is called with the number of steps before this one. The "rho" of an optimizer that has a
@@ -102,6 +103,8 @@ class Perturbation:
                 rho *= min(1.0, self.steps / options["warmup_steps"])
             elif options["rho_schedule"] == "after-warmup":
                 rho *= self.steps > options["warmup_steps"]
+            elif options["rho_schedule"] == "in-warmup":
+                rho *= self.steps <= options["warmup_steps"]
             elif options["rho_schedule"] == "lr":
                 # Numbers, whatever lr is (a tensor, for a compiled step): radii are compared, and equal tensors are not one key.
                 fraction = (float(group["lr"]) - options["lr_min"]) / (options["lr_max"] - options["lr_min"])

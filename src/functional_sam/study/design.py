@@ -246,7 +246,7 @@ def make(
         **(cell.report if reported else {}),
         **dict(trial.values),
     }
-    if entry.settings.get("method.options.rho_schedule") in ("warmup", "after-warmup"):
+    if entry.settings.get("method.options.rho_schedule") in ("warmup", "after-warmup", "in-warmup"):
         values["method.options.warmup_steps"] = round(study.warmup * steps)
     if cell.best:
         values["training.eval_every"] = max(1, steps // study.evaluations)
