@@ -219,7 +219,7 @@ class SharpnessAware:
         passes, mix = self._passes, self._mix
         if mix is not None:
             mix.measure(passes, self._perturbation, step, kept)
-        reached = gradients_of(self.model)  # what the optimizer still holds of a head that was replaced has an old .grad
+        reached = set(gradients_of(self.model))  # what the optimizer still holds of a head that was replaced has an old .grad
         step.params = [p for p in step.radii if p in reached]
         if not step.params:
             require_some_left(self.model, self._perturbation.optimizer)
