@@ -13,7 +13,7 @@ from scipy import stats
 from functional_sam.config import configs_directory, load, to_yaml
 from functional_sam.errors import UserError
 from functional_sam.study import design
-from functional_sam.study.compare import Estimate, Verdict, equivalent, estimate, holm, judged, paired_difference, verdict
+from functional_sam.study.compare import Estimate, Verdict, equivalent, estimate, family, holm, judged, paired_difference, verdict
 from functional_sam.study.design import LR, RHO, Trial, load_study, make, steps_of, trials, tuning_seeds
 from functional_sam.study.report import by_seed, check, difference, frame, judge
 from functional_sam.study.tune import foreseen, plan_cell, plan_cells, smallest_of_the_best, todo
@@ -458,3 +458,12 @@ def test_two_that_diverge_at_different_seeds_stay_in_the_family():
     rows[0]["minus_baseline_stderr"] = 0.0165
     assert judge(pd.DataFrame(rows[:2]), 0.0).verdict_baseline[0] == "better"
     assert judge(pd.DataFrame(rows), 0.0).verdict_baseline[0] == "inconclusive"
+
+
+def test_a_family_has_one_correction_for_p_and_verdict():
+    """One that diverged is no member: the others' p are those of a family without it."""
+    told, lost = Estimate(-0.1, 0.03, 6), Estimate(math.inf, math.inf, 6)
+    alone, beside = (family(members, 0.005) for members in ([told, told], [told, lost, told]))
+    assert beside["p_holm"] == [alone["p_holm"][0], 1.0, alone["p_holm"][1]]
+    assert beside["verdict"][::2] == alone["verdict"]
+    assert beside["verdict"][1] == str(Verdict.LOST)

@@ -64,7 +64,7 @@ def tests_figure(table: pd.DataFrame, cells: dict[str, Any], lr: float) -> Figur
     at_left = blended_transform_factory(figure.transFigure, axis.transData)
     height, heights = 0.0, []
     for cell, part in table.groupby("cell", sort=False):
-        axis.text(0.0, height, cells[cell]["question"], transform=at_left, va="center", fontsize=7, fontweight="bold")
+        axis.text(0.0, height, cells[cell].get("question", cell), transform=at_left, va="center", fontsize=7, fontweight="bold")
         for row in part.itertuples():
             height += 1.0
             filled, found = row.verdict.startswith(SIGNIFICANT), Estimate(row.difference, row.stderr, row.n)

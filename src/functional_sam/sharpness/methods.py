@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from functional_sam.errors import UserError
-from functional_sam.sharpness.options import ASCENT_OPTIONS, CHOICES, FORMER, GENERAL_OPTIONS, MIX_OPTIONS, PATH_OPTIONS
+from functional_sam.sharpness.options import ASCENT_OPTIONS, CHOICES, FORMER, GENERAL_OPTIONS, MIX_OPTIONS, PATH_OPTIONS, WARMUPS
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def _require_general(options: Mapping[str, Any]) -> None:
         raise UserError(f"every={options['every']!r}: the perturbed pass comes every so many steps, a whole number >= 1")
     if not (options["subset"] in (None, "norm") or callable(options["subset"])):
         raise UserError(f'subset={options["subset"]!r}: expected None, "norm", or a function (name, parameter) -> bool')
-    if options["rho_schedule"] in ("warmup", "after-warmup", "in-warmup") and options["warmup_steps"] < 1:
+    if options["rho_schedule"] in WARMUPS and options["warmup_steps"] < 1:
         raise UserError(f'rho_schedule="{options["rho_schedule"]}" needs warmup_steps >= 1')
     if options["keep_dtype"] not in (None, torch.bfloat16, torch.float32, torch.float64):
         raise UserError(

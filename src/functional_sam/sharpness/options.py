@@ -32,6 +32,7 @@ MethodName = Literal[
 ]
 Ascent = Literal["gradient", "adam", "adaptive", "fisher", "momentum", "random"]
 Path = Literal["sam", "functional", "logit", "penalty"]
+WARMUPS = ("warmup", "after-warmup", "in-warmup")  # values of rho_schedule that read warmup_steps
 
 
 class Options(TypedDict, total=False):

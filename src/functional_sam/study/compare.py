@@ -162,17 +162,21 @@ def verdict(difference: Estimate, *, lower_is_better: bool = True, margin: float
     return Verdict.SAME if margin and equivalent(difference, margin) else Verdict.OPEN
 
 
-def judged(differences: Sequence[Estimate], *, lower_is_better: bool = True, margin: float = 0.0, more: int = 0) -> list[Verdict]:
-    """Judge a family of comparisons, with Holm's correction within it.
+def adjusted(differences: Sequence[Estimate], more: int = 0) -> list[float]:
+    """p of each comparison of a family, by Holm among its members.
 
-    Divergences and single seeds are no members. Where both diverged, at different seeds, nothing is told: a member with p = 1.
-    more: comparisons of the family that are still to come, counted as null.
+    Divergences and single seeds are no members, and have p = 1. Where both diverged, at different seeds, nothing is told: a member
+    with p = 1.
     """
-    tested = [i for i, one in enumerate(differences) if one.n > 1 and not math.isinf(one.mean)]
-    adjusted = dict(zip(tested, holm([differences[i].p for i in tested], more), strict=True))
-    return [
-        verdict(one, lower_is_better=lower_is_better, margin=margin, p=adjusted.get(i, 1.0)) for i, one in enumerate(differences)
-    ]
+    members = [i for i, one in enumerate(differences) if one.n > 1 and not math.isinf(one.mean)]
+    found = dict(zip(members, holm([differences[i].p for i in members], more), strict=True))
+    return [found.get(i, 1.0) for i in range(len(differences))]
+
+
+def judged(differences: Sequence[Estimate], *, lower_is_better: bool = True, margin: float = 0.0, more: int = 0) -> list[Verdict]:
+    """Judge a family of comparisons, with Holm's correction within it; more: those still to come, counted as null."""
+    ps = adjusted(differences, more)
+    return [verdict(one, lower_is_better=lower_is_better, margin=margin, p=p) for one, p in zip(differences, ps, strict=True)]
 
 
 def family(differences: Sequence[Estimate], margin: float) -> dict[str, list[Any]]:
@@ -182,7 +186,7 @@ def family(differences: Sequence[Estimate], margin: float) -> dict[str, list[Any
         "difference": [one.mean for one in differences],
         "stderr": [one.stderr for one in differences],
         "half_width": [one.half_width for one in differences],
-        "p_holm": holm([one.p for one in differences]),
+        "p_holm": adjusted(differences),
         "verdict": list(map(str, judged(differences, margin=margin))),
     }
 

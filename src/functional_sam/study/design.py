@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from functional_sam.config import Config, compose, instance, nearest, read_yaml, settings_of, validated
 from functional_sam.errors import UserError
 from functional_sam.sharpness.methods import METHODS
+from functional_sam.sharpness.options import WARMUPS
 from functional_sam.tasks import TASKS
 
 LR, RHO = "optimizer.lr", "method.rho"
@@ -246,7 +247,7 @@ def make(
         **(cell.report if reported else {}),
         **dict(trial.values),
     }
-    if entry.settings.get("method.options.rho_schedule") in ("warmup", "after-warmup", "in-warmup"):
+    if entry.settings.get("method.options.rho_schedule") in WARMUPS:
         values["method.options.warmup_steps"] = round(study.warmup * steps)
     if cell.best:
         values["training.eval_every"] = max(1, steps // study.evaluations)

@@ -55,9 +55,9 @@ class Measured:
 
 def measured(root: Path, tasks: Iterable[str] = ("*",)) -> list[Measured]:
     """The speeds of the complete and partial runs of tasks under `root` that this kind of machine did, start to end."""
-    found = []
+    here, found = machine(), []
     for path in sorted(path for task in set(tasks) for path in root.glob(f"{task}-*/config.yaml")):
-        if not _done_here(path.parent):
+        if not _done_by(here, path.parent):
             continue
         try:
             run = Run(load(path), root)
@@ -70,13 +70,13 @@ def measured(root: Path, tasks: Iterable[str] = ("*",)) -> list[Measured]:
     return found
 
 
-def _done_here(directory: Path) -> bool:
-    """Whether this kind of machine alone did a run; asked first, for to parse a config takes a hundred times as long."""
+def _done_by(kind: str, directory: Path) -> bool:
+    """Whether a kind of machine alone did a run; asked first, for to parse a config takes a hundred times as long."""
     try:
         record = json.loads((directory / "provenance.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    if (directory / RELEASED).is_file() or not isinstance(record, dict) or record.get("machine") != machine():
+    if (directory / RELEASED).is_file() or not isinstance(record, dict) or record.get("machine") != kind:
         return False
     return not any("machine" in part for part in record.get("resumed", []))
 
