@@ -12,6 +12,7 @@ import venv
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 from test_architecture import PACKAGE, ROOT, git, module_name, modules_of
 
 from functional_sam import METHODS
@@ -202,3 +203,12 @@ def test_the_sdist_is_the_repository(built, tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, cwd=place, env={"PYTHONPATH": str(moved), "COLUMNS": "300"})
         assert done.returncode == code, done.stderr
         assert words in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("file", ["requirements.lock", "requirements-data.txt"])
+def test_every_pinned_package_takes_any_python_3_11(file):
+    """README says Python 3.11, of which distributions have early ones (Debian 12: 3.11.2)."""
+    names = re.findall(r"^([\w.-]+)(?:\[.*\])?==", (ROOT / file).read_text(), flags=re.MULTILINE)
+    assert names
+    wanted = {name: importlib.metadata.metadata(name)["Requires-Python"] or "" for name in names}
+    assert {name: python for name, python in wanted.items() if not SpecifierSet(python).contains("3.11.0")} == {}
