@@ -19,7 +19,7 @@ LABELS = 0.36  # of the figure's width: the names of what is compared
 
 
 def is_test(cell: dict[str, Any]) -> bool:
-    """Whether a cell of the YAML is one of these: it says what is compared with what."""
+    """Whether a cell of the YAML is one of these: it says what is compared with what (of what is tuned nothing is)."""
     return "tests" in cell
 
 
@@ -45,6 +45,8 @@ def tested(data: dict[str, pd.DataFrame], cells: dict[str, Any], margin: float) 
     for name, own in data.items():
         cell, by = cells[name], dict(iter(own.groupby("run")))
         pairs = [(run, other) for run, others in cell["tests"].items() for other in others]
+        if not pairs:  # what was tuned: its runs are in the CSV, and nothing is tested
+            continue
         found = [by_seed(by[run], by[other], "value", f"{name}: {run} minus {other}") for run, other in pairs]
         names = {"run": [run for run, _ in pairs], "other": [other for _, other in pairs], "p": [one.p for one in found]}
         rows = pd.DataFrame(names | family(found, margin))
