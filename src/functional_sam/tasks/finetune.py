@@ -75,6 +75,8 @@ class FineTune(Task):
         data = config.data
         if data.texts is None:
             raise UserError("data.texts is needed: the labelled texts to fine-tune on")
+        if data.hub and "/" not in data.texts:
+            raise UserError(f"data.hub={data.hub}: {data.texts} comes with a package, not from the hub")
         for name in (data.texts, *data.transfer):
             if bool(classes_of(name)) != cls.classes or (name != data.texts and classes_of(name) != classes_of(data.texts)):
                 what = "classes" if cls.classes else "grades"
@@ -228,6 +230,8 @@ class Grade(FineTune):
         smoothing = config.training.label_smoothing
         if smoothing:
             raise UserError(f"training.label_smoothing={smoothing}: a grade has no classes to share it, leave it out")
+        if config.measure.temperature:
+            raise UserError("measure.temperature=True: a grade has no classes whose logits could be scaled, leave it out")
 
     @property
     def loss_fn(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
