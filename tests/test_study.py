@@ -323,7 +323,7 @@ def test_smallest_rate_within_one_standard_error():
         ({"lr": [], "lr_of": "nowhere"}, "nowhere"),
         ({"rho": [0.05]}, "same number of trials: adamw 2, sam 1"),
         ({"settings": {"optimizer.warmup_steps": 40}}, "optimizer.warmup_steps is made by the study"),
-        ({"report": {"training.steps": 9}}, "training.steps is made by the study"),
+        ({"settings": {"data.unique_tokens": 900}}, "data.unique_tokens is made by the study"),
     ],
 )
 def test_bad_cells_are_refused(study, change, words):
