@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from functional_sam.config import Config
 from functional_sam.models.shape import ConvShape, PairShape, Shape, TextShape
-from functional_sam.sharpness.methods import Cost, needs_cotangent, resolve
+from functional_sam.sharpness.methods import Cost, cost, needs_cotangent, resolve
 from functional_sam.tasks import TASKS
 
 MOMENTS = {"adamw": 2, "sgd": 1, "adafactor": 0}  # copies of the parameters that an optimizer keeps; adafactor's are vectors
@@ -37,8 +37,7 @@ class RunCost:
 
 def of_method(config: Config) -> Cost:
     """What a step of the config's method costs."""
-    method, options = resolve(config.method.name, config.method.options)
-    return method.cost(options)
+    return cost(config.method.name, config.method.options)
 
 
 def keeps_cotangent(config: Config, gpus: int = 1, sharded: bool = False) -> bool:
