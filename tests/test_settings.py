@@ -53,10 +53,27 @@ def test_a_setting_of_the_optimizer_at_hand_is_not():
     require_read(compose("language", overrides=after), after)  # its weights are trained on by AdamW
 
 
+@pytest.mark.parametrize("task", ["roberta-glue", "roberta-cola", "t5-small-superglue", "translation-iwslt14"])
+def test_another_copy_on_the_hub_is_read(task):
+    own = ["data.hub=someone/copy"]
+    require_read(compose(task, overrides=own), own)
+
+
+def test_packaged_texts_are_on_no_hub():
+    with pytest.raises(UserError, match=r"data\.hub=someone/copy: movie-grade comes with a package"):
+        compose("movie-grade", overrides=["data.hub=someone/copy"])
+
+
 def test_a_grade_has_no_smoothed_label():
     compose("movie-sentiment", overrides=["training.label_smoothing=0.1"])
     with pytest.raises(UserError, match=r"training.label_smoothing=0.1: a grade has no classes"):
         compose("movie-grade", overrides=["training.label_smoothing=0.1"])
+
+
+def test_a_grade_has_no_temperature():
+    compose("movie-sentiment", overrides=["measure={curvature: true, temperature: true}"])
+    with pytest.raises(UserError, match=r"measure.temperature=True: a grade has no classes"):
+        compose("movie-grade", overrides=["measure={curvature: true, temperature: true}"])
 
 
 def test_train_refuses_it_before_any_time_is_spent(capsys, tmp_path):

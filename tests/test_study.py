@@ -322,6 +322,8 @@ def test_smallest_rate_within_one_standard_error():
         ({"lr": [0.1, 0.2, 0.3]}, "log grid"),
         ({"lr": [], "lr_of": "nowhere"}, "nowhere"),
         ({"rho": [0.05]}, "same number of trials: adamw 2, sam 1"),
+        ({"settings": {"optimizer.warmup_steps": 40}}, "optimizer.warmup_steps is made by the study"),
+        ({"settings": {"data.unique_tokens": 900}}, "data.unique_tokens is made by the study"),
     ],
 )
 def test_bad_cells_are_refused(study, change, words):
@@ -331,6 +333,13 @@ def test_bad_cells_are_refused(study, change, words):
     with pytest.raises(UserError, match=r"fixed-0\.014M") as error:
         design._check(study, cell, "configs/studies/language.yaml, cell fixed-0.014M")
     assert words in str(error.value)
+
+
+def test_an_entry_cannot_set_what_the_study_makes_of_each_run(study):
+    """It would have been overwritten, and the entry compared with itself."""
+    study.entries["sam"].settings = {"optimizer.warmup_steps": 40}
+    with pytest.raises(UserError, match=r"optimizer\.warmup_steps is made by the study"):
+        design._check(study, study.cells["fixed-0.014M"], "here")
 
 
 def test_unknown_settings_are_refused(study):

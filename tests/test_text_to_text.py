@@ -463,6 +463,7 @@ def test_a_tiny_t5_learns_to_answer(made):
         ("runtime.parallel=fsdp", "train a t5 with ddp"),
         ("model.checkpoint_blocks=true", "not for t5"),
         ("data.unique_pairs=5", "not for labelled texts"),
+        ("measure={curvature: true, temperature: true}", "measure.temperature=True: a t5 answers in words"),
     ],
 )
 def test_settings_that_cannot_be(made, override, message):

@@ -209,7 +209,7 @@ def bitext_of(names: Iterable[str]) -> Bitext:
 
 
 def distinct(pairs: Iterable[Pair]) -> Iterator[Pair]:
-    """The pairs neither of whose texts was met before, held-out ones first where splits are published.
+    """Yield every pair that is published as held out, then the pairs neither of whose texts was met before.
 
     So no sentence of a test is one of training, on either side.
     """

@@ -12,7 +12,6 @@ as all text here (sources.normalize). C4 publishes no test split: documents of i
 import functools
 import hashlib
 import importlib.metadata
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,18 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from functional_sam.data.cache import Progress, cached, digest, silent
 from functional_sam.data.hub import File, layout, rows
-from functional_sam.data.shards import Joined, Report, Shard, Watch, prepare_shards
+from functional_sam.data.shards import Joined, Report, Shard, Watch, listed, prepare_shards, write_list
 from functional_sam.data.sources import Document, normalize
 from functional_sam.data.text import COUNTS, ENCODE_AT_ONCE, TextData, encode, token_dtype, write_split
 from functional_sam.data.tokenizer import BOS, EOS, PAD, Tokenizer, train_tokenizer
 from functional_sam.errors import UserError
 from functional_sam.files import sha256
-from functional_sam.losses import IGNORE
 
 FORMAT = 1  # raise it when the same files and tokenizer give other shards
 HUB = "allenai/c4"
@@ -91,10 +87,7 @@ def prepare_c4(
         say(f"encoding the documents held out in {held_out.name} ...")
         counts = _held_out(held_out, tokenizer, temporary)
         counts["train"] = _together(manifests)
-        listed = [
-            {"name": shard.directory.name, "sha256": manifest["sha256"]} for shard, manifest in zip(shards, manifests, strict=True)
-        ]
-        (temporary / "shards.json").write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
+        write_list(temporary, shards, manifests)
         shutil.copyfile(tokenizer.path, temporary / "tokenizer.model")
         return {
             "format": FORMAT,
@@ -115,28 +108,15 @@ class C4Data(TextData):
     """
 
     def _open_train(self) -> Joined:
-        shards = json.loads((self.directory / "shards.json").read_text(encoding="utf-8"))
-        root = self.directory.parent
-        for shard in shards:
-            directory = root / shard["name"]
-            if cached(directory, _gone, silent, verify=False)["sha256"] != shard["sha256"]:
-                raise UserError(f"{directory} is not the shard that {self.directory} was made with: delete {self.directory}")
-        return Joined([root / shard["name"] / "train.ids" for shard in shards], self.manifest["dtype"])
+        return Joined([shard / "train.ids" for shard in listed(self.directory)], self.manifest["dtype"])
 
-    def train_batch(self, step: int, batch: int, length: int, seed: int, unique_tokens: int | None = None) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of batch number `step`, int64 [B, L] each: windows step * B ... step * B + B - 1 of the stream.
+    def _order(self, step: int, batch: int, windows: int, seed: int) -> np.ndarray:
+        """Windows step * B ... step * B + B - 1 of the stream, so that step s reads the B * L tokens from offset s * B * L on.
 
-        So step s reads the B * L tokens from offset s * B * L on. A seed other than 0 starts at another window; past the end the
-        stream goes on at its start. Targets as TextData has them.
+        A seed other than 0 starts at another window; past the end the stream goes on at its start.
         """
-        windows = self.train_windows(length, unique_tokens)
         first = int.from_bytes(hashlib.sha256(f"order:{seed}".encode()).digest()[:8], "big") if seed else 0
-        chosen = ((first + step * batch) % windows + np.arange(batch)) % windows
-        positions = chosen[:, None] * length + np.arange(length)
-        inputs = torch.from_numpy(self._train[positions].astype(np.int64))
-        targets = torch.full_like(inputs, IGNORE)
-        targets[:, :-1] = inputs[:, 1:]
-        return inputs, targets
+        return ((first + step * batch) % windows + np.arange(batch)) % windows
 
 
 def documents(file: File) -> Iterator[Document]:
@@ -248,7 +228,3 @@ def _together(manifests: list[dict[str, Any]]) -> dict[str, Any]:
         "bytes_per_token": round(num_bytes / tokens, 4),
         "text_sha256": digest([manifest["text_sha256"] for manifest in manifests]),
     }
-
-
-def _gone(directory: Path) -> dict[str, Any]:
-    raise UserError(f"the shard {directory} is gone: delete {directory.parent} and run `functional-sam data` again")

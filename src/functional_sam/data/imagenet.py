@@ -11,7 +11,6 @@ Encoded: training images stay as they are in the file, for inception crops, whic
 
 import functools
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from functional_sam.data.decoding import Ahead, Crops, Encoded
 from functional_sam.data.hub import File, layout, rows
 from functional_sam.data.images import SPLITS, ImageData
 from functional_sam.data.order import indices
-from functional_sam.data.shards import Joined, Report, Shard, Watch, prepare_shards
+from functional_sam.data.shards import Joined, Report, Shard, Watch, listed, prepare_shards, write_list
 from functional_sam.errors import UserError
 
 FORMAT = 1  # raise it when the same files give other shards
@@ -68,10 +67,7 @@ def prepare_imagenet(
         ]
         say(f"{location}: {len(found)} files, {sum(file.size for file in found) / 1e9:.2f} GB")
         manifests = prepare_shards(shards, processes, say, watch)
-        listed = [
-            {"name": shard.directory.name, "sha256": manifest["sha256"]} for shard, manifest in zip(shards, manifests, strict=True)
-        ]
-        (temporary / "shards.json").write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
+        write_list(temporary, shards, manifests)
         images = {split: sum(manifest["images"].get(split, 0) for manifest in manifests) for split in SPLITS}
         for split, count in images.items():
             if not count:
@@ -103,21 +99,11 @@ class ImageNet(ImageData):
         return tuple(map(str, range(CLASSES)))
 
     def _open(self, split: str) -> tuple[Any, Any]:
-        directories = self._shards(split)
+        directories = [shard for shard in listed(self.directory) if (shard / f"{split}.labels").exists()]
         return self._images(split, directories), np.concatenate([np.fromfile(d / f"{split}.labels", np.int16) for d in directories])
 
     def _images(self, split: str, directories: list[Path]) -> Any:
         return Joined([directory / f"{split}.images" for directory in directories], "uint8", (SIDE, SIDE, CHANNELS))
-
-    def _shards(self, split: str) -> list[Path]:
-        directories = []
-        for shard in json.loads((self.directory / "shards.json").read_text(encoding="utf-8")):
-            directory = self.directory.parent / shard["name"]
-            if cached(directory, _gone, silent, verify=False)["sha256"] != shard["sha256"]:
-                raise UserError(f"{directory} is not the shard that {self.directory} was made with: delete {self.directory}")
-            if (directory / f"{split}.labels").exists():
-                directories.append(directory)
-        return directories
 
     def _tensors(self, split: str, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
         images, labels = (torch.from_numpy(array[chosen]) for array in self._parts[split])
@@ -217,7 +203,3 @@ def _decode(file: File, encoded: bool, directory: Path, report: Report) -> dict[
         "sum": sums.tolist(),
         "sum_of_squares": squares.tolist(),
     }
-
-
-def _gone(directory: Path) -> dict[str, Any]:
-    raise UserError(f"the shard {directory} is gone: delete {directory.parent} and run `functional-sam data` again")

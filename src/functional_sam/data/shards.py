@@ -1,5 +1,6 @@
 """Many files prepared by many processes: one directory a file, whole or absent, so that a killed run goes on where it was."""
 
+import json
 import multiprocessing
 import os
 import queue
@@ -70,6 +71,23 @@ def prepare_shards(
         else:
             _in_parallel(missing, processes, follow)
     return [cached(shard.directory, _absent, progress, verify=False) for shard in shards]
+
+
+def write_list(directory: Path, shards: Sequence[Shard], manifests: Sequence[dict[str, Any]]) -> None:
+    """Write shards.json of a set: which shards, beside its directory, it is made of."""
+    pairs = zip(shards, manifests, strict=True)
+    listed = [{"name": shard.directory.name, "sha256": manifest["sha256"]} for shard, manifest in pairs]
+    (directory / "shards.json").write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
+
+
+def listed(directory: Path) -> list[Path]:
+    """Find the shards of a set by its shards.json. Raises UserError where one is gone or no longer the same."""
+    found = []
+    for shard in json.loads((directory / "shards.json").read_text(encoding="utf-8")):
+        found.append(directory.parent / shard["name"])
+        if cached(found[-1], _gone, silent, verify=False)["sha256"] != shard["sha256"]:
+            raise UserError(f"{found[-1]} is not the shard that {directory} was made with: delete {directory}")
+    return found
 
 
 class _Follower:
@@ -161,6 +179,10 @@ def _build(shard: Shard, report: Report) -> None:
 
 def _absent(directory: Path) -> dict[str, Any]:
     raise UserError(f"{directory} was deleted while it was in use: run the same command again")
+
+
+def _gone(directory: Path) -> dict[str, Any]:
+    raise UserError(f"the shard {directory} is gone: delete {directory.parent} and run `functional-sam data` again")
 
 
 class Joined:

@@ -194,15 +194,19 @@ class TextData:
     def train_batch(self, step: int, batch: int, length: int, seed: int, unique_tokens: int | None = None) -> tuple[Tensor, Tensor]:
         """Inputs and targets of batch number `step`, int64 [B, L] each.
 
-        Every window is met once per epoch, in an order drawn from (seed, epoch); the batch depends on the arguments alone.
-        unique_tokens: use only the windows in the first so many tokens (studies of repeated data). The target at t is the token
-        at t + 1 of the same window; the last target is IGNORE.
+        Every window is met once per epoch, in an order drawn from (seed, epoch), C4's in that of the stream; the batch depends on
+        the arguments alone. unique_tokens: use only the windows in the first so many tokens (studies of repeated data). The target
+        at t is the token at t + 1 of the same window; the last target is IGNORE.
         """
-        windows = indices(step, batch, self.train_windows(length, unique_tokens), seed)
+        windows = self._order(step, batch, self.train_windows(length, unique_tokens), seed)
         inputs = torch.from_numpy(self._train[windows[:, None] * length + np.arange(length)].astype(np.int64))
         targets = torch.full_like(inputs, IGNORE)
         targets[:, :-1] = inputs[:, 1:]
         return inputs, targets
+
+    def _order(self, step: int, batch: int, windows: int, seed: int) -> np.ndarray:
+        """Which of so many windows batch number `step` holds, int64 [B]."""
+        return indices(step, batch, windows, seed)
 
     def eval_batches(
         self, split: str, batch: int, length: int, max_rows: int | None = None, windows: bool = False

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 from functional_sam.config import Config
 from functional_sam.models.shape import ConvShape, PairShape, Shape, TextShape
-from functional_sam.sharpness.methods import Cost, needs_cotangent, resolve
+from functional_sam.sharpness.methods import Cost, cost, needs_cotangent, resolve
 from functional_sam.tasks import TASKS
+
+MOMENTS = {"adamw": 2, "sgd": 1, "adafactor": 0}  # copies of the parameters that an optimizer keeps; adafactor's are vectors
 
 
 def shape(config: Config) -> Shape | ConvShape | PairShape:
@@ -35,8 +37,7 @@ class RunCost:
 
 def of_method(config: Config) -> Cost:
     """What a step of the config's method costs."""
-    method, options = resolve(config.method.name, config.method.options)
-    return method.cost(options)
+    return cost(config.method.name, config.method.options)
 
 
 def keeps_cotangent(config: Config, gpus: int = 1, sharded: bool = False) -> bool:
@@ -90,7 +91,7 @@ def run_cost(config: Config, checkpointing: bool | None = None, gpus: int = 1, s
         method.gradients,
         step,
         step * training.steps,
-        4 * s.parameters * (3 + method.carried),
+        parameter_bytes(config) * s.parameters * (1 + MOMENTS[config.optimizer.name] + method.carried),
     )
 
 

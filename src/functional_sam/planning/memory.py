@@ -14,10 +14,8 @@ from functional_sam.config import Config
 from functional_sam.errors import UserError
 from functional_sam.head import CHUNK_BYTES, SWEEP_BYTES
 from functional_sam.models.shape import ConvShape, PairShape, Shape, TextShape
-from functional_sam.planning.cost import head_bytes, keeps_cotangent, of_method, parameter_bytes, shape
+from functional_sam.planning.cost import MOMENTS, head_bytes, keeps_cotangent, of_method, parameter_bytes, shape
 from functional_sam.sharpness.methods import METHODS, needs_cotangent, resolve
-
-MOMENTS = {"adamw": 2, "sgd": 1, "adafactor": 0}  # copies of the parameters that an optimizer keeps; adafactor's are vectors
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,12 @@ def accounted(config: Config) -> bool:
     return not of_method(config).second_order
 
 
+def _widths(config: Config) -> tuple[int, int]:
+    """Bytes of a parameter, and of an activation in a branch: w and a."""
+    w = parameter_bytes(config)
+    return w, 2 if config.training.precision == "bf16" else w
+
+
 def memory(config: Config, layout: Layout) -> Memory:
     """At the peak of a step of the config's method, after the first (moments exist).
 
@@ -78,8 +82,7 @@ def memory(config: Config, layout: Layout) -> Memory:
         raise UserError(f'{config.method.name} with derivative="exact" keeps a second-order graph, which is not accounted for')
     if isinstance(s, ConvShape):
         return _convolutional(config, s, layout, size, forwards)
-    w = parameter_bytes(config)
-    a = 2 if config.training.precision == "bf16" else w
+    w, a = _widths(config)
     tokens, targets = size * s.L, size * s.targets
     shards = layout.gpus if layout.sharded else 1
     own = w * s.parameters / shards  # one copy of the parameters, on this GPU
@@ -135,8 +138,7 @@ def _convolutional(config: Config, s: ConvShape, layout: Layout, size: int, forw
     backward, with every gradient: 5 to 25 % above what real steps take.
     """
     spent, (_, options) = of_method(config), resolve(config.method.name, config.method.options)
-    w = parameter_bytes(config)
-    a = 2 if config.training.precision == "bf16" else w
+    w, a = _widths(config)
     every = [s.first, *(one for block in s.blocks() for one in block)]
     own = w * s.parameters / (layout.gpus if layout.sharded else 1)
     norms = 2 * sum(one.outputs for one in every) / s.parameters
@@ -153,43 +155,29 @@ def _convolutional(config: Config, s: ConvShape, layout: Layout, size: int, forw
 
 
 def _of_pairs(config: Config, layout: Layout, s: PairShape, size: int, forwards: int) -> Memory:
-    """Of an encoder-decoder without a readout: replicas only, nothing recomputed, every row as long as the plan takes it to be.
+    """Of an encoder-decoder.
 
     Per piece, the graph of a block of the encoder holds the inputs of its products, q, k, v, the output of attention and the MLP's
     hidden units, (6 D + F) a, and the inputs of two norms, 2 w D; of the decoder, with a second attention, (11 D + F) a and 3 w D;
-    both a mask for each of their branches. Where the loss is taken there are the logits, their log-softmax and two gradients.
+    both a mask for each of their branches.
     """
-    (_, options), spent = resolve(config.method.name, config.method.options), of_method(config)
-    w = parameter_bytes(config)
-    a = 2 if config.training.precision == "bf16" else w
-    pieces, own, logits = size * s.L, w * s.parameters, size * s.targets * s.V * w
+    w, a = _widths(config)
     mask = (w if layout.cpu else 1) * s.D if config.model.dropout else 0
     block = (17 * s.D + 2 * s.F) * a + 5 * w * s.D + 3 * w * s.H + 10 * w + 5 * mask
-    cast = 2 * (s.parameters if a == 2 else 0)  # the matrices in bf16
-    graph = pieces * (s.N * block + 2 * w * s.D + 2 * mask) + cast
-    part = s.N * 5 * 2 * s.D / s.parameters if options["subset"] == "norm" else 1
-    copies = own * (spent.theta * part + spent.g + spent.carried)
-    kept = float((forwards - 1) * logits) if needs_cotangent(METHODS[config.method.name], options) else 0.0
-    there = forwards > 1 or layout.gpus > 1
+    graph = size * s.L * (s.N * block + 2 * w * s.D + 2 * mask)
     positions = 2 * s.L * s.D * w  # of both sides, which are not trained
-    points = []
-    for activations, grown, work in ((graph, 0.0, 4.0 * logits + (size * s.targets * s.V * a if a == 2 else 0)), (0.0, own, 0.0)):
-        moments = MOMENTS[config.optimizer.name] * own
-        points.append(Memory(own + positions, own if there else grown, moments, copies, kept, activations, work))
-    return max(points, key=lambda point: point.total)
+    return _without_readout(config, layout, s, size, forwards, graph, norms=s.N * 5 * 2 * s.D, fixed=positions)
 
 
 def _of_text(config: Config, layout: Layout, s: TextShape, size: int, forwards: int) -> Memory:
-    """Of a T5 without a readout: replicas only, nothing recomputed, every row as long as the plan takes it to be.
+    """Of a T5.
 
     I = H * head. Per piece, the graph of a branch holds its input and the normalized one 2 w D, the norm's scale w, its output a D
     and a mask D. Attention: q, k, v and the output 4 a I, and a row of scores (softmax, mask, what is left) for each head, since a
     bias that is trained keeps it from being fused. MLP: what is not linear in GELU's tanh form, and the gate, 7 a F, and a mask F.
     """
-    (_, options), spent = resolve(config.method.name, config.method.options), of_method(config)
-    w = parameter_bytes(config)
-    a = 2 if config.training.precision == "bf16" else w
-    inner, own, logits = s.H * s.head, w * s.parameters, size * s.targets * s.V * w
+    w, a = _widths(config)
+    inner = s.H * s.head
     mask = (w if layout.cpu else 1) if config.model.dropout else 0
     dropped = mask + a if mask else 0  # what a dropout adds: its mask, and its output beside its input
     branch = (2 * w + a + mask) * s.D + w
@@ -197,17 +185,28 @@ def _of_text(config: Config, layout: Layout, s: TextShape, size: int, forwards: 
     mlp = branch + 6 * a * s.F + (dropped or a) * s.F
     read = s.N * (branch + 4 * a * inner + scores * s.L + mlp) + 2 * w * s.D + 2 * mask * s.D
     written = s.N * (2 * branch + 6 * a * inner + scores * (s.T + s.L) + mlp) + 2 * w * s.D + 2 * mask * s.D
-    cast = 2 * (s.parameters if a == 2 else 0)
-    graph = size * (s.L * (read + 2 * s.N * a * inner) + s.T * written) + cast
-    part = s.D * (5 * s.N + 2) / s.parameters if options["subset"] == "norm" else 1
+    graph = size * (s.L * (read + 2 * s.N * a * inner) + s.T * written)
+    return _without_readout(config, layout, s, size, forwards, graph, norms=s.D * (5 * s.N + 2))
+
+
+def _without_readout(
+    config: Config, layout: Layout, s: PairShape, size: int, forwards: int, graph: int, norms: int, fixed: int = 0
+) -> Memory:
+    """Of an encoder-decoder whose blocks keep `graph`: replicas only, nothing recomputed, every row as long as planned.
+
+    Where the loss is taken there are the logits, their log-softmax and two gradients. norms: parameters of its norms; fixed: bytes
+    that are not trained.
+    """
+    (_, options), spent, (w, a) = resolve(config.method.name, config.method.options), of_method(config), _widths(config)
+    own, logits, moments = w * s.parameters, size * s.targets * s.V * w, MOMENTS[config.optimizer.name] * w * s.parameters
+    cast, narrow = (2 * s.parameters, logits // w * a) if a == 2 else (0, 0)  # the matrices in bf16, and the logits
+    part = norms / s.parameters if options["subset"] == "norm" else 1
     copies = own * (spent.theta * part + spent.g + spent.carried)
     kept = float((forwards - 1) * logits) if needs_cotangent(METHODS[config.method.name], options) else 0.0
     there = forwards > 1 or layout.gpus > 1
-    points = []
-    for activations, grown, work in ((graph, 0.0, 4.0 * logits + (size * s.targets * s.V * a if a == 2 else 0)), (0.0, own, 0.0)):
-        moments = MOMENTS[config.optimizer.name] * own
-        points.append(Memory(own, own if there else grown, moments, copies, kept, activations, work))
-    return max(points, key=lambda point: point.total)
+    at_loss = Memory(own + fixed, own if there else 0.0, moments, copies, kept, graph + cast, 4.0 * logits + narrow)
+    at_end = Memory(own + fixed, own, moments, copies, kept, 0.0, 0.0)
+    return max(at_loss, at_end, key=lambda point: point.total)
 
 
 def _saved(s: Shape, a: int, w: int, fused: bool) -> int:

@@ -59,7 +59,8 @@ def rows(configs: Sequence[Config], hardware: Hardware, most: int = 512) -> list
     found: dict[tuple[object, ...], tuple[Need, int]] = {}
     for config in filter(accounted, configs):
         training = dataclasses.replace(config.training, init_seed=0, data_seed=0)
-        key = tuple(map(repr, (config.task, config.model, config.data, config.method.name, config.method.options, training)))
+        method = (config.method.name, config.method.options, config.optimizer.name)
+        key = tuple(map(repr, (config.task, config.model, config.data, *method, training)))
         known = found.get(key)
         found[key] = (known[0], known[1] + 1) if known else (need(config, hardware, most), 1)
     return list(found.values())
@@ -85,7 +86,8 @@ def table(configs: Sequence[Config], hardware: Hardware, most: int = 512) -> Tab
         result.add_column(name, justify="right")
     hours: dict[str, float] = {}  # by task, which in the study of language is a size
     for found, count in rows(configs, hardware, most):
-        spent, peak = found.cost, found.memory
+        spent, peak, optimizer = found.cost, found.memory, found.config.optimizer.name
+        by = "" if optimizer == "adamw" else f", {optimizer}"
         hours[found.config.task] = hours.get(found.config.task, 0.0) + found.hours * count
         parts = (
             peak.weights,
@@ -98,7 +100,7 @@ def table(configs: Sequence[Config], hardware: Hardware, most: int = 512) -> Tab
             found.stored.total,
         )
         result.add_row(
-            f"{found.config.task} {found.config.method.name}" + (f" x {count}" if count > 1 else ""),
+            f"{found.config.task} {found.config.method.name}{by}" + (f" x {count}" if count > 1 else ""),
             f"{spent.parameters / 1e6:,.1f} M",
             f"{spent.non_embedding / 1e6:,.1f} M",
             f"{spent.tokens / 1e9:,.2f} B {TASKS[found.config.kind].unit}",

@@ -18,6 +18,7 @@ from functional_sam.tasks import TASKS
 
 LR, RHO = "optimizer.lr", "method.rho"
 CELLS = "cells="  # of the command line
+OF_A_RUN = {"training.init_seed", "training.data_seed", "training.test", "training.test_best", "measure.curvature"}
 
 
 @dataclass
@@ -135,18 +136,22 @@ def load_study(name: str, scale: str, overrides: tuple[str, ...] = ()) -> Study:
 
 def _require_not_its_own(study: Study, cell: Cell) -> None:
     """Raise UserError for an override of what tells a cell's runs apart: they would be called what they are not."""
-    own = {LR, RHO, *cell.report, "training.init_seed", "training.data_seed", "training.test", "training.test_best"}
-    own |= {"measure.curvature", "training.jitter"}
+    own = {LR, RHO, "training.jitter", *OF_A_RUN, *cell.report}
     for name in cell.entries:
         own |= {*study.entries[name].settings, *grid_of(study, cell, name)}
     if cell.epochs is not None:
-        own |= {f"data.unique_{task.unit}" for task in TASKS.values()}
+        own |= _units()
     for key, override in settings_of(study.overrides).items():
         if key in own:
             raise UserError(
                 f"override {override!r}: the study {study.name} sets {key} of each of its runs itself, by entry, trial and seed: "
                 f"leave it out, or change configs/studies/{study.name}.yaml"
             )
+
+
+def _units() -> set[str]:
+    """How much data a run may have, of each task."""
+    return {f"data.unique_{task.unit}" for task in TASKS.values()}
 
 
 def _check(study: Study, cell: Cell, where: str) -> None:
@@ -160,6 +165,10 @@ def _check(study: Study, cell: Cell, where: str) -> None:
         if entry not in study.entries:
             raise nearest(f"entry of {where}:", entry, study.entries)
     require(bool(cell.entries and cell.seeds and cell.part), "entries, seeds and part are needed")
+    made = {LR, "training.steps", "optimizer.warmup_steps", "method.options.warmup_steps", *OF_A_RUN, *_units()}
+    made |= {"training.eval_every"} if cell.best else set()
+    for key in (*study.settings, *cell.settings, *(key for entry in cell.entries for key in study.entries[entry].settings)):
+        require(key not in made, f"{key} is made by the study for each run: what is set of it would be lost")
     require((cell.steps is None) != (cell.tokens_per_parameter is None), "steps or tokens_per_parameter: one of the two")
     require(bool(cell.lr) != bool(cell.lr_of), "lr (a grid) or lr_of (a cell): one of the two")
     if cell.lr_of and cell.lr_of not in study.cells:

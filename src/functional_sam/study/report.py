@@ -232,6 +232,7 @@ def judge(
     """Add columns verdict_OTHER, detectable_OTHER and half_OTHER (of the 95 % interval), with Holm's correction over the family.
 
     family: the rows that a claim quantifies over, all with a difference unless given; the others are judged one by one, unadjusted.
+    Losses and metrics of which more is better are two families (paper/PROTOCOL.md, fine-tuning, 2026-11-28).
     more: comparisons of the family that are still to come, counted as null.
     """
     data = data.copy()

@@ -141,7 +141,10 @@ def todo(planned: Sequence[Planned]) -> list[Config]:
 
 
 def search(study: Study, cell: Cell, name: str, tried: Sequence[Trial], source: Source) -> Search:
-    """Search among an entry's trials on the tuning seeds: the best has the lowest mean, and is none with a diverged run."""
+    """Search among an entry's trials on the tuning seeds: the best has the lowest mean, that of a diverged run being infinite.
+
+    Of equal ones it is the first, and so it is where every trial has a diverged run.
+    """
     runs = [[make(study, cell, name, trial, seed) for seed in tuning_seeds(study, cell)] for trial in tried]
     if not all(source.done(config) for configs in runs for config in configs):
         return Search(list(tried), runs, [])

@@ -26,8 +26,8 @@ from functional_sam.losses import cross_entropy
 from functional_sam.models.encoder import Encoder
 from functional_sam.models.shape import EncoderShape, TextShape
 from functional_sam.tasks.agreement import agreement
-from functional_sam.tasks.batches import Batch, placed
-from functional_sam.tasks.ranks import gathered, shared, totals
+from functional_sam.tasks.batches import Batch
+from functional_sam.tasks.ranks import listed, totals
 from functional_sam.tasks.task import Metric, Task
 
 # What a transformers config calls the sizes that a config of ours repeats, so that plans need no files of the model.
@@ -75,6 +75,8 @@ class FineTune(Task):
         data = config.data
         if data.texts is None:
             raise UserError("data.texts is needed: the labelled texts to fine-tune on")
+        if data.hub and "/" not in data.texts:
+            raise UserError(f"data.hub={data.hub}: {data.texts} comes with a package, not from the hub")
         for name in (data.texts, *data.transfer):
             if bool(classes_of(name)) != cls.classes or (name != data.texts and classes_of(name) != classes_of(data.texts)):
                 what = "classes" if cls.classes else "grades"
@@ -191,14 +193,12 @@ class FineTune(Task):
 
     def _judged_by_question(self, model: torch.nn.Module, batches: Iterable[tuple[Any, ...]]) -> dict[str, float]:
         """Of candidates: the mean loss of one, and what is reported of their questions (data.candidates.judged)."""
-        parameter, found = next(model.parameters()), []
-        with torch.no_grad():
-            for batch, counts in shared(batches):
-                inputs, labels, questions, worths = placed(batch, parameter.device, parameter.dtype)
-                log_p = self.scores(model, inputs).float().log_softmax(-1)
-                columns = (log_p[:, 1] - log_p[:, 0], labels, worths, questions, -log_p.gather(1, labels[:, None])[:, 0])
-                found += list(zip(*(column.tolist() for column in columns), strict=True)) if counts else []
-        scores, labels, worths, questions, nats = zip(*gathered(found), strict=True)
+
+        def columns(inputs: Any, labels: Tensor, questions: Tensor, worths: Tensor) -> tuple[Tensor, ...]:
+            log_p = self.scores(model, inputs).float().log_softmax(-1)
+            return log_p[:, 1] - log_p[:, 0], labels, worths, questions, -log_p.gather(1, labels[:, None])[:, 0]
+
+        scores, labels, worths, questions, nats = zip(*listed(model, batches, columns), strict=True)
         own = judged(scores, [label == 1 for label in labels], worths, questions)
         return {"loss": sum(nats) / len(nats), **own, "texts": len(nats), "questions": len(set(questions))}
 
@@ -228,6 +228,8 @@ class Grade(FineTune):
         smoothing = config.training.label_smoothing
         if smoothing:
             raise UserError(f"training.label_smoothing={smoothing}: a grade has no classes to share it, leave it out")
+        if config.measure.temperature:
+            raise UserError("measure.temperature=True: a grade has no classes whose logits could be scaled, leave it out")
 
     @property
     def loss_fn(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -236,13 +238,7 @@ class Grade(FineTune):
     def _judged(self, model: torch.nn.Module, batches: Iterable[tuple[Any, ...]]) -> dict[str, float]:
         from scipy import stats  # slow to import, for those who evaluate grades
 
-        parameter, found = next(model.parameters()), []
-        with torch.no_grad():
-            for batch, counts in shared(batches):
-                inputs, grades = placed(batch, parameter.device, parameter.dtype)
-                outputs = self.forward(model, inputs)[:, 0]
-                found += list(zip(outputs.tolist(), grades.tolist(), strict=True)) if counts else []
-        pairs = gathered(found)
+        pairs = listed(model, batches, lambda inputs, grades: (self.forward(model, inputs)[:, 0], grades))
         error = sum((output - grade) ** 2 for output, grade in pairs) / len(pairs)
         # Outputs or grades that are all the same order nothing: a correlation of zero.
         same = any(len(set(values)) < 2 for values in zip(*pairs, strict=True))

@@ -97,18 +97,18 @@ class Language(Task):
         return Shape(m.width, m.depth, m.mlp or 4 * m.width, m.heads, m.length, config.data.vocab, 0, m.length)
 
     def model(self) -> torch.nn.Module:
-        shape = self.config.model
+        m = self.config.model
         return Decoder(
             self.config.data.vocab,
-            shape.width,
-            shape.depth,
-            shape.heads,
-            shape.length,
-            shape.mlp,
-            shape.head_dtype,
-            shape.checkpoint_blocks,
-            shape.dropout,
-            shape.embedding_scale,
+            m.width,
+            m.depth,
+            m.heads,
+            m.length,
+            m.mlp,
+            m.head_dtype,
+            m.checkpoint_blocks,
+            m.dropout,
+            m.embedding_scale,
             generator=torch.Generator().manual_seed(self.config.training.init_seed),
         )
 

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from functional_sam.tasks.batches import placed
 
@@ -23,6 +24,16 @@ def totals(model: torch.nn.Module, batches: Iterable[Sequence[Any]], sums: Calla
             if counts:
                 total = [a + b for a, b in zip(total, found, strict=True)]
     return summed(*total)
+
+
+def listed(model: torch.nn.Module, batches: Iterable[Sequence[Any]], columns: Callable[..., Sequence[Tensor]]) -> list[Any]:
+    """What columns(*batch) returns, [B] each, a tuple a row, over the batches of all processes; else as `totals`."""
+    parameter, found = next(model.parameters()), []
+    with torch.no_grad():
+        for batch, counts in shared(batches):
+            made = columns(*placed(batch, parameter.device, parameter.dtype))
+            found += list(zip(*(column.tolist() for column in made), strict=True)) if counts else []
+    return gathered(found)
 
 
 def shared(batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:

@@ -14,7 +14,7 @@ from functional_sam.errors import UserError
 from functional_sam.losses import IGNORE
 from functional_sam.models.shape import TextShape
 from functional_sam.models.t5 import pretrained_t5, t5
-from functional_sam.tasks.batches import Batch, Batches
+from functional_sam.tasks.batches import Batches
 from functional_sam.tasks.encoder_decoder import EncoderDecoder, drawn
 from functional_sam.tasks.finetune import F1A, FineTune, require_sizes, wanted
 
@@ -48,6 +48,8 @@ class TextToText(EncoderDecoder, FineTune):
             raise UserError(
                 "model.pretrained or data.tokenizer is needed: a directory with the tokenizer.json by which texts are cut"
             )
+        if config.measure.temperature:  # the held-out texts have classes, and the model the pieces of their names
+            raise UserError("measure.temperature=True: a t5 answers in words, its logits have no one scale to fit; leave it out")
         cls.check_model(config)
         cls.check_texts(config)
         if model.frozen is not None or model.pooling != "mean":
@@ -94,10 +96,6 @@ class TextToText(EncoderDecoder, FineTune):
         measure = self.config.measure
         held_out = self.held_out("validation", measure.micro_batch, measure.rows)
         return [self.data.answered(inputs, labels) for inputs, labels, *_ in held_out]
-
-    def rows(self, step: int) -> Batch:
-        training, data = self.config.training, self.config.data
-        return self.data.train_batch(step, training.batch, training.data_seed, data.share, data.unique_texts)
 
     def scores(self, model: torch.nn.Module, inputs: Any) -> Tensor:
         """[B, classes]: log-likelihood of each class's name. The encoder reads a text once."""

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from functional_sam.config import Config
@@ -20,7 +19,7 @@ from functional_sam.losses import cross_entropy
 from functional_sam.models.shape import PairShape
 from functional_sam.tasks.batches import Batch, placed
 from functional_sam.tasks.encoder_decoder import EncoderDecoder, drawn
-from functional_sam.tasks.ranks import shared, totals
+from functional_sam.tasks.ranks import gathered, shared, totals
 from functional_sam.tasks.task import Metric
 
 BEAMS = 4
@@ -127,11 +126,7 @@ class Translation(EncoderDecoder):
             )
             if counts:
                 found |= {int(pair): self.data.text(pieces) for pair, pieces in zip(pairs, generated.tolist(), strict=True)}
-        if dist.is_initialized():
-            parts: list[dict[int, str]] = [{} for _ in range(dist.get_world_size())]
-            dist.all_gather_object(parts, found)
-            found = {pair: text for part in parts for pair, text in part.items()}
-        return found
+        return dict(gathered(list(found.items())))
 
 
 def marian_config(config: Config) -> Any:

@@ -109,37 +109,20 @@ class Vision(Task):
         return Shape(m.width, m.depth, m.mlp or 4 * m.width, m.heads, patches, classes, channels * m.patch**2, 1)
 
     def model(self) -> torch.nn.Module:
-        shape = self.config.model
-        generator = torch.Generator().manual_seed(self.config.training.init_seed)
-        if shape.kind == "convnet":
-            return ConvNet(
-                image=self.data.side,
-                stem=shape.patch,
-                classes=len(self.data.classes),
-                width=shape.width,
-                stages=shape.stages,
-                bottleneck=shape.bottleneck,
-                activation=shape.activation,
-                norm=shape.norm,
-                channels=self.data.channels,
-                head_dtype=shape.head_dtype,
-                generator=generator,
-            )
-        return ViT(
-            image=self.data.side,
-            patch=shape.patch,
-            classes=len(self.data.classes),
-            width=shape.width,
-            depth=shape.depth,
-            heads=shape.heads,
-            mlp=shape.mlp,
-            channels=self.data.channels,
-            head_dtype=shape.head_dtype,
-            checkpoint_blocks=shape.checkpoint_blocks,
-            dropout=shape.dropout,
-            activation=shape.activation,
-            generator=generator,
-        )
+        m = self.config.model
+        both: dict[str, Any] = {
+            "image": self.data.side,
+            "channels": self.data.channels,
+            "classes": len(self.data.classes),
+            "width": m.width,
+            "activation": m.activation,
+            "head_dtype": m.head_dtype,
+            "generator": torch.Generator().manual_seed(self.config.training.init_seed),
+        }
+        if m.kind == "convnet":
+            return ConvNet(stem=m.patch, stages=m.stages, bottleneck=m.bottleneck, norm=m.norm, **both)
+        both |= {"checkpoint_blocks": m.checkpoint_blocks, "dropout": m.dropout}
+        return ViT(patch=m.patch, depth=m.depth, heads=m.heads, mlp=m.mlp, **both)
 
     def rows(self, step: int) -> Batch:
         return self._rows(step)

@@ -187,11 +187,8 @@ def _evaluate(task: Task, model: torch.nn.Module, split: str) -> dict[str, float
 
 def _best(lines: list[dict[str, Any]], metric: Metric) -> dict[str, Any] | None:
     """The line with the best value, of several the first."""
-    best: dict[str, Any] | None = None
-    for line in lines:
-        if best is None or metric.better(line[metric.name], best[metric.name]):
-            best = line
-    return best
+    choose = min if metric.lower_is_better else max
+    return choose(lines, key=lambda line: line[metric.name], default=None)
 
 
 def _best_before(run: Run, metric: Metric) -> dict[str, Any] | None:

@@ -88,7 +88,7 @@ def _numbers(part: Decomposition) -> dict[str, float]:
 
 
 def final_curvature(model: torch.nn.Module, optimizer: torch.optim.Optimizer, task: Task, batches: Batches) -> dict[str, Any]:
-    """The curvature of the final weights on the held-out rows: the content of curvature.json. Without autocast.
+    """Measure the curvature of the final weights on `curvature_batches`: the content of curvature.json. Without autocast.
 
     "logits": mean over targets of their norm about the mean logit (a shift of all logits changes nothing), and of the entropy of
     the softmax in nats.
