@@ -1,6 +1,7 @@
 """figure-2 by batch, from made-up losses: the functional part's harm is noise, and shrinks with the batch."""
 
 import math
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -11,8 +12,10 @@ from functional_sam.errors import UserError
 from functional_sam.exhibits import draw_plan, held_dose_tests, planned
 from functional_sam.exhibits.held_dose import AGAINST_LOGIT, AGAINST_SMALLEST, FUNCTIONAL, LOGIT, draw_by_batch
 from functional_sam.exhibits.output import write
+from functional_sam.exhibits.spec import load_spec
 from functional_sam.study.compare import holm, paired_difference
 
+ROOT = Path(__file__).resolve().parents[1]
 ROWS = (8, 64, 256, 1024)
 RATES = {0.005: 0.1, 0.02: -0.05, 0.04: 0.0}  # AdamW's loss, minus that at 0.01
 
@@ -100,7 +103,7 @@ def test_each_batch_is_compared_with_the_smallest_seed_by_seed(exhibit):
 def test_tests_on_fresh_seeds_are_families_of_their_own(exhibit):
     """Eight other seeds: each cell's comparisons, paired by seed, with Holm's correction among them and in no other table."""
     table = exhibit.frames["tests"].set_index(["cell", "run", "other"])
-    assert list(table.groupby("cell", sort=False).size()) == [1, 3, 1, 4, 2, 2, 2, 2, 2, 3, 3, 2]
+    assert list(table.groupby("cell", sort=False).size()) == [1, 3, 1, 4, 2, 2, 2, 2, 2, 3, 3, 2, 2]
     seeds = range(5, 13)
 
     def losses(phi=None, more=0.0):
@@ -140,7 +143,7 @@ def test_tests_on_fresh_seeds_are_families_of_their_own(exhibit):
 
 def test_runs_that_tests_share_are_one_row(exhibit):
     own = exhibit.frame[exhibit.frame.part == "tests"]
-    assert len(own) == 24 * 8 + 20 * 3  # AdamW and the functional part are in several cells; 20 trials are on three seeds
+    assert len(own) == 26 * 8 + 20 * 3  # AdamW and the functional part are in several cells; 20 trials are on three seeds
     assert set(own[own.run == "AdamW"].minus_adamw) == {0.0}
     assert list(own[own.run == "AdamW at rate 0.02"].minus_adamw) == pytest.approx([RATES[0.02]] * 8)
 
@@ -174,14 +177,14 @@ def test_the_sweep_of_the_figure_does_not_know_the_batches(exhibit):
     assert without.frames["comparisons"].equals(exhibit.frames["comparisons"])
     assert set(without.frames["batches"].batch) == {8}
     left = "rows-64, rows-256, fresh-256, rates-256, rate-256, method-256, method-rate-256, sam-256, "
-    left += "higher-256, start-256, double-256, only-start-256, warmup-256, tune-256, tuned-256, rows-1024"
+    left += "higher-256, start-256, double-256, only-start-256, warmup-256, tune-256, tuned-256, longer-256, rows-1024"
     assert f"not shown, their runs are not complete: {left}" in without.caption
     assert "not shown" not in exhibit.caption
     keys = ["part", "run", "task", "batch", "method", "dose", "phi", "seed"]
     assert not exhibit.frame.duplicated(keys).any()
     assert without.answer.endswith(" so far")
     assert not exhibit.answer.endswith(" so far")
-    assert len(exhibit.frame) == 220 + 54 + 168 + 60 + 24
+    assert len(exhibit.frame) == 220 + 54 + 168 + 60 + 40
 
 
 def test_cells_can_be_run_alone_and_are_drawn_with_the_figure():
