@@ -32,6 +32,12 @@ class Records(MadeUp):
             found |= {f"test_{metric}_{name}": value / 2 for name in config.data.transfer}
         return found
 
+    def read(self, config, file):
+        found = super().read(config, file)
+        if file == "provenance.json" and config.data.texts:
+            found["data"]["texts"] = {"train": 1001, "validation": 100}
+        return found
+
     def metrics(self, config, kind=None):
         if kind == "decompose":
             return [{"kind": kind, "step": 1, "gradient": {"share": SHARES[config.task] + 0.001 * config.training.init_seed}}]
@@ -78,6 +84,8 @@ def test_table_6_compares_at_equal_steps_at_equal_compute_and_elsewhere(scale, t
     assert "+1.57" in exhibit.markdown
     assert "Not shown" not in exhibit.caption
     assert "(AdamW: amazon-grade" in exhibit.markdown
+    taken = data[~data.transfer & (data.metric == "spearman")]
+    assert set(taken.unique_units) == {50}  # 5 % of 1,001 texts, whatever the run holds of them
     assert {file.suffix for file in write(exhibit, tmp_path)} == {".md", ".csv", ".json"}
 
 

@@ -164,9 +164,10 @@ def _curvature(configs: list[Config], source: Source) -> dict[str, Any]:
 
 
 def _held(config: Config, unit: str, source: Source) -> int | None:
-    """How much the training split holds, as the run's data say it; None where they do not, or where a share of it is taken."""
+    """How much of the training split, whose size the run's data say, is trained on: data.share of it; None where they do not."""
     found = source.read(config, "provenance.json")["data"].get(unit)
-    return None if config.data.share < 1 or not isinstance(found, dict) else found.get("train")
+    held = found.get("train") if isinstance(found, dict) else None
+    return held and int(config.data.share * held)
 
 
 def _twin(one: Planned, base: tuple[str, Trial], trial: Trial) -> tuple[str, Trial] | None:
