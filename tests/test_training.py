@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import signal
 import time
 import warnings
 from collections import Counter
@@ -258,6 +259,29 @@ def test_bf16_is_timed_quickly():
     began = time.perf_counter()
     assert 0.02 < precision.bf16_times() < 1000
     assert time.perf_counter() - began < 2
+
+
+@pytest.mark.parametrize("where", ["_evaluate", "final_curvature", "robustness"])
+def test_a_signal_after_the_last_step_waits_for_no_measurement(cache, tmp_path, monkeypatch, where):
+    """A cluster kills a job `signal_delay` seconds after its signal: what the end measures may take longer, and begins anew."""
+    measured = {"measure.curvature": True, "measure.robustness": True, "measure.probes": 2, "measure.lanczos": 4, "measure.points": 0}
+    config = tiny(cache, tmp_path, "adamw", **{"training.steps": 2, "training.test": True, **measured})
+    whole = loop.train(tiny(cache, tmp_path / "whole", "adamw", **{"training.steps": 2, "training.test": True, **measured}))
+    usual = getattr(loop, where)
+
+    def signalled(*given):
+        if where != "_evaluate" or given[2] == "test":
+            signal.raise_signal(signal.SIGUSR2)
+        return usual(*given)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match=f"SIGUSR2: all 2 steps .* train {Run(config).directory}$"):
+        patch.setattr(loop, where, signalled)
+        loop.train(config)
+    assert Run(config).state == "partial"
+    run = loop.train(config)
+    assert content(run) == content(whole)
+    assert run.read("curvature.json") == whole.read("curvature.json")
+    assert {**run.summary(), "seconds": 0} == {**whole.summary(), "seconds": 0}
 
 
 def test_divergence_is_a_result(cache, tmp_path):
