@@ -252,6 +252,15 @@ def test_a_place_that_a_job_would_seek_elsewhere_is_refused(tmp_path):
         submit("figure-1", "quick", profile_file(tmp_path, "time: 60"), ["runtime={runs: here}"], True, Console(quiet=True))
 
 
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [("runtime.device=cpu", "gpus_per_node"), ("runtime.threads=3", "cpus_per_task"), ("runtime={threads: 3}", "cpus_per_task")],
+)
+def test_what_a_job_has_from_its_profile_is_refused_beside_it(tmp_path, override, key):
+    with pytest.raises(UserError, match=rf"^override '{override}': a job has it from the cluster's profile: set {key} there"):
+        submit("figure-1", "quick", profile_file(tmp_path, "time: 60"), [override], True, Console(quiet=True))
+
+
 # ---------------------------------------------------------------------- in a job
 
 

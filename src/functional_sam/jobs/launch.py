@@ -17,6 +17,7 @@ from functional_sam.records import Run
 from functional_sam.tasks import prepare
 
 PLACES = ("runtime.runs", "runtime.cache", "runtime.data")  # directories: a job runs elsewhere than where they were named
+OF_PROFILE = {"runtime.device": "gpus_per_node", "runtime.threads": "cpus_per_task"}  # a setting -> what says it of a job
 LIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING", "STOPPED", "REQUEUE_HOLD")
 
 
@@ -69,7 +70,11 @@ def submit(
 
 def _absolute(override: str) -> str:
     key, _, value = override.partition("=")
-    if key not in PLACES and (places := [place for place in PLACES if place in settings_of((override,))]):
+    given = settings_of((override,))
+    for setting, own in OF_PROFILE.items():
+        if setting in given:
+            raise UserError(f"override {override!r}: a job has it from the cluster's profile: set {own} there, leave it out here")
+    if key not in PLACES and (places := [place for place in PLACES if place in given]):
         raise UserError(f"override {override!r}: say it as {places[0]}=DIRECTORY, for a job runs elsewhere than here")
     return f"{key}={Path(value).expanduser().resolve()}" if key in PLACES and value not in ("", "null") else override
 

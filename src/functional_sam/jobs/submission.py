@@ -16,7 +16,7 @@ from typing import Any
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm import slurm
 
-from functional_sam.config import Config, to_yaml
+from functional_sam.config import Config
 from functional_sam.errors import RESUMABLE, UserError
 from functional_sam.exhibits import needed, take_released
 from functional_sam.files import write_text
@@ -156,11 +156,10 @@ class Submission:
 
     def _prepared(self, config: Config) -> Train:
         """The job of a run whose directory is there."""
-        run = Run(config).directory.resolve()
-        if not (run / "config.yaml").exists():
-            write_text(run / "config.yaml", to_yaml(config))
-        (run / "error.txt").unlink(missing_ok=True)
-        return Train(run, self.profile.cpus_per_task, "cuda" if self.profile.gpus_per_node else "cpu")
+        run = Run(config)
+        run.for_a_process()
+        (run.directory / "error.txt").unlink(missing_ok=True)
+        return Train(run.directory.resolve(), self.profile.cpus_per_task, "cuda" if self.profile.gpus_per_node else "cpu")
 
     def _write(self, stage: int, ids: list[str], configs: list[Config], after: str | None) -> None:
         content = {"runs": dict(zip(ids, (config.name for config in configs), strict=True)), "next": after}
