@@ -13,6 +13,8 @@ from functional_sam.models.shape import ConvShape, PairShape, Shape, TextShape
 from functional_sam.sharpness.methods import Cost, needs_cotangent, resolve
 from functional_sam.tasks import TASKS
 
+MOMENTS = {"adamw": 2, "sgd": 1, "adafactor": 0}  # copies of the parameters that an optimizer keeps; adafactor's are vectors
+
 
 def shape(config: Config) -> Shape | ConvShape | PairShape:
     """Of a config's model."""
@@ -90,7 +92,7 @@ def run_cost(config: Config, checkpointing: bool | None = None, gpus: int = 1, s
         method.gradients,
         step,
         step * training.steps,
-        4 * s.parameters * (3 + method.carried),
+        parameter_bytes(config) * s.parameters * (1 + MOMENTS[config.optimizer.name] + method.carried),
     )
 
 

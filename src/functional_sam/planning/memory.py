@@ -14,10 +14,8 @@ from functional_sam.config import Config
 from functional_sam.errors import UserError
 from functional_sam.head import CHUNK_BYTES, SWEEP_BYTES
 from functional_sam.models.shape import ConvShape, PairShape, Shape, TextShape
-from functional_sam.planning.cost import head_bytes, keeps_cotangent, of_method, parameter_bytes, shape
+from functional_sam.planning.cost import MOMENTS, head_bytes, keeps_cotangent, of_method, parameter_bytes, shape
 from functional_sam.sharpness.methods import METHODS, needs_cotangent, resolve
-
-MOMENTS = {"adamw": 2, "sgd": 1, "adafactor": 0}  # copies of the parameters that an optimizer keeps; adafactor's are vectors
 
 
 @dataclass(frozen=True)
