@@ -17,7 +17,7 @@ import pytest
 from processes import Process
 
 from functional_sam.cli import main
-from functional_sam.config import load
+from functional_sam.config import compose, load
 from functional_sam.errors import RESUMABLE, UserError
 from functional_sam.records import Run
 from functional_sam.records.released import results_directory
@@ -237,6 +237,22 @@ def test_a_worker_whose_pool_is_gone_begins_nothing(server, tmp_path):
     assert process.wait() == RESUMABLE
     assert "the process 0 that started this worker has ended; the same command goes on" in process.said
     assert not (tmp_path / ".holder").exists()
+
+
+def test_a_run_that_diverged_before_is_no_success(tmp_path, capsys):
+    """The same command, and the same code again; the runs after it are done."""
+    of = ["--task", "vision", *SMALL, f"runtime.runs={tmp_path}"]
+    for lr, summary in (("1e30", {"diverged": True, "error": "step 2", "loss": None}), ("0.1", {"step": 6, "loss": 1.0})):
+        run = Run(compose("vision", "adamw", "quick", overrides=[*of[2:], f"optimizer.lr={lr}"]))
+        run.for_a_process()
+        run.write("done.json", summary)
+    code, out, _ = here(capsys, "train", *of, "optimizer.lr=1e30")
+    assert code == 1
+    assert "step 2" in out
+    assert here(capsys, "train", *of, "optimizer.lr=0.1")[0] == 0
+    code, out, _ = here(capsys, "train", *sorted(map(str, tmp_path.iterdir())))
+    assert code == 1
+    assert out.count("wrote ") == 2
 
 
 @pytest.mark.slow
