@@ -40,6 +40,10 @@ def compose(
                 f"says all, or take {others or 'another task'} (sections there: {', '.join(sorted(by_task))})"
             )
         layers.append((f"configs/scales/{scale}.yaml, {task}", by_task[task] or {}))
+    for where, layer in layers:
+        for key, given in (("method.name", layer.get("method") or {}), ("task", layer)):
+            if isinstance(given, dict) and key.rpartition(".")[2] in given:
+                raise UserError(f"{where}: {key} is not of a file: choose it with --{key.partition('.')[0]}")
     layers += [("exhibit", dict(layer)) for layer in extra]
     layers.append(("command", {"task": task, "method": {"name": method}}))
     layers += [(f"override {override!r}", _parsed(override)) for override in overrides]
