@@ -19,6 +19,7 @@ from functional_sam.files import write_text
 from functional_sam.models import block
 from functional_sam.records import Run, RunLocked
 from functional_sam.records.due import lines_due
+from functional_sam.tasks import prepare
 from functional_sam.training import checkpoint, loop, pool, precision
 from functional_sam.training.attempt import attempt
 from functional_sam.training.optimizers import optimizer_of
@@ -333,6 +334,18 @@ def test_two_processes_never_write_one_run(cache, tmp_path):
     with pytest.raises(RunLocked, match="another process"):
         loop.train(config)
     first.close()
+
+
+def test_a_checkpoint_of_another_model_names_it_and_the_way_out(cache, tmp_path, monkeypatch):
+    """Code that was changed since the run was begun may make another model of the same config."""
+    config = tiny(cache, tmp_path, "adamw", **{"training.steps": 2, "measure.points": 0})
+    run = loop.train(config)
+    (run.directory / "done.json").unlink()
+    other = tiny(cache, tmp_path, "adamw", **{"model.width": 32})
+    made = prepare(other).model
+    monkeypatch.setattr("functional_sam.tasks.language.Language.model", lambda self: made())
+    with pytest.raises(UserError, match=rf"^{run.directory}/checkpoint, step 2: .* other code.*size mismatch.*remove the"):
+        loop.train(config)
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path):
