@@ -35,8 +35,11 @@ def join(config: Config) -> "Ranks":
     Without WORLD_SIZE, or with runtime.parallel=none, the process is alone. Raises UserError for settings that cannot be right
     and for configs whose result would depend on the number of processes.
     """
-    runtime, world = config.runtime, int(os.environ.get("WORLD_SIZE", "1"))
+    runtime, size = config.runtime, os.environ.get("WORLD_SIZE") or "1"
     parallel = runtime.parallel
+    if parallel != "none" and not size.isdecimal():
+        raise UserError(f"WORLD_SIZE={size} in the environment is no number of processes: unset it, or start by torchrun")
+    world = int(size) if size.isdecimal() else 1
     if parallel == "auto":
         parallel = "ddp" if world > 1 or dist.is_initialized() else "none"
     device = torch.device(runtime.device)
