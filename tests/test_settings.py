@@ -70,6 +70,13 @@ def test_a_setting_that_another_one_switches_on_is_not():
         require_read(compose("language", scale="quick", overrides=own), own)
 
 
+def test_texts_of_the_hub_may_be_anothers():
+    own = ["data.hub=me/glue"]
+    require_read(compose("roberta-glue", overrides=own), own)
+    with pytest.raises(UserError, match=r"data.hub=me/glue is for texts of the hub, as glue/rte, not for question-type"):
+        compose("question-type", overrides=own)
+
+
 def test_a_grade_has_no_smoothed_label():
     compose("movie-sentiment", overrides=["training.label_smoothing=0.1"])
     with pytest.raises(UserError, match=r"training.label_smoothing=0.1: a grade has no classes"):

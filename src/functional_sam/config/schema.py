@@ -54,7 +54,7 @@ class DataConfig:
     relabel: int | None = None  # classes: images turned, moved, mirrored, inverted alike for any number of them; data/relabel.py
     noise: float = 0.0  # fraction of the training images whose label is drawn anew from all classes, once a data_seed
     unique_images: int | None = None  # train on the first so many images only, over and over; none: all
-    hub: str | None = None  # OWNER/NAME[@REVISION] of c4 or imagenet-1k on the hub; none: the one they are published as
+    hub: str | None = None  # OWNER/NAME[@REVISION] of what is read from the hub, as c4; none: the one it is published as
     unique_tokens: int | None = None  # train on so many tokens only, over and over; none: all
     unique_pairs: int | None = None  # of a translation task: train on the first so many pairs only, over and over; none: all
     files: int | None = None  # the first so many train files of c4 or imagenet-1k; none: all

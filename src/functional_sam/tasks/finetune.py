@@ -75,6 +75,8 @@ class FineTune(Task):
         data = config.data
         if data.texts is None:
             raise UserError("data.texts is needed: the labelled texts to fine-tune on")
+        if data.hub and not any("/" in name for name in (data.texts, *data.transfer)):
+            raise UserError(f"data.hub={data.hub} is for texts of the hub, as glue/rte, not for {data.texts}")
         if data.share < 1 and data.unique_texts:
             raise UserError(f"data.share={data.share:g}, data.unique_texts={data.unique_texts} both say how many: give one of them")
         for name in (data.texts, *data.transfer):

@@ -28,8 +28,8 @@ READS: dict[str, tuple[str, str]] = {
         "width stages bottleneck patch activation norm head_dtype",
         "images augment relabel noise unique_images hub files",
     ),
-    "encoder": (f"{TRANSFORMER} length pretrained frozen pooling", "texts transfer share unique_texts vocab"),
-    "t5": (f"{TRANSFORMER} head_width length pretrained tied", "texts transfer share unique_texts vocab tokenizer"),
+    "encoder": (f"{TRANSFORMER} length pretrained frozen pooling", "texts transfer share unique_texts vocab hub"),
+    "t5": (f"{TRANSFORMER} head_width length pretrained tied", "texts transfer share unique_texts vocab hub tokenizer"),
     "marian": (f"{TRANSFORMER} length activation", "sources vocab unique_pairs hub files"),
 }
 
