@@ -192,3 +192,13 @@ def test_a_file_cannot_say_what_the_command_line_says(tmp_path, monkeypatch, lin
     (tmp_path / "configs" / "tasks" / "mine.yaml").write_text(f"kind: language\n{line}\n")
     with pytest.raises(UserError, match=rf"^configs/tasks/mine.yaml: {key} is not of a file: choose it with {way}"):
         compose("mine")
+
+
+@pytest.mark.parametrize("name", ["0412", "2026_11_30", "1_000", "12:30", "yes", "a #b", "a: b", "[x]", "1e3"])
+def test_the_name_of_a_directory_is_no_yaml(tmp_path, name):
+    """0412 is the number 266 there, and runs went to another directory without a word."""
+    config = compose("language", overrides=[f"runtime.runs={name}", f"runtime.cache={name}"])
+    assert (config.runtime.runs, config.runtime.cache) == (name, name)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load(tmp_path / "config.yaml") == config
+    assert compose("language", overrides=["runtime.data=null"]).runtime.data is None

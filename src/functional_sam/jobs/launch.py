@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from functional_sam.config import Config, settings_of
+from functional_sam.config import PLACES, Config, settings_of
 from functional_sam.errors import UserError
 from functional_sam.exhibits import needed, packs_of, take_released
 from functional_sam.jobs.profile import PATIENCE, Profile, check_site, load_profile
@@ -16,7 +16,6 @@ from functional_sam.jobs.submission import Submission, refusal
 from functional_sam.records import Run
 from functional_sam.tasks import prepare
 
-PLACES = ("runtime.runs", "runtime.cache", "runtime.data")  # directories: a job runs elsewhere than where they were named
 OF_PROFILE = {"runtime.device": "gpus_per_node", "runtime.threads": "cpus_per_task"}  # a setting -> what says it of a job
 LIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING", "STOPPED", "REQUEUE_HOLD")
 
@@ -69,6 +68,7 @@ def submit(
 
 
 def _absolute(override: str) -> str:
+    """A job runs elsewhere than where a directory was named."""
     key, _, value = override.partition("=")
     given = settings_of((override,))
     for setting, own in OF_PROFILE.items():
