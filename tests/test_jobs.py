@@ -157,6 +157,28 @@ def test_a_dry_run_prints_the_scripts_and_writes_nothing(tmp_path, monkeypatch, 
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("profile", "override", "words"),
+    [
+        ("nodes: 3", "training.batch=16", r"^training.batch=16 is not divisible by 3 processes"),
+        ("gpus_per_node: 4", "training.batch=6", r"^training.batch=6 is not divisible by 4 processes"),
+        ("nodes: 2", "runtime.parallel=none", r"^runtime.parallel=none: cluster .* gives a run 2 processes"),
+    ],
+)
+def test_processes_that_cannot_train_a_run_are_said_before_the_job_waits(tmp_path, profile, override, words):
+    path = profile_file(tmp_path, f"time: 60\n{profile}")
+    with pytest.raises(UserError, match=words):
+        submit("figure-3", "quick", path, [f"runtime.runs={tmp_path}/runs", override], True, Console(quiet=True))
+    submit("figure-3", "quick", profile_file(tmp_path, "time: 60"), [f"runtime.runs={tmp_path}/runs"], True, Console(quiet=True))
+
+
+def test_an_option_of_sbatch_may_have_no_value(tmp_path, capsys):
+    path = profile_file(tmp_path, "time: 60\nsbatch: {exclusive: true, overcommit: , mail-type: FAIL}")
+    submit("figure-3", "quick", path, [f"runtime.runs={tmp_path}/runs"], True, Console(width=80))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.count("#SBATCH --exclusive") == lines.count("#SBATCH --overcommit") == lines.count("#SBATCH --mail-type=FAIL") == 2
+
+
 # ---------------------------------------------------------------------- the snapshot
 
 

@@ -15,6 +15,7 @@ from functional_sam.jobs.snapshot import snapshot
 from functional_sam.jobs.submission import Submission, refusal
 from functional_sam.records import Run
 from functional_sam.tasks import prepare
+from functional_sam.training.distributed import require_divisible
 
 OF_PROFILE = {"runtime.device": "gpus_per_node", "runtime.threads": "cpus_per_task"}  # a setting -> what says it of a job
 LIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING", "STOPPED", "REQUEUE_HOLD")
@@ -34,6 +35,8 @@ def submit(
     configs = needed(exhibit, scale, tuple(overrides))
     packs = packs_of(exhibit, scale) if released else []
     missing = [c for c in configs if not Run(c).done and not (Run(c).state == "missing" and any(pack.done(c) for pack in packs))]
+    for config in missing:
+        _require_processes(config, profile, cluster)
     runs = Path(configs[0].runtime.runs).resolve()
     directory = _unused(runs / ".jobs", exhibit)
     submission = Submission(directory, exhibit, scale, overrides, profile, released)
@@ -77,6 +80,17 @@ def _absolute(override: str) -> str:
     if key not in PLACES and (places := [place for place in PLACES if place in given]):
         raise UserError(f"override {override!r}: say it as {places[0]}=DIRECTORY, for a job runs elsewhere than here")
     return f"{key}={Path(value).expanduser().resolve()}" if key in PLACES and value not in ("", "null") else override
+
+
+def _require_processes(config: Config, profile: Profile, cluster: str) -> None:
+    """Now, and not once the job has waited for its turn."""
+    processes, parallel = profile.nodes * profile.tasks, config.runtime.parallel
+    if processes > 1 and parallel == "none":
+        raise UserError(
+            f"runtime.parallel=none: cluster {cluster} gives a run {processes} processes (nodes, tasks_per_node), not 1"
+        )
+    if processes > 1:
+        require_divisible(config, processes, "ddp" if parallel == "auto" else parallel)
 
 
 def _unused(parent: Path, exhibit: str) -> Path:
