@@ -66,6 +66,7 @@ def here(capsys, *arguments):
         (["train", "--task", "language", "--threads", "-3"], "--threads -3"),
         (["train", "--task", "language", "--threads", "100000"], "--threads 100000: a number of threads, at most 1024"),
         (["train", "--task", "language", "runtime.device=cuda:99"], "runtime.device=cuda:99: "),
+        (["benchmark", "--rounds", "-1"], "--rounds -1: a number of repetitions, or 0"),
         (["run", "figure-3", "runtime.threads=3", "runtime.runs=nowhere"], "runtime.threads=3: `run` divides the cores among"),
         (["train", "--task", "language", "task=vision"], "'task=vision': task cannot be overridden: choose it with"),
         (["train", "--task", "language", "method.rho=0.1"], "'method.rho=0.1' does nothing with --method adamw"),

@@ -230,6 +230,8 @@ def _benchmark(options: argparse.Namespace) -> int:
     from functional_sam.exhibits.cost import draw_cost
     from functional_sam.records.released import results_directory
 
+    if options.rounds < 0:
+        raise UserError(f"--rounds {options.rounds}: a number of repetitions, or 0 for enough of them")
     directory = results_directory() / "benchmark"
     frames = benchmark(directory, console, options.rounds or None, options.only)
     for name, frame in frames.items():
