@@ -17,7 +17,7 @@ import pytest
 from processes import Process
 
 from functional_sam.cli import main
-from functional_sam.config import load
+from functional_sam.config import compose, load
 from functional_sam.errors import RESUMABLE, UserError
 from functional_sam.records import Run
 from functional_sam.records.released import results_directory
@@ -66,6 +66,8 @@ def here(capsys, *arguments):
         (["train", "--task", "language", "--threads", "-3"], "--threads -3"),
         (["train", "--task", "language", "--threads", "100000"], "--threads 100000: a number of threads, at most 1024"),
         (["train", "--task", "language", "runtime.device=cuda:99"], "runtime.device=cuda:99: "),
+        (["benchmark", "--rounds", "-1"], "--rounds -1: a number of repetitions, or 0"),
+        (["run", "figure-3", "runtime.threads=3", "runtime.runs=nowhere"], "runtime.threads=3: `run` divides the cores among"),
         (["train", "--task", "language", "task=vision"], "'task=vision': task cannot be overridden: choose it with"),
         (["train", "--task", "language", "method.rho=0.1"], "'method.rho=0.1' does nothing with --method adamw"),
         (["plan", "figure-1", "training.init_seed=7"], "figure-1 sets training.init_seed of each of its runs itself: leave it out"),
@@ -236,6 +238,22 @@ def test_a_worker_whose_pool_is_gone_begins_nothing(server, tmp_path):
     assert process.wait() == RESUMABLE
     assert "the process 0 that started this worker has ended; the same command goes on" in process.said
     assert not (tmp_path / ".holder").exists()
+
+
+def test_a_run_that_diverged_before_is_no_success(tmp_path, capsys):
+    """The same command, and the same code again; the runs after it are done."""
+    of = ["--task", "vision", *SMALL, f"runtime.runs={tmp_path}"]
+    for lr, summary in (("1e30", {"diverged": True, "error": "step 2", "loss": None}), ("0.1", {"step": 6, "loss": 1.0})):
+        run = Run(compose("vision", "adamw", "quick", overrides=[*of[2:], f"optimizer.lr={lr}"]))
+        run.for_a_process()
+        run.write("done.json", summary)
+    code, out, _ = here(capsys, "train", *of, "optimizer.lr=1e30")
+    assert code == 1
+    assert "step 2" in out
+    assert here(capsys, "train", *of, "optimizer.lr=0.1")[0] == 0
+    code, out, _ = here(capsys, "train", *sorted(map(str, tmp_path.iterdir())))
+    assert code == 1
+    assert out.count("wrote ") == 2
 
 
 @pytest.mark.slow

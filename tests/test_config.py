@@ -1,6 +1,7 @@
 """Bad configs are refused with the value, the place and the way out; good ones keep their identity."""
 
 import dataclasses
+import shutil
 
 import pytest
 
@@ -179,3 +180,25 @@ def test_published_sizes_have_their_parameter_counts(name):
     model = Decoder(config.data.vocab, shape.width, shape.depth, shape.heads, shape.length, shape.mlp, device="meta")
     exact = {"23.9M": 23_895_360, "42.5M": 42_477_312, "117.9M": 117_981_440, "1208M": 1_208_059_904}
     assert model.num_parameters(non_embedding=True) == exact[name]
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "way"), [("method: {name: sam}", "method.name", "--method"), ("task: other", "task", "--task")]
+)
+def test_a_file_cannot_say_what_the_command_line_says(tmp_path, monkeypatch, line, key, way):
+    """The method of a task's own file was taken for AdamW, without a word."""
+    shutil.copytree(configs_directory(), tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs" / "tasks" / "mine.yaml").write_text(f"kind: language\n{line}\n")
+    with pytest.raises(UserError, match=rf"^configs/tasks/mine.yaml: {key} is not of a file: choose it with {way}"):
+        compose("mine")
+
+
+@pytest.mark.parametrize("name", ["0412", "2026_11_30", "1_000", "12:30", "yes", "a #b", "a: b", "[x]", "1e3"])
+def test_the_name_of_a_directory_is_no_yaml(tmp_path, name):
+    """0412 is the number 266 there, and runs went to another directory without a word."""
+    config = compose("language", overrides=[f"runtime.runs={name}", f"runtime.cache={name}"])
+    assert (config.runtime.runs, config.runtime.cache) == (name, name)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load(tmp_path / "config.yaml") == config
+    assert compose("language", overrides=["runtime.data=null"]).runtime.data is None

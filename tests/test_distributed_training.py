@@ -392,6 +392,7 @@ def test_the_first_process_speaks(monkeypatch, rank, quiet):
 @pytest.mark.parametrize(
     ("environment", "overrides", "words"),
     [
+        ({"WORLD_SIZE": "two"}, {}, "WORLD_SIZE=two in the environment is no number of processes: unset it"),
         ({"WORLD_SIZE": "3"}, {}, "training.batch=8 is not divisible by 3 processes"),
         ({"WORLD_SIZE": "2"}, {"method.options.scope": "rank"}, "scope=micro-batch with training.micro_batch=4"),
         ({"WORLD_SIZE": "4"}, {"method.options.scope": "micro-batch", "training.micro_batch": 4}, "the 2 micro-batches"),

@@ -190,6 +190,17 @@ def test_an_exhibit_without_its_facts_is_refused(tmp_path, monkeypatch):
         load_spec("table-1", "quick")
 
 
+@pytest.mark.parametrize("seeds", ["seeds: [0, 1, 1]", "seeds: [0], seeds_by_task: {vision: [0, 1, 1]}"])
+def test_a_seed_is_not_counted_twice(tmp_path, monkeypatch, seeds):
+    (tmp_path / "configs" / "tasks").mkdir(parents=True)
+    write_text(tmp_path / "configs" / "scales" / "quick.yaml", "")
+    facts = "title: T\ntime: 1 min\nclaim: c\npublished: p\n"
+    write_text(tmp_path / "configs" / "exhibits" / "table-1.yaml", f"{facts}scales: {{quick: {{{seeds}}}}}\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"table-1.yaml, scale quick: seeds(_by_task.vision)?=\[0, 1, 1\]: one is there twice"):
+        load_spec("table-1", "quick")
+
+
 FACTS = {"figure-10": {}, "figure-2": {"claim": "a | b", "title": "T", "time": "1 min"}, "table-1": {}}
 RECORD = {"files": ["paper/figures/figure-2.pdf", "paper/figures/figure-2.png"], "headline": "|g| is small"}
 

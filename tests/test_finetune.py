@@ -14,7 +14,7 @@ from functional_sam.config import compose
 from functional_sam.data import labelled, packages
 from functional_sam.data.cache import silent
 from functional_sam.data.images import images_directory
-from functional_sam.data.labelled import divided, padded, prepare_labelled, split_of
+from functional_sam.data.labelled import divided, labelled_directory, padded, prepare_labelled, split_of
 from functional_sam.data.labels import TEXTS, Labelled
 from functional_sam.errors import UserError
 from functional_sam.exhibits import planned
@@ -374,3 +374,20 @@ def test_the_table_of_settings_holds_all_that_it_reads(pretrained, texts, tmp_pa
     own = config_of(pretrained, tmp_path, "training.eval_rows=8", "training.test_rows=8")
     shared = {"model.head_width", "data.tokenizer"}  # code that it shares with t5 asks for them, and finds none
     assert settings_read(own, monkeypatch) <= in_table("encoder") | shared
+
+
+def test_two_directories_of_one_relative_name_are_two_sets(tmp_path, monkeypatch):
+    """A cache may be of several clones: what one prepared from its data/ is not what another has there."""
+    found = []
+    for clone in ("one", "other"):
+        (tmp_path / clone / "data").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / clone)
+        places = ("data", str(tmp_path / clone / "data"))
+        found += [labelled_directory("glue/rte", "none", 32, tmp_path, where, "tokenizer") for where in places]
+    assert found[0] == found[1] != found[2] == found[3]
+
+
+def test_a_share_and_a_number_of_texts_are_one_too_many():
+    compose("question-type", overrides=["data.unique_texts=9"])
+    with pytest.raises(UserError, match=r"data.share=0.1, data.unique_texts=9 both say how many"):
+        compose("question-type", overrides=["data.unique_texts=9", "data.share=0.1"])

@@ -157,6 +157,28 @@ def test_a_dry_run_prints_the_scripts_and_writes_nothing(tmp_path, monkeypatch, 
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("profile", "override", "words"),
+    [
+        ("nodes: 3", "training.batch=16", r"^training.batch=16 is not divisible by 3 processes"),
+        ("gpus_per_node: 4", "training.batch=6", r"^training.batch=6 is not divisible by 4 processes"),
+        ("nodes: 2", "runtime.parallel=none", r"^runtime.parallel=none: cluster .* gives a run 2 processes"),
+    ],
+)
+def test_processes_that_cannot_train_a_run_are_said_before_the_job_waits(tmp_path, profile, override, words):
+    path = profile_file(tmp_path, f"time: 60\n{profile}")
+    with pytest.raises(UserError, match=words):
+        submit("figure-3", "quick", path, [f"runtime.runs={tmp_path}/runs", override], True, Console(quiet=True))
+    submit("figure-3", "quick", profile_file(tmp_path, "time: 60"), [f"runtime.runs={tmp_path}/runs"], True, Console(quiet=True))
+
+
+def test_an_option_of_sbatch_may_have_no_value(tmp_path, capsys):
+    path = profile_file(tmp_path, "time: 60\nsbatch: {exclusive: true, overcommit: , mail-type: FAIL}")
+    submit("figure-3", "quick", path, [f"runtime.runs={tmp_path}/runs"], True, Console(width=80))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.count("#SBATCH --exclusive") == lines.count("#SBATCH --overcommit") == lines.count("#SBATCH --mail-type=FAIL") == 2
+
+
 # ---------------------------------------------------------------------- the snapshot
 
 
@@ -250,6 +272,15 @@ def test_runs_that_are_queued_are_not_submitted_again(tmp_path, monkeypatch):
 def test_a_place_that_a_job_would_seek_elsewhere_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"say it as runtime\.runs=DIRECTORY"):
         submit("figure-1", "quick", profile_file(tmp_path, "time: 60"), ["runtime={runs: here}"], True, Console(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [("runtime.device=cpu", "gpus_per_node"), ("runtime.threads=3", "cpus_per_task"), ("runtime={threads: 3}", "cpus_per_task")],
+)
+def test_what_a_job_has_from_its_profile_is_refused_beside_it(tmp_path, override, key):
+    with pytest.raises(UserError, match=rf"^override '{override}': a job has it from the cluster's profile: set {key} there"):
+        submit("figure-1", "quick", profile_file(tmp_path, "time: 60"), [override], True, Console(quiet=True))
 
 
 # ---------------------------------------------------------------------- in a job

@@ -241,6 +241,7 @@ def test_an_estimate_sums_by_size_and_takes_overrides(capsys):
     assert len(whole) == 5
     assert sum(value for name, value in whole.items() if name != "all") == pytest.approx(whole["all"], abs=0.3)
     assert hours("table-2", "cells=fixed-23.9M") == {"all": whole["all of language-23.9M"]}
+    assert hours("table-1", "table-2", "cells=fixed-23.9M") == hours("table-2", "cells=fixed-23.9M")  # the same runs
     once, twice = (hours("language-23.9M", "--method", "sam", f"training.steps={steps}")["all"] for steps in (50000, 100000))
     assert twice == pytest.approx(2 * once, abs=0.15)
     assert main(["estimate", "cells=fixed-23.9M"]) == 2
@@ -269,6 +270,8 @@ def test_refusals(capsys):
         gpu("a100-8")
     with pytest.raises(UserError, match=r"utilization=1\.5"):
         dataclasses.replace(GPUS["a100-80"], utilization=1.5)
+    assert main(["estimate", "table-2", "--method", "sam"]) == 2
+    assert "--method sam is for tasks, and table-2 is an exhibit, which has its own methods" in capsys.readouterr().err
     assert main(["estimate", "language-9M"]) == 2
     assert "neither an exhibit" in capsys.readouterr().err
 

@@ -64,6 +64,23 @@ def test_packaged_texts_are_on_no_hub():
         compose("movie-grade", overrides=["data.hub=someone/copy"])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.head_dtype=bfloat16"], "does nothing with training.precision=float32; it is for bf16"),
+        (["optimizer={schedule: constant, lr_end: 0.5}"], "does nothing with optimizer.schedule=constant; it is for cosine, lin"),
+    ],
+)
+def test_a_setting_that_another_one_switches_off_is_refused(overrides, words):
+    with pytest.raises(UserError, match=f"override .* {words}"):
+        require_read(compose("language", scale="quick", overrides=overrides), overrides)
+
+
+def test_a_setting_that_another_one_switches_on_is_not():
+    for own in (["model.head_dtype=bfloat16", "training.precision=bf16"], ["optimizer.lr_end=0.5"], ["optimizer.lr_start=0.5"]):
+        require_read(compose("language", scale="quick", overrides=own), own)
+
+
 def test_a_grade_has_no_smoothed_label():
     compose("movie-sentiment", overrides=["training.label_smoothing=0.1"])
     with pytest.raises(UserError, match=r"training.label_smoothing=0.1: a grade has no classes"):

@@ -318,6 +318,8 @@ def test_smallest_rate_within_one_standard_error():
     [
         ({"entries": ["adamw", "samm"]}, "did you mean 'sam'"),
         ({"seeds": [1000]}, "tuned on and reported"),
+        ({"seeds": [0, 1, 1]}, "seeds=[0, 1, 1]: one is there twice"),
+        ({"tuning_seeds": [1000, 1000]}, "tuning_seeds=[1000, 1000]: one is there twice"),
         ({"steps": None}, "one of the two"),
         ({"lr": [0.1, 0.2, 0.3]}, "log grid"),
         ({"lr": [], "lr_of": "nowhere"}, "nowhere"),

@@ -3,20 +3,23 @@
 import json
 import math
 import shutil
+import signal
 import time
 import warnings
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
-from functional_sam.config import compose
+from functional_sam.config import compose, load, to_yaml
 from functional_sam.data.cache import silent
 from functional_sam.errors import Interrupted, UserError
 from functional_sam.files import write_text
 from functional_sam.models import block
 from functional_sam.records import Run, RunLocked
 from functional_sam.records.due import lines_due
+from functional_sam.tasks import prepare
 from functional_sam.training import checkpoint, loop, pool, precision
 from functional_sam.training.attempt import attempt
 from functional_sam.training.optimizers import optimizer_of
@@ -260,6 +263,31 @@ def test_bf16_is_timed_quickly():
     assert time.perf_counter() - began < 2
 
 
+@pytest.mark.parametrize("where", ["_evaluate", "final_curvature", "robustness"])
+def test_a_signal_after_the_last_step_waits_for_no_measurement(cache, tmp_path, monkeypatch, where):
+    """A cluster kills a job `signal_delay` seconds after its signal: what the end measures may take longer, and begins anew."""
+    settings = {"training.steps": 2, "training.test": True, "measure.curvature": True, "measure.robustness": True}
+    settings |= {"measure.probes": 2, "measure.lanczos": 4, "measure.points": 0}
+    config = tiny(cache, tmp_path, "adamw", **settings)
+    whole = loop.train(tiny(cache, tmp_path / "whole", "adamw", **settings))
+    usual = getattr(loop, where)
+
+    def signalled(*given):
+        if where != "_evaluate" or given[2] == "test":
+            signal.raise_signal(signal.SIGUSR2)
+        return usual(*given)
+
+    monkeypatch.setattr(loop, where, signalled)
+    with pytest.raises(Interrupted, match=f"SIGUSR2: all 2 steps are done and saved; .* train {Run(config).directory}$"):
+        loop.train(config)
+    monkeypatch.setattr(loop, where, usual)
+    assert Run(config).state == "partial"
+    run = loop.train(config)
+    assert content(run) == content(whole)
+    assert run.read("curvature.json") == whole.read("curvature.json")
+    assert {**run.summary(), "seconds": 0} == {**whole.summary(), "seconds": 0}
+
+
 def test_divergence_is_a_result(cache, tmp_path):
     config = tiny(cache, tmp_path, "sam", **{"optimizer.lr": 1e30})
     with pytest.raises(FloatingPointError, match="step"):
@@ -280,10 +308,23 @@ def test_a_directory_of_another_config_is_refused(cache, tmp_path):
 
 
 def _written(config, directory):
-    from functional_sam.config import to_yaml
-
     write_text(directory / "config.yaml", to_yaml(config))
     return directory / "config.yaml"
+
+
+def test_a_begun_run_goes_on_with_the_runtime_settings_asked_for_now(cache, tmp_path):
+    """Its process knows the config.yaml alone. log_every stays, by which the lines of metrics.jsonl are judged; the rest is new."""
+    before = tiny(cache, tmp_path, "adamw", **{"runtime.device": "cuda", "runtime.cache": "gone", "runtime.log_every": 5})
+    now = tiny(cache, tmp_path, "adamw", **{"runtime.checkpoint_every": 7})
+    Run(before).for_a_process()
+    assert load(Run(now).directory / "config.yaml") == before
+    Run(now).for_a_process()
+    assert load(Run(now).directory / "config.yaml") == replace(now, runtime=replace(now.runtime, log_every=5))
+    other = tiny(cache, tmp_path, "adamw", **{"training.init_seed": 9})
+    for text in (to_yaml(other), "damaged: [", "- 1"):  # whoever does the run says so, and the others go on
+        write_text(Run(now).directory / "config.yaml", text)
+        Run(now).for_a_process()
+        assert (Run(now).directory / "config.yaml").read_text() == text
 
 
 def test_two_processes_never_write_one_run(cache, tmp_path):
@@ -293,6 +334,18 @@ def test_two_processes_never_write_one_run(cache, tmp_path):
     with pytest.raises(RunLocked, match="another process"):
         loop.train(config)
     first.close()
+
+
+def test_a_checkpoint_of_another_model_names_it_and_the_way_out(cache, tmp_path, monkeypatch):
+    """Code that was changed since the run was begun may make another model of the same config."""
+    config = tiny(cache, tmp_path, "adamw", **{"training.steps": 2, "measure.points": 0})
+    run = loop.train(config)
+    (run.directory / "done.json").unlink()
+    other = tiny(cache, tmp_path, "adamw", **{"model.width": 32})
+    made = prepare(other).model
+    monkeypatch.setattr("functional_sam.tasks.language.Language.model", lambda self: made())
+    with pytest.raises(UserError, match=rf"^{run.directory}/checkpoint, step 2: .* other code.*size mismatch.*remove the"):
+        loop.train(config)
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path):

@@ -204,13 +204,15 @@ def _train(options: argparse.Namespace) -> int:
             if given and config.method.rho is not None and resolve(config.method.name, config.method.options)[0].ascent is None:
                 raise UserError(f"override {given!r} does nothing with --method {config.method.name}, which moves no weights")
             todo = [(config, Path(config.runtime.runs))]
+        code = 0
         for config, root in todo:
             config.runtime.threads = options.threads or config.runtime.threads
             require_device(config)
             run = train(config, root, progress=lambda line: console.print(line, style="dim", highlight=False))
             console.print(f"wrote {run.directory}: {run.summary()}", highlight=False, soft_wrap=True)
+            code = max(code, int("diverged" in run.summary()))  # of a run that was complete before
     leave()
-    return 0
+    return code
 
 
 def _methods(options: argparse.Namespace) -> int:
@@ -228,6 +230,8 @@ def _benchmark(options: argparse.Namespace) -> int:
     from functional_sam.exhibits.cost import draw_cost
     from functional_sam.records.released import results_directory
 
+    if options.rounds < 0:
+        raise UserError(f"--rounds {options.rounds}: a number of repetitions, or 0 for enough of them")
     directory = results_directory() / "benchmark"
     frames = benchmark(directory, console, options.rounds or None, options.only)
     for name, frame in frames.items():

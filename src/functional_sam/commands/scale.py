@@ -77,7 +77,12 @@ def estimate_command(options: argparse.Namespace) -> int:
             configs += [compose(name, method, options.scale, overrides=overrides) for method in options.method or FIVE]
         else:
             raise UserError(f"{name} is neither an exhibit ({', '.join([*known(), *KINDS])}) nor a file of configs/tasks")
-    show(configs, gpu(options.gpu, options.utilization))
+    if options.method and all(name in known() or name in KINDS for name in names):
+        raise UserError(
+            f"--method {options.method[0]} is for tasks, and {names[0]} is an exhibit, which has its own methods: leave it out"
+        )
+    distinct = {config.name: config for config in configs}  # exhibits share runs
+    show(list(distinct.values()), gpu(options.gpu, options.utilization))
     return 0
 
 

@@ -18,6 +18,7 @@ from functional_sam.config.schema import Config, keys
 from functional_sam.errors import UserError
 
 T = TypeVar("T")
+PLACES = ("runtime.cache", "runtime.data", "runtime.runs")  # directories
 
 
 def compose(
@@ -40,6 +41,10 @@ def compose(
                 f"says all, or take {others or 'another task'} (sections there: {', '.join(sorted(by_task))})"
             )
         layers.append((f"configs/scales/{scale}.yaml, {task}", by_task[task] or {}))
+    for where, layer in layers:
+        for key, given in (("method.name", layer.get("method") or {}), ("task", layer)):
+            if isinstance(given, dict) and key.rpartition(".")[2] in given:
+                raise UserError(f"{where}: {key} is not of a file: choose it with --{key.partition('.')[0]}")
     layers += [("exhibit", dict(layer)) for layer in extra]
     layers.append(("command", {"task": task, "method": {"name": method}}))
     layers += [(f"override {override!r}", _parsed(override)) for override in overrides]
@@ -48,7 +53,7 @@ def compose(
         _check_keys(layer, where)
         together = _over(together, layer)
     config = validated(_merged(together, layers))
-    for place in ("cache", "data", "runs"):  # a shell leaves the ~ of key=~/x alone
+    for place in (key.removeprefix("runtime.") for key in PLACES):  # a shell leaves the ~ of key=~/x alone
         value = getattr(config.runtime, place)
         try:
             setattr(config.runtime, place, value and str(Path(value).expanduser()))
@@ -68,6 +73,9 @@ def _parsed(override: str) -> dict[str, Any]:
         content: Any = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(f"override {override!r}: cannot be read ({' '.join(str(error).split())})") from error
+    key, _, text = override.partition("=")
+    if key in PLACES and text not in ("", "null", "~"):  # the name of a directory is no YAML: 0412 is not the number 266
+        return {"runtime": {key.removeprefix("runtime."): text}}
     return {str(key): value for key, value in content.items()}
 
 

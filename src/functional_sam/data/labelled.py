@@ -209,7 +209,8 @@ def labelled_directory(
     """Where prepare_labelled keeps its result."""
     if not tokenizer:
         tokenizer = sha256(tokenizer_directory(pretrained) / "tokenizer.json")
-    key = digest([FORMAT, name, pinned([name]), length, tokenizer, location, *([change.key] if change else [])])
+    where = str(Path(location).resolve()) if location and Path(location).is_dir() else location
+    key = digest([FORMAT, name, pinned([name]), length, tokenizer, where, *([change.key] if change else [])])
     return Path(cache_dir) / f"labelled-{name.replace('/', '-')}-{length}-{key[:12]}"
 
 

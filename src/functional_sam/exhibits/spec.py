@@ -109,4 +109,8 @@ def load_spec(name: str, scale: str) -> Spec:
             raise UserError(f"{where}: {key} is missing: `make help` and README's table of claims need it")
     if not spec.seeds and not spec.study:
         raise UserError(f"{where}, scale {scale}: seeds is empty")
+    for task, seeds in {"": spec.seeds, **spec.seeds_by_task}.items():
+        if len(set(seeds)) < len(seeds):
+            key = f"seeds_by_task.{task}" if task else "seeds"
+            raise UserError(f"{where}, scale {scale}: {key}={seeds}: one is there twice, and would count as two")
     return spec

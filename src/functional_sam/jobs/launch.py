@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from functional_sam.config import Config, settings_of
+from functional_sam.config import PLACES, Config, settings_of
 from functional_sam.errors import UserError
 from functional_sam.exhibits import needed, packs_of, take_released
 from functional_sam.jobs.profile import PATIENCE, Profile, check_site, load_profile
@@ -15,8 +15,9 @@ from functional_sam.jobs.snapshot import snapshot
 from functional_sam.jobs.submission import Submission, refusal
 from functional_sam.records import Run
 from functional_sam.tasks import prepare
+from functional_sam.training.distributed import require_divisible
 
-PLACES = ("runtime.runs", "runtime.cache", "runtime.data")  # directories: a job runs elsewhere than where they were named
+OF_PROFILE = {"runtime.device": "gpus_per_node", "runtime.threads": "cpus_per_task"}  # a setting -> what says it of a job
 LIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING", "STOPPED", "REQUEUE_HOLD")
 
 
@@ -34,6 +35,8 @@ def submit(
     configs = needed(exhibit, scale, tuple(overrides))
     packs = packs_of(exhibit, scale) if released else []
     missing = [c for c in configs if not Run(c).done and not (Run(c).state == "missing" and any(pack.done(c) for pack in packs))]
+    for config in missing:
+        _require_processes(config, profile, cluster)
     runs = Path(configs[0].runtime.runs).resolve()
     directory = _unused(runs / ".jobs", exhibit)
     submission = Submission(directory, exhibit, scale, overrides, profile, released)
@@ -68,10 +71,26 @@ def submit(
 
 
 def _absolute(override: str) -> str:
+    """A job runs elsewhere than where a directory was named."""
     key, _, value = override.partition("=")
-    if key not in PLACES and (places := [place for place in PLACES if place in settings_of((override,))]):
+    given = settings_of((override,))
+    for setting, own in OF_PROFILE.items():
+        if setting in given:
+            raise UserError(f"override {override!r}: a job has it from the cluster's profile: set {own} there, leave it out here")
+    if key not in PLACES and (places := [place for place in PLACES if place in given]):
         raise UserError(f"override {override!r}: say it as {places[0]}=DIRECTORY, for a job runs elsewhere than here")
     return f"{key}={Path(value).expanduser().resolve()}" if key in PLACES and value not in ("", "null") else override
+
+
+def _require_processes(config: Config, profile: Profile, cluster: str) -> None:
+    """Now, and not once the job has waited for its turn."""
+    processes, parallel = profile.nodes * profile.tasks, config.runtime.parallel
+    if processes > 1 and parallel == "none":
+        raise UserError(
+            f"runtime.parallel=none: cluster {cluster} gives a run {processes} processes (nodes, tasks_per_node), not 1"
+        )
+    if processes > 1:
+        require_divisible(config, processes, "ddp" if parallel == "auto" else parallel)
 
 
 def _unused(parent: Path, exhibit: str) -> Path:

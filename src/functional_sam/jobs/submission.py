@@ -16,7 +16,7 @@ from typing import Any
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm import slurm
 
-from functional_sam.config import Config, to_yaml
+from functional_sam.config import Config
 from functional_sam.errors import RESUMABLE, UserError
 from functional_sam.exhibits import needed, take_released
 from functional_sam.files import write_text
@@ -86,7 +86,10 @@ class Submission:
         exports = [f"export {name}={shlex.quote(value)}" for name, value in profile.environment.items()]
         # After the site's own lines, which may set it: the snapshot comes before the checkout that the environment knows.
         exports.append(f"export PYTHONPATH={shlex.quote(str(self.directory / 'code' / 'src'))}${{PYTHONPATH:+:$PYTHONPATH}}")
-        more = {**profile.sbatch, "requeue": True}
+        more: dict[str, Any] = {
+            key: value in ("", "true") or value for key, value in profile.sbatch.items()
+        }  # True: an option alone
+        more["requeue"] = True
         if profile.memory:
             more["mem"] = profile.memory.upper().removesuffix("B")
         return {
@@ -156,11 +159,10 @@ class Submission:
 
     def _prepared(self, config: Config) -> Train:
         """The job of a run whose directory is there."""
-        run = Run(config).directory.resolve()
-        if not (run / "config.yaml").exists():
-            write_text(run / "config.yaml", to_yaml(config))
-        (run / "error.txt").unlink(missing_ok=True)
-        return Train(run, self.profile.cpus_per_task, "cuda" if self.profile.gpus_per_node else "cpu")
+        run = Run(config)
+        run.for_a_process()
+        (run.directory / "error.txt").unlink(missing_ok=True)
+        return Train(run.directory.resolve(), self.profile.cpus_per_task, "cuda" if self.profile.gpus_per_node else "cpu")
 
     def _write(self, stage: int, ids: list[str], configs: list[Config], after: str | None) -> None:
         content = {"runs": dict(zip(ids, (config.name for config in configs), strict=True)), "next": after}

@@ -9,6 +9,7 @@ import math
 import os
 import platform
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -181,6 +182,23 @@ class Run:
         return load(path) if path.is_file() else self.config
 
     # ------------------------------------------------------------------ writing
+
+    def for_a_process(self) -> None:
+        """Write config.yaml for a process that will know the directory alone; of a begun run with the runtime settings of now.
+
+        But for log_every, by which the lines that are there are judged. A file that is damaged or another run's is left alone:
+        who does the run says so.
+        """
+        path, runtime = self.directory / "config.yaml", self.config.runtime
+        if path.exists():
+            try:
+                there = load(path)
+            except UserError:
+                return
+            runtime = replace(runtime, log_every=there.runtime.log_every)
+            if there.hash != self.config.hash or there.runtime == runtime:
+                return
+        write_text(path, to_yaml(replace(self.config, runtime=runtime)))
 
     def open(self) -> None:
         """Lock the directory and write config.yaml. Raises RunLocked, or UserError when it holds another config's run."""

@@ -179,6 +179,8 @@ def _check(study: Study, cell: Cell, where: str) -> None:
     both = set(tuning_seeds(study, cell)) & set(cell.seeds)
     require(not both, f"seeds {sorted(both)} are tuned on and reported: take others")
     require(bool(tuning_seeds(study, cell)), "tuning_seeds are needed: the learning rate is tuned")
+    for key, seeds in (("seeds", cell.seeds), ("tuning_seeds", tuning_seeds(study, cell))):
+        require(len(set(seeds)) == len(seeds), f"{key}={seeds}: one is there twice, and would count as two")
     numbers = {name: len(trials(study, cell, name, 1.0)) for name in cell.entries if tuned(study, cell, name)}
     require(
         not cell.choose or len(set(numbers.values())) <= 1,

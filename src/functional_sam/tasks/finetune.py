@@ -75,8 +75,10 @@ class FineTune(Task):
         data = config.data
         if data.texts is None:
             raise UserError("data.texts is needed: the labelled texts to fine-tune on")
-        if data.hub and "/" not in data.texts:
+        if data.hub and not any("/" in name for name in (data.texts, *data.transfer)):
             raise UserError(f"data.hub={data.hub}: {data.texts} comes with a package, not from the hub")
+        if data.share < 1 and data.unique_texts:
+            raise UserError(f"data.share={data.share:g}, data.unique_texts={data.unique_texts} both say how many: give one of them")
         for name in (data.texts, *data.transfer):
             if bool(classes_of(name)) != cls.classes or (name != data.texts and classes_of(name) != classes_of(data.texts)):
                 what = "classes" if cls.classes else "grades"

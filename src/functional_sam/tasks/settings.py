@@ -4,11 +4,12 @@ And which of the section `optimizer` an optimizer reads.
 """
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from functional_sam.config import Config
+from functional_sam.config import Config, settings_of
 from functional_sam.errors import UserError
 
 TRANSFORMER = "width depth heads mlp dropout"
@@ -35,6 +36,12 @@ READS: dict[str, tuple[str, str]] = {
 
 # setting of section optimizer -> the only optimizer that reads it
 ONLY_OF = {"beta1": "adamw", "beta2": "adamw", "eps": "adamw", "momentum": "sgd", "relative": "adafactor"}
+
+# setting -> the one that switches it on, and by which values
+ON_BY = {
+    "model.head_dtype": ("training.precision", ("bf16",)),
+    "optimizer.lr_end": ("optimizer.schedule", ("cosine", "linear")),
+}
 
 
 def readers(section: str, key: str) -> list[str]:
@@ -65,3 +72,8 @@ def require_read(config: Config, overrides: Sequence[str]) -> None:
             retrained = config.measure.robustness and only == "adamw"  # training/robustness.py has an AdamW of its own
             if only and only != own and value != usual and not retrained:
                 raise UserError(f"override {override!r} does nothing with optimizer.name={own}; it is for {only}")
+        for setting in set(settings_of((override,))) & set(ON_BY):
+            switch, by = ON_BY[setting]
+            value, usual, at = (attrgetter(name)(one) for name, one in ((setting, config), (setting, default), (switch, config)))
+            if value != usual and at not in by:
+                raise UserError(f"override {override!r} does nothing with {switch}={at}; it is for {', '.join(by)}")

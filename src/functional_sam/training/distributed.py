@@ -35,8 +35,11 @@ def join(config: Config) -> "Ranks":
     Without WORLD_SIZE, or with runtime.parallel=none, the process is alone. Raises UserError for settings that cannot be right
     and for configs whose result would depend on the number of processes.
     """
-    runtime, world = config.runtime, int(os.environ.get("WORLD_SIZE", "1"))
+    runtime, size = config.runtime, os.environ.get("WORLD_SIZE") or "1"
     parallel = runtime.parallel
+    if parallel != "none" and not size.isdecimal():
+        raise UserError(f"WORLD_SIZE={size} in the environment is no number of processes: unset it, or start by torchrun")
+    world = int(size) if size.isdecimal() else 1
     if parallel == "auto":
         parallel = "ddp" if world > 1 or dist.is_initialized() else "none"
     device = torch.device(runtime.device)
@@ -50,13 +53,13 @@ def join(config: Config) -> "Ranks":
                 f"runtime.parallel={runtime.parallel}: {', '.join(missing)} not set in the environment; start it by "
                 "torchrun --nproc-per-node 2 -m functional_sam train ..., or take runtime.parallel=none"
             )
-        _require_divisible(config, world, parallel)  # before any process waits for another
+        require_divisible(config, world, parallel)  # before any process waits for another
     if device.type == "cuda":
         device = _own_device()
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-    _require_divisible(config, dist.get_world_size(), parallel)
+    require_divisible(config, dist.get_world_size(), parallel)
     return Ranks(dist.get_rank(), dist.get_world_size(), parallel, device)
 
 
@@ -173,7 +176,8 @@ class _Watched(Run):
         pass
 
 
-def _require_divisible(config: Config, world: int, parallel: str) -> None:
+def require_divisible(config: Config, world: int, parallel: str) -> None:
+    """Raise UserError for a config that so many processes, by ddp or fsdp, cannot train, or would train to another result."""
     training, scope = config.training, config.method.options.get("scope")
     if training.batch % world:
         raise UserError(

@@ -38,7 +38,7 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
     A complete run is returned as it is. The same config gives the same metrics bit for bit, interrupted or not (on one kind of
     machine with the same number of threads). Raises UserError for bad input, RunLocked when another process is at work on this
     run, FloatingPointError with step and loss when the loss is no longer finite: such a run counts as complete, and diverged.
-    Raises Interrupted after a SIGINT, SIGTERM or SIGUSR2, once the step is finished and saved.
+    Raises Interrupted after a SIGINT, SIGTERM or SIGUSR2, once the step is finished and saved; after the last step at once.
     Called in each of the processes of torchrun or srun it trains on all of them, and the first one writes the record.
     """
     ranks, training = join(config), config.training
@@ -123,6 +123,8 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
                     f"go on with: functional-sam train {run.directory}"
                 )
 
+        # What is left may take longer than a cluster waits after its signal, and begins anew where the run goes on.
+        stop.at_once = f"all {training.steps} steps are done and saved; go on with: functional-sam train {run.directory}"
         evaluated = evaluated or _values(run.metrics("validation")[-1])  # none where it was resumed after the last step
         summary: dict[str, Any] = {"step": training.steps, "seconds": 0.0, **evaluated}
         if training.test:

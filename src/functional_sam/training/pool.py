@@ -15,9 +15,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from functional_sam.config import Config, to_yaml
+from functional_sam.config import Config
 from functional_sam.errors import Interrupted, UserError
-from functional_sam.files import write_text
 from functional_sam.records import Run, RunLocked
 from functional_sam.tasks import prepare
 from functional_sam.training.precision import warn_of_slow_bf16
@@ -141,6 +140,11 @@ def execute(configs: Sequence[Config], jobs: int, console: Console) -> list[tupl
 
     for run in missing:
         require_device(run.config)
+        if run.config.runtime.threads:
+            raise UserError(
+                f"runtime.threads={run.config.runtime.threads}: `run` divides the cores among its processes, whose number "
+                "is --jobs: leave it out"
+            )
     for config in {(c.task, repr(c.data), c.runtime.cache): c for c in (run.config for run in missing)}.values():
         prepare(config, lambda line: console.print(f"[dim]{line}[/dim]", highlight=False))
     for config in {run.config.training.precision: run.config for run in missing}.values():
@@ -149,9 +153,7 @@ def execute(configs: Sequence[Config], jobs: int, console: Console) -> list[tupl
     largest = max(watched, key=lambda w: w.work)  # done first, for how long it takes decides how long all take
     missing = [largest.run, *(run for run in missing if run is not largest.run)]
     for run in missing:
-        path = run.directory / "config.yaml"
-        if not path.exists():
-            write_text(path, to_yaml(run.config))
+        run.for_a_process()
         (run.directory / "error.txt").unlink(missing_ok=True)
     threads = max(1, (os.cpu_count() or 1) // max(1, jobs))  # not by how many runs are left: threads change how sums are rounded
     jobs = max(1, min(jobs, len(missing)))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functional_sam.errors import UserError
 from functional_sam.sharpness import SharpnessAware
 from functional_sam.training import checkpoint
 from functional_sam.training.distributed import Ranks
@@ -49,7 +50,13 @@ def restore(directory: Path, ranks: Ranks, sharpness: SharpnessAware) -> tuple[i
         state = checkpoint.load(directory, step)
     model, optimizer = unwrapped(sharpness.model), sharpness.optimizer
     parameters = dict(model.named_parameters())
-    model.load_state_dict({name: _placed(value, parameters.get(name)) for name, value in state["model"].items()})
+    try:
+        model.load_state_dict({name: _placed(value, parameters.get(name)) for name, value in state["model"].items()})
+    except RuntimeError as error:
+        raise UserError(
+            f"{directory}, step {step}: not of this model, begun by other code perhaps ({' '.join(str(error).split())[:300]}); "
+            "go on with that code, or remove the directory, and the run starts again from step 0"
+        ) from error
     # An optimizer numbers its parameters through its groups, in order.
     numbered = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
     moments = {
