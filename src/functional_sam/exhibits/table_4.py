@@ -165,6 +165,12 @@ def _verdict(found: pd.DataFrame, taus: pd.DataFrame) -> str:
 
 # ---------------------------------------------------------------------- tables
 
+# dL/ds = sum_k (p_k - y_k) z_k, zero on average where s is fitted, makes -sum_k p_k log p_k and -log p_y the same on average.
+IDENTITY = (
+    "*Entropy at the fitted temperature is the loss itself, on the rows that the temperature is fitted on: that it ranks as the "
+    "loss there is no finding.*\n"
+)
+
 
 def _tables(plan: Plan, data: pd.DataFrame, found: pd.DataFrame, taus: pd.DataFrame) -> str:
     blocks = []
@@ -177,6 +183,7 @@ def _tables(plan: Plan, data: pd.DataFrame, found: pd.DataFrame, taus: pd.DataFr
     for geometry in dict.fromkeys(data.geometry):
         title = f"**Which measure ranks the methods as the validation loss does{GEOMETRIES[geometry]}**"
         blocks.append(f"{title}\n\n{_ranking(taus[taus.geometry == geometry])}")
+    blocks.append(IDENTITY)
     return "\n".join(blocks)
 
 
