@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import typing
 import venv
 from pathlib import Path
@@ -192,8 +191,7 @@ def test_the_library_alone_names_the_extra(alone):
 def test_the_sdist_is_the_repository(built, tmp_path):
     """All that git has but .gitignore; its commands find their configs there, and elsewhere say what they need."""
     names, _, sdist = built
-    with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path, filter="data")
+    shutil.unpack_archive(sdist, tmp_path)
     (root,) = tmp_path.iterdir()
     assert [name for name in names if not (root / name).is_file()] == [".gitignore"]
     for place, code, words in ((root, 0, "table-1"), (tmp_path, 2, "run this from the root of a clone")):
