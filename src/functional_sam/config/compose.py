@@ -42,9 +42,11 @@ def compose(
             )
         layers.append((f"configs/scales/{scale}.yaml, {task}", by_task[task] or {}))
     for where, layer in layers:
-        for key, given in (("method.name", layer.get("method") or {}), ("task", layer)):
-            if isinstance(given, dict) and key.rpartition(".")[2] in given:
-                raise UserError(f"{where}: {key} is not of a file: choose it with --{key.partition('.')[0]}")
+        own = layer.get("method")
+        names_one = isinstance(own, dict) and "name" in own
+        for key, option, said in (("method.name", "--method", names_one), ("task", "--task", "task" in layer)):
+            if said:
+                raise UserError(f"{where}: {key} is not of a file: choose it with {option}")
     layers += [("exhibit", dict(layer)) for layer in extra]
     layers.append(("command", {"task": task, "method": {"name": method}}))
     layers += [(f"override {override!r}", _parsed(override)) for override in overrides]

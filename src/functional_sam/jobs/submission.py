@@ -86,9 +86,8 @@ class Submission:
         exports = [f"export {name}={shlex.quote(value)}" for name, value in profile.environment.items()]
         # After the site's own lines, which may set it: the snapshot comes before the checkout that the environment knows.
         exports.append(f"export PYTHONPATH={shlex.quote(str(self.directory / 'code' / 'src'))}${{PYTHONPATH:+:$PYTHONPATH}}")
-        more: dict[str, Any] = {
-            key: value in ("", "true") or value for key, value in profile.sbatch.items()
-        }  # True: an option alone
+        # submitit writes an option that is True without a value.
+        more: dict[str, Any] = {key: True if value in ("", "true") else value for key, value in profile.sbatch.items()}
         more["requeue"] = True
         if profile.memory:
             more["mem"] = profile.memory.upper().removesuffix("B")
