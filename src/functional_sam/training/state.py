@@ -17,10 +17,16 @@ from functional_sam.training import checkpoint
 from functional_sam.training.distributed import Ranks
 from functional_sam.weights import unwrapped
 
+AGAIN = "remove the directory, and the run starts again from step 0"
 
-def save(directory: Path, step: int, ranks: Ranks, sharpness: SharpnessAware, seconds: float) -> None:
-    """Gather tensor by tensor and write; every process takes part. Raises in all what the first one met, a full disk say."""
+
+def save(directory: Path, of: str, step: int, ranks: Ranks, sharpness: SharpnessAware, seconds: float) -> None:
+    """Gather tensor by tensor and write; every process takes part. Raises in all what the first one met, a full disk say.
+
+    of: hash of the run's config, without which a checkpoint copied in from a run of the same shape would pass for its own.
+    """
     state = {
+        "of": of,
         "step": step,
         "model": unwrapped(sharpness.model).state_dict(),
         "optimizer": sharpness.optimizer.state_dict(),
@@ -31,17 +37,22 @@ def save(directory: Path, step: int, ranks: Ranks, sharpness: SharpnessAware, se
     ranks.lead(lambda: checkpoint.save(directory, step, state))
 
 
-def restore(directory: Path, ranks: Ranks, sharpness: SharpnessAware) -> tuple[int, float]:
+def restore(directory: Path, of: str, ranks: Ranks, sharpness: SharpnessAware) -> tuple[int, float]:
     """Continue from the newest whole checkpoint: (steps done, seconds spent), (0, 0.0) where there is none.
 
     The first process verifies checksums and chooses; of a sharded state each process reads its own slices only.
+    Raises UserError for a checkpoint of another run, or of another model.
     """
     state: dict[str, Any] | None = None
 
     def choose() -> int | None:
         nonlocal state
         state = checkpoint.load_newest(directory)
-        return None if state is None else int(state["step"])
+        if state is None:
+            return None
+        if state.get("of", of) != of:  # those of before 2026-11-30 do not say
+            raise UserError(f"{directory}, step {state['step']}: of another run (hash {state['of']}, not {of}); {AGAIN}")
+        return int(state["step"])
 
     step = ranks.lead(choose)
     if step is None:
@@ -55,7 +66,7 @@ def restore(directory: Path, ranks: Ranks, sharpness: SharpnessAware) -> tuple[i
     except RuntimeError as error:
         raise UserError(
             f"{directory}, step {step}: not of this model, begun by other code perhaps ({' '.join(str(error).split())[:300]}); "
-            "go on with that code, or remove the directory, and the run starts again from step 0"
+            f"go on with that code, or {AGAIN}"
         ) from error
     # An optimizer numbers its parameters through its groups, in order.
     numbered = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
