@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ class LabelledTexts:
     def train_texts(self, share: float = 1.0, unique_texts: int | None = None) -> int:
         """How many texts are trained on: a share, or the first so many. Raises UserError for more than there are, and for none."""
         available = self.manifest["texts"]["train"]
-        count = unique_texts or int(share * available)
+        count = unique_texts or int(Decimal(str(share)) * available)  # 0.29 of 100 are 29, which floats make 28.99
         if not 0 < count <= available:
             raise UserError(f"{count:,} training texts by data.share={share:g} or data.unique_texts, but there are {available:,}")
         return count
