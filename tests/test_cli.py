@@ -60,6 +60,8 @@ def here(capsys, *arguments):
         (["plan", "figure-1", "training.stepz=1"], "did you mean 'training.steps'"),
         (["train", "--task", "language", "--method", "sum"], "did you mean 'sam'"),
         (["train", "nowhere"], "no config.yaml there"),
+        (["train", "nowhere", "--method", "sam"], "--method sam goes with --task: a run directory has its own method"),
+        (["train", "nowhere", "--scale", "paper"], "--scale paper goes with --task"),
         (["run", "figure-1", "--jobs", "-1"], "--jobs -1"),
         (["draw", "figure-1", "runtime.runs=nowhere"], "functional-sam run figure-1 --scale quick runtime.runs=nowhere"),
         (["draw", "figure-1", "training={steps: 7}"], "run figure-1 --scale quick 'training={steps: 7}'"),

@@ -112,6 +112,8 @@ def test_a_share_is_part_of_a_larger_one_and_a_step_is_a_function_of_its_number(
     assert torch.equal(small.rows(5)[0]["input_ids"], small.rows(5)[0]["input_ids"])
     with pytest.raises(UserError, match="training texts"):
         small.data.train_texts(1e-9)
+    small.data.manifest["texts"] = {"train": 100}
+    assert [small.data.train_texts(percent / 100) for percent in range(1, 101)] == list(range(1, 101))
 
 
 def test_texts_are_cut_and_keep_their_last_token(pretrained, texts, tmp_path):

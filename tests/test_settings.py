@@ -104,6 +104,12 @@ def test_train_refuses_it_before_any_time_is_spent(capsys, tmp_path):
     [
         ("table-5", "data.share=0.5", "does nothing in table-5, whose models are convnet, vit; it is for encoder, t5"),
         ("figure-3", "model.patch=7", "does nothing in figure-3, whose models are decoder; it is for vit, convnet"),
+        ("figure-3", "optimizer.momentum=0.5", "does nothing in figure-3, whose optimizers are adamw; it is for sgd"),
+        (
+            "figure-1",
+            "model.head_dtype=bfloat16",
+            "in figure-1, whose values of training.precision are float32; it is for bf16",
+        ),
     ],
 )
 def test_an_exhibit_refuses_what_none_of_its_runs_reads(exhibit, override, words):
@@ -117,6 +123,8 @@ def test_an_exhibit_takes_what_one_of_its_tasks_reads():
     assert {config.model.kind for config in needed("figure-1", "quick", ("data.vocab=384",))} == {"decoder", "vit"}
     # of table-5's runs the first ones, all that are named at once, are of a vit; and 1 is the default anyhow
     assert needed("table-5", "quick", ("model.norm=batch", "data.share=1"))
+    assert needed("table-5", "quick", ("optimizer.momentum=0.5",))  # and AdamW's, but for one entry
+    assert needed("figure-1", "quick", ("model.head_dtype=bfloat16", "training.precision=bf16"))
 
 
 def test_what_is_the_default_anyhow_is_no_mistake():

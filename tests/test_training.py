@@ -23,7 +23,7 @@ from functional_sam.tasks import prepare
 from functional_sam.training import checkpoint, loop, pool, precision
 from functional_sam.training.attempt import attempt
 from functional_sam.training.optimizers import optimizer_of
-from functional_sam.training.schedule import learning_rate
+from functional_sam.training.schedule import learning_rate, warn_of_long_warmup
 from functional_sam.training.speed import work_of
 
 
@@ -348,6 +348,17 @@ def test_a_checkpoint_of_another_model_names_it_and_the_way_out(cache, tmp_path,
         loop.train(config)
 
 
+def test_a_checkpoint_of_another_run_of_the_same_shape_is_refused(cache, tmp_path):
+    """Copied in by hand, say; nothing in its tensors would tell."""
+    first, second = (tiny(cache, tmp_path, "adamw", **{"training.init_seed": seed, "measure.points": 0}) for seed in (1, 2))
+    theirs, own = loop.train(first), Run(second)
+    own.open()
+    own.close()
+    shutil.copytree(theirs.directory / "checkpoint", own.directory / "checkpoint", dirs_exist_ok=True)
+    with pytest.raises(UserError, match=rf"^{own.directory}/checkpoint, step 12: of another run .hash {first.hash}, .*remove the"):
+        loop.train(second)
+
+
 def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     for step in (1, 2, 3):
         checkpoint.save(tmp_path, step, {"step": step, "x": torch.full((1000,), float(step))})
@@ -426,6 +437,16 @@ def test_schedule_is_nanodos():
     assert learning_rate(optimizer, 1000, 4000) == pytest.approx(1.6e-3)
     assert learning_rate(optimizer, 2500, 4000) == pytest.approx((1.6e-4 + 1.6e-3) / 2)
     assert learning_rate(optimizer, 4000, 4000) == pytest.approx(1.6e-4)
+
+
+def test_a_warmup_that_outlasts_the_run_is_said():
+    config = compose("language", "adamw", overrides=["optimizer.warmup_steps=20", "training.steps=10"])
+    with pytest.warns(UserWarning, match="warmup_steps=20 is not below training.steps=10: .* ends at 0.5. of optimizer.lr"):
+        warn_of_long_warmup(config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_long_warmup(replace(config, optimizer=replace(config.optimizer, warmup_steps=9)))
+        warn_of_long_warmup(replace(config, optimizer=replace(config.optimizer, lr=0.0)))
 
 
 def test_other_schedules():

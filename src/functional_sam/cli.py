@@ -112,8 +112,8 @@ def _other_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
 
     train = command("train", _train, "train one run (--task and --method), or finish runs in given directories", exhibit=False)
     train.add_argument("--task", help="a file of configs/tasks")
-    train.add_argument("--method", default="adamw", help="a name printed by `functional-sam methods` (default: adamw)")
-    train.add_argument("--scale", default="quick", help="a file of configs/scales")
+    train.add_argument("--method", help="with --task: a name printed by `functional-sam methods` (default: adamw)")
+    train.add_argument("--scale", help="with --task: a file of configs/scales (default: quick)")
     train.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     train.add_argument("--threads", type=int, default=0, help="CPU threads (default: all cores)")
     train.add_argument("arguments", nargs="*", help="with --task: key=value overrides; without --task: run directories")
@@ -181,6 +181,7 @@ def _train(options: argparse.Namespace) -> int:
     from functional_sam.training.distributed import leave
     from functional_sam.training.loop import train
     from functional_sam.training.pool import AGAIN, work
+    from functional_sam.training.schedule import warn_of_long_warmup
     from functional_sam.training.signals import Stop
 
     if not 0 <= options.threads <= MOST_THREADS:
@@ -189,6 +190,9 @@ def _train(options: argparse.Namespace) -> int:
         if options.worker or options.task is None:
             if not options.arguments:
                 raise UserError("train needs --task (a file of configs/tasks) or run directories")
+            for key in ("method", "scale"):
+                if given := getattr(options, key):
+                    raise UserError(f"--{key} {given} goes with --task: a run directory has its own {key}, leave it out")
             for argument in options.arguments:
                 if not (Path(argument) / "config.yaml").is_file():
                     raise UserError(f"{argument}: no config.yaml there; give run directories, or --task with key=value overrides")
@@ -198,8 +202,9 @@ def _train(options: argparse.Namespace) -> int:
             todo = [(run.config, run.directory.parent) for run in map(Run.at, directories)]
         else:
             refuse_names(options.arguments)
-            config = compose(options.task, options.method, options.scale, overrides=options.arguments)
+            config = compose(options.task, options.method or "adamw", options.scale or "quick", overrides=options.arguments)
             require_read(config, options.arguments)
+            warn_of_long_warmup(config)
             given = settings_of(tuple(options.arguments)).get("method.rho")
             if given and config.method.rho is not None and resolve(config.method.name, config.method.options)[0].ascent is None:
                 raise UserError(f"override {given!r} does nothing with --method {config.method.name}, which moves no weights")
