@@ -112,6 +112,12 @@ def test_the_language_model_is_judged_by_its_loss_and_counts_as_transfer_alone()
     assert [table_6.tested_on([lost], source, on) for on in ("news", "technical")] == [[math.inf]] * 2
 
 
+def test_the_headline_counts_what_is_better_because_adamw_diverged():
+    row = {"entry": "sam", "transfer": False, "verdict_baseline": "better (the other diverged)"}
+    data = pd.DataFrame([row, row | {"verdict_baseline": "inconclusive"}, row | {"transfer": True, "verdict_baseline": "better"}])
+    assert table_6.headline(data) == "better than AdamW: 1 of 2 at home, 1 of 1 on other domains"
+
+
 def test_adafactor_is_the_baseline_of_t5_and_each_model_has_its_own():
     cells = ("cells=super-glue-rte,t5-small-rte,t5-base-rte,t5-small-multirc",)
     source = complete("table-6", "paper", cells)

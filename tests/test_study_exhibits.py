@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 from made_up import MadeUp, bowl
 
-from functional_sam.exhibits import draw_plan, figure_3, figure_11, foreseen, module_of, planned
+from functional_sam.errors import UserError
+from functional_sam.exhibits import draw_plan, figure_3, figure_7, figure_11, foreseen, module_of, planned
 from functional_sam.exhibits.comparison import changed, differences, same_runs, to_come
 from functional_sam.exhibits.figure_3 import DOSE_AT_FIRST, judged_paths, path_alone
 from functional_sam.exhibits.markdown import MINUS
@@ -158,6 +159,20 @@ def test_figure_7_judges_all_that_it_shows_in_one_family(complete):
     shown = [one for one in shown if not math.isnan(one[0])]
     assert len(shown) > len(data)
     assert [str(word) for word in judged([Estimate(*one[:3]) for one in shown], margin=margin)] == [one[3] for one in shown]
+
+
+@pytest.mark.parametrize("part", ["variants", "compute"])
+def test_figure_7_refuses_an_entry_that_two_cells_report(complete, part):
+    """SAM of fixed length, and again beside the variants or at equal compute: it has one row, and would have two values."""
+    plan = planned("figure-7", "quick", source=complete)
+    fixed = next(one for one in plan.content if one.cell.part == "fixed")
+    (sam,) = [item for item in fixed.reported.items() if item[0][0] == "sam"]
+    content = [
+        dataclasses.replace(one, reported=one.reported | dict([sam])) if one.cell.part == part else one for one in plan.content
+    ]
+    cells = {one.cell.part: one.cell.name for one in content}
+    with pytest.raises(UserError, match=f"figure-7: sam is reported 2 times .*{cells[part]}"):
+        figure_7.forest(dataclasses.replace(plan, content=content), 0.005)
 
 
 def test_divergence_is_marked_and_counted(complete):

@@ -13,6 +13,7 @@ from rich.console import Console
 from scipy import stats
 
 from functional_sam.cli import main
+from functional_sam.errors import UserError
 from functional_sam.exhibits import draw_plan, planned
 from functional_sam.exhibits.comparison import DESCRIBED
 from functional_sam.exhibits.figure_10 import _chosen, _verdicts, what_is_kept
@@ -268,6 +269,19 @@ def test_nothing_is_kept_of_a_loss(study, complete):
     assert math.isnan(kept.kept["best", "functional-sam"])
     assert math.isnan(kept.low["best", "logit-sam"])
     assert kept.kept["best", "precond-functional-sam"] == pytest.approx(7 / 8, abs=0.05)
+
+
+def test_what_is_kept_is_asked_of_one_trial_of_each_entry(study, complete):
+    """Where a cell reports all its trials, none of them is the entry's: until now the last one was taken without a word."""
+    both = dataclasses.replace(study.cells["noise-40"], choose=False)
+    source = copy.copy(complete)
+    source.records = dict(complete.records)
+    while source.do(plan_cell(study, both, source).configs):
+        pass
+    one = plan_cell(study, both, source)
+    assert len([name for name, _ in one.reported if name == "sam"]) == 4
+    with pytest.raises(UserError, match=r"noise-40 .* several trials of adamw"):
+        what_is_kept([one], source)
 
 
 def test_table_5_compares_with_twice_the_epochs_apart(complete):

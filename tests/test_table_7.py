@@ -1,14 +1,16 @@
 """table-7 from made-up records: what is compared with what, one family of losses, the published signs, the words."""
 
+import dataclasses
 import math
 
 import pytest
 from made_up import MadeUp, bowl
 
+from functional_sam.errors import UserError
 from functional_sam.exhibits import draw_plan, module_of, planned, table_7
 from functional_sam.exhibits.output import as_written
 from functional_sam.study.compare import Estimate, holm, paired_difference
-from functional_sam.study.design import load_study
+from functional_sam.study.design import Trial, load_study
 from functional_sam.study.report import difference
 from functional_sam.study.tune import plan_cell
 
@@ -85,6 +87,16 @@ def test_losses_are_one_family(quick):
     for i, p in zip(tested, holm([found[i].p for i in tested]), strict=True):
         assert (words[i] in ("better", "worse")) == (p < 0.05), (i, p)
     assert {"better", "worse"} <= set(words)
+
+
+def test_a_cell_that_chooses_nothing_is_refused(quick):
+    """Of several trials of an entry the last one's scores were shown beside the loss of each."""
+    one = quick[0].plan.content[0]
+    (name, trial), configs = next(item for item in one.reported.items() if item[0][0] == "sam")
+    again = Trial((*trial.values, ("method.rho", 9.0)))
+    several = dataclasses.replace(one, reported=one.reported | {(name, again): configs})
+    with pytest.raises(UserError, match=r"bible-ja-en .* several trials of sam"):
+        table_7._cell(several, quick[1])
 
 
 def test_words_and_signs(quick):

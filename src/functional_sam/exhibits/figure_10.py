@@ -112,7 +112,7 @@ def what_is_kept(planned: Sequence[Planned], source: Source) -> pd.DataFrame:
     rows = []
     for one in planned:
         config = one.configs[0]
-        runs = {name: configs for (name, _), configs in one.reported.items()}
+        runs = one.by_entry
         for checkpoint in CHECKPOINTS:
             losses = {name: tested(configs, source, checkpoint == "best") for name, configs in runs.items()}
             base = losses[one.cell.entries[0]]

@@ -84,21 +84,19 @@ def increases(one: Planned, source: Source) -> list[dict[str, Any]]:
     minus_baseline, minus_sam: minus AdamW's increase, and of the functional methods minus SAM's.
     """
     check([one], source)
-    (base, configs), *_ = one.reported.items()
-    records = {
-        key: [source.read(c, "robustness.json") if _finished(c, source) else None for c in of] for key, of in one.reported.items()
-    }
-    sam = next((own for key, own in records.items() if key[0] == "sam"), None)
+    runs, base = one.by_entry, one.cell.entries[0]
+    records = {name: [source.read(c, "robustness.json") if _finished(c, source) else None for c in of] for name, of in runs.items()}
+    sam = records.get("sam")
     rows = []
-    for key, own in records.items():
+    for name, own in records.items():
         for kind, level in [(TRAINED, 0.0), *_levels(record for of in records.values() for record in of)]:
             after, theirs = ([_increase(record, kind, level) for record in of] for of in (own, records[base]))
             mean, minus = estimate(after), paired_difference(after, theirs)
-            row = {"cell": one.cell.name, "task": one.cell.task, "entry": key[0], "kind": kind, "level": level, "n": len(configs)}
+            row = {"cell": one.cell.name, "task": one.cell.task, "entry": name, "kind": kind, "level": level, "n": len(own)}
             row |= {"increase": mean.mean, "increase_stderr": mean.stderr}
             row |= {"there": estimate([_there(record, kind, level) for record in own]).mean}
             row |= {"minus_baseline": minus.mean, "minus_baseline_stderr": minus.stderr}
-            compared = sam is not None and key[0] in WITH_SAM and kind != TRAINED
+            compared = sam is not None and name in WITH_SAM and kind != TRAINED
             against = paired_difference(after, [_increase(record, kind, level) for record in sam or ()]) if compared else None
             row |= {"minus_sam": math.nan if against is None else against.mean}
             rows.append(row | {"minus_sam_stderr": math.nan if against is None else against.stderr})

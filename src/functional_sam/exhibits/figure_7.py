@@ -6,6 +6,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 
+from functional_sam.errors import UserError
 from functional_sam.exhibits import style
 from functional_sam.exhibits.comparison import label, left_out, of_part, setting, would_have_seen
 from functional_sam.exhibits.cost import cost_figure
@@ -82,6 +83,17 @@ def _seen(data: pd.DataFrame) -> str:
     return would_have_seen(one.detectable for one, word in found if word == Verdict.OPEN)
 
 
+def _require_one_row_each(data: pd.DataFrame) -> None:
+    """Raise UserError where an entry would stand twice in the forest, such as in two cells: its row would have two values."""
+    twice = data[data.entry.duplicated(keep=False)]
+    if len(twice):
+        own = twice[twice.entry == twice.entry.iloc[0]]
+        raise UserError(
+            f"figure-7: {own.entry.iloc[0]} is reported {len(own)} times (cells {', '.join(dict.fromkeys(own.cell))}), and has one "
+            "row: let one cell of the study alone report it, one trial of it"
+        )
+
+
 def headline(data: pd.DataFrame) -> str:
     """How many methods are better than AdamW at equal steps, and how AdamW given their time compares, in a few words."""
     steps, compute = ([word for word in data[key] if isinstance(word, str) and word] for key in ("verdict", "verdict_compute"))
@@ -101,6 +113,8 @@ def forest(plan: Plan, margin: float) -> pd.DataFrame:
     steps = frame(cells, plan.source)
     steps = steps[steps.method.ne("adamw")]
     given = equal_compute(plan.content, plan.source) if alone[0].cell.part == "compute" else steps[:0]
+    for shown in (steps, given):
+        _require_one_row_each(shown)
     both = judge(pd.concat([steps, given], ignore_index=True), margin)
     equal, compute = both[: len(steps)], both[len(steps) :].set_index("entry")
     rows: list[dict[str, Any]] = []

@@ -66,19 +66,19 @@ def headline(data: pd.DataFrame) -> str:
     own = data[~data.entry.isin(DOUBLES)]
     home, away = own[~own.transfer], own[own.transfer]
     counts = [[str(word) for word in part.verdict_baseline if isinstance(word, str) and word] for part in (home, away)]
-    found = [f"{words.count('better')} of {len(words)} {where}" for words, where in zip(counts, PLACES, strict=True) if words]
+    better = [sum(Verdict(word).sign > 0 for word in words) for words in counts]  # also where AdamW diverged
+    found = [f"{own} of {len(words)} {where}" for own, words, where in zip(better, counts, PLACES, strict=True) if words]
     return f"better than AdamW: {', '.join(found)}"
 
 
 def rows(planned: Sequence[Planned], source: Source) -> pd.DataFrame:
     """A row an entry and a set it was tested on, each run's own and those of transfer; entries of two cells of a task once."""
     found: dict[tuple[object, ...], dict[str, Any]] = {}
-    doubles = {_setting_of(configs): configs for one in planned for (name, _), configs in one.reported.items() if name in DOUBLES}
+    doubles = {_setting_of(configs): configs for one in planned for name, configs in one.by_entry.items() if name in DOUBLES}
     for one in planned:
-        base = next(iter(one.reported.values()))
-        sam = next((configs for (name, _), configs in one.reported.items() if name == "sam"), None)
+        base, sam = one.by_entry[one.cell.entries[0]], one.by_entry.get("sam")
         table = frame([one], source).to_dict("records")
-        for row, ((name, _), configs) in zip(table, one.reported.items(), strict=True):
+        for row, (name, configs) in zip(table, one.by_entry.items(), strict=True):
             first = configs[0]
             others = {
                 "baseline": base if configs is not base else None,

@@ -58,7 +58,7 @@ def headline(data: pd.DataFrame) -> str:
 def _cell(one: Planned, source: Source) -> pd.DataFrame:
     """The rows of a cell, a method each, with the loss against AdamW with twice the steps, and with what its translations score."""
     data = frame([one], source)
-    by_name = {name: configs for (name, _), configs in one.reported.items()}
+    by_name = one.by_entry
     names = list(data.entry)
     matched = {name: one.study.entries[name].matched for name in names}
     found = {

@@ -66,11 +66,11 @@ def equal_compute(planned: Sequence[Planned], source: Source) -> pd.DataFrame:
     """A row a method of the cells "compute", and of those cells "fixed" that have its setting: minus AdamW with as much time."""
     frames = []
     for cell in of_part(planned, "compute"):
-        longer = {name: configs for (name, _), configs in cell.reported.items()}
+        longer = cell.by_entry
         for one in [cell, *[other for other in of_part(planned, "fixed") if same_setting(other.cell, cell.cell)]]:
             data, entries = frame([one], source), one.study.entries
             data = data[[entries[name].matched in longer for name in data.entry]].copy()
-            pairs = [one.reported[key] for key in one.reported if entries[key[0]].matched in longer]
+            pairs = [configs for name, configs in one.by_entry.items() if entries[name].matched in longer]
             matched = [entries[name].matched for name in data.entry]
             found = [
                 paired_difference(*(tested(of, source, one.cell.best) for of in (configs, longer[name])))

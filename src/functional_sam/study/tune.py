@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from functional_sam.config import Config
+from functional_sam.errors import UserError
 from functional_sam.records import Source
 from functional_sam.study.compare import paired_difference
 from functional_sam.study.design import LR, Cell, Study, Trial, grid_of, inherited_keys, make, rounded, trials, tuned, tuning_seeds
@@ -61,6 +62,19 @@ class Planned:
         tuning = [*self.centre.configs, *(config for one in self.searches.values() for config in one.configs)]
         by_seed = zip(*self.reported.values(), strict=True) if self.reported else ()
         return unique([*tuning, *(config for seed in by_seed for config in seed)])
+
+    @property
+    def by_entry(self) -> dict[str, list[Config]]:
+        """Entry -> its reported runs. Raises UserError where an entry has several trials: none of them is the entry's."""
+        found: dict[str, list[Config]] = {}
+        for (name, _), configs in self.reported.items():
+            if name in found:
+                raise UserError(
+                    f"cell {self.cell.name} of configs/studies/{self.study.name}.yaml reports several trials of {name}, where one "
+                    "of each entry is compared: let it choose one (choose: true), or try one rate and radius alone"
+                )
+            found[name] = configs
+        return found
 
 
 def unique(configs: Iterable[Config]) -> list[Config]:
