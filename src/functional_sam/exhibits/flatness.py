@@ -135,13 +135,12 @@ def _log(value: float) -> float:
 def _judged(family: list[tuple[dict[str, Any], Estimate, Estimate]]) -> list[dict[str, Any]]:
     ps = holm([trained.p for _, trained, _ in family])
     flatter = [significant(p) and trained.mean < 0 for p, (_, trained, _) in zip(ps, family, strict=True)]
-    contrasts = [contrast for (_, _, contrast), flat in zip(family, flatter, strict=True) if flat]
-    adjusted = iter(zip(contrasts, holm([one.p for one in contrasts]), strict=True))
+    # Over all methods: which of them pass the first test is itself a result, and would make the second family too small.
+    adjusted = holm([contrast.p for _, _, contrast in family])
     rows = []
-    for (row, _, _), flat in zip(family, flatter, strict=True):
+    for (row, _, contrast), flat, p in zip(family, flatter, adjusted, strict=True):
         word = UNKNOWN if math.isnan(row["b"]) else FLAT
         if flat:
-            contrast, p = next(adjusted)
             word = (EXPLAINED if contrast.mean < 0 else OWN) if significant(p) else OPEN
         rows.append(row | {"verdict": word})
     return rows
