@@ -136,3 +136,14 @@ def test_a_share_that_falls_with_outputs_and_grows_at_equal_entropy_is_mixed():
     shares = [figure_8.at_end(exhibit.frame).query("task == 'vision' and outputs == @n").share_logit.mean() for n in (10, 640)]
     assert figure_8.headline(exhibit.frame).startswith(f"logit share {shares[0]:.2f} at 10 classes, {shares[1]:.2f} at 640; ")
     assert "given targets and entropy it depends on outputs" in figure_8.headline(exhibit.frame)
+
+
+def test_clustered_by_setting_seeds_are_no_further_evidence():
+    """The same coefficients, and clusters of all runs that have outputs, domain and embeddings in common."""
+    exhibit = drawn(alone)
+    data = exhibit.frame
+    runs, settings = figure_8.judged_family(data).iloc[:2], figure_8.by_setting(data)
+    assert list(settings.estimate) == pytest.approx(list(runs.estimate))
+    assert set(settings.n) == {len(data[["task", "outputs", "embedding_scale"]].drop_duplicates())}
+    assert set(runs.n) == {len(data[["task", "outputs", "embedding_scale", "seed"]].drop_duplicates())}
+    assert f"The runs are of {settings.n.iloc[0]} settings" in exhibit.caption

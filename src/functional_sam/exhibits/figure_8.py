@@ -59,8 +59,8 @@ def fits(data: pd.DataFrame) -> dict[str, Fit]:
     return {name: _fitted(data, added) for name, added in MODELS.items()}
 
 
-def _fitted(data: pd.DataFrame, added: Sequence[str], below_uniform: bool = False) -> Fit:
-    """below_uniform: entropy minus log outputs, its largest value, in the place of entropy."""
+def _fitted(data: pd.DataFrame, added: Sequence[str], below_uniform: bool = False, by_setting: bool = False) -> Fit:
+    """below_uniform: entropy minus log outputs, its largest value, instead of entropy. by_setting: a cluster holds all its runs."""
     y = np.log(data.norm_logit / data.norm_func)
     a, b = np.log(data.targets.to_numpy(float)), data.entropy.to_numpy(float)
     b = b - np.log(data.outputs.to_numpy(float)) if below_uniform else b
@@ -71,7 +71,8 @@ def _fitted(data: pd.DataFrame, added: Sequence[str], below_uniform: bool = Fals
         "domain": (data.task == "language").to_numpy(float),
         SMALL: (data.embedding_scale < 1).to_numpy(float),
     }
-    clusters = list(zip(data.task, data.outputs, data.embedding_scale, data.seed, strict=True))
+    setting = (data.task, data.outputs, data.embedding_scale)
+    clusters = list(zip(*setting, *([] if by_setting else [data.seed]), strict=True))
     return fit(y, np.stack([*base, *(more[one] for one in added)], 1), clusters)
 
 
@@ -123,6 +124,17 @@ def described(data: pd.DataFrame) -> pd.DataFrame:
 def below_uniform(data: pd.DataFrame) -> dict[str, Any]:
     """The coefficient of log outputs where models that are as far from uniform are held equal, not those of equal entropy."""
     return _coefficients(_fitted(data, ADDED, below_uniform=True))[0]
+
+
+def by_setting(data: pd.DataFrame) -> pd.DataFrame:
+    """The two coefficients of the family with standard errors clustered by setting, p by Holm with the same three contrasts.
+
+    Outputs and domain are properties of a setting: of other settings its seeds are no further evidence. Described, in no family.
+    """
+    rows = _coefficients(_fitted(data, ADDED, by_setting=True))
+    for row, p in zip(rows, holm([*(row["p"] for row in rows), *(one.p for one in contrasts(data).values())]), strict=False):
+        row["p_holm"] = p
+    return pd.DataFrame(rows)
 
 
 def _coefficients(full: Fit) -> list[dict[str, Any]]:
@@ -317,6 +329,11 @@ def _caption(plan: Plan, data: pd.DataFrame, finding: str, beside: pd.DataFrame)
     other = below_uniform(data)
     turned = interval(other["estimate"], other["half_width"], 2, sign=True)
     there = ", ".join(f"{row.compared} {interval(row.estimate, row.half_width, 2, sign=True)}" for row in beside.itertuples())
+    settings = by_setting(data)
+    wide = ", ".join(
+        f"{row.compared} {interval(row.estimate, row.half_width, 2, sign=True)} (p {number(row.p_holm, 2)})"
+        for row in settings.itertuples()
+    )
     return (
         f"{finding}. AdamW on the same changed images with more or fewer classes and on the same text with more or fewer pieces, "
         "logits divided by temperatures when measuring, log(|delta_logit| / |delta_func|) fitted by a quadratic in log targets and "
@@ -325,7 +342,8 @@ def _caption(plan: Plan, data: pd.DataFrame, finding: str, beside: pd.DataFrame)
         f"n={len(plan.spec.seeds)} seeds a setting, {full.rows} measurements of {full.clusters} runs (standard errors clustered by "
         "run), bars are 95 % t intervals, Holm's correction over the five comparisons of the protocol; "
         f"{meaning} with an indicator for the runs of small embeddings, all in language (there: {there}). Where entropy minus its "
-        f"largest value, log outputs, is held equal and not entropy: log outputs {turned}."
+        f"largest value, log outputs, is held equal and not entropy: log outputs {turned}. The runs are of {settings.n.iloc[0]} "
+        f"settings; clustered by these, as other settings ask for: {wide}."
     )
 
 
