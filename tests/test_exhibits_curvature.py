@@ -109,7 +109,7 @@ def test_figure_2_has_the_middle_of_several_doses_in_its_headline():
     rows = [row(seed) for seed in range(3)]
     rows += [row(seed, dose, phi, 4 + dose * (phi + seed)) for seed in range(3) for dose in (0.05, 0.1, 0.2) for phi in (0, 90)]
     text = figure_2.headline(pd.DataFrame(rows))
-    assert "(dose 0.1)" in text
+    assert "(dose 0.1, not significant)" in text  # the made-up differences have no spread
     assert "dose 0.05" not in text
     assert "dose 0.2" not in text
 
@@ -374,6 +374,16 @@ def test_table_4_says_of_flatness_that_is_not_there_that_nothing_is_undone():
         assert said(-0.3, patch).endswith("; temperature undoes 0.40 of SAM's")
         assert "undoes" not in said(0.3, patch)  # SAM is sharper
         assert "SAM not known, Functional-SAM" in said(math.nan, patch)
+
+
+def test_the_second_family_holds_all_methods_and_not_those_that_passed_the_first():
+    """p is .02 for the contrast of the one that is flatter: significant alone, not among three."""
+    flat, not_flat = Estimate(-1.0, 0.01, 5), Estimate(0.1, 1.0, 5)
+    contrast = Estimate(0.37, 0.1, 5)
+    assert 0.05 / 3 < contrast.p < 0.05
+    family = [({"b": -1.0}, flat, contrast), *[({"b": 0.1}, not_flat, Estimate(0.0, 1.0, 5))] * 2]
+    assert flatness._judged(family[:1])[0]["verdict"] == flatness.OWN
+    assert [row["verdict"] for row in flatness._judged(family)] == [flatness.OPEN, flatness.FLAT, flatness.FLAT]
 
 
 def test_the_level_that_a_notebook_changes_moves_verdicts_too(monkeypatch):

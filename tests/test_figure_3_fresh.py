@@ -82,6 +82,16 @@ def test_the_headline_is_of_the_seeds_that_tested_it(exhibit):
     assert "On fresh seeds (64 rows, n = 8), 9 comparisons" in exhibit.caption
 
 
+def test_the_headline_says_the_verdict_of_its_number(exhibit):
+    """README's answer counts all comparisons; the one that it shows may be inconclusive among them."""
+    told = exhibit.frames["fresh"].set_index(["entry", "other", "rho"]).verdict["functional-sam", "sam", 0.05]
+    assert f"(64 rows, rho 0.05, {told})" in exhibit.headline
+    swept = exhibit.frames["path"]
+    swept = swept[swept.at_equal.eq("rho")].set_index(["cell", "entry", "rho"]).verdict
+    rows = exhibit.frame[exhibit.frame.cell.ne("fresh-64") & exhibit.frame.entry.str.contains("functional")]
+    assert list(rows.verdict_path) == [swept[row.cell, row.entry, row.rho] for row in rows.itertuples()]
+
+
 def test_the_answer_asks_both(exhibit):
     paths = exhibit.frames["path"]
     number = int(paths.at_equal.eq("rho").sum()) + len(RADII)

@@ -196,8 +196,9 @@ def headline(data: pd.DataFrame) -> str:
     ends = comparisons(data[data.part == SWEEP], 0.0).query("against == 'logit part'")
     doses = sorted(ends.dose.unique())
     middle = ends[ends.dose == doses[len(doses) // 2]]
+    said = [row.verdict if row.verdict.startswith(("better", "worse")) else "not significant" for row in middle.itertuples()]
     return "functional part minus logit part at equal dose: " + ", ".join(
-        f"{row.task} {_in_words(row)} (dose {row.dose:g})" for row in middle.itertuples()
+        f"{row.task} {_in_words(row)} (dose {row.dose:g}, {word})" for row, word in zip(middle.itertuples(), said, strict=True)
     )
 
 

@@ -38,6 +38,7 @@ def draw(plan: Plan) -> Exhibit:
     data = frame(plan.content, plan.source)
     families = [judge(own, margin) for own in by_family(data)]
     data = with_equal_dose(with_verdicts(pd.concat(families).sort_index(), fresh), pairs)
+    data = with_path_verdict(data, paths, fresh)
     style.use()
     cells = list(dict.fromkeys(seeds.cell))
     figure, panels = _panels(len(cells))
@@ -89,7 +90,8 @@ def headline(data: pd.DataFrame) -> str:
     if own.empty:
         return f"nothing at rho {SHOWN:g}"
     row = own.sort_values(["n", "batch"]).iloc[-1]
-    words = f"{label(name)} minus {label(other)} {differs(row, other)} nats ({row.batch} rows, rho {SHOWN:g})"
+    said = f", {row.verdict_path}" if isinstance(row.verdict_path, str) and row.verdict_path else ""  # nan where a CSV was read
+    words = f"{label(name)} minus {label(other)} {differs(row, other)} nats ({row.batch} rows, rho {SHOWN:g}{said})"
     if math.isnan(row.plain_at_dose):
         return words
     at_dose = Estimate(row.plain_at_dose, row.plain_at_dose_stderr, int(row.n))
@@ -104,6 +106,13 @@ def with_equal_dose(data: pd.DataFrame, pairs: list[dict[str, Any]]) -> pd.DataF
     return data.assign(
         **{column: [found[key][field] if key in found else math.nan for key in keys] for column, field in columns.items()}
     )
+
+
+def with_path_verdict(data: pd.DataFrame, paths: pd.DataFrame, fresh: pd.DataFrame) -> pd.DataFrame:
+    """Add column verdict_path: of a functional method minus its plain twin at equal rho, in the family that tested it."""
+    found = {(row.cell, row.entry, row.rho): row.verdict for row in paths.itertuples() if row.at_equal == "rho"}
+    found |= {(row.cell, row.entry, row.rho): row.verdict for row in fresh.itertuples() if row.other != "adamw"}
+    return data.assign(verdict_path=[found.get(key, "") for key in zip(data.cell, data.entry, data.rho, strict=True)])
 
 
 def _panel(axis: Axes, part: pd.DataFrame, x: str, verdicts: pd.DataFrame, ticks: int) -> None:
