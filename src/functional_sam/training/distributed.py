@@ -1,6 +1,7 @@
 """One process or many, started by torchrun or srun: which part of a step is whose, and what only the first process does.
 
-The global batch is the config's, so the number of processes changes a result by rounding alone.
+The global batch is the config's, so the number of processes changes a result by rounding alone; but for the running statistics of
+batch normalization, with which evaluations work: they are of the rows of the first process.
 """
 
 import datetime
@@ -21,6 +22,7 @@ from functional_sam.errors import UserError
 from functional_sam.records import Run
 from functional_sam.tasks import Batches
 from functional_sam.tasks.batches import cut, joined, rows, split
+from functional_sam.weights import buffers_kept
 
 Result = TypeVar("Result")
 Forward = Callable[..., Any]
@@ -155,9 +157,21 @@ class Ranks:
         # the layout. Were that the first step's, a resumed run would not repeat the uninterrupted one bit for bit.
         inputs, _ = cut(batches[0], 0, 1)
         readout = {"readout": lambda h, weight: h.sum() + weight.sum()} if getattr(model, "has_readout", False) else {}
-        forward(replica, inputs, **readout).sum().backward()
+        with buffers_kept(model):  # of which batch normalization would count that row
+            forward(replica, inputs, **readout).sum().backward()
         model.zero_grad()
         return replica
+
+    def share_buffers(self, model: torch.nn.Module) -> None:
+        """Give every process the first one's buffers, which are saved: else each would evaluate by its own running statistics."""
+        if self.world == 1:
+            return
+        saved = model.state_dict()
+        for name, buffer in model.named_buffers():
+            if name in saved:
+                value = buffer.contiguous()
+                dist.broadcast(value, src=0)
+                buffer.copy_(value)
 
 
 class _Watched(Run):
@@ -184,9 +198,11 @@ def require_divisible(config: Config, world: int, parallel: str) -> None:
             f"training.batch={training.batch} is not divisible by {world} processes: every process takes the same number of rows"
         )
     forwards = training.batch // config.micro_batch
-    if scope == "micro-batch" and forwards % world:
+    normalizes = config.model.kind == "convnet" and config.model.norm == "batch"  # by the statistics of a forward
+    if (scope == "micro-batch" or normalizes) and forwards % world:
+        what = "scope=micro-batch" if scope == "micro-batch" else "model.norm=batch"
         raise UserError(
-            f"scope=micro-batch: the {forwards} micro-batches of a step are not divisible by {world} processes; "
+            f"{what}: the {forwards} micro-batches of a step are not divisible by {world} processes; "
             f"a training.micro_batch of {training.batch // world} gives each process one (another run: it changes the result)"
         )
     if scope == "rank" and world > 1:

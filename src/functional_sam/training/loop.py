@@ -103,6 +103,7 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
             if count in doses_at:
                 run.log("dose", count, dose=sharpness.dose)
             if last or (training.eval_every and count % training.eval_every == 0):
+                ranks.share_buffers(inner)
                 evaluated = _evaluate(task, inner, "validation")
                 run.log("validation", count, **evaluated)
                 if training.test_best and (best is None or task.metric.better(evaluated[task.metric.name], best[task.metric.name])):
@@ -110,6 +111,7 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
                     run.log("test", count, **_evaluate(task, inner, "test"))
                 sharpness.reshard()
             if count in measured_at:
+                ranks.share_buffers(inner)
                 for kind, found in measured(inner, optimizer, task, place, count):
                     run.log(kind, count, **found)
                     sharpness.reshard()
