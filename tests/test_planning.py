@@ -204,6 +204,48 @@ def test_the_smallest_that_fits():
     assert found.hours == pytest.approx(run_cost(config).flops / 0.5e12 / 3600)
 
 
+def test_float32_products_take_their_own_time():
+    """The head of a bf16 run is outside of autocast, at a sixteenth of the peak: most of the time of the smallest size."""
+    a100 = GPUS["a100-80"]
+    wide = compose("language-23.9M", "adamw", "paper")
+    spent = run_cost(wide)
+    head = 3 * 2 * 576 * 32101 * 512 * 256 * 50000
+    assert spent.wide == head
+    expected = (spent.flops - head) / (312e12 * 0.4) + head / (19.5e12 * 0.8)
+    assert need(wide, a100).hours == pytest.approx(expected / 3600)
+    narrow = compose("language-23.9M", "adamw", "paper", overrides=["model.head_dtype=bfloat16"])
+    assert run_cost(narrow).wide == 0
+    assert need(wide, a100).hours > 3.5 * need(narrow, a100).hours
+    assert run_cost(small("sam", "training.precision=float32")).wide == run_cost(small("sam", "training.precision=float32")).flops
+    assert run_cost(compose("translation-iwslt14", "sam", "paper")).wide == 0
+
+
+def test_which_products_are_wide_is_what_a_step_does():
+    """The dtypes of the products of a real step under autocast: those with the vocabulary among their sides are of float32."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Products(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.of_head, self.others = set(), set()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_, torch.ops.aten.bmm):
+                tensors = [one for one in args if isinstance(one, torch.Tensor)]
+                kind = self.of_head if any(4000 in one.shape for one in tensors) else self.others
+                kind |= {one.dtype for one in tensors}
+            return function(*args, **(kwargs or {}))
+
+    for head, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        config = small("functional-sam", f"model.head_dtype={head}")
+        model = model_of(config)
+        sharpness = SharpnessAware(model, torch.optim.AdamW(model.parameters()), "functional-sam", forward=autocast)
+        with Products() as products:
+            sharpness.backward([batch_of(config, 2)])
+        assert products.of_head == {dtype}
+        assert products.others == {torch.bfloat16}
+
+
 def test_rows_count_runs_that_need_the_same():
     configs = [compose("language-23.9M", "sam", "paper", overrides=[f"method.rho={rho}"]) for rho in (0.1, 0.2)]
     configs.append(compose("language-23.9M", "adamw", "paper"))

@@ -24,6 +24,7 @@ def shape(config: Config) -> Shape | ConvShape | PairShape:
 @dataclass(frozen=True)
 class RunCost:
     """parameters, non_embedding: numbers of them; tokens: trained on (images in vision); flops: of the run, by all its GPUs;
+    wide: of these, the ones of float32 products (all of a float32 run; of one in bf16 the head's, by model.head_dtype);
     step: FLOPs of one step; gradients: evaluations of a step; checkpoint: bytes of one on disk, of which two are kept."""
 
     parameters: int
@@ -32,6 +33,7 @@ class RunCost:
     gradients: float
     step: float
     flops: float
+    wide: float
     checkpoint: int
 
 
@@ -84,6 +86,10 @@ def run_cost(config: Config, checkpointing: bool | None = None, gpus: int = 1, s
     # result no gradient needs.
     again = blocks - 2 * s.L * s.D * s.F * training.batch * s.N if recompute and isinstance(s, Shape) else 0
     step = blocks * (forwards + 2 * backwards) + again * backwards + embed * (forwards + backwards) + head * heads
+    bf16, readout = training.precision == "bf16", not isinstance(s, PairShape)  # transformers' models leave the head to autocast
+    wide = 0.0 if bf16 else step
+    if bf16 and readout and config.model.head_dtype == "float32":
+        wide = head * heads
     return RunCost(
         s.parameters,
         s.non_embedding,
@@ -91,6 +97,7 @@ def run_cost(config: Config, checkpointing: bool | None = None, gpus: int = 1, s
         method.gradients,
         step,
         step * training.steps,
+        wide * training.steps,
         parameter_bytes(config) * s.parameters * (1 + MOMENTS[config.optimizer.name] + method.carried),
     )
 
