@@ -9,11 +9,12 @@ from memory_simulation import Storages, batch_of, model_of, real, simulated
 from torch.utils.flop_counter import FlopCounterMode
 
 from functional_sam.cli import main
-from functional_sam.commands.scale import show_on
+from functional_sam.commands.scale import show_on, warn_on
 from functional_sam.config import compose
 from functional_sam.errors import UserError
+from functional_sam.jobs.profile import load_profile
 from functional_sam.models import PUBLISHED, ConvNet
-from functional_sam.planning import GPUS, Hardware, Layout, gpu, memory, need, rows, run_cost, table
+from functional_sam.planning import GPUS, Hardware, Layout, gpu, memory, need, pause, rows, run_cost, table
 from functional_sam.planning.cost import shape
 from functional_sam.sharpness import METHODS, SharpnessAware, cost
 
@@ -301,6 +302,43 @@ def test_plan_on_a_cluster(capsys, home):
     profile.write_text("time: 60\ngpus_per_node: 1\n")
     assert main(["plan", "figure-1", "--cluster", str(profile)]) == 2
     assert "gpus_per_node and gpu" in capsys.readouterr().err
+
+
+def test_runs_that_do_not_fit_as_they_are_laid_out(capsys, home):
+    """Two GPUs suffice where the model is sharded, and the run has replicas: the planner's `fits on` is not what it would do."""
+    profile = home / "two.yaml"
+    profile.write_text("time: 60\ngpus_per_node: 2\ngpu: rtx4090-24\nsignal_delay: 2000\n")
+    config = compose("language-1208M", "sam", "paper")
+    assert need(config, gpu("rtx4090-24")).layout == Layout(2, sharded=True, checkpointing=True)
+
+    def warned(config):
+        warn_on([config], load_profile(str(profile)), "two")
+        return capsys.readouterr().out
+
+    assert "(ddp), of 23.2: with runtime.parallel=fsdp it fits" in warned(config)
+    assert warned(compose("language-1208M", "sam", "paper", overrides=["runtime.parallel=fsdp"])) == ""
+    large = compose("language-117.9M", "sam", "paper", overrides=["training.micro_batch=128"])
+    assert "with model.checkpoint_blocks=true it fits" in warned(large)
+    profile.write_text("time: 60\ngpus_per_node: 2\n")  # of GPUs of no known kind nothing is computed
+    assert warned(config) == ""
+
+
+def test_the_time_that_a_run_needs_to_save(capsys, home):
+    """A step, an evaluation in float32 and a checkpoint; SLURM ends what is not done with them, and does not requeue it."""
+    config = small("adamw", "training.eval_rows=8", "training.steps=10")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        autocast(model_of(config), batch_of(config, 1)[0])
+    assert run_cost(config).forward == pytest.approx(counter.get_total_flops())
+    hardware = Hardware("x", 1e9, 1e9, 1.0, single=1e6)
+    spent = run_cost(config)
+    expected = hardware.hours(spent.flops, spent.wide) * 3600 / 10 + 8 * spent.forward / 0.8e6
+    assert pause(config, hardware, 2) == pytest.approx(expected / 2 + spent.checkpoint / 0.5e9)
+    profile = home / "one.yaml"
+    profile.write_text("time: 60\ngpus_per_node: 1\ngpu: a100-80\nsignal_delay: 180\n")
+    warn_on([compose("language-1208M", "sam", "paper")], load_profile(str(profile)), "one")
+    assert "signal_delay=180 of one: a step, an evaluation and a save of language-1208M sam" in capsys.readouterr().out
+    warn_on([compose("language-23.9M", "sam", "paper")], load_profile(str(profile)), "one")
+    assert capsys.readouterr().out == ""
 
 
 def test_refusals(capsys):

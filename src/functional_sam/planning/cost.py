@@ -25,13 +25,15 @@ def shape(config: Config) -> Shape | ConvShape | PairShape:
 class RunCost:
     """parameters, non_embedding: numbers of them; tokens: trained on (images in vision); flops: of the run, by all its GPUs;
     wide: of these, the ones of float32 products (all of a float32 run; of one in bf16 the head's, by model.head_dtype);
-    step: FLOPs of one step; gradients: evaluations of a step; checkpoint: bytes of one on disk, of which two are kept."""
+    step: FLOPs of one step; forward: of one row without a gradient; gradients: evaluations of a step; checkpoint: bytes of one on
+    disk, of which two are kept."""
 
     parameters: int
     non_embedding: int
     tokens: int
     gradients: float
     step: float
+    forward: float
     flops: float
     wide: float
     checkpoint: int
@@ -96,6 +98,7 @@ def run_cost(config: Config, checkpointing: bool | None = None, gpus: int = 1, s
         training.steps * training.batch * TASKS[config.kind].units(config),
         method.gradients,
         step,
+        (blocks + embed + head) / training.batch,
         step * training.steps,
         wide * training.steps,
         parameter_bytes(config) * s.parameters * (1 + MOMENTS[config.optimizer.name] + method.carried),
