@@ -231,9 +231,8 @@ def test_a_run_that_reads_the_files_twice_is_told(one_pass, source):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         prepare(exact)
-        with pytest.raises(
-            UserWarning, match=rf"reads {512 * longer.training.steps:,} tokens .* holds {128 * windows:,}: it goes on"
-        ):
+        words = rf"reads {512 * longer.training.steps:,} tokens, .* holds {128 * windows:,}: it goes on"
+        with pytest.raises(UserWarning, match=words):
             prepare(longer)
         longer.data.unique_tokens = 128 * windows
         prepare(longer)
