@@ -319,6 +319,8 @@ def test_runs_that_do_not_fit_as_they_are_laid_out(capsys, home):
     assert warned(compose("language-1208M", "sam", "paper", overrides=["runtime.parallel=fsdp"])) == ""
     large = compose("language-117.9M", "sam", "paper", overrides=["training.micro_batch=128"])
     assert "with model.checkpoint_blocks=true it fits" in warned(large)
+    profile.write_text("time: 60\ngpus_per_node: 4\ntasks_per_node: 1\ngpu: a100-80\n")
+    assert "3 of 4 idle" in warned(compose("language-23.9M", "sam", "paper"))
     profile.write_text("time: 60\ngpus_per_node: 2\n")  # of GPUs of no known kind nothing is computed
     assert warned(config) == ""
 
@@ -407,3 +409,15 @@ def test_imagenet_is_planned():
     assert resnet.step / 6 / 4096 == pytest.approx(4.09e9, rel=0.03)
     assert small.parameters == pytest.approx(22e6, rel=0.02)
     assert need(compose("vision-resnet-50", "sam", "paper"), gpu("a100-80")).hours > 0
+
+
+def test_images_that_are_decoded_more_slowly_than_trained_on():
+    """ViT-S/32's GPUs would wait: a step decodes once, whatever its passes, and each GPU has workers of its own."""
+    adamw, sam = (compose("vision-vit-s-32", method, "paper") for method in ("adamw", "sam"))
+    waits = 93_000 * 4096 / (200 * 8) / 3600
+    assert need(adamw, gpu("a100-80")).hours == need(sam, gpu("a100-80")).hours == pytest.approx(waits)
+    many = compose("vision-vit-s-32", "adamw", "paper", overrides=["runtime.workers=1000"])
+    spent = run_cost(many)
+    assert need(many, gpu("a100-80")).hours == gpu("a100-80").hours(spent.flops, spent.wide) < waits
+    assert "200 images a second" in table([adamw], gpu("a100-80")).caption
+    assert "decoded" not in table([compose("language-23.9M", "sam", "paper")], gpu("a100-80")).caption

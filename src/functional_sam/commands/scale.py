@@ -129,5 +129,10 @@ def warn_on(configs: Sequence[Config], profile: Profile, cluster: str) -> None:
             f"signal_delay={profile.signal_delay} of {cluster}: a step, an evaluation and a save of {slowest} take {longest:.0f} s "
             "as computed; a run that is not done with them when its time ends is not requeued: raise it"
         )
+    if profile.tasks < profile.gpus_per_node:
+        idle = profile.gpus_per_node - profile.tasks
+        lines.append(
+            f"{cluster}: tasks_per_node={profile.tasks}, and a process uses one GPU: {idle} of {profile.gpus_per_node} idle"
+        )
     for line in lines:
         console.print(line, style="yellow", highlight=False, soft_wrap=True)

@@ -15,6 +15,8 @@ from functional_sam.tasks import TASKS
 
 MOMENTS = {"adamw": 2, "sgd": 1, "adafactor": 0}  # copies of the parameters that an optimizer keeps; adafactor's are vectors
 
+DECODED = 200.0  # inception crops a second that a worker makes of photographs of 500 x 375: measured on one core
+
 
 def shape(config: Config) -> Shape | ConvShape | PairShape:
     """Of a config's model."""
@@ -103,6 +105,16 @@ def run_cost(config: Config, checkpointing: bool | None = None, gpus: int = 1, s
         wide * training.steps,
         parameter_bytes(config) * s.parameters * (1 + MOMENTS[config.optimizer.name] + method.carried),
     )
+
+
+def decoding_hours(config: Config) -> float:
+    """GPU-hours of a run whose GPUs only wait for inception crops, which runtime.workers of each make; 0 where nothing is decoded.
+
+    A step decodes its images once, whatever its passes.
+    """
+    if config.data.augment != "inception":
+        return 0.0
+    return config.training.steps * config.training.batch / (DECODED * max(1, config.runtime.workers)) / 3600
 
 
 def block_flops(s: Shape | PairShape) -> int:

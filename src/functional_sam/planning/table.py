@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from functional_sam.config import Config
-from functional_sam.planning.cost import RunCost, run_cost
+from functional_sam.planning.cost import DECODED, RunCost, decoding_hours, run_cost
 from functional_sam.planning.hardware import SINGLE, Hardware
 from functional_sam.planning.memory import Layout, Memory, accounted, memory
 from functional_sam.tasks import TASKS
@@ -47,7 +47,8 @@ def need(config: Config, hardware: Hardware, most: int = 512) -> Need:
     at = found or tried[-1]
     spent = run_cost(config, at.checkpointing, at.gpus, at.sharded)
     both = [memory(config, dataclasses.replace(at, checkpointing=checkpointing)) for checkpointing in (False, True)]
-    return Need(config, spent, found, memory(config, at), both[0], both[1], hardware.hours(spent.flops, spent.wide))
+    hours = max(hardware.hours(spent.flops, spent.wide), decoding_hours(config))
+    return Need(config, spent, found, memory(config, at), both[0], both[1], hours)
 
 
 def rows(configs: Sequence[Config], hardware: Hardware, most: int = 512) -> list[tuple[Need, int]]:
@@ -82,6 +83,8 @@ def table(configs: Sequence[Config], hardware: Hardware, most: int = 512) -> Tab
     unknown = sorted({config.method.name for config in configs if not accounted(config)})
     if unknown:
         caption += f". Not accounted for (second-order graph): {', '.join(unknown)}"
+    if any(map(decoding_hours, configs)):
+        caption += f". GPU-hours: at least those in which {DECODED:g} images a second are decoded by each of runtime.workers"
     result = Table(title=title, caption=caption)
     for name in ("run", "parameters", "non-emb.", "trained on", "FLOPs", "fits on"):
         result.add_column(name, justify="left" if name in ("run", "fits on") else "right")
