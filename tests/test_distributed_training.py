@@ -432,3 +432,14 @@ def test_parts_are_the_batch():
         assert {sum(len(x) for x, _ in part) for part in parts} == {batch // world}
         assert max(len(x) for part in parts for x, _ in part) <= size
         assert len({len(part) for part in parts}) == 1
+
+
+def test_the_rows_of_others_are_not_copied():
+    """A step of ImageNet has gigabytes, and of several processes each would copy all of them in every step."""
+    rows = torch.arange(16)
+    batches = [(rows[i : i + 4], rows[i : i + 4]) for i in range(0, 16, 4)]
+    for rank in range(8):  # half a micro-batch each
+        ((mine, _),) = distributed.Ranks(rank, 8, "ddp", torch.device("cpu")).part(batches)
+        assert mine.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr()
+    parts = distributed.Ranks(1, 2, "ddp", torch.device("cpu")).part(batches)
+    assert all(x.untyped_storage().nbytes() == 8 * rows.element_size() for x, _ in parts)

@@ -126,9 +126,15 @@ class Ranks:
         """The rows of a step that are this process's: of B rows the B/world from rank * B/world on, in forwards no larger."""
         if self.world == 1:
             return batches
-        whole = joined(batches)
-        each = rows(whole) // self.world
-        return split(cut(whole, self.rank * each, (self.rank + 1) * each), rows(batches[0]))
+        sizes = [rows(batch) for batch in batches]
+        each = sum(sizes) // self.world
+        first, last = self.rank * each, (self.rank + 1) * each
+        own, start = [], 0
+        for batch, size in zip(batches, sizes, strict=True):  # the rest is not touched: of 4,096 photographs it has gigabytes
+            if start < last and first < start + size:
+                own.append(cut(batch, max(first - start, 0), min(last - start, size)))
+            start += size
+        return split(own[0] if len(own) == 1 else joined(own), sizes[0])
 
     def wrap(self, model: torch.nn.Module, forward: Forward, batches: Batches) -> torch.nn.Module:
         """The model on its device, replicated or sharded: one FSDP2 unit a block, and the root with the embeddings.
