@@ -91,8 +91,12 @@ class Ranks:
 
     @property
     def record(self) -> dict[str, Any]:
-        """For the provenance: rounding differs with the number of processes."""
-        return {"processes": self.world, "parallel": self.parallel}
+        """For the provenance: rounding differs with the number of processes, and with the GPU and how it takes float32 products."""
+        found: dict[str, Any] = {"processes": self.world, "parallel": self.parallel}
+        if self.device.type == "cuda":
+            name, precision = torch.cuda.get_device_name(self.device), torch.get_float32_matmul_precision()
+            found["gpu"] = {"name": name, "cuda": torch.version.cuda, "float32": precision}
+        return found
 
     def run(self, config: Config, root: Path | None) -> Run:
         """The run; it can be written by the first process only."""
