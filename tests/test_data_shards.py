@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -122,6 +123,7 @@ def test_shards_are_shared_between_sets_of_files(one_pass, source):
 
 
 KILLED = """
+import warnings
 from pathlib import Path
 from functional_sam.data import c4
 if __name__ == "__main__":
@@ -219,6 +221,21 @@ def test_the_task_trains_on_it(one_pass, source):
     ((inputs, _),) = task.batch(3)
     assert torch.equal(inputs, one_pass.train_batch(3, 4, 128, 0)[0])
     assert task.evaluate(task.model(), "test")["tokens"] > 0
+
+
+def test_a_run_that_reads_the_files_twice_is_told(one_pass, source):
+    """Silently, its data would repeat; where that is meant, data.unique_tokens says so."""
+    cache, windows = one_pass.directory.parents[1], len(one_pass._train) // 128
+    exact, longer = (small_run(source, cache) for _ in range(2))
+    exact.training.steps, longer.training.steps = windows // 4, windows // 4 + 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepare(exact)
+        words = rf"reads {512 * longer.training.steps:,} tokens, .* holds {128 * windows:,}: it goes on"
+        with pytest.raises(UserWarning, match=words):
+            prepare(longer)
+        longer.data.unique_tokens = 128 * windows
+        prepare(longer)
 
 
 def test_a_given_tokenizer(one_pass, source, tmp_path):

@@ -28,6 +28,7 @@ from functional_sam.config import Config, to_yaml
 from functional_sam.errors import Interrupted, UserError
 from functional_sam.files import write_text
 from functional_sam.records import Run, RunLocked
+from functional_sam.records.provenance import SAME, resumed
 from functional_sam.training import checkpoint, distributed, loop
 
 pytestmark = pytest.mark.slow
@@ -432,3 +433,27 @@ def test_parts_are_the_batch():
         assert {sum(len(x) for x, _ in part) for part in parts} == {batch // world}
         assert max(len(x) for part in parts for x, _ in part) <= size
         assert len({len(part) for part in parts}) == 1
+
+
+def test_the_rows_of_others_are_not_copied():
+    """A step of ImageNet has gigabytes, and of several processes each would copy all of them in every step."""
+    rows = torch.arange(16)
+    batches = [(rows[i : i + 4], rows[i : i + 4]) for i in range(0, 16, 4)]
+    for rank in range(8):  # half a micro-batch each
+        ((mine, _),) = distributed.Ranks(rank, 8, "ddp", torch.device("cpu")).part(batches)
+        assert mine.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr()
+    parts = distributed.Ranks(1, 2, "ddp", torch.device("cpu")).part(batches)
+    assert all(x.untyped_storage().nbytes() == 8 * rows.element_size() for x, _ in parts)
+
+
+def test_the_gpu_is_in_the_record(monkeypatch):
+    """A run that goes on on another kind says so; records of CPUs are as they were."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    on_cpu, on_gpu = (distributed.Ranks(0, 1, "none", torch.device(name)).record for name in ("cpu", "cuda:0"))
+    assert on_cpu == {"processes": 1, "parallel": "none"}
+    assert on_gpu == on_cpu | {"gpu": {"name": "GPU 0", "cuda": torch.version.cuda, "float32": "highest"}}
+    other = on_gpu | {"gpu": on_gpu["gpu"] | {"name": "GPU 1"}}
+    begun = dict.fromkeys((key for key in SAME if key != "gpu"), 1) | {"started": "then"}
+    assert resumed(begun, begun, 3) is begun
+    (found,) = resumed(begun | on_gpu, begun | other, 3)["resumed"]
+    assert found == {"step": 3, "started": "then", "gpu": other["gpu"]}

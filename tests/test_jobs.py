@@ -172,6 +172,17 @@ def test_processes_that_cannot_train_a_run_are_said_before_the_job_waits(tmp_pat
     submit("figure-3", "quick", profile_file(tmp_path, "time: 60"), [f"runtime.runs={tmp_path}/runs"], True, Console(quiet=True))
 
 
+def test_what_does_not_fit_is_said_before_the_job_waits(tmp_path):
+    """By whoever submits, who is asked about the missing runs; a dry run says it too."""
+    asked = []
+    path = profile_file(tmp_path, "time: 60\ngpus_per_node: 1")
+    given = ("figure-3", "quick", path, [f"runtime.runs={tmp_path}/runs"], True, Console(quiet=True))
+    submit(*given, warn=lambda configs, profile, name: asked.append((len(configs), profile.gpus_per_node, name)))
+    ((count, gpus, name),) = asked
+    assert count > 0
+    assert (gpus, name) == (1, path)
+
+
 def test_an_option_of_sbatch_may_have_no_value(tmp_path, capsys):
     path = profile_file(tmp_path, "time: 60\nsbatch: {exclusive: true, overcommit: , mail-type: FAIL}")
     submit("figure-3", "quick", path, [f"runtime.runs={tmp_path}/runs"], True, Console(width=80))

@@ -9,11 +9,12 @@ from memory_simulation import Storages, batch_of, model_of, real, simulated
 from torch.utils.flop_counter import FlopCounterMode
 
 from functional_sam.cli import main
-from functional_sam.commands.scale import show_on
+from functional_sam.commands.scale import show_on, warn_on
 from functional_sam.config import compose
 from functional_sam.errors import UserError
+from functional_sam.jobs.profile import load_profile
 from functional_sam.models import PUBLISHED, ConvNet
-from functional_sam.planning import GPUS, Hardware, Layout, gpu, memory, need, rows, run_cost, table
+from functional_sam.planning import GPUS, Hardware, Layout, gpu, memory, need, pause, rows, run_cost, table
 from functional_sam.planning.cost import shape
 from functional_sam.sharpness import METHODS, SharpnessAware, cost
 
@@ -204,6 +205,48 @@ def test_the_smallest_that_fits():
     assert found.hours == pytest.approx(run_cost(config).flops / 0.5e12 / 3600)
 
 
+def test_float32_products_take_their_own_time():
+    """The head of a bf16 run is outside of autocast, at a sixteenth of the peak: most of the time of the smallest size."""
+    a100 = GPUS["a100-80"]
+    wide = compose("language-23.9M", "adamw", "paper")
+    spent = run_cost(wide)
+    head = 3 * 2 * 576 * 32101 * 512 * 256 * 50000
+    assert spent.wide == head
+    expected = (spent.flops - head) / (312e12 * 0.4) + head / (19.5e12 * 0.8)
+    assert need(wide, a100).hours == pytest.approx(expected / 3600)
+    narrow = compose("language-23.9M", "adamw", "paper", overrides=["model.head_dtype=bfloat16"])
+    assert run_cost(narrow).wide == 0
+    assert need(wide, a100).hours > 3.5 * need(narrow, a100).hours
+    assert run_cost(small("sam", "training.precision=float32")).wide == run_cost(small("sam", "training.precision=float32")).flops
+    assert run_cost(compose("translation-iwslt14", "sam", "paper")).wide == 0
+
+
+def test_which_products_are_wide_is_what_a_step_does():
+    """The dtypes of the products of a real step under autocast: those with the vocabulary among their sides are of float32."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Products(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.of_head, self.others = set(), set()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_, torch.ops.aten.bmm):
+                tensors = [one for one in args if isinstance(one, torch.Tensor)]
+                kind = self.of_head if any(4000 in one.shape for one in tensors) else self.others
+                kind |= {one.dtype for one in tensors}
+            return function(*args, **(kwargs or {}))
+
+    for head, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        config = small("functional-sam", f"model.head_dtype={head}")
+        model = model_of(config)
+        sharpness = SharpnessAware(model, torch.optim.AdamW(model.parameters()), "functional-sam", forward=autocast)
+        with Products() as products:
+            sharpness.backward([batch_of(config, 2)])
+        assert products.of_head == {dtype}
+        assert products.others == {torch.bfloat16}
+
+
 def test_rows_count_runs_that_need_the_same():
     configs = [compose("language-23.9M", "sam", "paper", overrides=[f"method.rho={rho}"]) for rho in (0.1, 0.2)]
     configs.append(compose("language-23.9M", "adamw", "paper"))
@@ -259,6 +302,45 @@ def test_plan_on_a_cluster(capsys, home):
     profile.write_text("time: 60\ngpus_per_node: 1\n")
     assert main(["plan", "figure-1", "--cluster", str(profile)]) == 2
     assert "gpus_per_node and gpu" in capsys.readouterr().err
+
+
+def test_runs_that_do_not_fit_as_they_are_laid_out(capsys, home):
+    """Two GPUs suffice where the model is sharded, and the run has replicas: the planner's `fits on` is not what it would do."""
+    profile = home / "two.yaml"
+    profile.write_text("time: 60\ngpus_per_node: 2\ngpu: rtx4090-24\nsignal_delay: 2000\n")
+    config = compose("language-1208M", "sam", "paper")
+    assert need(config, gpu("rtx4090-24")).layout == Layout(2, sharded=True, checkpointing=True)
+
+    def warned(config):
+        warn_on([config], load_profile(str(profile)), "two")
+        return capsys.readouterr().out
+
+    assert "(ddp), of 23.2: with runtime.parallel=fsdp it fits" in warned(config)
+    assert warned(compose("language-1208M", "sam", "paper", overrides=["runtime.parallel=fsdp"])) == ""
+    large = compose("language-117.9M", "sam", "paper", overrides=["training.micro_batch=128"])
+    assert "with model.checkpoint_blocks=true it fits" in warned(large)
+    profile.write_text("time: 60\ngpus_per_node: 4\ntasks_per_node: 1\ngpu: a100-80\n")
+    assert "3 of 4 idle" in warned(compose("language-23.9M", "sam", "paper"))
+    profile.write_text("time: 60\ngpus_per_node: 2\n")  # of GPUs of no known kind nothing is computed
+    assert warned(config) == ""
+
+
+def test_the_time_that_a_run_needs_to_save(capsys, home):
+    """A step, an evaluation in float32 and a checkpoint; SLURM ends what is not done with them, and does not requeue it."""
+    config = small("adamw", "training.eval_rows=8", "training.steps=10")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        autocast(model_of(config), batch_of(config, 1)[0])
+    assert run_cost(config).forward == pytest.approx(counter.get_total_flops())
+    hardware = Hardware("x", 1e9, 1e9, 1.0, single=1e6)
+    spent = run_cost(config)
+    expected = hardware.hours(spent.flops, spent.wide) * 3600 / 10 + 8 * spent.forward / 0.8e6
+    assert pause(config, hardware, 2) == pytest.approx(expected / 2 + spent.checkpoint / 0.5e9)
+    profile = home / "one.yaml"
+    profile.write_text("time: 60\ngpus_per_node: 1\ngpu: a100-80\nsignal_delay: 180\n")
+    warn_on([compose("language-1208M", "sam", "paper")], load_profile(str(profile)), "one")
+    assert "signal_delay=180 of one: a step, an evaluation and a save of language-1208M sam" in capsys.readouterr().out
+    warn_on([compose("language-23.9M", "sam", "paper")], load_profile(str(profile)), "one")
+    assert capsys.readouterr().out == ""
 
 
 def test_refusals(capsys):
@@ -327,3 +409,15 @@ def test_imagenet_is_planned():
     assert resnet.step / 6 / 4096 == pytest.approx(4.09e9, rel=0.03)
     assert small.parameters == pytest.approx(22e6, rel=0.02)
     assert need(compose("vision-resnet-50", "sam", "paper"), gpu("a100-80")).hours > 0
+
+
+def test_images_that_are_decoded_more_slowly_than_trained_on():
+    """ViT-S/32's GPUs would wait: a step decodes once, whatever its passes, and each GPU has workers of its own."""
+    adamw, sam = (compose("vision-vit-s-32", method, "paper") for method in ("adamw", "sam"))
+    waits = 93_000 * 4096 / (200 * 8) / 3600
+    assert need(adamw, gpu("a100-80")).hours == need(sam, gpu("a100-80")).hours == pytest.approx(waits)
+    many = compose("vision-vit-s-32", "adamw", "paper", overrides=["runtime.workers=1000"])
+    spent = run_cost(many)
+    assert need(many, gpu("a100-80")).hours == gpu("a100-80").hours(spent.flops, spent.wide) < waits
+    assert "200 images a second" in table([adamw], gpu("a100-80")).caption
+    assert "decoded" not in table([compose("language-23.9M", "sam", "paper")], gpu("a100-80")).caption

@@ -18,8 +18,8 @@ from functional_sam.config import Config, compose, configs_directory, refuse_nam
 from functional_sam.data.shards import Status
 from functional_sam.errors import UserError
 from functional_sam.exhibits import KINDS, foreseen, known
-from functional_sam.jobs.profile import load_profile
-from functional_sam.planning import GPUS, Hardware, gpu, rows, table
+from functional_sam.jobs.profile import Profile, load_profile
+from functional_sam.planning import GPUS, Hardware, gpu, pause, rows, table, unfit
 from functional_sam.tasks import TASKS
 
 FIVE = ("adamw", "sam", "functional-sam", "precond-sam", "precond-functional-sam")
@@ -92,7 +92,7 @@ def show(configs: Sequence[Config], hardware: Hardware) -> None:
 
 
 def show_on(configs: Sequence[Config], cluster: str) -> None:
-    """The table for the GPUs of a cluster profile, and the runs that want more of them than it gives to one.
+    """The table for the GPUs of a cluster profile, and the runs that do not fit what it gives to one.
 
     Raises UserError for a profile without GPUs or without their kind.
     """
@@ -101,11 +101,38 @@ def show_on(configs: Sequence[Config], cluster: str) -> None:
         raise UserError(
             f"cluster {cluster}: set gpus_per_node and gpu (one of {', '.join(GPUS)}) in its profile to plan runs for its GPUs"
         )
-    hardware, given = gpu(profile.gpu, profile.utilization), profile.nodes * profile.gpus_per_node
-    show(configs, hardware)
+    show(configs, gpu(profile.gpu, profile.utilization))
+    warn_on(configs, profile, cluster)
+
+
+def warn_on(configs: Sequence[Config], profile: Profile, cluster: str) -> None:
+    """Name the runs that do not fit the GPUs that a profile gives to one, and the one that cannot save in time; none: say nothing.
+
+    Nothing too where the profile does not tell the kind of its GPUs.
+    """
+    if not profile.gpus_per_node or not profile.gpu:
+        return
+    hardware, given = gpu(profile.gpu, profile.utilization), profile.nodes * profile.tasks
+    lines, longest, slowest = [], 0.0, ""
     for found, _ in rows(configs, hardware):
+        config = found.config
+        run = f"{config.task} {config.method.name}"
         if found.layout is None or found.layout.gpus > given:
             wants = f"{found.layout.gpus} GPUs" if found.layout else "more GPUs than 512"
-            run = f"{found.config.task} {found.config.method.name}"
-            text = f"{run} wants {wants}, {cluster} gives {given} to a run (nodes, gpus_per_node)"
-            console.print(text, style="yellow", soft_wrap=True)
+            lines.append(f"{run} wants {wants}, {cluster} gives {given} to a run (nodes, gpus_per_node)")
+        elif lack := unfit(config, hardware, given):
+            lines.append(lack)
+        if (seconds := pause(config, hardware, given)) > longest:
+            longest, slowest = seconds, run
+    if longest > profile.signal_delay:
+        lines.append(
+            f"signal_delay={profile.signal_delay} of {cluster}: a step, an evaluation and a save of {slowest} take {longest:.0f} s "
+            "as computed; a run that is not done with them when its time ends is not requeued: raise it"
+        )
+    if profile.tasks < profile.gpus_per_node:
+        idle = profile.gpus_per_node - profile.tasks
+        lines.append(
+            f"{cluster}: tasks_per_node={profile.tasks}, and a process uses one GPU: {idle} of {profile.gpus_per_node} idle"
+        )
+    for line in lines:
+        console.print(line, style="yellow", highlight=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 import datetime
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -22,11 +23,19 @@ LIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUE
 
 
 def submit(
-    exhibit: str, scale: str, cluster: str, overrides: list[str], dry_run: bool, console: Console, released: bool = False
+    exhibit: str,
+    scale: str,
+    cluster: str,
+    overrides: list[str],
+    dry_run: bool,
+    console: Console,
+    released: bool = False,
+    warn: Callable[[list[Config], Profile, str], None] | None = None,
 ) -> None:
     """Submit the missing runs of an exhibit and the job that draws it, or print their scripts.
 
     released: runs that were released are taken as they are, now and as later stages name more; a dry run only counts them.
+    warn: called with the missing runs, the profile and its name, before anything is submitted.
     Raises UserError for a profile that cannot be, an absent SLURM, an unknown partition, runs that are queued already, or what
     sbatch refuses; nothing is queued then.
     """
@@ -37,6 +46,8 @@ def submit(
     missing = [c for c in configs if not Run(c).done and not (Run(c).state == "missing" and any(pack.done(c) for pack in packs))]
     for config in missing:
         _require_processes(config, profile, cluster)
+    if warn is not None:
+        warn(missing, profile, cluster)
     runs = Path(configs[0].runtime.runs).resolve()
     directory = _unused(runs / ".jobs", exhibit)
     submission = Submission(directory, exhibit, scale, overrides, profile, released)

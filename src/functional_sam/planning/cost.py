@@ -15,6 +15,8 @@ from functional_sam.tasks import TASKS
 
 MOMENTS = {"adamw": 2, "sgd": 1, "adafactor": 0}  # copies of the parameters that an optimizer keeps; adafactor's are vectors
 
+DECODED = 200.0  # inception crops a second that a worker makes of photographs of 500 x 375: measured on one core
+
 
 def shape(config: Config) -> Shape | ConvShape | PairShape:
     """Of a config's model."""
@@ -24,14 +26,18 @@ def shape(config: Config) -> Shape | ConvShape | PairShape:
 @dataclass(frozen=True)
 class RunCost:
     """parameters, non_embedding: numbers of them; tokens: trained on (images in vision); flops: of the run, by all its GPUs;
-    step: FLOPs of one step; gradients: evaluations of a step; checkpoint: bytes of one on disk, of which two are kept."""
+    wide: of these, the ones of float32 products (all of a float32 run; of one in bf16 the head's, by model.head_dtype);
+    step: FLOPs of one step; forward: of one row without a gradient; gradients: evaluations of a step; checkpoint: bytes of one on
+    disk, of which two are kept."""
 
     parameters: int
     non_embedding: int
     tokens: int
     gradients: float
     step: float
+    forward: float
     flops: float
+    wide: float
     checkpoint: int
 
 
@@ -84,15 +90,31 @@ def run_cost(config: Config, checkpointing: bool | None = None, gpus: int = 1, s
     # result no gradient needs.
     again = blocks - 2 * s.L * s.D * s.F * training.batch * s.N if recompute and isinstance(s, Shape) else 0
     step = blocks * (forwards + 2 * backwards) + again * backwards + embed * (forwards + backwards) + head * heads
+    bf16, readout = training.precision == "bf16", not isinstance(s, PairShape)  # transformers' models leave the head to autocast
+    wide = 0.0 if bf16 else step
+    if bf16 and readout and config.model.head_dtype == "float32":
+        wide = head * heads
     return RunCost(
         s.parameters,
         s.non_embedding,
         training.steps * training.batch * TASKS[config.kind].units(config),
         method.gradients,
         step,
+        (blocks + embed + head) / training.batch,
         step * training.steps,
+        wide * training.steps,
         parameter_bytes(config) * s.parameters * (1 + MOMENTS[config.optimizer.name] + method.carried),
     )
+
+
+def decoding_hours(config: Config) -> float:
+    """GPU-hours of a run whose GPUs only wait for inception crops, which runtime.workers of each make; 0 where nothing is decoded.
+
+    A step decodes its images once, whatever its passes.
+    """
+    if config.data.augment != "inception":
+        return 0.0
+    return config.training.steps * config.training.batch / (DECODED * max(1, config.runtime.workers)) / 3600
 
 
 def block_flops(s: Shape | PairShape) -> int:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from functional_sam.config import Config
-from functional_sam.planning.cost import RunCost, run_cost
-from functional_sam.planning.hardware import Hardware
+from functional_sam.planning.cost import DECODED, RunCost, decoding_hours, run_cost
+from functional_sam.planning.hardware import SINGLE, Hardware
 from functional_sam.planning.memory import Layout, Memory, accounted, memory
 from functional_sam.tasks import TASKS
 
@@ -47,7 +47,7 @@ def need(config: Config, hardware: Hardware, most: int = 512) -> Need:
     at = found or tried[-1]
     spent = run_cost(config, at.checkpointing, at.gpus, at.sharded)
     both = [memory(config, dataclasses.replace(at, checkpointing=checkpointing)) for checkpointing in (False, True)]
-    hours = spent.flops / (hardware.peak * hardware.utilization) / 3600
+    hours = max(hardware.hours(spent.flops, spent.wide), decoding_hours(config))
     return Need(config, spent, found, memory(config, at), both[0], both[1], hours)
 
 
@@ -75,10 +75,16 @@ def table(configs: Sequence[Config], hardware: Hardware, most: int = 512) -> Tab
         f"computed, not measured on a GPU: {hardware.name}, {hardware.memory / 2**30:g} GiB of which {hardware.usable:.0%} for "
         f"tensors, {hardware.peak / 1e12:g} TFLOP/s at {hardware.utilization:.0%}"
     )
+    if hardware.single and any(run_cost(config).wide for config in configs):
+        title += (
+            f", float32 products {hardware.single / 1e12:g} TFLOP/s at {SINGLE:.0%} (under bf16 the head's, by model.head_dtype)"
+        )
     caption = "GB on each GPU at the peak of a step, on as many GPUs as in `fits on`; stored, recomputed: all of it, either way"
     unknown = sorted({config.method.name for config in configs if not accounted(config)})
     if unknown:
         caption += f". Not accounted for (second-order graph): {', '.join(unknown)}"
+    if any(map(decoding_hours, configs)):
+        caption += f". GPU-hours: at least those in which {DECODED:g} images a second are decoded by each of runtime.workers"
     result = Table(title=title, caption=caption)
     for name in ("run", "parameters", "non-emb.", "trained on", "FLOPs", "fits on"):
         result.add_column(name, justify="left" if name in ("run", "fits on") else "right")

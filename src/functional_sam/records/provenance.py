@@ -54,7 +54,7 @@ def provenance() -> dict[str, Any]:
     }
 
 
-SAME = ("commit", "diff", "code", "versions", "host", "machine", "threads", "processes", "parallel", "data")
+SAME = ("commit", "diff", "code", "versions", "host", "machine", "threads", "processes", "parallel", "gpu", "data")
 ALONE = {"processes": 1, "parallel": "none"}  # what records say that were made before they said so
 
 
@@ -63,7 +63,7 @@ def resumed(before: dict[str, Any], now: dict[str, Any], step: int) -> dict[str,
     state: dict[str, Any] = {key: before.get(key, ALONE.get(key)) for key in SAME}
     for entry in before.get("resumed", []):
         state |= entry
-    changed = {key: now[key] for key in SAME if now[key] != state[key]}
+    changed = {key: now.get(key) for key in SAME if now.get(key) != state[key]}
     if not changed:
         return before
     return {**before, "resumed": [*before.get("resumed", []), {"step": step, "started": now["started"], **changed}]}

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,8 @@ class Language(Task):
         super().__init__(config, progress)
         if config.data.transfer:
             self.provenance["transfer"] = {name: self.data.elsewhere([name]).sha256 for name in config.data.transfer}
+        if config.data.sources == ["c4"] and config.data.unique_tokens is None:
+            _warn_of_repeats(config, self.data)
 
     @classmethod
     def data_directory(cls, config: Config) -> Path:
@@ -147,6 +150,18 @@ class Language(Task):
 
         nats, tokens, num_bytes = totals(model, self.evaluated(split), sums)
         return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / num_bytes, "tokens": int(tokens)}
+
+
+def _warn_of_repeats(config: Config, data: TextData) -> None:
+    """Of a corpus that no run is meant to read twice: which parts repeat is a choice of data.unique_tokens."""
+    training, length = config.training, config.model.length
+    read, there = training.steps * training.batch, data.train_windows(length)
+    if read > there:
+        warnings.warn(
+            f"the run reads {read * length:,} tokens, data.files={config.data.files} holds {there * length:,}: it goes on at the "
+            "start, where they repeat. A larger data.files (another run) avoids it, data.unique_tokens says that it is meant",
+            stacklevel=2,
+        )
 
 
 def wanted_c4(config: Config) -> c4.C4 | None:

@@ -1,6 +1,7 @@
 """One process or many, started by torchrun or srun: which part of a step is whose, and what only the first process does.
 
-The global batch is the config's, so the number of processes changes a result by rounding alone.
+The global batch is the config's, so the number of processes changes a result by rounding alone; but for the running statistics of
+batch normalization, with which evaluations work: they are of the rows of the first process.
 """
 
 import datetime
@@ -21,6 +22,7 @@ from functional_sam.errors import UserError
 from functional_sam.records import Run
 from functional_sam.tasks import Batches
 from functional_sam.tasks.batches import cut, joined, rows, split
+from functional_sam.weights import buffers_kept
 
 Result = TypeVar("Result")
 Forward = Callable[..., Any]
@@ -89,8 +91,12 @@ class Ranks:
 
     @property
     def record(self) -> dict[str, Any]:
-        """For the provenance: rounding differs with the number of processes."""
-        return {"processes": self.world, "parallel": self.parallel}
+        """For the provenance: rounding differs with the number of processes, and with the GPU and how it takes float32 products."""
+        found: dict[str, Any] = {"processes": self.world, "parallel": self.parallel}
+        if self.device.type == "cuda":
+            name, precision = torch.cuda.get_device_name(self.device), torch.get_float32_matmul_precision()
+            found["gpu"] = {"name": name, "cuda": torch.version.cuda, "float32": precision}
+        return found
 
     def run(self, config: Config, root: Path | None) -> Run:
         """The run; it can be written by the first process only."""
@@ -124,9 +130,15 @@ class Ranks:
         """The rows of a step that are this process's: of B rows the B/world from rank * B/world on, in forwards no larger."""
         if self.world == 1:
             return batches
-        whole = joined(batches)
-        each = rows(whole) // self.world
-        return split(cut(whole, self.rank * each, (self.rank + 1) * each), rows(batches[0]))
+        sizes = [rows(batch) for batch in batches]
+        each = sum(sizes) // self.world
+        first, last = self.rank * each, (self.rank + 1) * each
+        own, start = [], 0
+        for batch, size in zip(batches, sizes, strict=True):  # the rest is not touched: of 4,096 photographs it has gigabytes
+            if start < last and first < start + size:
+                own.append(cut(batch, max(first - start, 0), min(last - start, size)))
+            start += size
+        return split(own[0] if len(own) == 1 else joined(own), sizes[0])
 
     def wrap(self, model: torch.nn.Module, forward: Forward, batches: Batches) -> torch.nn.Module:
         """The model on its device, replicated or sharded: one FSDP2 unit a block, and the root with the embeddings.
@@ -155,9 +167,21 @@ class Ranks:
         # the layout. Were that the first step's, a resumed run would not repeat the uninterrupted one bit for bit.
         inputs, _ = cut(batches[0], 0, 1)
         readout = {"readout": lambda h, weight: h.sum() + weight.sum()} if getattr(model, "has_readout", False) else {}
-        forward(replica, inputs, **readout).sum().backward()
+        with buffers_kept(model):  # of which batch normalization would count that row
+            forward(replica, inputs, **readout).sum().backward()
         model.zero_grad()
         return replica
+
+    def share_buffers(self, model: torch.nn.Module) -> None:
+        """Give every process the first one's buffers, which are saved: else each would evaluate by its own running statistics."""
+        if self.world == 1:
+            return
+        saved = model.state_dict()
+        for name, buffer in model.named_buffers():
+            if name in saved:
+                value = buffer.contiguous()
+                dist.broadcast(value, src=0)
+                buffer.copy_(value)
 
 
 class _Watched(Run):
@@ -184,9 +208,11 @@ def require_divisible(config: Config, world: int, parallel: str) -> None:
             f"training.batch={training.batch} is not divisible by {world} processes: every process takes the same number of rows"
         )
     forwards = training.batch // config.micro_batch
-    if scope == "micro-batch" and forwards % world:
+    normalizes = config.model.kind == "convnet" and config.model.norm == "batch"  # by the statistics of a forward
+    if (scope == "micro-batch" or normalizes) and forwards % world:
+        what = "scope=micro-batch" if scope == "micro-batch" else "model.norm=batch"
         raise UserError(
-            f"scope=micro-batch: the {forwards} micro-batches of a step are not divisible by {world} processes; "
+            f"{what}: the {forwards} micro-batches of a step are not divisible by {world} processes; "
             f"a training.micro_batch of {training.batch // world} gives each process one (another run: it changes the result)"
         )
     if scope == "rank" and world > 1:

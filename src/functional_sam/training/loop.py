@@ -18,7 +18,7 @@ from functional_sam.records import Run
 from functional_sam.records.provenance import provenance, resumed
 from functional_sam.sharpness import MethodName, SharpnessAware, resolve
 from functional_sam.tasks import Metric, Task, prepare
-from functional_sam.tasks.batches import placed
+from functional_sam.tasks.batches import cut, placed
 from functional_sam.training.distributed import join
 from functional_sam.training.measure import curvature_batches, final_curvature, measured
 from functional_sam.training.optimizers import optimizer_of
@@ -57,7 +57,7 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
         dtype = torch.float64 if training.precision == "float64" else torch.float32
         place = functools.partial(placed, device=device, dtype=dtype)
         initial = _jittered(task.model(), config).to(dtype)
-        model = ranks.wrap(initial, forward, place(task.batch(0)))
+        model = ranks.wrap(initial, forward, place(cut(task.batch(0)[:1], 0, 1)))
         inner = unwrapped(model)  # of which evaluation and curvature are
         optimizer = optimizer_of(config.optimizer, task, model)
         sharpness = SharpnessAware(
@@ -103,6 +103,7 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
             if count in doses_at:
                 run.log("dose", count, dose=sharpness.dose)
             if last or (training.eval_every and count % training.eval_every == 0):
+                ranks.share_buffers(inner)
                 evaluated = _evaluate(task, inner, "validation")
                 run.log("validation", count, **evaluated)
                 if training.test_best and (best is None or task.metric.better(evaluated[task.metric.name], best[task.metric.name])):
@@ -110,6 +111,7 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
                     run.log("test", count, **_evaluate(task, inner, "test"))
                 sharpness.reshard()
             if count in measured_at:
+                ranks.share_buffers(inner)
                 for kind, found in measured(inner, optimizer, task, place, count):
                     run.log(kind, count, **found)
                     sharpness.reshard()
