@@ -213,6 +213,7 @@ def small_run(source, cache, **data):
     )
 
 
+@pytest.mark.filterwarnings("ignore:the run reads")  # of a few files, which is the next test's subject
 def test_the_task_trains_on_it(one_pass, source):
     """The language task unchanged; nothing is prepared again, and the source is needed no more."""
     config = small_run(source, one_pass.directory.parents[1])
