@@ -91,15 +91,14 @@ def _at_equal_rho(row: Any) -> bool:
 
 
 def headline(data: pd.DataFrame) -> str:
-    """The paper's best method at the largest size of fixed length, in a few words."""
-    own = data[data.part.eq("fixed") & data.entry.eq("precond-functional-sam")]
-    own = own[(own.parameters == own.parameters.max()) & (own.batch == own.batch.max())]  # the panel shows that batch
-    found = [
-        f"Precond Functional-SAM minus AdamW {differs(row, 'baseline')} nats at {style.count(row.parameters)} parameters"
-        for row in own.itertuples()
-    ]
+    """The paper's best method at the largest size, of fixed length and by tokens per parameter, in a few words."""
+    found = []
+    for part, words in (("fixed", "fixed length"), ("chinchilla", "20 tokens per parameter")):
+        own = data[data.part.eq(part) & data.entry.eq("precond-functional-sam")]
+        own = own[(own.parameters == own.parameters.max()) & (own.batch == own.batch.max())]  # the panel shows that batch
+        found += [f"{differs(row, 'baseline')} at {style.count(row.parameters)} parameters ({words})" for row in own.itertuples()]
     if found:
-        return found[0]
+        return f"Precond Functional-SAM minus AdamW, nats: {', '.join(found)}"
     swept = data[(data.part == "batch") & data.rho.sub(0.05).abs().lt(1e-9) & data.entry.isin(BOTH)]
     swept = swept[swept.lr_over_centre.sub(1).abs().lt(0.01) & (swept.batch == swept.batch.max())]
     words = ", ".join(f"{label(row.entry)} {differs(row, 'baseline')}" for row in swept.itertuples())
