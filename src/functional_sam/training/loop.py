@@ -70,7 +70,7 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
             **_seeded(config),
         )
 
-        start, seconds = restore(run.directory / "checkpoint", config.hash, ranks, sharpness)
+        start, seconds = restore(run.directory / "checkpoint", ranks, sharpness, config.hash)
         count = start
         record = {**provenance(), "hash": config.hash, "data": task.provenance, **ranks.record}
         run.write("provenance.json", resumed(run.read("provenance.json"), record, start) if start else record)
@@ -118,7 +118,7 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
             stopped_by = ranks.any(stop.requested)
             if count % config.runtime.checkpoint_every == 0 or last or stopped_by:
                 run.sync()
-                save(run.directory / "checkpoint", config.hash, count, ranks, sharpness, elapsed)
+                save(run.directory / "checkpoint", count, ranks, sharpness, elapsed, config.hash)
             if stopped_by:
                 raise Interrupted(
                     f"stopped by {stopped_by} after step {count} of {training.steps}, checkpoint saved; "

@@ -20,7 +20,7 @@ from functional_sam.weights import unwrapped
 AGAIN = "remove the directory, and the run starts again from step 0"
 
 
-def save(directory: Path, of: str, step: int, ranks: Ranks, sharpness: SharpnessAware, seconds: float) -> None:
+def save(directory: Path, step: int, ranks: Ranks, sharpness: SharpnessAware, seconds: float, of: str) -> None:
     """Gather tensor by tensor and write; every process takes part. Raises in all what the first one met, a full disk say.
 
     of: hash of the run's config, without which a checkpoint copied in from a run of the same shape would pass for its own.
@@ -37,7 +37,7 @@ def save(directory: Path, of: str, step: int, ranks: Ranks, sharpness: Sharpness
     ranks.lead(lambda: checkpoint.save(directory, step, state))
 
 
-def restore(directory: Path, of: str, ranks: Ranks, sharpness: SharpnessAware) -> tuple[int, float]:
+def restore(directory: Path, ranks: Ranks, sharpness: SharpnessAware, of: str) -> tuple[int, float]:
     """Continue from the newest whole checkpoint: (steps done, seconds spent), (0, 0.0) where there is none.
 
     The first process verifies checksums and chooses; of a sharded state each process reads its own slices only.
