@@ -40,9 +40,8 @@ class Hardware:
         return ((flops - wide) / rate + wide / (self.single * SINGLE if self.single else rate)) / 3600
 
 
-SINGLE = (
-    0.8  # of `single` that its products reach, stated too: large ones, without the work between products that `utilization` has
-)
+# Of `single` that its products reach, stated too: they are large, without the work between products that `utilization` has.
+SINGLE = 0.8
 
 # Data sheets of the vendor; memory in GiB as nominal, peak of dense (not "with sparsity") bf16 products accumulated in float32,
 # and of float32 products.
