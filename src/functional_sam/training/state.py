@@ -17,7 +17,7 @@ from functional_sam.training import checkpoint
 from functional_sam.training.distributed import Ranks
 from functional_sam.weights import unwrapped
 
-AGAIN = "remove the directory, and the run starts again from step 0"
+ANEW = "remove the directory, and the run starts again from step 0"
 
 
 def save(directory: Path, step: int, ranks: Ranks, sharpness: SharpnessAware, seconds: float, of: str) -> None:
@@ -51,7 +51,7 @@ def restore(directory: Path, ranks: Ranks, sharpness: SharpnessAware, of: str) -
         if state is None:
             return None
         if state.get("of", of) != of:  # those of before 2026-11-30 do not say
-            raise UserError(f"{directory}, step {state['step']}: of another run (hash {state['of']}, not {of}); {AGAIN}")
+            raise UserError(f"{directory}, step {state['step']}: of another run (hash {state['of']}, not {of}); {ANEW}")
         return int(state["step"])
 
     step = ranks.lead(choose)
@@ -66,7 +66,7 @@ def restore(directory: Path, ranks: Ranks, sharpness: SharpnessAware, of: str) -
     except RuntimeError as error:
         raise UserError(
             f"{directory}, step {step}: not of this model, begun by other code perhaps ({' '.join(str(error).split())[:300]}); "
-            f"go on with that code, or {AGAIN}"
+            f"go on with that code, or {ANEW}"
         ) from error
     # An optimizer numbers its parameters through its groups, in order.
     numbered = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
