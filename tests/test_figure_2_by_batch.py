@@ -143,7 +143,7 @@ def test_tests_on_fresh_seeds_are_families_of_their_own(exhibit):
 
 def test_runs_that_tests_share_are_one_row(exhibit):
     own = exhibit.frame[exhibit.frame.part == "tests"]
-    assert len(own) == 26 * 8 + 32 * 3  # AdamW and the functional part are in several cells; 20 and 12 trials are on three seeds
+    assert len(own) == 26 * 8 + 34 * 3  # AdamW and the functional part are in several cells; 20 and 14 trials are on three seeds
     assert set(own[own.run == "AdamW"].minus_adamw) == {0.0}
     assert list(own[own.run == "AdamW at rate 0.02"].minus_adamw) == pytest.approx([RATES[0.02]] * 8)
 
@@ -184,7 +184,7 @@ def test_the_sweep_of_the_figure_does_not_know_the_batches(exhibit):
     assert not exhibit.frame.duplicated(keys).any()
     assert without.answer.endswith(" so far")
     assert not exhibit.answer.endswith(" so far")
-    assert len(exhibit.frame) == 220 + 54 + 168 + 96 + 40
+    assert len(exhibit.frame) == 220 + 54 + 168 + 102 + 40
 
 
 def test_cells_can_be_run_alone_and_are_drawn_with_the_figure():
