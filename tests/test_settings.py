@@ -119,6 +119,13 @@ def test_an_exhibit_refuses_what_none_of_its_runs_reads(exhibit, override, words
         ready(exhibit, "quick", (override,))
 
 
+@pytest.mark.parametrize("exhibit", ["figure-3", "figure-2"])  # of a study, and of none
+def test_what_the_same_command_makes_unread_is_refused(exhibit):
+    with pytest.raises(UserError, match=r"override 'optimizer.beta1=0.8' does nothing in .* whose optimizers are sgd"):
+        needed(exhibit, "quick", ("optimizer.name=sgd", "optimizer.beta1=0.8"))
+    assert needed(exhibit, "quick", ("optimizer.name=sgd", "optimizer.momentum=0.8"))
+
+
 def test_an_exhibit_takes_what_one_of_its_tasks_reads():
     assert {config.model.kind for config in needed("figure-1", "quick", ("data.vocab=384",))} == {"decoder", "vit"}
     # of table-5's runs the first ones, all that are named at once, are of a vit; and 1 is the default anyhow

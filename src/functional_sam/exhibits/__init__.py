@@ -100,8 +100,7 @@ def needed(name: str, scale: str = "quick", overrides: tuple[str, ...] = ()) -> 
 def _require_read(name: str, scale: str, overrides: tuple[str, ...], configs: Iterable[Config]) -> None:
     """Of later runs, which the first ones of a study do not name yet, models and optimizers count too."""
     if overrides:
-        cells = tuple(one for one in overrides if one.startswith(CELLS))
-        require_read_by_one(name, (*configs, *foreseen(name, scale, cells)), overrides)
+        require_read_by_one(name, (*configs, *foreseen(name, scale, overrides)), overrides)
 
 
 def packs_of(name: str, scale: str) -> list[Pack]:
