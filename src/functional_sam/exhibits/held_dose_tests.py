@@ -86,11 +86,11 @@ def tests_figure(table: pd.DataFrame, cells: dict[str, Any], lr: float) -> Figur
 
 def _finding(table: pd.DataFrame, cells: dict[str, Any]) -> str:
     """The first comparison of each cell that the YAML puts into the title; how many, where none of them is complete."""
-    n, batch = ("/".join(str(one) for one in sorted(set(values))) for values in (table.n, table.batch))
     first = table.drop_duplicates("cell")
-    shown = [_in_words(row) for row in first.itertuples() if cells[row.cell].get("in_title")]
+    named = first[[bool(cells[cell].get("in_title")) for cell in first.cell]]
+    n, batch = ("/".join(str(one) for one in sorted(set((table if named.empty else named)[key]))) for key in ("n", "batch"))
     told = f"{table.verdict.str.startswith(SIGNIFICANT).sum()} of {len(table)} comparisons are significant"
-    return f"On {n} fresh seeds at {batch} rows a step: {'; '.join(shown) or told}"
+    return f"On {n} fresh seeds at {batch} rows a step: {'; '.join(_in_words(row) for row in named.itertuples()) or told}"
 
 
 def _in_words(row: Any) -> str:
