@@ -122,6 +122,8 @@ def test_the_record_says_where_it_came_from(cache, tmp_path):
     doses = run.metrics("dose")
     assert {line["step"] for line in doses} == loop.measure_steps(8, 12)
     assert all(0 < line["dose"] < 10 for line in doses)
+    kept = sorted(path.name for path in (run.directory / "checkpoint").iterdir())
+    assert kept == ["step-00000012.pt", "step-00000012.sha256"]  # the final weights alone
     before = (run.directory / "metrics.jsonl").stat().st_mtime_ns
     loop.train(run.config)  # complete: not touched
     assert (run.directory / "metrics.jsonl").stat().st_mtime_ns == before

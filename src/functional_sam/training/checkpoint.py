@@ -1,4 +1,4 @@
-"""Checkpoints: atomic, with a checksum, the last two kept; a damaged one is passed over for the one before."""
+"""Checkpoints: atomic, with a checksum, the last two kept while it trains; a damaged one is passed over for the one before."""
 
 import pickle
 import re
@@ -20,7 +20,12 @@ def save(directory: Path, step: int, state: dict[str, Any]) -> None:
         _write(state, temporary)
         checksum = sha256(temporary)
     write_text(path.with_suffix(".sha256"), checksum)
-    for old in _found(directory)[KEPT:]:
+    keep(directory, KEPT)
+
+
+def keep(directory: Path, count: int) -> None:
+    """Remove all but the newest `count` checkpoints."""
+    for old in _found(directory)[count:]:
         old.unlink(missing_ok=True)
         old.with_suffix(".sha256").unlink(missing_ok=True)
 

@@ -19,6 +19,7 @@ from functional_sam.records.provenance import provenance, resumed
 from functional_sam.sharpness import MethodName, SharpnessAware, resolve
 from functional_sam.tasks import Metric, Task, prepare
 from functional_sam.tasks.batches import cut, placed
+from functional_sam.training import checkpoint
 from functional_sam.training.distributed import join
 from functional_sam.training.measure import curvature_batches, final_curvature, measured
 from functional_sam.training.optimizers import optimizer_of
@@ -139,7 +140,7 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
         if config.measure.robustness:
             run.write("robustness.json", robustness(inner, task, device, dtype))
         summary["seconds"] = round(elapsed, 3)
-        ranks.lead(lambda: run.write("done.json", summary))
+        ranks.lead(lambda: _complete(run, summary))
         return run
     except FloatingPointError as error:  # divergence is a result, and kept as one
         message = str(error) if str(error).startswith("step") else f"after step {count}: {error}"
@@ -148,6 +149,12 @@ def train(config: Config, root: Path | None = None, progress: Progress | None = 
     finally:
         stop.restore()
         run.close()
+
+
+def _complete(run: Run, summary: dict[str, Any]) -> None:
+    """Write done.json, last; then the final weights need no checkpoint before them."""
+    run.write("done.json", summary)
+    checkpoint.keep(run.directory / "checkpoint", 1)
 
 
 def _seeded(config: Config) -> dict[str, Any]:
