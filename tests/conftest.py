@@ -114,6 +114,7 @@ def server():
     multiprocessing.set_forkserver_preload(PRELOAD)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # where it finds preloaded.py
         forkserver.ensure_running()
 
 
