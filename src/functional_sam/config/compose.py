@@ -1,6 +1,5 @@
 """From layers of settings to one complete, checked config, and back from the config.yaml of a run."""
 
-import copy
 import dataclasses
 import difflib
 import functools
@@ -13,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from functional_sam.config.check import validated
-from functional_sam.config.files import configs_directory, mapping, nearest, read_yaml
+from functional_sam.config.files import configs_directory, copied, mapping, nearest, read_yaml
 from functional_sam.config.schema import Config, keys
 from functional_sam.errors import UserError
 
@@ -117,7 +116,7 @@ def instance(kind: type[T], *layers: dict[str, Any]) -> T:
     key = f"{kind.__qualname__}{layers!r}"
     if key not in _INSTANCES:
         _INSTANCES[key] = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), *layers))
-    found: T = copy.deepcopy(_INSTANCES[key])
+    found: T = copied(_INSTANCES[key])
     return found
 
 
