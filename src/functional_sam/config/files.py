@@ -13,12 +13,13 @@ from functional_sam.errors import UserError
 
 FOUND = {list: "list", str: "string", int: "number", float: "number"}  # in a message, where a mapping should be
 T = TypeVar("T")
+CHECKOUT = Path(__file__).resolve().parents[3]
 FAST = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def configs_directory() -> Path:
     """configs/ of the working directory, or of the checkout this package is installed from."""
-    for root in (Path.cwd(), Path(__file__).resolve().parents[3]):
+    for root in (Path.cwd(), CHECKOUT):
         if (root / "configs" / "tasks").is_dir():
             return root / "configs"
     raise UserError(f"no configs/ in {Path.cwd()}: run this from the root of a clone (or of the unpacked sdist), which has them")
@@ -34,10 +35,15 @@ def nearest(kind: str, value: str, known: Iterable[str]) -> UserError:
 
 def read_yaml(folder: str, name: str) -> dict[str, Any]:
     """configs/FOLDER/NAME.yaml; an unknown NAME is a UserError with the nearest known one."""
+    return copied(shared_yaml(folder, name))
+
+
+def shared_yaml(folder: str, name: str) -> dict[str, Any]:
+    """The same, not to be changed: all who ask for the file are given the one mapping."""
     path = configs_directory() / folder / f"{name}.yaml"
     if not path.is_file():
         raise nearest(folder.rstrip("s"), name, (file.stem for file in path.parent.glob("*.yaml")))
-    return copied(_parsed(path, path.stat().st_mtime_ns, path.stat().st_size))
+    return _parsed(path, path.stat().st_mtime_ns, path.stat().st_size)
 
 
 @functools.lru_cache(maxsize=64)
