@@ -161,8 +161,18 @@ def load(path: Path) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """The complete config as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """The complete config as YAML: section by section, each content once, for the runs of a study have most in common."""
+    text = ""
+    for section in dataclasses.fields(config):
+        value = getattr(config, section.name)
+        key = f"{section.name}{value!r}"
+        if key not in _TEXTS:
+            _TEXTS[key] = OmegaConf.to_yaml(OmegaConf.create({section.name: value}))
+        text += _TEXTS[key]
+    return text
+
+
+_TEXTS: dict[str, str] = {}
 
 
 def _merge(base: Any, layer: Any, where: str) -> Any:
