@@ -106,14 +106,14 @@ def test_what_cannot_change_a_result_is_not_in_the_hash():
 
 
 def test_a_copy_shares_nothing_that_can_be_changed():
-    first = compose("language", "wsam", "quick", overrides=["measure.temperatures=[1.0,2.0]", "data.elsewhere=[technical]"])
-    second = copied(first)
-    assert second == first == copy.deepcopy(first)
+    given = ["measure.temperatures=[1.0,2.0]", "data.elsewhere=[technical]"]
+    first = compose("language", "wsam", "quick", overrides=given)
+    before, second = copy.deepcopy(first), copied(first)
+    assert second == first
     second.method.options["every"] = 3
     second.measure.temperatures.append(4.0)
     second.training.steps += 1
-    again = compose("language", "wsam", "quick", overrides=["measure.temperatures=[1.0,2.0]", "data.elsewhere=[technical]"])
-    assert again == first != second
+    assert compose("language", "wsam", "quick", overrides=given) == first == before != second
 
 
 def test_yaml_round_trip(tmp_path):
