@@ -62,7 +62,8 @@ def copied(content: T) -> T:
     elif hasattr(content, "__dataclass_fields__"):
         result = object.__new__(type(content))
         vars(result).update(copied(vars(content)))
-    return result
+    new: T = result
+    return new
 
 
 def mapping(path: Path, written: bool = False) -> dict[str, Any]:
