@@ -276,7 +276,7 @@ def put(config: Config, key: str, value: Any) -> None:
     owner = getattr(config, section, None)
     if owner is None or not hasattr(owner, rest):
         raise UserError(f"a study sets {key!r}, which no config has")
-    real = _types(type(owner))[rest] in (float, float | None)
+    real = _types(owner.__class__)[rest] in (float, float | None)
     # 1 in a YAML is a whole number, and the same setting as 1.0: a run has one name.
     setattr(owner, rest, float(value) if real and isinstance(value, int) else value)
 
