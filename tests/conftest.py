@@ -1,5 +1,6 @@
 """Shared by all tests: one thread, and the small models and batches that most of them use."""
 
+import gc
 import multiprocessing
 import os
 from multiprocessing import forkserver
@@ -11,9 +12,11 @@ from processes import PRELOAD
 
 torch.set_num_threads(1)  # for tiny operations a second one gains nothing, and where the cores are busy it costs tenfold
 
-LONGEST = ["test_slurm", "test_distributed_training", "test_sharpness_distributed", "test_cli", "test_faults", "test_planning"]
-LONGEST += ["test_exhibits", "test_study_exhibits", "test_models", "test_sharpness_memory", "test_sharpness_state"]
-LONGEST += ["test_sharpness_ranks", "test_integrations_transformers", "test_integrations_lightning", "test_integrations_accelerate"]
+LONGEST = ["test_slurm", "test_sharpness_distributed", "test_distributed_training", "test_cli", "test_faults"]
+LONGEST += ["test_integrations_transformers", "test_sharpness_memory", "test_training", "test_packaging", "test_planning"]
+LONGEST += ["test_released", "test_exhibits_curvature", "test_exhibits", "test_study_exhibits", "test_vision", "test_data_shards"]
+LONGEST += ["test_figure_9", "test_text_to_text", "test_study", "test_integrations_trainer_loss", "test_finetune_exhibits"]
+LONGEST += ["test_sharpness_state", "test_integrations_lightning", "test_integrations_accelerate"]
 
 
 class TinyModel(torch.nn.Module):
@@ -114,6 +117,7 @@ def server():
     multiprocessing.set_forkserver_preload(PRELOAD)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # where it finds preloaded.py
         forkserver.ensure_running()
 
 
@@ -121,6 +125,17 @@ def pytest_collection_modifyitems(config, items):
     """Several workers (pytest -n): the files that take longest first, so that none of them is left for the end."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+def pytest_configure():
+    """No garbage is collected while all is imported, for there is none."""
+    gc.disable()
+
+
+def pytest_collection_finish():
+    """From here on it is, but never looked for in what is imported: a million objects, again and again."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from functional_sam import head
 from functional_sam.models import Decoder, ViT
 from functional_sam.planning.memory import rows
 from functional_sam.sharpness import SharpnessAware
@@ -73,22 +74,24 @@ class Storages(TorchDispatchMode):
         return super().__exit__(*error)
 
 
-PEAK_AT = 1  # step (from 0) whose peak is taken: by then the moments exist, and the copy of theta
-
-
 def real(config):
-    """Peak bytes of the second step on this CPU."""
-    return _peak(config, 1, None)
+    """Peak bytes of the second step on this CPU: by then the moments exist, and all that a method keeps."""
+    return _peak(config, 1, None, steps=2)
 
 
 def simulated(config, gpus, sharded):
-    """The same without memory or processes: rank 0 of `gpus`. The numbers that the code reads from tensors are set to one."""
+    """The same without memory or processes: rank 0 of `gpus`. The numbers that the code reads from tensors are set to one.
+
+    Of one step, to which the moments are given: for the methods that are simulated it has the bytes of the second one. The softmax
+    sweeps over whole chunks: in parts it takes the same memory, and thousands of operations.
+    """
     with contextlib.ExitStack() as stack:
         for where, name, value in (
             (Passes, "sum_over_ranks", lambda self, *values: tuple(1.0 for _ in values)),
             (Passes, "_require_untouched", staticmethod(lambda *_: None)),
             (Passes, "rewind", lambda self, i, repeated: Kept(())),
             (Perturbation, "require_finite", lambda *_: None),
+            (head, "SWEEP_BYTES", head.CHUNK_BYTES),
         ):
             stack.enter_context(mock.patch.object(where, name, value))
         stack.enter_context(mock.patch("functional_sam.ascents.norm", _one))
@@ -99,7 +102,7 @@ def simulated(config, gpus, sharded):
             stack.callback(dist.destroy_process_group)
         mesh = init_device_mesh("cpu", (gpus,)) if sharded else None
         stack.enter_context(FakeTensorMode())
-        return _peak(config, gpus, mesh)
+        return _peak(config, gpus, mesh, steps=1)
 
 
 def _one(tensors, fast):
@@ -114,7 +117,8 @@ def _backward(self, batches):
     return torch.zeros(())
 
 
-def _peak(config, gpus, mesh):
+def _peak(config, gpus, mesh, steps):
+    """Of the last of so many steps; of one alone with moments that a step with gradients of one has left."""
     model = model_of(config)
     if mesh is not None:
         for block in model.blocks:
@@ -129,11 +133,16 @@ def _peak(config, gpus, mesh):
     sharpness = SharpnessAware(model, optimizer, config.method.name, config.method.rho, forward=forward, **config.method.options)
     size, forwards = rows(config, gpus)
     batches = [batch_of(config, size) for _ in range(forwards)]
+    if steps == 1:
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        optimizer.zero_grad()
     tracker = Storages()
-    tracker.see([*model.parameters(), *batches])
+    tracker.see([*model.parameters(), *batches, *(value for state in optimizer.state.values() for value in state.values())])
     with tracker:
-        for step in range(PEAK_AT + 1):
-            tracker.peak = tracker.now if step == PEAK_AT else 0
+        for _ in range(steps):
+            tracker.peak = tracker.now
             sharpness.backward(batches)
             optimizer.step()
             optimizer.zero_grad()

@@ -1,6 +1,7 @@
 """Processes of tests: forked from one server that has imported everything, so that each starts in a tenth of a second.
 
-The server is multiprocessing's: one for a session, of one thread, in which nothing was computed. A process forked from it is fresh.
+The server is multiprocessing's: one for a session, of one thread, in which nothing was computed but digests of the code
+(preloaded.py). A process forked from it is fresh.
 """
 
 import multiprocessing
@@ -18,7 +19,7 @@ from functional_sam.cli import main
 
 # What a run, alone or on several ranks, imports sooner or later; torch imports the first by itself when an optimizer is made.
 PRELOAD = ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "pytest"]
-PRELOAD += ["functional_sam.commands.runs", "functional_sam.training.attempt"]
+PRELOAD += ["functional_sam.commands.runs", "functional_sam.training.attempt", "preloaded"]
 PATIENCE = 200  # seconds that a process may take
 
 

@@ -1,11 +1,12 @@
 """Bad configs are refused with the value, the place and the way out; good ones keep their identity."""
 
+import copy
 import dataclasses
 import shutil
 
 import pytest
 
-from functional_sam.config import Config, compose, configs_directory, load, refuse_names, settings_of, to_yaml, validated
+from functional_sam.config import Config, compose, configs_directory, copied, load, refuse_names, settings_of, to_yaml, validated
 from functional_sam.config.files import mapping
 from functional_sam.errors import UserError
 from functional_sam.models import PUBLISHED, Decoder
@@ -102,6 +103,17 @@ def test_what_cannot_change_a_result_is_not_in_the_hash():
     assert compose("language", "sam", "quick", overrides=["runtime.threads=1", "runtime.runs=elsewhere"]).hash == plain.hash
     for override in ("training.init_seed=1", "method.rho=0.1", "method.options.scope=rank", "measure.points=3"):
         assert compose("language", "sam", "quick", overrides=[override]).hash != plain.hash, override
+
+
+def test_a_copy_shares_nothing_that_can_be_changed():
+    given = ["measure.temperatures=[1.0,2.0]", "data.elsewhere=[technical]"]
+    first = compose("language", "wsam", "quick", overrides=given)
+    before, second = copy.deepcopy(first), copied(first)
+    assert second == first
+    second.method.options["every"] = 3
+    second.measure.temperatures.append(4.0)
+    second.training.steps += 1
+    assert compose("language", "wsam", "quick", overrides=given) == first == before != second
 
 
 def test_yaml_round_trip(tmp_path):

@@ -38,6 +38,13 @@ SharpnessAware(model, optimizer, {arguments})
 """
 
 
+# What torch imports and the library takes nothing from: half of all that mypy would read.
+UNREAD = "torch._decomp torch._dynamo torch._export torch._higher_order_ops torch._inductor torch._prims torch._refs "
+UNREAD += "torch._subclasses torch.ao torch.distributions torch.export torch.fx torch.jit torch.onnx torch.package torch.sparse "
+UNREAD += "torch.quantization torch.testing torch.utils.benchmark torch.utils.data torch.distributed.elastic torch.distributed.rpc "
+UNREAD += "torch.distributed.pipelining IPython matplotlib numpy prompt_toolkit sympy traitlets"
+
+
 @pytest.mark.slow
 def test_mypy_finds_what_is_misspelt(tmp_path):
     """As strict as it gets, and as Python 3.10 has it: that the library's own files pass is seen on the way."""
@@ -50,7 +57,9 @@ def test_mypy_finds_what_is_misspelt(tmp_path):
     }
     for i, arguments in enumerate(cases):
         (tmp_path / f"case_{i}.py").write_text(TYPED.format(arguments=arguments))
-    command = [sys.executable, "-m", "mypy", "--strict", "--python-version", "3.10", "--no-incremental", "--config-file="]
+    unread = ",".join(f"{name}.*" for name in UNREAD.split())
+    (tmp_path / "mypy.ini").write_text(f"[mypy]\n[mypy-{unread}]\nfollow_imports = skip\n")
+    command = [sys.executable, "-m", "mypy", "--strict", "--python-version", "3.10", "--no-incremental", "--config-file=mypy.ini"]
     where = {"env": {"MYPYPATH": str(PACKAGE.parent)}, "cwd": tmp_path}
     done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, **where)
     errors = [line for line in done.stdout.splitlines() if ": error:" in line]

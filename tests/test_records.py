@@ -54,6 +54,8 @@ def test_comments_and_docstrings_are_no_code():
     assert code.digest(source) == code.digest("# another\ndef f(x):\n\n    return 2*x  # twice\n")
     assert code.digest(source) != code.digest(source.replace("2 *", "3 *"))
     assert code.digest('"""Nothing."""\n') == code.digest("")
+    nested = "try:\n class A:\n  async def f(self):\n   {}1\nexcept E:\n match x:\n  case 1:\n   def g():\n    {}1\n"
+    assert code.digest(nested.format('"""F."""; ', '"""G."""; ')) == code.digest(nested.format("", ""))
 
 
 def test_what_only_watches_runs_is_no_code():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import matplotlib.pyplot as plt
 import pytest
 from made_up_figure import CELLS, HEADLINE, do, options, share
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.console import Console
 from functional_sam import exhibits
 from functional_sam.commands import results, runs
 from functional_sam.errors import Interrupted, UserError
+from functional_sam.exhibits import figure_1
 from functional_sam.exhibits.output import as_written, csv_text, stem
 from functional_sam.exhibits.spec import load_spec
 from functional_sam.files import write_text
@@ -38,12 +40,18 @@ def test_what_is_drawn_from_released_records_is_the_same_to_the_byte(home):
     assert [run["run"] for run in record["runs"]] == [config.name for config in here.configs]
 
 
-def line_of(plan_or_none=None, overridden=False):
-    plan = plan_or_none or exhibits.ready("figure-1")
+@pytest.fixture
+def blank(monkeypatch):
+    """figure-1 without its axes, where only its numbers are looked at."""
+    monkeypatch.setattr(figure_1, "_figure", lambda *_: plt.figure())
+
+
+def line_of(overridden=False):
+    plan = exhibits.ready("figure-1")
     return results.against_released(plan, as_written(exhibits.draw_plan(plan).frame), overridden)
 
 
-def test_the_last_line_of_a_drawing(home, capsys):
+def test_the_last_line_of_a_drawing(home, blank, capsys):
     configs = exhibits.needed("figure-1")
     do(configs)
     assert "not compared with a released result" in line_of()
@@ -124,7 +132,7 @@ def test_a_release_takes_no_settings_of_the_command_line(home):
     assert not (home / "results").exists()
 
 
-def test_check_compares_what_is_written(home):
+def test_check_compares_what_is_written(home, blank):
     do(exhibits.needed("figure-1"))
     results.release_command(options())
     assert results.check_command(options()) == 0
@@ -135,7 +143,7 @@ def test_check_compares_what_is_written(home):
         results.check_command(options())
 
 
-def test_what_was_released_of_later_cells_is_taken_too(home, monkeypatch):
+def test_what_was_released_of_later_cells_is_taken_too(home, blank, monkeypatch):
     """A study that goes cell by cell names the next ones when the present one is complete; the released records may be further."""
     configs = exhibits.needed("figure-1")
     do(configs)
@@ -152,7 +160,7 @@ def test_what_was_released_of_later_cells_is_taken_too(home, monkeypatch):
     assert all(Run(config).done for config in configs)
 
 
-def test_released_runs_are_taken_and_never_checked_against_themselves(home, capsys):
+def test_released_runs_are_taken_and_never_checked_against_themselves(home, blank, capsys):
     do(exhibits.needed("figure-1"))
     results.release_command(options())
     (home / "runs").rename(home / "elsewhere")
@@ -170,7 +178,7 @@ def test_released_runs_are_taken_and_never_checked_against_themselves(home, caps
         runs.run_command(options(jobs=1, fresh=True, released=True))
 
 
-def test_an_unfinished_exhibit_goes_on_from_its_released_runs(home, capsys):
+def test_an_unfinished_exhibit_goes_on_from_its_released_runs(home, blank, capsys):
     configs = exhibits.needed("figure-1")
     with pytest.raises(UserError, match="no run is complete"):
         results.release_command(options(unfinished=True))

@@ -1,6 +1,7 @@
 """The exhibits of the language study, drawn from made-up records: every cell appears, words follow the verdicts."""
 
 import dataclasses
+import functools
 import math
 
 import pandas as pd
@@ -40,7 +41,9 @@ def complete():
     return source
 
 
+@functools.lru_cache(maxsize=16)
 def drawn(name, source):
+    """Of one source once: no test changes what it is given."""
     plan = planned(name, "quick", source=source)
     return draw_plan(plan)
 

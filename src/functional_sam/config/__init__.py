@@ -5,7 +5,7 @@ compose() = defaults <- tasks/TASK.yaml <- scales/SCALE.yaml (its section for th
 
 from functional_sam.config.check import validated
 from functional_sam.config.compose import PLACES, compose, instance, load, refuse_names, settings_of, to_yaml
-from functional_sam.config.files import configs_directory, nearest, read_yaml
+from functional_sam.config.files import configs_directory, copied, nearest, read_yaml
 from functional_sam.config.schema import Config, OptimizerConfig, RuntimeConfig
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "RuntimeConfig",
     "compose",
     "configs_directory",
+    "copied",
     "instance",
     "load",
     "nearest",

@@ -1,6 +1,5 @@
 """From layers of settings to one complete, checked config, and back from the config.yaml of a run."""
 
-import copy
 import dataclasses
 import difflib
 import functools
@@ -13,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from functional_sam.config.check import validated
-from functional_sam.config.files import configs_directory, mapping, nearest, read_yaml
+from functional_sam.config.files import configs_directory, copied, mapping, nearest, shared_yaml
 from functional_sam.config.schema import Config, keys
 from functional_sam.errors import UserError
 
@@ -30,12 +29,12 @@ def compose(
 
     if method not in METHODS:
         raise nearest("method", method, METHODS)
-    layers = [(f"configs/tasks/{task}.yaml", read_yaml("tasks", task))]
+    layers = [(f"configs/tasks/{task}.yaml", shared_yaml("tasks", task))]
     if scale is not None:
-        by_task = read_yaml("scales", scale)
+        by_task = shared_yaml("scales", scale)
         if task not in by_task:
             scales = sorted(path.stem for path in (configs_directory() / "scales").glob("*.yaml"))
-            others = " or ".join(f"--scale {other}" for other in scales if task in read_yaml("scales", other))
+            others = " or ".join(f"--scale {other}" for other in scales if task in shared_yaml("scales", other))
             raise UserError(
                 f"configs/scales/{scale}.yaml has no section {task}: write one, `{task}: {{}}` where its file of configs/tasks "
                 f"says all, or take {others or 'another task'} (sections there: {', '.join(sorted(by_task))})"
@@ -68,7 +67,9 @@ def compose(
     return config
 
 
+@functools.lru_cache(maxsize=1024)
 def _parsed(override: str) -> dict[str, Any]:
+    """The layer of settings that an override is, not to be changed: a study has the same ones over hundreds of configs."""
     if "=" not in override:
         raise UserError(f"override {override!r}: expected key=value, for instance training.steps=100")
     try:
@@ -117,7 +118,7 @@ def instance(kind: type[T], *layers: dict[str, Any]) -> T:
     key = f"{kind.__qualname__}{layers!r}"
     if key not in _INSTANCES:
         _INSTANCES[key] = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), *layers))
-    found: T = copy.deepcopy(_INSTANCES[key])
+    found: T = copied(_INSTANCES[key])
     return found
 
 
@@ -160,8 +161,18 @@ def load(path: Path) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """The complete config as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """The complete config as YAML: section by section, each content once, for the runs of a study have most in common."""
+    text = ""
+    for section in dataclasses.fields(config):
+        value = getattr(config, section.name)
+        key = f"{section.name}{value!r}"
+        if key not in _TEXTS:
+            _TEXTS[key] = OmegaConf.to_yaml(OmegaConf.create({section.name: value}))
+        text += _TEXTS[key]
+    return text
+
+
+_TEXTS: dict[str, str] = {}
 
 
 def _merge(base: Any, layer: Any, where: str) -> Any:

@@ -35,9 +35,13 @@ def fingerprint() -> dict[str, Any]:
 def digest(source: str) -> str:
     """12 hexadecimal digits of the SHA-256 of a Python source without comments, docstrings and layout."""
     tree = ast.parse(source)
-    for node in ast.walk(tree):
+    pending: list[Any] = [tree]
+    while pending:  # statements alone, for an expression holds no docstring: ast.walk, which has all, takes as long as to parse
+        node = pending.pop()
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
             node.body = node.body[1:] or ([] if isinstance(node, ast.Module) else [ast.Pass()])
+        for block in ("body", "orelse", "finalbody", "handlers", "cases"):
+            pending += getattr(node, block, [])
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:12]
 
 

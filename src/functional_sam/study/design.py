@@ -1,6 +1,5 @@
 """What a study compares: entries (the lines of a comparison), and cells (the settings in which they are compared)."""
 
-import copy
 import functools
 import itertools
 import math
@@ -10,7 +9,7 @@ from typing import Any
 
 from omegaconf.errors import OmegaConfBaseException
 
-from functional_sam.config import Config, compose, instance, nearest, read_yaml, settings_of, validated
+from functional_sam.config import Config, compose, copied, instance, nearest, read_yaml, settings_of, validated
 from functional_sam.errors import UserError
 from functional_sam.sharpness.methods import METHODS
 from functional_sam.sharpness.options import WARMUPS
@@ -240,7 +239,7 @@ def make(
     study: Study, cell: Cell, name: str, trial: Trial, seed: int, *, reported: bool = False, curvature: bool = False
 ) -> Config:
     """Make the config of one run: of task, scale, study, cell, entry, trial and seed, the command line's overrides over all."""
-    config, entry, given = copy.deepcopy(_base(study, cell)), study.entries[name], settings_of(study.overrides)
+    config, entry, given = copied(_base(study, cell)), study.entries[name], settings_of(study.overrides)
     task, baseline_steps = TASKS[config.kind], steps_of(study, cell)
     steps = config.training.steps if "training.steps" in given else round(entry.steps * baseline_steps)
     units = baseline_steps * config.training.batch * task.units(config)
@@ -277,9 +276,15 @@ def put(config: Config, key: str, value: Any) -> None:
     owner = getattr(config, section, None)
     if owner is None or not hasattr(owner, rest):
         raise UserError(f"a study sets {key!r}, which no config has")
-    real = next(one.type for one in fields(owner) if one.name == rest) in (float, float | None)
+    real = _types(owner.__class__)[rest] in (float, float | None)
     # 1 in a YAML is a whole number, and the same setting as 1.0: a run has one name.
     setattr(owner, rest, float(value) if real and isinstance(value, int) else value)
+
+
+@functools.cache
+def _types(section: type) -> dict[str, Any]:
+    """Setting -> its type."""
+    return {one.name: one.type for one in fields(section)}
 
 
 def _base(study: Study, cell: Cell) -> Config:
