@@ -55,7 +55,7 @@ def draw(plan: Plan) -> Exhibit:
     axis.invert_yaxis()
     axis.tick_params(axis="y", length=0)
     style.signed_log(axis, LINEAR, "x")
-    cost.set(xlabel="time of a step /\nAdamW's", xlim=(0.9, None))
+    cost.set(xlabel="time of a step /\nAdamW's", xlim=(0.9, 1.05 * data.cost.max()))
     cost.axvline(1.0, color="#bbbbbb", linewidth=0.6, zorder=0)
     cost.tick_params(axis="y", length=0)
     figure.tight_layout()
