@@ -201,7 +201,7 @@ def _differing(config: Config) -> dict[str, Any]:
         value = getattr(config, name)
         if not isinstance(default, dict):
             found[name] = value
-        elif differing := {key: given[key] for key, usual in default.items() if (given := vars(value))[key] != usual}:
+        elif differing := {key: getattr(value, key) for key, usual in default.items() if getattr(value, key) != usual}:
             found[name] = differing
     return found
 
