@@ -4,9 +4,11 @@ Root is needed, and munge and SLURM installed (make slurm). Runs that something 
 until it has happened.
 """
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -166,6 +168,16 @@ class Case:
         shown = self.shown or ask("scontrol", "show", "job", "--oneliner", self.job)
         return next((word.split("=", 1)[1] for word in shown.split() if word.startswith(f"{key}=")), "")
 
+    def process(self, rank):
+        """The number of the process that trains as this rank."""
+        asked = {f"SLURM_JOB_ID={self.job}", f"SLURM_PROCID={rank}"}
+        for environment in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                found = set(environment.read_text(errors="replace").split("\0"))
+                if asked <= found and "submitit" in (environment.parent / "cmdline").read_text():
+                    return int(environment.parent.name)
+        raise AssertionError(f"no process of {self.job} is rank {rank}")
+
     def ended(self):
         if not self.shown and self.scontrol("JobState") in ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL"):
             self.shown = ask("scontrol", "show", "job", "--oneliner", self.job)
@@ -209,6 +221,7 @@ def cluster(slurm, cache, tmp_path_factory):
         "cancelled": long + first + slow,
         "node-down": long + last + slow,
         "broken": long + first + broken,
+        "one-dies": long + first + "tasks_per_node: 2\n" + slow,
     }
     cases = {name: Case(base / f"runs-{name}", text) for name, text in texts.items()}
     quiet = Console(quiet=True)
@@ -231,7 +244,7 @@ def cluster(slurm, cache, tmp_path_factory):
             stage = next(case.runs.glob(".jobs/*/stage-1"))
             content = json.loads((stage / "jobs.json").read_text())
             (case.job,), case.following = content["runs"], content["next"]
-            if name not in ("cancelled", "broken"):  # one run draws no figure
+            if name not in ("cancelled", "broken", "one-dies"):  # one run draws no figure
                 subprocess.run(["scancel", case.following], check=True)
 
         (base / "chain.yaml").write_text(long + first)
@@ -254,6 +267,11 @@ def cluster(slurm, cache, tmp_path_factory):
             if not case.done and case.steps >= 5:
                 subprocess.run([*command, case.job], check=True)
                 case.done.add("done")
+        case = cases["one-dies"]
+        if not case.done and case.steps >= 5:
+            os.kill(case.process(0), signal.SIGSTOP)  # waits for the other and hears nothing more, as NCCL does
+            os.kill(case.process(1), signal.SIGKILL)
+            case.done.add("killed")
         case = cases["limit"]
         if not case.done and case.steps >= 1:
             case.done.add("trained" if case.scontrol("Restarts") == "0" else "requeued before it trained")
@@ -383,6 +401,15 @@ def test_a_failed_run_is_in_the_status_with_its_log(cluster, capsys):
     log = log_of(case.run.config.name, case.runs)
     assert f"failed: OSError: broken for the test; log: {log}" in shown
     assert "Traceback" in log.read_text()
+    assert case.following not in jobs()
+
+
+def test_when_one_process_dies_the_others_do_not_wait_for_ever(cluster):
+    case = cluster["one-dies"]
+    assert case.done
+    assert case.run.state == "partial"
+    assert case.scontrol("JobState") == "FAILED"
+    assert case.scontrol("Restarts") == "0"
     assert case.following not in jobs()
 
 

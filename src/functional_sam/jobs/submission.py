@@ -37,6 +37,10 @@ TEARDOWN = [
     "exit $status",
 ]
 
+# Seconds that a job goes on after the first of its processes has ended. They end together: one that died (of memory, say) leaves
+# the others waiting for it in a collective, which NCCL gives up only after ten minutes.
+WAIT = 60
+
 
 @dataclass
 class Submission:
@@ -102,8 +106,8 @@ class Submission:
             "signal_delay_s": profile.signal_delay,
             "stderr_to_stdout": True,
             "wckey": None,
-            # Since 22.05 srun does not take it over from sbatch, and would bind every process to one core.
-            "srun_args": [f"--cpus-per-task={profile.cpus_per_task}"],
+            # Since 22.05 srun does not take the first over from sbatch, and would bind every process to one core.
+            "srun_args": [f"--cpus-per-task={profile.cpus_per_task}", f"--wait={WAIT}"],
             "setup": [*profile.setup, *exports],
             "teardown": TEARDOWN,
             "additional_parameters": more,
