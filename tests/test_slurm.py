@@ -174,7 +174,7 @@ class Case:
         for environment in Path("/proc").glob("[0-9]*/environ"):
             with contextlib.suppress(OSError):
                 found = set(environment.read_text(errors="replace").split("\0"))
-                if asked <= found and "submitit" in (environment.parent / "cmdline").read_text():
+                if asked <= found and (environment.parent / "cmdline").read_text().startswith(sys.executable):  # not srun
                     return int(environment.parent.name)
         raise AssertionError(f"no process of {self.job} is rank {rank}")
 
