@@ -124,6 +124,9 @@ def test_tests_on_fresh_seeds_are_families_of_their_own(exhibit):
     rates = table.loc["rates-256"]
     assert list(rates.p_holm) == pytest.approx(holm([by_hand[name].p for name in others if name != "AdamW"]))
     assert list(rates.verdict) == ["better", "worse", "worse"]
+    assert list(table.p_all) == pytest.approx(holm(list(table.p)))
+    told, together = (int((table[column] < 0.05).sum()) for column in ("p_holm", "p_all"))
+    assert f"by Holm over all {len(table)} comparisons together {together} of the {told} significant" in exhibit.caption
     method = table.loc["method-256"].reset_index()
     assert list(zip(method.run, method.other, strict=True)) == [
         (f"Functional-SAM at rho {rho}", other) for rho in ("0.5", "0.15") for other in ("AdamW", "AdamW with twice the steps")
@@ -138,7 +141,8 @@ def test_tests_on_fresh_seeds_are_families_of_their_own(exhibit):
     assert len(drawn_text) == len(table) + table.reset_index().cell.nunique()
     assert set(exhibit.frames["batches"].n) == {5, 3}
     alone = drawn(left_out=(64, 1024))  # whatever other batches are complete
-    assert alone.frames["tests"].equals(exhibit.frames["tests"].query("batch == 256"))
+    own, of_all = (frame.drop(columns="p_all") for frame in (alone.frames["tests"], exhibit.frames["tests"].query("batch == 256")))
+    assert own.equals(of_all)
 
 
 def test_runs_that_tests_share_are_one_row(exhibit):
@@ -180,7 +184,9 @@ def test_the_sweep_of_the_figure_does_not_know_the_batches(exhibit):
     assert without.frames["comparisons"].equals(exhibit.frames["comparisons"])
     assert set(without.frames["batches"].batch) == {8}
     left = "rows-64, rows-256, fresh-256, rates-256, rate-256, method-256, method-rate-256, sam-256, "
-    left += "higher-256, start-256, double-256, only-start-256, warmup-256, tune-256, tuned-256, again-256, longer-256, longest-256, "
+    left += (
+        "higher-256, start-256, double-256, only-start-256, warmup-256, tune-256, tuned-256, again-256, longer-256, longest-256, "
+    )
     left += "tune-64, tuned-64, tune-64-short, tuned-64-short, rows-1024"
     assert f"not shown, their runs are not complete: {left}" in without.caption
     assert "not shown" not in exhibit.caption

@@ -12,7 +12,7 @@ from functional_sam.exhibits import style
 from functional_sam.exhibits.markdown import interval
 from functional_sam.exhibits.pairs import by_seed
 from functional_sam.exhibits.spec import Spec
-from functional_sam.study.compare import Estimate, Verdict, family
+from functional_sam.study.compare import Estimate, Verdict, adjusted, family, significant
 
 SIGNIFICANT = (str(Verdict.BETTER), str(Verdict.WORSE))  # also where one diverged
 LABELS = 0.36  # of the figure's width: the names of what is compared
@@ -39,9 +39,10 @@ def named_configs(spec: Spec, cell: dict[str, Any], overrides: tuple[str, ...]) 
 def tested(data: dict[str, pd.DataFrame], cells: dict[str, Any], margin: float) -> pd.DataFrame:
     """One row a comparison: loss of a run minus the other's, paired by seed, p by Holm within the cell, verdict.
 
+    p_all is Holm's over all rows, which judges nothing: each cell was planned as a family, but they have become many.
     data: of each cell that is complete "run", "seed" and "value" of its runs: those of two cells may be called alike and be others.
     """
-    tables = []
+    tables, all_found = [], []
     for name, own in data.items():
         cell, by = cells[name], dict(iter(own.groupby("run")))
         pairs = [(run, other) for run, others in cell["tests"].items() for other in others]
@@ -50,8 +51,9 @@ def tested(data: dict[str, pd.DataFrame], cells: dict[str, Any], margin: float) 
         found = [by_seed(by[run], by[other], "value", f"{name}: {run} minus {other}") for run, other in pairs]
         names = {"run": [run for run, _ in pairs], "other": [other for _, other in pairs], "p": [one.p for one in found]}
         rows = pd.DataFrame(names | family(found, margin))
+        all_found += found
         tables.append(rows.assign(cell=name, batch=cell["settings"]["training"]["batch"]))
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    return pd.concat(tables, ignore_index=True).assign(p_all=adjusted(all_found)) if tables else pd.DataFrame()
 
 
 def tests_figure(table: pd.DataFrame, cells: dict[str, Any], lr: float) -> Figure:
@@ -105,4 +107,9 @@ def tests_in_words(table: pd.DataFrame) -> str:
         words = ", ".join(_in_words(row) for row in part.itertuples())
         size = "a family of its own" if len(part) == 1 else f"a family of {len(part)}"
         each.append(f"on {part.n.iloc[0]} fresh seeds at {part.batch.iloc[0]} rows {words}, {size}")
+    if each:
+        told, together = (sum(map(significant, table[column])) for column in ("p_holm", "p_all"))
+        each.append(
+            f"by Holm over all {len(table)} comparisons together {together} of the {told} significant ones stay so (described)"
+        )
     return "; ".join(each)
