@@ -137,7 +137,7 @@ def draw(plan: Plan) -> Exhibit:
     figure, axes = plt.subplots(2, len(spec.tasks) + bool(batches), figsize=(style.PAGE, 3.9), sharex="col", squeeze=False)
     for column, config in enumerate(firsts(grid).values()):
         _panels(axes[:, column], config, data, found, spec)
-    words = [tests_in_words(tests)]
+    words = [tests_in_words(tests, spec.cells)]
     if batches:
         dose, steps = float(rows.dose.max()), batches[0].training.steps
         draw_by_batch(axes[:, -1], ends, dose, steps)

@@ -88,11 +88,16 @@ def tests_figure(table: pd.DataFrame, cells: dict[str, Any], lr: float) -> Figur
 
 def _finding(table: pd.DataFrame, cells: dict[str, Any]) -> str:
     """The first comparison of each cell that the YAML puts into the title; how many, where none of them is complete."""
-    first = table.drop_duplicates("cell")
-    named = first[[bool(cells[cell].get("in_title")) for cell in first.cell]]
+    named = _named(table, cells)
     n, batch = ("/".join(str(one) for one in sorted(set((table if named.empty else named)[key]))) for key in ("n", "batch"))
     told = f"{table.verdict.str.startswith(SIGNIFICANT).sum()} of {len(table)} comparisons are significant"
-    return f"On {n} fresh seeds at {batch} rows a step: {'; '.join(_in_words(row) for row in named.itertuples()) or told}"
+    return f"On {n} fresh seeds at {batch} rows a step: {'; '.join(map(_in_words, named.itertuples())) or told}"
+
+
+def _named(table: pd.DataFrame, cells: dict[str, Any]) -> pd.DataFrame:
+    """Rows of the table that stand in the title."""
+    first = table.drop_duplicates("cell")
+    return first[[bool(cells[cell].get("in_title")) for cell in first.cell]]
 
 
 def _in_words(row: Any) -> str:
@@ -100,16 +105,11 @@ def _in_words(row: Any) -> str:
     return f"{row.run} minus {row.other} {interval(row.difference, row.half_width, sign=True)} ({row.verdict})"
 
 
-def tests_in_words(table: pd.DataFrame) -> str:
-    """Every comparison with interval and verdict, as part of a sentence; empty without one."""
-    each = []
-    for _, part in table.groupby("cell", sort=False) if len(table) else ():
-        words = ", ".join(_in_words(row) for row in part.itertuples())
-        size = "a family of its own" if len(part) == 1 else f"a family of {len(part)}"
-        each.append(f"on {part.n.iloc[0]} fresh seeds at {part.batch.iloc[0]} rows {words}, {size}")
-    if each:
-        told, together = (sum(map(significant, table[column])) for column in ("p_holm", "p_all"))
-        each.append(
-            f"by Holm over all {len(table)} comparisons together {together} of the {told} significant ones stay so (described)"
-        )
-    return "; ".join(each)
+def tests_in_words(table: pd.DataFrame, cells: dict[str, Any]) -> str:
+    """How many are significant, and those of the title with their intervals, as part of a sentence; empty without one."""
+    if table.empty:
+        return ""
+    told, together = (sum(map(significant, table[column])) for column in ("p_holm", "p_all"))
+    counted = f"tests on other seeds (the CSV of tests has each): {told} of {len(table)} significant within their families"
+    each = (f"{_in_words(row)}, {row.n} seeds at {row.batch} rows" for row in _named(table, cells).itertuples())
+    return "; ".join([f"{counted}, {together} by Holm over all of them at once (described)", *each])
