@@ -48,6 +48,7 @@ class Vision(Task):
                 raise UserError("model.dropout and model.checkpoint_blocks are for a vit, a convnet has neither")
         if data.images not in IMAGES:
             raise nearest("image set", data.images, IMAGES)
+        cls._check_sizes(config)
         if data.augment == "inception" and data.images != "imagenet-1k":
             raise UserError(
                 f"data.augment=inception is for data.images=imagenet-1k, not for {data.images}: crop-flip is for small images"
@@ -63,6 +64,25 @@ class Vision(Task):
             raise UserError(f"model.embedding_scale={model.embedding_scale} is for a decoder, whose head is tied to its embedding")
         if data.unique_tokens or data.held_out != "documents" or data.elsewhere:
             raise UserError("data.unique_tokens, data.held_out and data.elsewhere are for text, not for images")
+
+    @classmethod
+    def _check_sizes(cls, config: Config) -> None:
+        """Raise UserError for sizes that the model itself would refuse, once its data is there."""
+        model, (_, side, _) = config.model, IMAGES[config.data.images]
+        if model.kind == "vit" and side % model.patch:
+            *others, last = (str(number) for number in range(1, side + 1) if side % number == 0)
+            raise UserError(
+                f"model.patch={model.patch} does not divide the {side} pixels of {config.data.images}: {', '.join(others)} or {last}"
+            )
+        if model.kind == "convnet" and model.norm == "batch" and config.micro_batch == 1:
+            shape = cls.shape(config)
+            assert isinstance(shape, ConvShape)
+            *_, block = shape.blocks()
+            if block[-1].side == 1:
+                raise UserError(
+                    "model.norm=batch has a single number to normalize where the last of model.stages leaves one pixel and a "
+                    f"forward has one row: take more than training.micro_batch={config.micro_batch} rows, or model.norm=group"
+                )
 
     @classmethod
     def prepare(cls, config: Config, progress: Progress | None = None, processes: int = 0, watch: Watch | None = None) -> ImageData:
