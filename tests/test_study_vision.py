@@ -296,6 +296,20 @@ def test_table_5_compares_with_twice_the_epochs_apart(complete):
     assert "78.1" in exhibit.markdown.partition("Published")[2]
 
 
+def test_table_5_at_paper_scale_tells_its_models_and_baselines_apart():
+    """Two sizes of patches are two models; ResNet-50 is trained by SGD, and so is what its methods are compared with."""
+    source = done(MadeUpAccuracies(error), load_study("vision", "paper"))
+    exhibit = draw_plan(planned("table-5", "paper", source=source))
+    data = exhibit.frame
+    assert list(dict.fromkeys(data.model)) == ["ViT-S/32", "ViT-S/16", "ResNet-50"]
+    assert not data[["model", "entry"]].duplicated().any()
+    said = "AdamW (SGD with momentum for ResNet-50)"
+    assert f"minus {said}, verdict" in exhibit.markdown
+    assert f"Against {said} at equal epochs: ViT-S/32: " in exhibit.caption
+    assert f"Against {said} with twice the epochs: " in exhibit.verdict
+    assert exhibit.headline.startswith(f"SAM minus {said} ")
+
+
 def test_a_cell_that_is_not_complete_is_named(complete):
     source = copy.copy(complete)
     source.records = {key: value for key, value in complete.records.items() if not key.startswith("vision-convnet")}

@@ -21,8 +21,9 @@ from functional_sam.training.loop import train
 
 STEPS, BATCH, IMAGES, NOISE, SEED, LR, WARMUP, DECAY = 7, 20, 50, 0.4, 3, 0.02, 2, 0.1
 SETTINGS = (
-    "data.images=mnist-5k model.kind=convnet model.width=8 model.patch=4 model.norm=batch model.activation=relu data.augment=crop-flip "
-    f"training.precision=float64 training.steps={STEPS} training.batch={BATCH} training.init_seed={SEED} training.data_seed={SEED} "
+    "data.images=mnist-5k model.kind=convnet model.width=8 model.patch=4 model.norm=batch model.activation=relu "
+    "data.augment=crop-flip training.precision=float64 "
+    f"training.steps={STEPS} training.batch={BATCH} training.init_seed={SEED} training.data_seed={SEED} "
     f"data.unique_images={IMAGES} data.noise={NOISE} optimizer.lr={LR} optimizer.warmup_steps={WARMUP} optimizer.clip=null "
     f"optimizer.weight_decay={DECAY} optimizer.beta2=0.98 optimizer.eps=1e-9 training.eval_rows=70 training.eval_every=null "
     "measure.doses=0 measure.points=0 runtime.threads=1"

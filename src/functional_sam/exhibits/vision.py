@@ -9,7 +9,7 @@ import pandas as pd
 
 from functional_sam.config import Config
 from functional_sam.exhibits import markdown
-from functional_sam.exhibits.comparison import by_family, level
+from functional_sam.exhibits.comparison import by_family, label, level
 from functional_sam.exhibits.output import paper_directory
 from functional_sam.exhibits.published import rows
 from functional_sam.records import Source
@@ -57,6 +57,14 @@ def _more(one: Planned, configs: list[Config], source: Source, best: bool) -> di
 def _loss(summary: dict[str, Any], best: bool) -> float:
     value = summary.get(f"test_{'best_' if best else ''}loss")
     return math.inf if value is None else float(value)
+
+
+def baseline(data: pd.DataFrame) -> str:
+    """What rows are compared with, the first entry of each cell: AdamW; where it is not one for all, whose is which."""
+    own = {row.model: label(row.entry, row.label) for row in data.drop_duplicates("cell").itertuples()}
+    first, *others = dict.fromkeys(own.values())
+    apart = ", ".join(f"{name} for {model}" for model, name in own.items() if name != first)
+    return f"{first} ({apart})" if others else first
 
 
 def gained(row: Any) -> str:

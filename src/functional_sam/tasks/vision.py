@@ -23,6 +23,8 @@ from functional_sam.tasks.ranks import own, totals
 from functional_sam.tasks.task import Metric, Task
 
 MODELS = {"vit": "ViT", "convnet": "ConvNet"}
+VIT_S = (384, 12, 6, 1536)  # width, depth, heads, mlp of the published size
+RESNET_50 = (64, [3, 4, 6, 3], True, 4)  # width, stages, bottleneck, pixels of the stem
 IMAGES = {name: (ImageData.channels, ImageData.side, len(classes)) for name, classes in CLASSES.items()}
 IMAGES["imagenet-1k"] = (imagenet.CHANNELS, imagenet.SIDE, imagenet.CLASSES)  # channels, side, classes
 
@@ -71,9 +73,8 @@ class Vision(Task):
         model, (_, side, _) = config.model, IMAGES[config.data.images]
         if model.kind == "vit" and side % model.patch:
             *others, last = (str(number) for number in range(1, side + 1) if side % number == 0)
-            raise UserError(
-                f"model.patch={model.patch} does not divide the {side} pixels of {config.data.images}: {', '.join(others)} or {last}"
-            )
+            possible = f"{', '.join(others)} or {last}"
+            raise UserError(f"model.patch={model.patch} does not divide the {side} pixels of {config.data.images}: {possible}")
         if model.kind == "convnet" and model.norm == "batch" and config.micro_batch == 1:
             shape = cls.shape(config)
             assert isinstance(shape, ConvShape)
@@ -117,7 +118,12 @@ class Vision(Task):
 
     @classmethod
     def model_name(cls, config: Config) -> str:
-        return MODELS[config.model.kind]
+        m = config.model
+        if m.kind == "vit" and (m.width, m.depth, m.heads, m.mlp or 4 * m.width) == VIT_S:
+            return f"ViT-S/{m.patch}"
+        if m.kind == "convnet" and (m.width, m.stages, m.bottleneck, m.patch) == RESNET_50:
+            return "ResNet-50"
+        return MODELS[m.kind]
 
     @classmethod
     def shape(cls, config: Config) -> Shape | ConvShape:
