@@ -26,9 +26,7 @@ def draw(plan: Plan) -> Exhibit:
     finding = f"Against {baseline(data)} at equal epochs: {words}.{seen(equal)}"
     apart = "; ".join(f"{name}: {counted(part, 'longer')}" for name, part in data.groupby("model", sort=False))
     verdict = f"{finding} Against {baseline(data)} with twice the epochs: {apart}."
-    caption = (
-        f"{finding} {setting(plan.content[0].configs[0], plan.spec.scale, data.n, 'the table')}{left_out(plan, data, DOUBLES)}"
-    )
+    caption = f"{finding} {setting(plan.content, plan.spec.scale, data.n, 'the table')}{left_out(plan, data, DOUBLES)}"
     tables = [rows(data), "\n**Published**, on other data, with other models and budgets\n", published(PUBLISHED)]
     said = answer(data[data.entry == "sam"].verdict_baseline, Verdict.BETTER)
     return Exhibit(plan, {"": data}, caption, verdict, markdown="\n".join(tables), answer=said)
