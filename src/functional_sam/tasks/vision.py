@@ -154,7 +154,7 @@ class Vision(Task):
         return self._rows(step)
 
     def batch(self, step: int) -> Batches:
-        """The step's micro-batches, to train on: of inception crops, those of other processes are black."""
+        """The step's micro-batches, to train on: of inception crops, those of other processes are zeros."""
         return split(self._rows(step, own(self.config.training.batch)), self.config.micro_batch)
 
     def _rows(self, step: int, own: slice | None = None) -> Batch:
