@@ -35,6 +35,8 @@ METHODS = {
     "looksam": (0.3, {"every": 3, "alpha": 0.7}),
     "functional-sam": (0.3, {}),
     "logit-sam": (0.3, {}),
+    "precond-sam": (0.3, {}),
+    "precond-functional-sam": (0.3, {}),
 }
 
 
@@ -81,7 +83,7 @@ class Net:
     """Logits by a dictionary of weights: ResNet's stem, a block, a block of stride 2, mean, head."""
 
     def __init__(self, weights, buffers):
-        self.weights, self.running, self.count = weights, buffers, 0
+        self.weights, self.running = weights, buffers
 
     def norm(self, x, name, w, training, update):
         if training:
@@ -120,8 +122,8 @@ def dots(a, b):
     return float(sum((a[name] * b[name]).sum() for name in a))
 
 
-def gradient_by(net, method, rho, options, x, y, step, lr, kept):
-    """The method's, by its formula."""
+def gradient_by(net, method, rho, options, x, y, step, lr, kept, v_hat):
+    """The method's, by its formula. v_hat: Adam's second moment before the step, empty in the first one."""
 
     def grad(w, of, update=False):
         own = {name: value.detach().requires_grad_() for name, value in w.items()}
@@ -138,12 +140,14 @@ def gradient_by(net, method, rho, options, x, y, step, lr, kept):
     if method == "looksam" and step % options["every"]:
         factor = options["alpha"] * math.sqrt(dots(g, g) / dots(kept, kept))
         return {name: g[name] + factor * kept[name] for name in g}
-    t = {
-        name: value.abs() + 0.01 if method == "asam" and value.ndim > 1 else torch.ones_like(value) for name, value in theta.items()
-    }
-    size = math.sqrt(sum(float(((t[name] * g[name]) ** 2).sum()) for name in g))
-    there = {name: theta[name] + rho * t[name] ** 2 * g[name] / size for name in g}
-    if method == "functional-sam":
+    t, d = {name: torch.ones_like(value) for name, value in theta.items()}, g
+    if method == "asam":
+        t = {name: value.abs() + 0.01 if value.ndim > 1 else t[name] for name, value in theta.items()}
+    if method.startswith("precond") and v_hat:  # P = 0 where no gradient has come yet
+        d = {name: torch.where(v > 0, g[name] / (v.sqrt() + 1e-9), 0.0) for name, v in v_hat.items()}
+    size = math.sqrt(sum(float(((t[name] * d[name]) ** 2).sum()) for name in d))
+    there = {name: theta[name] + rho * t[name] ** 2 * d[name] / size for name in d}
+    if method in ("functional-sam", "precond-functional-sam"):
         u = u_at(theta)
         return grad(there, lambda z: (z * u).sum())
     if method == "logit-sam":
@@ -177,17 +181,18 @@ def test_a_run_by_hand(method, data, tmp_path):
     net = Net(parameters, {name: b.clone() for name, b in model.named_buffers()})
     ((images, labels), (held, true)), mean, std = data
     noisy, kept = labels_with_noise(labels), {}
+    v_hat = {}
     m, v = ({name: torch.zeros_like(p) for name, p in parameters.items()} for _ in range(2))
     for step in range(STEPS):
         past = (step - WARMUP) / (STEPS - WARMUP)
         lr = LR * (0.1 + 0.9 * step / WARMUP) if step < WARMUP else LR * (0.1 + 0.45 * (1 + math.cos(math.pi * past)))
         x, y = rows(step, images, noisy, mean, std)
-        g = gradient_by(net, method, rho, options, x, y, step, lr, kept)
+        g = gradient_by(net, method, rho, options, x, y, step, lr, kept, v_hat)
         for name, p in net.weights.items():
             m[name] = 0.9 * m[name] + 0.1 * g[name]
             v[name] = 0.98 * v[name] + 0.02 * g[name] ** 2
-            m_hat, v_hat = m[name] / (1 - 0.9 ** (step + 1)), v[name] / (1 - 0.98 ** (step + 1))
-            net.weights[name] = p - lr * DECAY * p - lr * m_hat / (v_hat.sqrt() + 1e-9)
+            m_hat, v_hat[name] = m[name] / (1 - 0.9 ** (step + 1)), v[name] / (1 - 0.98 ** (step + 1))
+            net.weights[name] = p - lr * DECAY * p - lr * m_hat / (v_hat[name].sqrt() + 1e-9)
     for name, value in {**net.weights, **net.running}.items():
         if name.endswith("num_batches_tracked"):
             assert int(found[name]) == STEPS
