@@ -101,6 +101,22 @@ def test_batches_are_standardized_by_colour(prepared):
     assert labels.dtype == torch.int64
 
 
+@pytest.mark.parametrize("name", ["data/imagenet-{split}-{i:05d}-of-{n:05d}.parquet", "data/{split}/{i:04d}.parquet"])
+def test_the_split_of_a_file_is_what_it_was_asked_for(prepared, source, name, tmp_path):
+    """Not what its name begins with: files named otherwise, as the layout allows, give the same images in the same splits."""
+    for path in sorted((source / "data").glob("*.parquet")):
+        split, i, _, n = path.stem.split("-")
+        link = tmp_path / name.format(split=split, i=int(i), n=int(n))
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+    other = imagenet.prepare_imagenet(tmp_path / "cache", str(tmp_path), processes=1)
+    assert other.manifest["images"] == prepared.manifest["images"]
+    for split in ("train", "validation", "test"):
+        (images, labels), (same, right) = other._parts[split], prepared._parts[split]
+        assert labels.tolist() == right.tolist()
+        assert np.array_equal(images[np.arange(len(images))], same[np.arange(len(same))])
+
+
 def test_two_processes_write_the_same(prepared, source, tmp_path):
     assert imagenet.prepare_imagenet(tmp_path, str(source), processes=2).sha256 == prepared.sha256
 

@@ -296,6 +296,34 @@ def test_table_5_compares_with_twice_the_epochs_apart(complete):
     assert "78.1" in exhibit.markdown.partition("Published")[2]
 
 
+def test_a_caption_says_which_images_are_augmented():
+    """At laptop those of the residual network alone, at paper all, at quick none."""
+    study = load_study("vision", "laptop")
+    source = MadeUpAccuracies(error)
+    for cell in study.part("clean", "convnet"):
+        while source.do(plan_cell(study, cell, source).configs):
+            pass
+    caption = draw_plan(planned("table-5", "laptop", source=source)).caption
+    assert "2,048 images of fashion-mnist (ConvNet: shifted and mirrored at random), in float32" in caption
+    caption = draw_plan(planned("table-5", "laptop", ("cells=vit",), source)).caption
+    assert "2,048 images of fashion-mnist, in float32" in caption
+
+
+def test_table_5_at_paper_scale_tells_its_models_and_baselines_apart():
+    """Two sizes of patches are two models; ResNet-50 is trained by SGD, and so is what its methods are compared with."""
+    source = done(MadeUpAccuracies(error), load_study("vision", "paper"))
+    exhibit = draw_plan(planned("table-5", "paper", source=source))
+    data = exhibit.frame
+    assert list(dict.fromkeys(data.model)) == ["ViT-S/32", "ViT-S/16", "ResNet-50"]
+    assert not data[["model", "entry"]].duplicated().any()
+    said = "AdamW (SGD with momentum for ResNet-50)"
+    assert f"minus {said}, verdict" in exhibit.markdown
+    assert f"Against {said} at equal epochs: ViT-S/32: " in exhibit.caption
+    assert f"Against {said} with twice the epochs: " in exhibit.verdict
+    assert exhibit.headline.startswith(f"SAM minus {said} ")
+    assert "imagenet-1k (ViT-S/32, ViT-S/16, ResNet-50: cropped and mirrored at random), in bf16" in exhibit.caption
+
+
 def test_a_cell_that_is_not_complete_is_named(complete):
     source = copy.copy(complete)
     source.records = {key: value for key, value in complete.records.items() if not key.startswith("vision-convnet")}

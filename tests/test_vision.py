@@ -107,6 +107,20 @@ def test_what_a_convnet_has_not_is_refused(cache):
             compose("language", overrides=[override])
 
 
+def test_sizes_that_no_model_can_have_are_refused_before_data_is_looked_for():
+    """ImageNet's is prepared for hours."""
+    nowhere = ["data.images=imagenet-1k", "runtime.data=/nowhere", "runtime.cache=/nowhere"]
+    with pytest.raises(UserError, match=r"model.patch=15 does not divide the 224 pixels of imagenet-1k: .*14, 16, 28"):
+        compose("vision", overrides=[*nowhere, "model.patch=15"])
+    with pytest.raises(UserError, match=r"model.patch=56 does not divide the 28 pixels of fashion-mnist: 1, 2, 4, 7, 14 or 28"):
+        compose("vision", overrides=["model.patch=56"])
+    one = [*CONVNET, "model.norm=batch", "model.stages=[1,1,1,1]", "training.batch=2"]
+    compose("vision", overrides=one)
+    with pytest.raises(UserError, match=r"model.norm=batch .*training.micro_batch=1 .*model.norm=group"):
+        compose("vision", overrides=[*one, "training.micro_batch=1"])
+    compose("vision", overrides=[*one, "training.micro_batch=1", "model.norm=group"])
+
+
 # ---------------------------------------------------------------- loss
 
 

@@ -83,7 +83,8 @@ def adaptive(
 
     per="layer": T = (1 + eta) |w|_2, one number a tensor, for weights.
     Where T may be zero g is not overwritten: a size of zero leaves it, the plain gradient.
-    Source: Kwon et al. 2021, eq. 7 and section 5 (eta 0.01); by layer Mueller et al. 2023, as in their code.
+    Source: Kwon et al. 2021, eq. 7 and section 5 (eta 0.01): T = 1 for biases. Their code goes by names, and has T = |w| + eta for
+    scales of normalizations ("weight") too, which are near 1. By layer Mueller et al. 2023, as in their code.
     """
     scaled, result = [], []
     for p, g in zip(params, grads, strict=True):

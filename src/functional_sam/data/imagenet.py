@@ -59,12 +59,14 @@ def prepare_imagenet(
     directory = imagenet_directory(cache, location, files, encoded)
 
     def build(temporary: Path) -> dict[str, Any]:
-        found = layout(location, "data", "train", ".parquet", files, HUB)
-        found += layout(location, "data", "validation", ".parquet", published=HUB)
+        published = {"train": layout(location, "data", "train", ".parquet", files, HUB)}
+        published["validation"] = layout(location, "data", "validation", ".parquet", published=HUB)
         shards = [
-            Shard(directory.parent / file.name.removesuffix(".parquet"), file.size, functools.partial(_decode, file, encoded))
+            Shard(directory.parent / _shard_name(file, split), file.size, functools.partial(_decode, file, split, encoded))
+            for split, found in published.items()
             for file in found
         ]
+        found = [file for some in published.values() for file in some]
         say(f"{location}: {len(found)} files, {sum(file.size for file in found) / 1e9:.2f} GB")
         manifests = prepare_shards(shards, processes, say, watch)
         write_list(temporary, shards, manifests)
@@ -158,12 +160,21 @@ def pixels(encoded: bytes) -> np.ndarray:
     return np.asarray(resized.crop((left, top, left + SIDE, top + SIDE)), dtype=np.uint8)
 
 
-def _decode(file: File, encoded: bool, directory: Path, report: Report) -> dict[str, Any]:
-    """Write images (encoded: those to train on as they are in the file) and labels of one file; what its manifest says."""
+def _shard_name(file: File, split: str) -> str:
+    """The file's name, with its published split before it where that says none: the hub's own names are 0000.parquet in both."""
+    name = file.name.removesuffix(".parquet")
+    return name if name.startswith(split) else f"{split}-{name}"
+
+
+def _decode(file: File, published: str, encoded: bool, directory: Path, report: Report) -> dict[str, Any]:
+    """Write images (encoded: those to train on as they are in the file) and labels of one file; what its manifest says.
+
+    published: the split that it is of where it is published.
+    """
     from datasets import Features, Image, Value
 
     features = Features({"image": Image(decode=False), "label": Value("int64")})
-    kept: dict[str, list[int]] = {"test": []} if file.name.startswith("validation") else {"train": [], "validation": []}
+    kept: dict[str, list[int]] = {"test": []} if published == "validation" else {"train": [], "validation": []}
     sums, squares = np.zeros(CHANNELS, np.int64), np.zeros(CHANNELS, np.int64)
     raw = {"train"} if encoded else set()
     outs = {split: (directory / f"{split}.{'encoded' if split in raw else 'images'}").open("wb") for split in kept}

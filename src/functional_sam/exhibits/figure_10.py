@@ -56,7 +56,7 @@ def draw(plan: Plan) -> Exhibit:
     found = {name: _verdicts(data[data.checkpoint.eq(name)], title) for name, title in CHECKPOINTS.items()}
     keeps = _kept(data, kept)
     verdict = f"{found['best']} {found['last']} {keeps}{_share(data)}"
-    words = setting(plan.content[0].configs[0], plan.spec.scale, data.n, "a checkpoint")
+    words = setting(plan.content, plan.spec.scale, data.n, "a checkpoint")
     claimed = data[data.checkpoint.eq("best") & data.part.isin(["noise", "control"]) & data.noise.gt(0)]
     claimed = claimed[claimed.entry.isin(["sam", "functional-sam"])]
     judged = data[data.checkpoint.eq("best") & ~data.part.isin(DESCRIBED)]

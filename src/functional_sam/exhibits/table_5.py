@@ -6,7 +6,7 @@ from functional_sam.exhibits import markdown
 from functional_sam.exhibits.comparison import chosen, counted, label, left_out, level, plan, seen
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
-from functional_sam.exhibits.vision import DOUBLES, accuracies, gained, percent, points, published, setting
+from functional_sam.exhibits.vision import DOUBLES, accuracies, baseline, gained, percent, points, published, setting
 from functional_sam.exhibits.words import answer, tally
 from functional_sam.study.compare import Verdict
 
@@ -19,16 +19,14 @@ PUBLISHED = [
 
 
 def draw(plan: Plan) -> Exhibit:
-    """One row an entry and model; Holm over all differences to AdamW, and over all to AdamW with twice the epochs."""
+    """One row an entry and model; Holm over all differences to the baseline, and over all to it with twice the epochs."""
     data = accuracies(plan.content, plan.source)
     equal = data[~data.entry.isin(DOUBLES)]
     words = "; ".join(f"{name}: {counted(part)}" for name, part in equal.groupby("model", sort=False))
-    finding = f"Against AdamW at equal epochs: {words}.{seen(equal)}"
+    finding = f"Against {baseline(data)} at equal epochs: {words}.{seen(equal)}"
     apart = "; ".join(f"{name}: {counted(part, 'longer')}" for name, part in data.groupby("model", sort=False))
-    verdict = f"{finding} Against AdamW with twice the epochs: {apart}."
-    caption = (
-        f"{finding} {setting(plan.content[0].configs[0], plan.spec.scale, data.n, 'the table')}{left_out(plan, data, DOUBLES)}"
-    )
+    verdict = f"{finding} Against {baseline(data)} with twice the epochs: {apart}."
+    caption = f"{finding} {setting(plan.content, plan.spec.scale, data.n, 'the table')}{left_out(plan, data, DOUBLES)}"
     tables = [rows(data), "\n**Published**, on other data, with other models and budgets\n", published(PUBLISHED)]
     said = answer(data[data.entry == "sam"].verdict_baseline, Verdict.BETTER)
     return Exhibit(plan, {"": data}, caption, verdict, markdown="\n".join(tables), answer=said)
@@ -39,13 +37,15 @@ def headline(data: pd.DataFrame) -> str:
     own = data[~data.entry.isin(DOUBLES)]
     words = [word for word in own.verdict_baseline if isinstance(word, str) and word]
     sam = [f"{gained(row)} points ({row.model})" for row in own[own.entry.eq("sam")].itertuples()]
-    return f"SAM minus AdamW {', '.join(sam)}; of {len(words)} methods against AdamW {tally(words)}"
+    base = baseline(data)
+    each = "their baseline" if "(" in base else base
+    return f"SAM minus {base} {', '.join(sam)}; of {len(words)} methods against {each} {tally(words)}"
 
 
 def rows(data: pd.DataFrame) -> str:
     """The table; accuracy and differences in per cent, loss in nats per image."""
     columns = ["model", "method", "lr", "rho", "weight decay", "accuracy (%)", "loss (nats)"]
-    columns += ["minus AdamW, verdict", "minus AdamW for twice the epochs, verdict"]
+    columns += [f"minus {baseline(data)}, verdict", f"minus {baseline(data)} for twice the epochs, verdict"]
     lines = []
     for row in data.itertuples():
         cells = [row.model, label(row.entry, row.label), chosen(row, "lr"), chosen(row, "rho"), f"{row.weight_decay:g}"]

@@ -9,7 +9,7 @@ import pandas as pd
 
 from functional_sam.config import Config
 from functional_sam.exhibits import markdown
-from functional_sam.exhibits.comparison import by_family, level
+from functional_sam.exhibits.comparison import by_family, label, level
 from functional_sam.exhibits.output import paper_directory
 from functional_sam.exhibits.published import rows
 from functional_sam.records import Source
@@ -18,6 +18,7 @@ from functional_sam.study.report import difference, frame, judge
 from functional_sam.study.tune import Planned
 from functional_sam.tasks import TASKS
 
+AUGMENTED = {"crop-flip": "shifted and mirrored at random", "inception": "cropped and mirrored at random"}
 POINTS = 100  # of accuracy, in 1
 LONGER = {"longer": ("adamw-double", "sgd-double")}  # column -> what a row is compared with besides: the first that is there
 DOUBLES = frozenset(name for names in LONGER.values() for name in names)
@@ -59,6 +60,14 @@ def _loss(summary: dict[str, Any], best: bool) -> float:
     return math.inf if value is None else float(value)
 
 
+def baseline(data: pd.DataFrame) -> str:
+    """What rows are compared with, the first entry of each cell: AdamW; where it is not one for all, whose is which."""
+    own = {row.model: label(row.entry, row.label) for row in data.drop_duplicates("cell").itertuples()}
+    first, *others = dict.fromkeys(own.values())
+    apart = ", ".join(f"{name} for {model}" for model, name in own.items() if name != first)
+    return f"{first} ({apart})" if others else first
+
+
 def gained(row: Any) -> str:
     """Points of accuracy over AdamW and their 95 % interval, to a tenth even of what rounds to zero; or that a run diverged."""
     found = difference(row)
@@ -96,12 +105,23 @@ def published(ids: Sequence[str]) -> str:
     return markdown.table(columns, lines, text=["model", "method", "unit", "source", "id"])
 
 
-def setting(config: Config, scale: str, ns: Sequence[int], family: str) -> str:
+def setting(planned: Sequence[Planned], scale: str, ns: Sequence[int], family: str) -> str:
     """What was trained on what, in one sentence."""
+    config = planned[0].configs[0]
     training, data = config.training, config.data
     images = f"{data.unique_images:,} images of {data.images}" if data.unique_images else data.images
     n = "/".join(str(value) for value in sorted(set(ns)))
     return (
-        f"Scale {scale}: {images}, in {training.precision}; checkpoints chosen on clean validation images, 95 % intervals of "
-        f"differences paired by seed, n = {n}, Holm's correction within {family}."
+        f"Scale {scale}: {images}{_augmented(planned)}, in {training.precision}; checkpoints chosen on clean validation images, "
+        f"95 % intervals of differences paired by seed, n = {n}, Holm's correction within {family}."
     )
+
+
+def _augmented(planned: Sequence[Planned]) -> str:
+    """Which models see other images in each epoch, in brackets; empty where none does."""
+    names: dict[str, list[str]] = {}
+    for config in (one.configs[0] for one in planned):
+        if config.data.augment:
+            names.setdefault(AUGMENTED[config.data.augment], []).append(TASKS[config.kind].model_name(config))
+    words = "; ".join(f"{', '.join(dict.fromkeys(models))}: {how}" for how, models in names.items())
+    return f" ({words})" if words else ""

@@ -184,7 +184,7 @@ class SurrogateGap(Mix):
     """GSAM: g' - alpha g_orth, g_orth = g - (g . g' / |g'|^2) g' the part of g orthogonal to g': lowers the surrogate gap
     L(theta') - L without raising L(theta').
 
-    Source: Zhuang et al. 2022, Algorithm 1 (alpha and rho by task; ViT-S on ImageNet: alpha 1, rho 0.6 following the lr to 0).
+    Source: Zhuang et al. 2022, Algorithm 1 (alpha and rho by task; ViT-S/16 on ImageNet: alpha 1, rho 0.6 following the lr to 0).
     """
 
     def combine(self, base: Gradients) -> None:

@@ -23,6 +23,8 @@ from functional_sam.tasks.ranks import own, totals
 from functional_sam.tasks.task import Metric, Task
 
 MODELS = {"vit": "ViT", "convnet": "ConvNet"}
+VIT_S = (384, 12, 6, 1536)  # width, depth, heads, mlp of the published size
+RESNET_50 = (64, [3, 4, 6, 3], True, 4)  # width, stages, bottleneck, pixels of the stem
 IMAGES = {name: (ImageData.channels, ImageData.side, len(classes)) for name, classes in CLASSES.items()}
 IMAGES["imagenet-1k"] = (imagenet.CHANNELS, imagenet.SIDE, imagenet.CLASSES)  # channels, side, classes
 
@@ -48,6 +50,7 @@ class Vision(Task):
                 raise UserError("model.dropout and model.checkpoint_blocks are for a vit, a convnet has neither")
         if data.images not in IMAGES:
             raise nearest("image set", data.images, IMAGES)
+        cls._check_sizes(config)
         if data.augment == "inception" and data.images != "imagenet-1k":
             raise UserError(
                 f"data.augment=inception is for data.images=imagenet-1k, not for {data.images}: crop-flip is for small images"
@@ -63,6 +66,24 @@ class Vision(Task):
             raise UserError(f"model.embedding_scale={model.embedding_scale} is for a decoder, whose head is tied to its embedding")
         if data.unique_tokens or data.held_out != "documents" or data.elsewhere:
             raise UserError("data.unique_tokens, data.held_out and data.elsewhere are for text, not for images")
+
+    @classmethod
+    def _check_sizes(cls, config: Config) -> None:
+        """Raise UserError for sizes that the model itself would refuse, once its data is there."""
+        model, (_, side, _) = config.model, IMAGES[config.data.images]
+        if model.kind == "vit" and side % model.patch:
+            *others, last = (str(number) for number in range(1, side + 1) if side % number == 0)
+            possible = f"{', '.join(others)} or {last}"
+            raise UserError(f"model.patch={model.patch} does not divide the {side} pixels of {config.data.images}: {possible}")
+        if model.kind == "convnet" and model.norm == "batch" and config.micro_batch == 1:
+            shape = cls.shape(config)
+            assert isinstance(shape, ConvShape)
+            *_, block = shape.blocks()
+            if block[-1].side == 1:
+                raise UserError(
+                    "model.norm=batch has a single number to normalize where the last of model.stages leaves one pixel and a "
+                    f"forward has one row: take more than training.micro_batch={config.micro_batch} rows, or model.norm=group"
+                )
 
     @classmethod
     def prepare(cls, config: Config, progress: Progress | None = None, processes: int = 0, watch: Watch | None = None) -> ImageData:
@@ -97,7 +118,12 @@ class Vision(Task):
 
     @classmethod
     def model_name(cls, config: Config) -> str:
-        return MODELS[config.model.kind]
+        m = config.model
+        if m.kind == "vit" and (m.width, m.depth, m.heads, m.mlp or 4 * m.width) == VIT_S:
+            return f"ViT-S/{m.patch}"
+        if m.kind == "convnet" and (m.width, m.stages, m.bottleneck, m.patch) == RESNET_50:
+            return "ResNet-50"
+        return MODELS[m.kind]
 
     @classmethod
     def shape(cls, config: Config) -> Shape | ConvShape:
@@ -128,7 +154,7 @@ class Vision(Task):
         return self._rows(step)
 
     def batch(self, step: int) -> Batches:
-        """The step's micro-batches, to train on: of inception crops, those of other processes are black."""
+        """The step's micro-batches, to train on: of inception crops, those of other processes are zeros."""
         return split(self._rows(step, own(self.config.training.batch)), self.config.micro_batch)
 
     def _rows(self, step: int, own: slice | None = None) -> Batch:
