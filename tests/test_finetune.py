@@ -95,6 +95,17 @@ def test_a_published_test_split_is_kept_apart():
     assert 0.05 < len(parts["validation"]) / 490 < 0.16
 
 
+def test_a_published_test_split_is_whole():
+    """Its copies count, as in the numbers that are published on it, also those of several classes; none of them trains."""
+    test = [("t1", None, 0.0), ("T1", None, 1.0), ("t2", None, 1.0), ("t2", None, 1.0)]
+    parts, left_out = divided([("t1", None, 0.0), ("t2", None, 1.0), ("t3", None, 1.0)], test, classes=True)
+    assert sorted(parts["test"]) == sorted(test)
+    assert [row[0] for split in ("train", "validation") for row in parts[split]] == ["t3"]
+    assert left_out == {"copies": 0, "of several classes": 0, "in the test": 2}
+    grades, _ = divided([], [("a", "b", 1.0), ("a", "B", 2.0)], classes=False)
+    assert grades["test"] == [("a", "b", 1.0), ("a", "B", 2.0)]
+
+
 def test_a_share_is_part_of_a_larger_one_and_a_step_is_a_function_of_its_number(pretrained, texts, tmp_path):
     small, large = (prepare(config_of(pretrained, tmp_path, f"data.share={share}")) for share in (0.1, 0.5))
 

@@ -217,6 +217,16 @@ def test_a_context_is_in_one_split_and_a_tested_question_is_not_trained_on():
     assert candidates.by_question([*asked("c", "q"), both])[1] == {"copies": 1, "right and wrong": 1}
 
 
+def test_a_published_test_is_whole():
+    """SuperGLUE counts an answer of a question as often as it is there."""
+    test = [
+        Candidate("c", "q", (f"q {name}", "c", right), right) for name, right in (("a", 1.0), ("A", 1.0), ("b", 0.0), ("b", 1.0))
+    ]
+    parts, _ = candidates.divided([], test)
+    assert parts["test"].rows == [one.row for one in test]
+    assert parts["test"].questions == [0, 0, 0, 0]
+
+
 def test_questions_are_judged_as_superglue_does():
     """Against torchmetrics, and by hand."""
     draw = np.random.RandomState(0)

@@ -129,6 +129,21 @@ def test_a_table_a_cell_at_laptop_scale():
     assert "Italian to English" in exhibit.caption
 
 
+def test_pairs_that_do_not_fit_are_not_counted_as_met():
+    class Long(Translated):
+        """With 2,000 pairs to train on, of which 1,000 fit; AdamW at quick meets 1,600, with twice the steps 3,200."""
+
+        def read(self, config, file):
+            found = super().read(config, file)
+            return {**found, "data": {**found["data"], "pairs": {"train": 2000}, "fitting": {"train": 1000}}}
+
+    source, study = Long(loss), load_study("translation", "quick")
+    cell = study.cells["bible-ja-en"]
+    while source.do(plan_cell(study, cell, source).configs):
+        pass
+    assert set(draw_plan(planned("table-7", "quick", source=source)).frame.unique_units) == {1000}
+
+
 def test_a_comparison_without_a_mean_stays_in_the_family():
     """SAM diverged at one seed, AdamW with twice the steps at another."""
     first = min(load_study("translation", "quick").cells["bible-ja-en"].seeds)

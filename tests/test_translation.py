@@ -440,6 +440,22 @@ def test_beam_search_finds_what_a_trained_model_has_learned(made):
 # ---------------------------------------------------------------------- runs
 
 
+def test_a_record_says_how_many_pairs_fit(made):
+    task = prepare(config(made, "adamw", "model.length=12"), silent)
+    sizes = task.provenance["pairs"]["train"], task.provenance["fitting"]["train"]
+    assert 0 < sizes[1] < sizes[0]
+    longest = [max(map(len, sides)) for sides in zip(*(_sides(task.data, "train")), strict=True)]
+    assert sizes[1] == sum(size <= 12 for size in longest)
+
+
+def _sides(data, split):
+    """The pieces of each text of both sides, read from the files."""
+    for side in ("source", "target"):
+        ids = np.fromfile(data.directory / f"{split}.{side}.ids", dtype=np.uint16)
+        ends = np.fromfile(data.directory / f"{split}.{side}.offsets", dtype=np.int64)
+        yield np.split(ids, ends[1:-1])
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(made, tmp_path):
     own = config(made, "functional-sam", "runtime.checkpoint_every=2", "training.test=true", "measure.doses=2")
     whole = loop.train(own, tmp_path / "whole")

@@ -83,9 +83,11 @@ def divided(train: Iterable[Candidate], test: Iterable[Candidate]) -> tuple[dict
     """Train, validation and test, questions in the order of hashes, and how much was left out of the first two, by reason.
 
     A context, with all of its questions, trains or validates (a tenth do). Copies of a candidate count once, one that is both
-    right and wrong is left out, and so is a question that the test has, from training.
+    right and wrong is left out, and so is a question that the test has, from training. The test is whole, as it was published.
     """
-    held, _ = by_question(test)
+    held: dict[str, list[Candidate]] = {}
+    for one in test:
+        held.setdefault(_hash(one.context, one.question), []).append(one)
     found, left_out = by_question(train)
     left_out["in the test"] = len(found.keys() & held.keys())
     found = {key: own for key, own in found.items() if key not in held}

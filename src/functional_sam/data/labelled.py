@@ -23,6 +23,7 @@ from functional_sam.errors import UserError
 from functional_sam.files import sha256
 
 FORMAT = 2  # raise it when the same name gives other files
+FORMAT_PUBLISHED = 3  # the same, of the sets with a published test
 SPLITS = ("train", "validation", "test")
 
 Inputs = dict[str, Tensor]  # input_ids, attention_mask and, of pairs that a BERT tells apart, token_type_ids: int64 [B, L]
@@ -173,7 +174,8 @@ def prepare_labelled(
     Duplicates (but for case) count once: a text whose copies have different classes is left out, different grades are averaged.
     Texts that differ behind the cut alone are different ones: 17 of the 920 tested SMS read, at 20 tokens, as one of training does.
     The split is a function of the text alone: 70 % train, 10 % validation, 20 % test, each in the order of hashes; of GLUE the
-    published validation split is the test (its test labels are not public), and a tenth of the published train split validates.
+    published validation split, whole, is the test (its test labels are not public), and a tenth of the published train split
+    validates.
     Of sets with candidate answers a text is a candidate and all of a passage is in one split (data/candidates.py).
     location: of GLUE and SuperGLUE, a directory or a repository of the hub. change: of what is encoded, after it is split.
     """
@@ -185,7 +187,7 @@ def prepare_labelled(
             parts = {split: [change.row(name, row) for row in rows] for split, rows in parts.items()}
             more |= change.manifest(name, pretrained)
         said = {
-            "format": FORMAT,
+            "format": _format(name),
             "name": name,
             "source": f"{HOLDS[name].name} {HOLDS[name].version}" if name in HOLDS else location or glue.SETS[name].hub,
             "classes": list(classes),
@@ -211,8 +213,12 @@ def labelled_directory(
     if not tokenizer:
         tokenizer = sha256(tokenizer_directory(pretrained) / "tokenizer.json")
     where = str(Path(location).resolve()) if location and Path(location).is_dir() else location
-    key = digest([FORMAT, name, pinned([name]), length, tokenizer, where, *([change.key] if change else [])])
+    key = digest([_format(name), name, pinned([name]), length, tokenizer, where, *([change.key] if change else [])])
     return Path(cache_dir) / f"labelled-{name.replace('/', '-')}-{length}-{key[:12]}"
+
+
+def _format(name: str) -> int:
+    return FORMAT if name in TEXTS else FORMAT_PUBLISHED
 
 
 def split_up(name: str, location: str, directory: Path) -> tuple[dict[str, list[Row]], dict[str, int], dict[str, Any]]:
@@ -238,11 +244,12 @@ def divided(rows: Iterable[Row], test: Iterable[Row] | None, classes: bool) -> t
     """The rows of each split in the order of their hashes, and how many were left out, by reason."""
     merged, left_out = unique(rows, classes)
     parts: dict[str, list[Row]] = {split: [] for split in SPLITS}
-    if test is not None:
-        kept, _ = unique(test, classes)
-        parts["test"] = [kept[key] for key in sorted(kept)]
-        left_out["in the test"] = len(merged.keys() & kept.keys())
-        merged = {key: row for key, row in merged.items() if key not in kept}
+    if test is not None:  # published: all of it counts, copies too, as in the numbers that are published on it
+        held = sorted(((key_of(row), row) for row in test if row[0]), key=lambda one: one[0])
+        parts["test"] = [row for _, row in held]
+        keys = {key for key, _ in held}
+        left_out["in the test"] = len(merged.keys() & keys)
+        merged = {key: row for key, row in merged.items() if key not in keys}
     for key in sorted(merged):
         parts[split_of(key, test is None)].append(merged[key])
     return parts, left_out
@@ -255,8 +262,7 @@ def unique(rows: Iterable[Row], classes: bool) -> tuple[dict[str, Row], dict[str
     for row in rows:
         if row[0]:
             count += 1
-            text = json.dumps([part and part.casefold() for part in row[:2]])
-            found.setdefault(hashlib.sha256(text.encode()).hexdigest(), []).append(row)
+            found.setdefault(key_of(row), []).append(row)
     merged: dict[str, Row] = {}
     for key, copies in found.items():
         labels = {label for _, _, label in copies}
@@ -265,6 +271,11 @@ def unique(rows: Iterable[Row], classes: bool) -> tuple[dict[str, Row], dict[str
         elif len(labels) == 1:
             merged[key] = copies[0]
     return merged, {"copies": count - len(found), "of several classes": len(found) - len(merged)}
+
+
+def key_of(row: Row) -> str:
+    """The hash of a row's text, or pair, without case."""
+    return hashlib.sha256(json.dumps([part and part.casefold() for part in row[:2]]).encode()).hexdigest()
 
 
 def split_of(key: str, with_test: bool = True) -> str:

@@ -164,8 +164,12 @@ def _curvature(configs: list[Config], source: Source) -> dict[str, Any]:
 
 
 def _held(config: Config, unit: str, source: Source) -> int | None:
-    """How much of the training split, whose size the run's data say, is trained on: data.share of it; None where they do not."""
-    found = source.read(config, "provenance.json")["data"].get(unit)
+    """How much of the training split, whose size the run's data say, is trained on: data.share of it; None where they do not.
+
+    Of pairs those that fit into model.length; runs of before 2026-12-01 do not say it, and all pairs are counted.
+    """
+    data = source.read(config, "provenance.json")["data"]
+    found = data.get("fitting", data.get(unit))
     held = found.get("train") if isinstance(found, dict) else None
     return held and int(config.data.share * held)
 

@@ -39,6 +39,7 @@ class Translation(EncoderDecoder):
         super().__init__(config, progress)
         self.provenance["metrics"] = {name: str(score.get_signature()) for name, score in _scores().items()}
         self.provenance["beams"] = BEAMS
+        self.provenance["fitting"] = {"train": len(self.data.fitting("train", config.model.length))}  # pairs that are trained on
 
     @classmethod
     def check(cls, config: Config) -> None:
