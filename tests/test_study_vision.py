@@ -16,7 +16,7 @@ from functional_sam.cli import main
 from functional_sam.errors import UserError
 from functional_sam.exhibits import draw_plan, planned
 from functional_sam.exhibits.comparison import DESCRIBED
-from functional_sam.exhibits.figure_10 import _chosen, _verdicts, what_is_kept
+from functional_sam.exhibits.figure_10 import _chosen, _share, _verdicts, what_is_kept
 from functional_sam.exhibits.output import write
 from functional_sam.exhibits.vision import DOUBLES, accuracies, gained
 from functional_sam.jobs.launch import submit
@@ -126,6 +126,9 @@ def test_paper_scale_has_the_published_settings():
         assert (optimizer.lr, optimizer.lr * optimizer.lr_end) == (0.003, pytest.approx(3e-5))
         assert (optimizer.weight_decay, config.method.rho) == (0.3, 0.6)
         assert optimizer.warmup_steps == pytest.approx(10_000, abs=5)
+        assert (optimizer.schedule, optimizer.clip) == ("linear", 1.0)
+        options = config.method.options  # rho is 0 where the rate is at its lowest
+        assert (options["rho_schedule"], options["lr_max"], options["lr_min"]) == ("lr", 0.003, pytest.approx(3e-5))
         assert config.training.steps * config.training.batch / 1_268_355 == pytest.approx(300, rel=0.01)
 
 
@@ -235,6 +238,24 @@ def test_figure_10_says_what_the_records_say(complete):
     assert math.isnan(kept.low["best", 0.0, "functional-sam"])  # without noise there is no gain to keep
     assert re.search(r"kept by Functional-SAM (5\d|6\d) % \(", exhibit.caption)
     assert exhibit.headline.startswith("points over AdamW at 40 % label noise, best checkpoint: SAM +4.0")
+
+
+def test_the_share_at_other_rates_is_not_read_as_one_of_noise():
+    """AdamW chose another rate and decay with noise: what it is at those of clean labels stands beside it."""
+    rows = [
+        ("noise", 0.0, 0.002, 1.0, 0.17),
+        ("noise", 0.4, 0.001, 3.0, 0.64),
+        ("alike", 0.4, 0.002, 1.0, 0.37),
+        ("alike", 0.4, 0.004, 1.0, 0.5),
+    ]
+    data = pd.DataFrame(rows, columns=["part", "noise", "lr", "weight_decay", "share_func_last"]).assign(
+        entry="adamw", checkpoint="last", n=5
+    )
+    said = _share(data)
+    assert "0.17 at 0 % (rate 0.002, decay 1), 0.64 at 40 % (rate 0.001, decay 3) noise" in said
+    assert said.endswith("at the first of these rates and decays 0.37 at 40 % (n = 5).")
+    alike = _share(data[data.part == "noise"].assign(lr=0.002, weight_decay=1.0))
+    assert alike.endswith("0.17 at 0 %, 0.64 at 40 % noise.")
 
 
 def test_figure_10_says_which_weight_decays_it_compares_and_what_lies_at_an_end():

@@ -193,6 +193,19 @@ def _kept(data: pd.DataFrame, kept: pd.DataFrame) -> str:
 
 
 def _share(data: pd.DataFrame) -> str:
-    own = data[data.entry.eq("adamw") & data.checkpoint.eq("last") & ~data.part.isin(DESCRIBED)].dropna(subset=["share_func_last"])
-    words = [f"{row.share_func_last:.2f} at {POINTS * row.noise:.0f} %" for row in own.sort_values("noise").itertuples()]
-    return f" Functional share of AdamW's sharpness gradient at the last step: {', '.join(words)} noise." if words else ""
+    """Functional share of AdamW's gradient by noise; where its rate or decay differ, with them, and at those of the least noise."""
+    adamw = data[data.entry.eq("adamw") & data.checkpoint.eq("last")].dropna(subset=["share_func_last"]).sort_values("noise")
+    own = adamw[~adamw.part.isin(DESCRIBED)]
+    if own.empty:
+        return ""
+    set_alike = len(own[["lr", "weight_decay"]].drop_duplicates()) == 1
+    words = [
+        f"{row.share_func_last:.2f} at {POINTS * row.noise:.0f} %"
+        + ("" if set_alike else f" (rate {row.lr:g}, decay {row.weight_decay:g})")
+        for row in own.itertuples()
+    ]
+    clean = own.iloc[0]
+    same = adamw[adamw.part.isin(ALIKE) & adamw.lr.eq(clean.lr) & adamw.weight_decay.eq(clean.weight_decay)]
+    beside = ", ".join(f"{row.share_func_last:.2f} at {POINTS * row.noise:.0f} % (n = {row.n})" for row in same.itertuples())
+    found = f" Functional share of AdamW's sharpness gradient at the last step: {', '.join(words)} noise"
+    return f"{found}; at the first of these rates and decays {beside}." if beside and not set_alike else f"{found}."

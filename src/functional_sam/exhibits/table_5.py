@@ -6,7 +6,7 @@ from functional_sam.exhibits import markdown
 from functional_sam.exhibits.comparison import chosen, counted, label, left_out, level, plan, seen
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
-from functional_sam.exhibits.vision import DOUBLES, accuracies, baseline, gained, percent, points, published, setting
+from functional_sam.exhibits.vision import DOUBLES, POINTS, accuracies, baseline, gained, percent, points, published, setting
 from functional_sam.exhibits.words import answer, tally
 from functional_sam.study.compare import Verdict
 
@@ -23,7 +23,7 @@ def draw(plan: Plan) -> Exhibit:
     data = accuracies(plan.content, plan.source)
     equal = data[~data.entry.isin(DOUBLES)]
     words = "; ".join(f"{name}: {counted(part)}" for name, part in equal.groupby("model", sort=False))
-    finding = f"Against {baseline(data)} at equal epochs: {words}.{seen(equal)}"
+    finding = f"Against {baseline(data)} at equal epochs: {words}.{seen(equal, unit=POINTS, word='points')}"
     apart = "; ".join(f"{name}: {counted(part, 'longer')}" for name, part in data.groupby("model", sort=False))
     verdict = f"{finding} Against {baseline(data)} with twice the epochs: {apart}."
     caption = f"{finding} {setting(plan.content, plan.spec.scale, data.n, 'the table')}{left_out(plan, data, DOUBLES)}"
