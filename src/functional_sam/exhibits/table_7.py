@@ -162,6 +162,6 @@ def _setting(plan: Plan, data: pd.DataFrame) -> str:
     return (
         f"Scale {plan.spec.scale}: {task.model_name(config)} of {config.model.depth} + {config.model.depth} layers of width "
         f"{config.model.width} on {names}, {plan.content[0].cell.steps} steps of {config.training.batch} pairs of at most "
-        f"{config.model.length} pieces (tests too), label smoothing {config.training.label_smoothing:g}{low}. 95 % intervals of differences paired by seed, n = {n}, Holm's correction over "
-        "all losses."
+        f"{config.model.length} pieces (tests too), label smoothing {config.training.label_smoothing:g}{low}. "
+        f"95 % intervals of differences paired by seed, n = {n}, Holm's correction over all losses."
     )
