@@ -220,6 +220,19 @@ def test_figure_6_is_drawn_of_one_part_alone(part, tmp_path):
     assert "nan" not in exhibit.caption
 
 
+def test_figure_6_shows_a_single_task_by_its_data_alone_and_names_the_radius_of_a_verdict():
+    """As the laptop study is run: the shares of one task are complete first."""
+    overrides = ("cells=question-type,question-type-20,question-type-100",)
+    source = complete("figure-6", "laptop", overrides)
+    exhibit = draw_plan(planned("figure-6", "laptop", overrides, source))
+    assert [axis.axison for axis in exhibit.figure.axes] == [True, False]
+    assert "ranks" not in exhibit.frames
+    assert "rank correlation" not in exhibit.headline + exhibit.caption.lower()
+    assert exhibit.headline.startswith("SAM at rho 0.05 minus AdamW ")
+    assert "SAM at rho 0.05" in exhibit.caption
+    assert "SAM at rho 0.15" in exhibit.caption
+
+
 def test_figure_6_has_no_correlation_of_one_task_and_no_answer_without_a_mean():
     row = {"entry": "sam", "rho": 0.05, "share": 0.2, "minus_baseline": 0.01, "minus_baseline_stderr": 0.001, "n": 3}
     data = pd.DataFrame([row | {"part": "tasks", "task": "question-type", "data_share": 0.05}])

@@ -58,13 +58,15 @@ def draw(plan: Plan) -> Exhibit:
     data["share_stderr"] = [shares[task].stderr for task in data.task]
     data["half_share"] = [shares[task].half_width for task in data.task]
     data = data.drop(columns=["minus_sam", "minus_sam_stderr"])
-    common = data[data.part == "tasks"]
+    if data.rho.nunique() > 1:  # an entry has several radii, and verdicts
+        data["label"] = [f"{label(row.entry)} at rho {row.rho:g}" if row.rho > 0 else "" for row in data.itertuples()]
+    common = _several_tasks(data)
     several = data[data.task.isin(data[data.part == "share"].task)]
 
     style.use()
     figure, panels = plt.subplots(1, 2, figsize=(style.PAGE, 2.7))
     for axis, part, x in zip(panels, (several, common), ("data_share", "share"), strict=True):
-        if part.empty:  # no cell of it is complete
+        if part.empty:  # its cells are not complete
             axis.set_axis_off()
             continue
         axis.axhline(0.0, color=style.METHOD_COLOR["adamw"], linewidth=0.8)
@@ -81,7 +83,14 @@ def draw(plan: Plan) -> Exhibit:
     finding = _finding(several, common, correlations)
     caption = f"{finding} {_setting(plan, data)}{comparison.seen(data)}{comparison.left_out(plan_of_cells(plan))}"
     said = answer([_little_against_much(data)], Verdict.BETTER)
-    return Exhibit(plan, {"": data, "ranks": correlations}, caption, finding, figure, answer=said)
+    frames = {"": data} | ({"ranks": correlations} if len(correlations) else {})
+    return Exhibit(plan, frames, caption, finding, figure, answer=said)
+
+
+def _several_tasks(data: pd.DataFrame) -> pd.DataFrame:
+    """The rows of all tasks at the share that they have in common; none while it is one task, which the other panel shows."""
+    common = data[data.part == "tasks"]
+    return common.iloc[:0] if common.task.nunique() == 1 and (data.part == "share").any() else common
 
 
 def _shares_of_the_data(axis: Axes, several: pd.DataFrame) -> None:
@@ -121,8 +130,9 @@ def headline(data: pd.DataFrame) -> str:
     if ends := _ends(data):
         least, most = (markdown.interval(100 * row.minus_baseline, 100 * difference(row).half_width, 1, sign=True) for row in ends)
         shares = [f"{row.data_share:.0%}" for row in ends]
-        parts.append(f"SAM minus AdamW {least} points with {shares[0]} of the data, {most} with {shares[1]}")
-    words = [f"{label(row.entry)} {_correlation(row)}" for row in ranks(data[data.part == "tasks"]).itertuples()]
+        which = f" at rho {ends[0].rho:g}" if data.rho.nunique() > 1 else ""
+        parts.append(f"SAM{which} minus AdamW {least} points with {shares[0]} of the data, {most} with {shares[1]}")
+    words = [f"{label(row.entry)} {_correlation(row)}" for row in ranks(_several_tasks(data)).itertuples()]
     parts += [f"rank correlation of gain and functional share: {', '.join(words)}"] if words else []
     return "; ".join(parts) or "neither several shares of the data nor several tasks are complete"
 
