@@ -1,6 +1,7 @@
 """figure-2 by batch, from made-up losses: the functional part's harm is noise, and shrinks with the batch."""
 
 import math
+import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -133,9 +134,12 @@ def test_tests_on_fresh_seeds_are_families_of_their_own(exhibit):
     ]
     assert list(method.verdict) == ["better", "worse", "better", "worse"]
     tuned = table.loc["tuned-256"].iloc[0]
-    assert f"minus AdamW at rate 0.02, warm-up 90 +{tuned.difference:.4f}" in exhibit.caption
-    title = exhibit.more["tests"].texts[-1].get_text().replace("\n", " ")
-    assert title.startswith("On 8 fresh seeds at 256 rows a step: Functional-SAM at rho 0.15, rate 0.04, warm-up 90 minus AdamW")
+    assert f"minus AdamW at rate 0.02, warm-up 90, 256 rows a step: +{tuned.difference:.4f}" in exhibit.caption
+    title = exhibit.more["tests"].texts[-1].get_text().replace("-\n", "-").replace("\n", " ")
+    assert title.startswith(
+        "Functional-SAM at rho 0.15, rate 0.04, warm-up 90 minus AdamW at rate 0.02, warm-up 90, 256 rows a step: +"
+    )
+    assert [int(n) for n in re.findall(r"(\d+) fresh seeds\)", title)] == [8, 16]
     drawn_text = [text.get_text() for text in exhibit.more["tests"].axes[0].texts]
     assert drawn_text[0] == "Does the functional part gain on other seeds?"
     assert "functional part\nminus AdamW at rate 0.02" in drawn_text
@@ -169,6 +173,26 @@ def test_what_is_tested_as_tuned_is_what_was_best_of_the_trials(rows, more):
     for name in (tuned, adamw):
         assert test["runs"][name] == trials["runs"][name]
     assert not {*trials["seeds"]} & {*test["seeds"]}
+
+
+def test_readme_says_what_the_tuned_tests_found():
+    """The numbers that are typed there, of which verdicts decide the sign."""
+    tests = pd.read_csv(ROOT / "paper" / "figures" / "figure-2-laptop-tests.csv")
+    tests = tests[tests.run.str.startswith("Functional-SAM at rho") & tests.other.str.startswith("AdamW")].groupby("cell").last()
+    readme = (ROOT / "README.md").read_text().replace("\n  ", " ")
+    expected = {
+        "again-256": ("better", "is {} nats below AdamW after 100 steps", 2),
+        "longer-256": ("better", "{} after 200", 2),
+        "longest-256": ("inconclusive", "{} after 400", 3),
+        "tuned-64": ("worse", "{} above after 400", 2),
+    }
+    for cell, (verdict, words, digits) in expected.items():
+        row = tests.loc[cell]
+        assert row.verdict == verdict
+        assert words.format(f"{abs(row.difference):.{digits}f} ± {row.half_width:.{digits}f}") in readme
+    assert tests.loc["tuned-64-short"].verdict == "inconclusive"
+    given = pd.read_csv(ROOT / "paper" / "figures" / "figure-2-laptop-tests.csv").query("cell == 'longer-256'").iloc[0]
+    assert f"AdamW given the time is {given.difference:.2f} ± {given.half_width:.2f} below it" in readme
 
 
 def test_noise_is_that_of_the_first_and_the_last_step(exhibit):

@@ -1,7 +1,7 @@
 """Whole runs of the residual network from the raw table of digits to the trained weights, written again in numpy and plain torch.
 
-Nothing of the house is called for what is compared: split, statistics, noise, order, crops, the network with batch normalization,
-the methods, AdamW, the schedule and the evaluation are here by their definitions, in float64.
+The seeds and the initial weights are the house's; all else that is compared, split, statistics, noise, order, crops, the network
+with batch normalization, the methods, AdamW, the schedule and the evaluation, is here by its definition, in float64.
 """
 
 import gzip

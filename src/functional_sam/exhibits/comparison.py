@@ -143,18 +143,18 @@ def differences(data: pd.DataFrame, other: str = "baseline") -> str:
     return f"{' to '.join(ends)} nats ({tally(verdicts)})" if ends else f"({tally(verdicts)})"
 
 
-def seen(data: pd.DataFrame, other: str = "baseline", unit: float = 1.0, word: str = "") -> str:
-    """Say which effect the inconclusive comparisons would have seen, in a sentence and a unit; empty where there are none."""
-    return would_have_seen(unit * data[data[f"verdict_{other}"] == str(Verdict.OPEN)][f"detectable_{other}"], word)
+def seen(data: pd.DataFrame, other: str = "baseline", scale: float = 1.0, unit: str = "") -> str:
+    """Say which effect the inconclusive comparisons would have seen, times scale, in a sentence; empty where there are none."""
+    return would_have_seen(scale * data[data[f"verdict_{other}"] == str(Verdict.OPEN)][f"detectable_{other}"], unit)
 
 
-def would_have_seen(sizes: Iterable[float], word: str = "") -> str:
+def would_have_seen(sizes: Iterable[float], unit: str = "") -> str:
     """Say the same of the effects that each inconclusive comparison would have seen."""
     found = [size for size in sizes if 0 < size < math.inf]  # none of a comparison whose seeds all agree
     if not found:
         return ""
     words = " to ".join(dict.fromkeys(markdown.significant(size, 2) for size in (min(found), max(found))))
-    return f" Where inconclusive, an effect of {words}{word and f' {word}'} would have been seen in 4 of 5 cases by a single test."
+    return f" Where inconclusive, an effect of {f'{words} {unit}'.rstrip()} would have been seen in 4 of 5 cases by a single test."
 
 
 def setting(plan: Plan, data: pd.DataFrame) -> str:

@@ -59,7 +59,9 @@ def draw(plan: Plan) -> Exhibit:
     data["half_share"] = [shares[task].half_width for task in data.task]
     data = data.drop(columns=["minus_sam", "minus_sam_stderr"])
     if data.rho.nunique() > 1:  # an entry has several radii, and verdicts
-        data["label"] = [f"{label(row.entry)} at rho {row.rho:g}" if row.rho > 0 else "" for row in data.itertuples()]
+        data["label"] = [
+            f"{label(row.entry, row.label)} at rho {row.rho:g}" if row.rho > 0 else row.label for row in data.itertuples()
+        ]
     common = _several_tasks(data)
     several = data[data.task.isin(data[data.part == "share"].task)]
 

@@ -87,29 +87,30 @@ def tests_figure(table: pd.DataFrame, cells: dict[str, Any], lr: float) -> Figur
 
 
 def _finding(table: pd.DataFrame, cells: dict[str, Any]) -> str:
-    """The first comparison of each cell that the YAML puts into the title; how many, where none of them is complete."""
-    named = _named(table, cells)
-    n, batch = ("/".join(str(one) for one in sorted(set((table if named.empty else named)[key]))) for key in ("n", "batch"))
+    """What stands in the title; how many are significant, where nothing of it is complete."""
+    n, rows = ("/".join(map(str, sorted(set(table[key])))) for key in ("n", "batch"))
     told = f"{table.verdict.str.startswith(SIGNIFICANT).sum()} of {len(table)} comparisons are significant"
-    return f"On {n} fresh seeds at {batch} rows a step: {'; '.join(map(_in_words, named.itertuples())) or told}"
+    return "; ".join(_titled(table, cells)) or f"On {n} fresh seeds at {rows} rows a step: {told}"
 
 
-def _named(table: pd.DataFrame, cells: dict[str, Any]) -> pd.DataFrame:
-    """Rows of the table that stand in the title."""
+def _titled(table: pd.DataFrame, cells: dict[str, Any]) -> list[str]:
+    """The first comparison of each cell that the YAML puts into the title; what was asked again on other seeds stands together."""
     first = table.drop_duplicates("cell")
-    return first[[bool(cells[cell].get("in_title")) for cell in first.cell]]
-
-
-def _in_words(row: Any) -> str:
-    """A comparison with its interval and verdict."""
-    return f"{row.run} minus {row.other} {interval(row.difference, row.half_width, sign=True)} ({row.verdict})"
+    own = first[[bool(cells[cell].get("in_title")) for cell in first.cell]]
+    said = []
+    for (run, other, rows), same in own.groupby(["run", "other", "batch"], sort=False):
+        found = (
+            f"{interval(row.difference, row.half_width, sign=True)} ({row.verdict}, {row.n} fresh seeds)"
+            for row in same.itertuples()
+        )
+        said.append(f"{run} minus {other}, {rows} rows a step: {', '.join(found)}")
+    return said
 
 
 def tests_in_words(table: pd.DataFrame, cells: dict[str, Any]) -> str:
-    """How many are significant, and those of the title with their intervals, as part of a sentence; empty without one."""
+    """How many are significant, and those of the title, as part of a sentence; empty without one."""
     if table.empty:
         return ""
     told, together = (sum(map(significant, table[column])) for column in ("p_holm", "p_all"))
     counted = f"tests on other seeds (the CSV of tests has each): {told} of {len(table)} significant within their families"
-    each = (f"{_in_words(row)}, {row.n} seeds at {row.batch} rows" for row in _named(table, cells).itertuples())
-    return "; ".join([f"{counted}, {together} by Holm over all of them at once (described)", *each])
+    return "; ".join([f"{counted}, {together} by Holm over all of them at once (described)", *_titled(table, cells)])

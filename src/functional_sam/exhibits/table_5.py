@@ -23,7 +23,7 @@ def draw(plan: Plan) -> Exhibit:
     data = accuracies(plan.content, plan.source)
     equal = data[~data.entry.isin(DOUBLES)]
     words = "; ".join(f"{name}: {counted(part)}" for name, part in equal.groupby("model", sort=False))
-    finding = f"Against {baseline(data)} at equal epochs: {words}.{seen(equal, unit=POINTS, word='points')}"
+    finding = f"Against {baseline(data)} at equal epochs: {words}.{seen(equal, scale=POINTS, unit='points')}"
     apart = "; ".join(f"{name}: {counted(part, 'longer')}" for name, part in data.groupby("model", sort=False))
     verdict = f"{finding} Against {baseline(data)} with twice the epochs: {apart}."
     caption = f"{finding} {setting(plan.content, plan.spec.scale, data.n, 'the table')}{left_out(plan, data, DOUBLES)}"
