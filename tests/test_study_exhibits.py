@@ -252,8 +252,11 @@ def test_equal_compute_neither_runs_nor_waits_for_sizes_that_it_does_not_show(co
 
 
 def test_equal_compute_pairs_with_the_baseline_that_takes_as_long(complete):
-    data = drawn("table-8", complete).frame
-    data = data[data.part == "equal compute"].set_index("entry")
+    exhibit = drawn("table-8", complete)
+    compute = exhibit.frame.part == "equal compute"
+    for own, where in ((exhibit.frame[compute], "compute"), (exhibit.frame[~compute], "steps")):
+        assert f"of {own.verdict_baseline.ne('').sum()} comparisons with AdamW at equal {where} " in exhibit.headline
+    data = exhibit.frame[compute].set_index("entry")
     assert data.matched["looksam"] == "adamw-looksam"
     assert data.matched["sam"] == "adamw-double"
     assert data.times["momentum-functional-sam"] == 1.29

@@ -206,6 +206,9 @@ def test_figure_10_compares_at_the_same_rate_and_decay_too():
     assert set(control.verdict_baseline) == {str(Verdict.BETTER)}
     assert "same rate and decay, 12 fresh seeds: SAM +4.0" in exhibit.caption or "12 fresh seeds: SAM +4.0" in exhibit.headline
     assert "On fresh seeds, written down beforehand, with one rate and weight decay for all (40 % noise, decay 1" in exhibit.caption
+    longer = data[data.cell.eq("noise-40") & data.entry.eq("sam")].iloc[0]
+    said = f"Points over AdamW of twice the epochs, as much compute: SAM {100 * longer.minus_longer:+.1f} ±"
+    assert said in exhibit.caption  # it gains
     own = data[data.part.eq("alike") & data.rho.notna()]
     assert len(own) == 10
     assert set(own.weight_decay) == {1}

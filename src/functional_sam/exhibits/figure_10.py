@@ -54,7 +54,7 @@ def draw(plan: Plan) -> Exhibit:
     style.legend_above(figure, axes[0, 0], columns=4)
     style.finding_above(figure, sentence(headline(data)))
     found = {name: _verdicts(data[data.checkpoint.eq(name)], title) for name, title in CHECKPOINTS.items()}
-    keeps = _kept(data, kept)
+    keeps = f"{_against_longer(data)}{_kept(data, kept)}"
     verdict = f"{found['best']} {found['last']} {keeps}{_share(data)}"
     words = setting(plan.content, plan.spec.scale, data.n, "a checkpoint")
     claimed = data[data.checkpoint.eq("best") & data.part.isin(["noise", "control"]) & data.noise.gt(0)]
@@ -145,6 +145,16 @@ def _verdicts(data: pd.DataFrame, checkpoint: str) -> str:
     return f"Against AdamW, {checkpoint}, {' - '.join(words)}."
 
 
+def _against_longer(data: pd.DataFrame) -> str:
+    """SAM and Functional-SAM minus AdamW of twice the epochs at the best checkpoint; empty where that was not run."""
+    own = data[data.checkpoint.eq("best") & ~data.part.isin(DESCRIBED) & data.entry.isin(["sam", "functional-sam"])]
+    words = []
+    for noise, rows in own[own.minus_longer.notna() & own.noise.gt(0)].groupby("noise", sort=False):
+        each = (f"{label(row.entry)} {gained(row, 'longer')} ({row.verdict_longer})" for row in rows.itertuples())
+        words.append(f"{', '.join(each)} at {POINTS * noise:.0f} %")
+    return f"Points over AdamW of twice the epochs, as much compute: {'; '.join(words)} noise. " if words else ""
+
+
 def _chosen(data: pd.DataFrame) -> str:
     """Where AdamW and the methods were reported at other weight decays, and what was chosen at an end of what was tried."""
     words = []
@@ -166,8 +176,10 @@ def alike(data: pd.DataFrame) -> str:
         own = data[data.part.eq(part) & data.checkpoint.eq("best") & data.verdict_baseline.ne("")]
         words = []
         for lr, rows in own.groupby("lr"):
-            each = ", ".join(f"{label(row.entry)} {gained(row)} ({row.verdict_baseline})" for row in rows.itertuples())
-            words.append(f"at rate {lr:g} {each}")
+            one = rows.verdict_baseline.nunique() == 1 and len(rows) > 1  # said once
+            told = "" if one else " ({})"
+            each = ", ".join(f"{label(row.entry)} {gained(row)}{told.format(row.verdict_baseline)}" for row in rows.itertuples())
+            words.append(f"at rate {lr:g} {each}{f' (all {rows.verdict_baseline.iloc[0]})' if one else ''}")
         if words:
             decay, rho, noise, n = own.weight_decay.iloc[0], own.rho.iloc[0], POINTS * own.noise.iloc[0], own.n.iloc[0]
             found += (

@@ -144,7 +144,7 @@ def draw(plan: Plan) -> Exhibit:
         words.append(in_words(ends, dose, steps))
     figure.align_ylabels()
     style.legend_above(figure, axes[0, 0], columns=2)
-    finding, further = _finding(found), "; ".join(filter(None, words))
+    finding, further = _finding(found), " ".join(map(sentence, filter(None, words)))
     short = f"{sentence(headline(data))} {_significant(found, ends)}"
     style.finding_above(figure, finding if len(spec.dose) == 1 else short)
     language = found[(found.task == "language") & (found.against == "logit part")]
@@ -278,19 +278,19 @@ def _significant(found: pd.DataFrame, batches: pd.DataFrame) -> str:
 
 
 def _caption(plan: Plan, finding: str, further: str) -> str:
-    spec, batches = plan.spec, ""
-    if further:
-        batches = f"; {further}, noise being the part of |H_F eps|^2 that is sampling noise of the batch (AdamW's weights)"
+    spec, batches = plan.spec, f" {further}" if further else ""
+    if plan.content[1]:
+        batches += " Noise is the part of |H_F eps|^2 that is sampling noise of the batch (AdamW's weights)."
     if plan.left:
         words = " (verdicts by batch are so far, Holm over those shown)" if plan.content[1] else ""
-        batches += f"; not shown, their runs are not complete: {', '.join(plan.left)}{words}"
+        batches += f" Not shown, their runs are not complete: {', '.join(plan.left)}{words}."
     return (
         f"{finding} (Holm over tasks and doses, margin {spec.margin:g}). Angle-SAM: "
         "gradient g + c, c along cos(phi) H_F eps + sin(phi) H_G eps and |c| = dose |g| at every step, by exact derivatives, "
-        "so that angles differ in direction alone (45 is along H eps; the scaling is ours, the paper's was not seen); scale "
+        "so that angles differ in direction alone (45 is along H eps; the scaling is ours, the paper's was not seen). Scale "
         f"{spec.scale}, not the paper's: {sizes(plan.content[0])}. Means over n={len(spec.seeds)} seeds, bars and band are 95 % t "
         "intervals, below of differences to AdamW with the same initialization and data order, filled where better or worse "
-        f"after Holm's correction{batches}."
+        f"after Holm's correction.{batches}"
     )
 
 
@@ -310,5 +310,5 @@ def _verdict(found: pd.DataFrame, batches: str) -> str:
     n = int(found.n.iloc[0])
     return (
         f"{_finding(found)}. The paper's order in language is {claim}. {'. '.join(parts)} (n={n}, paired, 95 % t intervals, Holm)."
-        f"{f' {sentence(batches)}' if batches else ''}"
+        f"{f' {batches}' if batches else ''}"
     )

@@ -52,6 +52,7 @@ def draw(plan: Plan) -> Exhibit:
         right.set_xlabel(r"dose $|g_{method} - g|\,/\,|g|$")
         right.tick_params(labelleft=False)
         style.signed_log(left, LINEAR)
+    panels[0][0].plot([], [], "o", color=style.OTHER_COLOR, markerfacecolor="white", label="hollow: not significant")
     style.legend_above(figure, panels[0][0], columns=4)
     style.finding_above(figure, sentence(headline(data)))
     caption = (

@@ -49,7 +49,10 @@ def share_runs(spec: Spec, task: str, overrides: tuple[str, ...]) -> list[Config
 
 
 def draw(plan: Plan) -> Exhibit:
-    """Left the tasks with several shares of the data, right all tasks at the share that they have in common."""
+    """Left the tasks with several shares of the data, right all tasks at the share that they have in common.
+
+    A side whose cells are not complete is not there.
+    """
     planned, measured = plan.content
     data = judge(frame(planned, plan.source), planned[0].study.margin)
     data["data_share"] = data.cell.map({one.cell.name: _config(one).data.share for one in planned})
@@ -66,24 +69,22 @@ def draw(plan: Plan) -> Exhibit:
     several = data[data.task.isin(data[data.part == "share"].task)]
 
     style.use()
-    figure, panels = plt.subplots(1, 2, figsize=(style.PAGE, 2.7))
-    for axis, part, x in zip(panels, (several, common), ("data_share", "share"), strict=True):
-        if part.empty:  # its cells are not complete
-            axis.set_axis_off()
-            continue
+    sides = [(part, x) for part, x in ((several, "data_share"), (common, "share")) if len(part)]  # whose cells are complete
+    figure, panels = plt.subplots(1, len(sides), figsize=(style.PAGE * (1 if len(sides) > 1 else 0.7), 2.7), squeeze=False)
+    for axis, (part, x) in zip(panels[0], sides, strict=True):
         axis.axhline(0.0, color=style.METHOD_COLOR["adamw"], linewidth=0.8)
         _points(axis, part[part.entry != "adamw"], x)
         axis.set_ylabel(f"{_metric(part)} minus AdamW's")
-    if len(several):
-        _shares_of_the_data(panels[0], several)
-    if len(common):
-        panels[1].set(xlabel=r"functional share $|\delta_{func}|/(|\delta_{func}|+|\delta_{logit}|)$, pretrained")
-        _shares_below(panels[1], common)
-    style.legend_above(figure, panels[1] if len(common) else panels[0], columns=4)
+        if x == "share":
+            axis.set(xlabel=r"functional share $|\delta_{func}|/(|\delta_{func}|+|\delta_{logit}|)$, pretrained")
+            _shares_below(axis, common)
+        else:
+            _shares_of_the_data(axis, several)
+    style.legend_above(figure, panels[0, -1], columns=4 if len(sides) > 1 else 2)
     style.finding_above(figure, sentence(headline(data)))
     correlations = ranks(common)
     finding = _finding(several, common, correlations)
-    caption = f"{finding} {_setting(plan, data)}{comparison.seen(data)}{comparison.left_out(plan_of_cells(plan))}"
+    caption = f"{finding} {_setting(plan, data, len(common) > 0)}{comparison.seen(data)}{comparison.left_out(plan_of_cells(plan))}"
     said = answer([_little_against_much(data)], Verdict.BETTER)
     frames = {"": data} | ({"ranks": correlations} if len(correlations) else {})
     return Exhibit(plan, frames, caption, finding, figure, answer=said)
@@ -213,15 +214,18 @@ def _finding(several: pd.DataFrame, common: pd.DataFrame, correlations: pd.DataF
     return f"Against AdamW, {'; '.join(sides)}.{ranked if words else ''}"
 
 
-def _setting(plan: Plan, data: pd.DataFrame) -> str:
+def _setting(plan: Plan, data: pd.DataFrame, with_share: bool) -> str:
     config = _config(plan.content[0][0])
     n = "/".join(str(value) for value in sorted(set(data.n)))
     others = data[data.metric != data.metric.mode()[0]].groupby("metric", sort=False).task.unique()
     judged = "".join(f" ({', '.join(tasks)}: {metric_label(str(name))})" for name, tasks in others.items())
     steps = "/".join(str(value) for value in sorted(set(data.steps)))
+    share = (
+        "the functional share is that of the pretrained model with a fresh head on "
+        f"{config.measure.rows} validation texts, grey its interval over heads; "
+    )
     return (
         f"Scale {plan.spec.scale}: {TASKS[config.kind].model_name(config)}, {steps} steps of {config.training.batch} texts, rho as "
-        f"given, nothing chosen{judged}; the functional share is that of the pretrained model with a fresh head on "
-        f"{config.measure.rows} validation texts, grey its interval over heads; bars are 95 % intervals of differences "
+        f"given, nothing chosen{judged}; {share if with_share else ''}bars are 95 % intervals of differences "
         f"paired by seed, n = {n}, Holm's correction within the figure."
     )

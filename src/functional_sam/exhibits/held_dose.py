@@ -128,9 +128,9 @@ def in_words(table: pd.DataFrame, dose: float, steps: int) -> str:
         words = f"{row.verdict}, n={row.n}, noise {row.noise_func_first:.2f} at the first step, {row.noise_func:.2f} at the last"
         if row.batch in more.index:
             other = more.loc[row.batch]
-            words += f"; minus the first {interval(other.difference, other.half_width, sign=True)}"
+            words += f", minus that of the fewest targets {interval(other.difference, other.half_width, sign=True)}"
         each.append(f"{interval(row.difference, row.half_width, sign=True)} at {row.targets:,} targets ({words})")
-    return f"by batch, functional minus logit part after {steps} steps at dose {dose:g}: {', '.join(each)}"
+    return f"by batch, functional minus logit part after {steps} steps at dose {dose:g}: {'; '.join(each)}"
 
 
 def significant(table: pd.DataFrame) -> list[str]:

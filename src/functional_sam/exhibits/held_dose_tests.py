@@ -108,9 +108,10 @@ def _titled(table: pd.DataFrame, cells: dict[str, Any]) -> list[str]:
 
 
 def tests_in_words(table: pd.DataFrame, cells: dict[str, Any]) -> str:
-    """How many are significant, and those of the title, as part of a sentence; empty without one."""
+    """How many are significant, and those of the title, as sentences without the last full stop; empty without one."""
     if table.empty:
         return ""
     told, together = (sum(map(significant, table[column])) for column in ("p_holm", "p_all"))
-    counted = f"tests on other seeds (the CSV of tests has each): {told} of {len(table)} significant within their families"
-    return "; ".join([f"{counted}, {together} by Holm over all of them at once (described)", *_titled(table, cells)])
+    where = "tests on other seeds, of validation losses (the CSV of tests has each)"
+    counted = f"{where}: {told} of {len(table)} significant within their families"
+    return ". ".join([f"{counted}, {together} by Holm over all of them at once (described)", *_titled(table, cells)])

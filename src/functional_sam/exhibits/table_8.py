@@ -6,11 +6,10 @@ import pandas as pd
 
 from functional_sam.exhibits import comparison, markdown
 from functional_sam.exhibits.comparison import counted, differs, label, left_out, of_part, rows_of, seen, setting
-from functional_sam.exhibits.comparison import headline as overall
 from functional_sam.exhibits.output import Exhibit
 from functional_sam.exhibits.plan import Plan
 from functional_sam.exhibits.spec import Spec
-from functional_sam.exhibits.words import answer, sentence
+from functional_sam.exhibits.words import answer, sentence, tally
 from functional_sam.records import Source
 from functional_sam.study.compare import Verdict, paired_difference
 from functional_sam.study.design import Cell, Study
@@ -57,9 +56,13 @@ def draw(plan: Plan) -> Exhibit:
 
 def headline(data: pd.DataFrame) -> str:
     """SAM against AdamW with twice the steps, and how all comparisons came out, in a few words."""
-    own = data[(data.part == EQUAL_COMPUTE) & (data.entry == "sam")]
-    found = [f"SAM minus AdamW at equal compute {differs(row, 'baseline')} nats" for row in own.itertuples()]
-    return "; ".join([*found, overall(data)])
+    compute = data.part == EQUAL_COMPUTE
+    sam = data[compute & (data.entry == "sam")]
+    found = [f"SAM minus AdamW at equal compute {differs(row, 'baseline')} nats" for row in sam.itertuples()]
+    for own, where in ((data[compute], "at equal compute"), (data[~compute], "at equal steps")):
+        words = [word for word in own.verdict_baseline if isinstance(word, str) and word]  # nan where a CSV was read
+        found += [f"of {len(words)} comparisons with AdamW {where} {tally(words)}"] if words else []
+    return "; ".join(found) or "nothing to compare"
 
 
 def equal_compute(planned: Sequence[Planned], source: Source) -> pd.DataFrame:

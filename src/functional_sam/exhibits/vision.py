@@ -68,9 +68,9 @@ def baseline(data: pd.DataFrame) -> str:
     return f"{first} ({apart})" if others else first
 
 
-def gained(row: Any) -> str:
+def gained(row: Any, other: str = "baseline") -> str:
     """Points of accuracy over AdamW and their 95 % interval, to a tenth even of what rounds to zero; or that a run diverged."""
-    found = difference(row)
+    found = difference(row, other)
     if not math.isfinite(found.mean):
         return "(diverged)"
     text = f"{POINTS * found.mean:+.1f}"
