@@ -74,7 +74,9 @@ def draw(plan: Plan) -> Exhibit:
     for axis, (part, x) in zip(panels[0], sides, strict=True):
         axis.axhline(0.0, color=style.METHOD_COLOR["adamw"], linewidth=0.8)
         _points(axis, part[part.entry != "adamw"], x)
-        axis.set_ylabel(f"{_metric(part)} minus AdamW's")
+        axis.set_ylabel(f"{_metric(part)} minus AdamW's{' (points)' if _points_alone(part) else ''}")
+        if _points_alone(part):
+            axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}".replace("-", markdown.MINUS))
         if x == "share":
             axis.set(xlabel=r"functional share $|\delta_{func}|/(|\delta_{func}|+|\delta_{logit}|)$, pretrained")
             _shares_below(axis, common)
@@ -84,7 +86,8 @@ def draw(plan: Plan) -> Exhibit:
     style.finding_above(figure, sentence(headline(data)))
     correlations = ranks(common)
     finding = _finding(several, common, correlations)
-    caption = f"{finding} {_setting(plan, data, len(common) > 0)}{comparison.seen(data)}{comparison.left_out(plan_of_cells(plan))}"
+    could = comparison.seen(data, scale=100, unit="points") if _points_alone(data) else comparison.seen(data)
+    caption = f"{finding} {_setting(plan, data, len(common) > 0)}{could}{comparison.left_out(plan_of_cells(plan))}"
     said = answer([_little_against_much(data)], Verdict.BETTER)
     frames = {"": data} | ({"ranks": correlations} if len(correlations) else {})
     return Exhibit(plan, frames, caption, finding, figure, answer=said)
@@ -125,6 +128,11 @@ def _metric(part: pd.DataFrame) -> str:
     """What most tasks of a panel are judged by, on the test split; the caption names those that are judged by another measure."""
     words = metric_label(part.metric.mode()[0])
     return f"test {words[0].lower()}{words[1:]}"
+
+
+def _points_alone(part: pd.DataFrame) -> bool:
+    """Whether all are accuracies, which the title has in points."""
+    return set(part.metric) == {"accuracy"}
 
 
 def headline(data: pd.DataFrame) -> str:
