@@ -67,15 +67,21 @@ def draw(plan: Plan) -> Exhibit:
 
 
 def headline(data: pd.DataFrame) -> str:
-    """SAM's and each part's gain at the best checkpoint at 40 % noise: of the fresh seeds, if they are done."""
-    own = data[data.checkpoint.eq("best") & data.noise.eq(0.4)]
+    """SAM's and each part's gain at the best checkpoint at 40 % noise, of the fresh seeds if they are done; then at others."""
+    best = data[data.checkpoint.eq("best")]
+    own = best[best.noise.eq(0.4)]
     part = "control" if own.part.eq("control").any() else "noise"
     own = own[own.part.eq(part) & own.entry.isin(["sam", "functional-sam", "logit-sam"])]
     if own.empty:
         return "nothing at 40 % label noise"
     found = ", ".join(f"{label(row.entry)} {gained(row)}" for row in own.itertuples())
     where = f"same rate and decay, {own.n.iloc[0]} fresh seeds" if part == "control" else "best checkpoint"
-    return f"points over AdamW at 40 % label noise, {where}: {found}"
+    others = best[best.part.eq("noise") & best.noise.gt(0) & best.noise.ne(0.4) & best.entry.isin(["sam", "functional-sam"])]
+    more = "".join(
+        f"; tuned, at {POINTS * noise:.0f} % {' and '.join(f'{label(row.entry)} {gained(row)}' for row in rows.itertuples())}"
+        for noise, rows in others.groupby("noise")
+    )
+    return f"points over AdamW at 40 % label noise, {where}: {found}{more}"
 
 
 def lines(axis: Axes, part: pd.DataFrame, gain: bool) -> None:
