@@ -240,7 +240,7 @@ def test_figure_10_says_what_the_records_say(complete):
     assert kept.kept["best", 0.4, "functional-sam"] == pytest.approx(0.6, abs=0.05)
     assert kept.kept["best", 0.4, "logit-sam"] == pytest.approx(0.1, abs=0.05)
     assert math.isnan(kept.low["best", 0.0, "functional-sam"])  # without noise there is no gain to keep
-    assert re.search(r"kept by Functional-SAM (5\d|6\d) % \(", exhibit.caption)
+    assert re.search(r"kept at 40 % noise by Functional-SAM (5\d|6\d) % \(", exhibit.caption)
     assert exhibit.headline.startswith("points over AdamW at 40 % label noise, best checkpoint: SAM +4.0")
 
 

@@ -60,7 +60,8 @@ def draw(plan: Plan) -> Exhibit:
     claimed = data[data.checkpoint.eq("best") & data.part.isin(["noise", "control"]) & data.noise.gt(0)]
     claimed = claimed[claimed.entry.isin(["sam", "functional-sam"])]
     judged = data[data.checkpoint.eq("best") & ~data.part.isin(DESCRIBED)]
-    missing = left_out(plan, judged, DOUBLES)
+    names = [f"{label(row.entry, row.label)} at {POINTS * row.noise:.0f} %" for row in judged.itertuples()]
+    missing = left_out(plan, judged.assign(label=names), DOUBLES)
     caption = f"{found['best']} {keeps} {_chosen(judged)}{alike(data)}{words}{missing}"
     frames = {"": data, "kept": kept}
     return Exhibit(plan, frames, caption, verdict, figure, answer=answer(claimed.verdict_baseline, Verdict.BETTER))
@@ -196,18 +197,19 @@ def alike(data: pd.DataFrame) -> str:
 
 
 def _kept(data: pd.DataFrame, kept: pd.DataFrame) -> str:
-    activations = set(data[data.part.isin(DESCRIBED)].cell)
-    noisy = kept[kept.noise.gt(0) & kept.of.eq("sam") & kept.checkpoint.eq("best")]
-    words = [
-        f"{label(row.half)} {POINTS * row.kept:.0f} % ({POINTS * row.low:.0f} to {POINTS * row.high:.0f})"
-        + f" at {POINTS * row.noise:.0f} % noise"
-        + (f" in {row.cell}" if row.cell in activations else "")
-        for row in noisy.itertuples()
-        if math.isfinite(row.low)
-    ]
+    parts = dict(zip(data.cell, data.part, strict=True))
+    noisy = kept[kept.noise.gt(0) & kept.of.eq("sam") & kept.checkpoint.eq("best") & kept.low.map(math.isfinite)]
+    words = []
+    for cell, rows in noisy.groupby("cell", sort=False):
+        each = ", ".join(
+            f"{label(row.half)} {POINTS * row.kept:.0f} % ({POINTS * row.low:.0f} to {POINTS * row.high:.0f})"
+            for row in rows.itertuples()
+        )
+        where = "on the fresh seeds " if parts[cell] == "control" else f"in {cell} " if parts[cell] in DESCRIBED else ""
+        words.append(f"{where}at {POINTS * rows.noise.iloc[0]:.0f} % noise by {each}")
     if not words:
         return "SAM's gain at the best checkpoint is not significant, so it cannot be said what is kept of it."
-    return f"Of SAM's gain at the best checkpoint is kept by {', '.join(words)}."
+    return f"Of SAM's gain at the best checkpoint is kept {'; '.join(words)}."
 
 
 def _share(data: pd.DataFrame) -> str:

@@ -60,7 +60,8 @@ def draw(plan: Plan) -> Exhibit:
         "over the steps. Bars are 95 % intervals of paired differences, marks moved aside so that none covers another, hollow "
         f"where the difference is not significant by Holm; linear within {LINEAR:g} nats, logarithmic beyond; "
         f"crosses at the top edge diverged; the grey band is that of the placebo (AdamW whose initial weights were changed by "
-        f"1e-6). {setting(plan, data)}{seen(data)}{left_out(plan, data[~data.part.isin(DESCRIBED)])}"
+        "1e-6); at equal dose a functional method is compared with the plain one interpolated, linear in the dose, between AdamW "
+        f"and its radii. {setting(plan, data)}{seen(data)}{left_out(plan, data[~data.part.isin(DESCRIBED)])}"
         f"{in_words(fresh)}{_significant_at_first(paths)}{_still_open(plan, swept, paths, margin)}"
     )
     wanted = [*paths[paths.at_equal == "rho"].verdict] if len(paths) else []

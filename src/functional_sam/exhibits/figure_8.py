@@ -249,12 +249,12 @@ def headline(data: pd.DataFrame) -> str:
 
 
 def _plainly(data: pd.DataFrame) -> str:
-    """The share of fewest and most classes of the same images, as it is."""
+    """The share of fewest and most classes of the same images, as it is, with the interval over seeds."""
     own = at_end(data)
     own = own[own.task.eq("vision") & own.embedding_scale.eq(1)]
     least, most = own.outputs.min(), own.outputs.max()
-    shares = (number(own[own.outputs == count].share_logit.mean(), 2) for count in (least, most))
-    few, many = shares
+    shares = (estimate(list(own[own.outputs == count].groupby("seed").share_logit.mean())) for count in (least, most))
+    few, many = (interval(one.mean, one.half_width, 2) for one in shares)
     return f"logit share {few} at {least} classes, {many} at {most}"
 
 

@@ -19,7 +19,10 @@ from functional_sam.study.compare import Estimate, judged, paired_difference
 # What is compared: its name in the table, and how the figure draws it.
 AGAINST_LOGIT, FUNCTIONAL, LOGIT = "functional minus logit part", "functional part minus AdamW", "logit part minus AdamW"
 AGAINST_SMALLEST = "functional minus logit part, minus that at the fewest rows"
-LOOKS = {FUNCTIONAL: {"linestyle": "-"}, LOGIT: {"linestyle": "--", "marker": "s"}}
+LOOKS = {
+    FUNCTIONAL: {"linestyle": "-", "color": style.METHOD_COLOR["functional-sam"]},
+    LOGIT: {"linestyle": "--", "marker": "s", "color": style.METHOD_COLOR["logit-sam"]},
+}
 
 
 def configs_of(spec: Spec, cell: dict[str, Any], overrides: tuple[str, ...]) -> list[Config]:
