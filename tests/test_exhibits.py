@@ -91,6 +91,7 @@ def test_figure_1_leaves_the_adam_ascent_out_where_it_is_noise(home):
     assert list(zip(tests.ascent, tests.targets, strict=True)) == list(itertools.product(("gradient", "adam"), (128, 512, 2048)))
     assert tests.p_holm.to_list() == pytest.approx([6 * 2 * stats.t.sf(0.1 / (0.01 * (2 / 3) ** 0.5), 4)] * 6)
     assert figure_1.headline(exhibit.frame) == HEADLINE
+    assert exhibit.answer == "holds"
     without = exhibit.frame[exhibit.frame.origin == "independent"].groupby("step").share_logit_without_noise.first()
     assert without.to_dict() == pytest.approx(
         {1: 1.0, 3: 0.75, 7: 0.75, 17: 0.75, 45: 0.75, 116: 0.75, 300: 0.75}

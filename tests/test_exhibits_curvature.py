@@ -16,7 +16,7 @@ from functional_sam.curvature import CurvatureProducts, decompose, scaled
 from functional_sam.exhibits import figure_2, figure_4, flatness, table_4
 from functional_sam.exhibits.spec import load_spec
 from functional_sam.files import write_text
-from functional_sam.records import Run
+from functional_sam.records import Run, RunDirectories
 from functional_sam.records.due import lines_due
 from functional_sam.study import compare
 from functional_sam.study.compare import Estimate, paired_difference
@@ -88,6 +88,7 @@ def test_figure_2_pairs_seeds_and_shows_divergence(tmp_path):
     assert np.isinf(data[data.diverged].value).all()
     assert data.diverged.sum() == 1
     assert "The paper's order in language is supported" in exhibit.verdict
+    assert exhibit.answer == "holds"  # of language alone
     language, vision = exhibit.verdict.split("against AdamW")[1:]
     assert "better at phi 0, 5, 10, 20;" in language
     assert "worse at phi 70;" in language
@@ -159,6 +160,7 @@ def test_densities_of_an_exhibit_are_those_of_the_known_eigenvalues(tmp_path):
     tests = exhibit.frames["tests"].set_index(["measure", "geometry"])
     assert tests.loc[("traces", "adam"), ["language", "vision"]].to_list() == pytest.approx([1 / 8, 2 / 8])
     assert "smaller in language by all measures" in exhibit.caption
+    assert exhibit.answer == "holds"
     written = {path.name for path in exhibits.write(exhibit, tmp_path / "paper")}
     assert written == {f"figure-4{end}" for end in (".pdf", ".png", ".csv", "-density.csv", "-tests.csv", ".json")}
     assert sentences(exhibit.caption) == 3
@@ -243,6 +245,7 @@ def test_table_4_tells_temperature_from_flatness(tmp_path):
     m = len(spec.methods)
     by_hand = math.sqrt((m - 1) / m * np.sum((np.array(left_out) - np.mean(left_out)) ** 2))
     assert taus.loc[("trained", "share"), "stderr_methods"] == pytest.approx(by_hand)
+    assert exhibit.answer == "holds"  # SAM's flatness is the temperature's, Functional-SAM's is not
     exhibits.write(exhibit, tmp_path / "paper")
     text = (tmp_path / "paper" / "tables" / "table-4.md").read_text()
     assert "| ASAM | infinite |" in text
@@ -270,6 +273,49 @@ def test_a_loss_that_follows_all_curvature_is_ranked_by_it():
     assert taus.reading.top_hessian == "ranks as the loss"
     assert taus.reading.norm_gradient == "ranks against the loss"
     assert taus.stderr_methods.top_hessian == pytest.approx(0.0, abs=1e-12)
+
+
+def test_half_of_the_flatness_is_the_limit_and_no_loss_is_matched_beyond_adamws():
+    """A temperature undoes .4 of SAM's flatness and .6 of ASAM's, whose loss is above those of AdamW of all lengths."""
+
+    def row(method, seed, state, loss, log_trace, length=1.0):
+        own = {"geometry": "plain", "method": method, "length": length, "seed": seed, "state": state}
+        return own | {"loss": loss + seed, "trace_hessian": math.exp(log_trace)}
+
+    rows = []
+    for seed in range(4):
+        for number, state in enumerate(flatness.STATES):
+            rows += [row("adamw", seed, state, loss, 0.0, length) for loss, length in ((4.0, 1.0), (4.1, 0.7), (3.9, 1.4))]
+            for method, undone, loss in (("sam", 0.4, 4.05), ("asam", 0.6, 4.3)):
+                rows.append(row(method, seed, state, loss, number * undone - 1.0 + 0.01 * math.sin(7 * seed + number)))
+    found = flatness.undone(pd.DataFrame(rows)).set_index("method")
+    assert found.verdict.to_dict() == {"sam": flatness.OWN, "asam": flatness.EXPLAINED}
+    assert found.matched_n.to_dict() == {"sam": 4, "asam": 0}
+    assert math.isnan(found.matched_b["asam"])
+    assert math.isnan(found.matched_a["asam"])
+
+
+def test_taus_that_few_methods_carry_are_no_ranking_though_all_seeds_agree():
+    """The larger p of the two decides: over seeds there is no spread at all."""
+    rows = [
+        {"geometry": "plain", "state": "trained", "length": 1.0, "seed": seed, "method": f"m{k}", "loss": 4.0 + k + seed}
+        | dict.fromkeys(flatness.RANKED, float(rank))
+        for seed in range(3)
+        for k, rank in enumerate((2, 1, 3, 5, 4))
+    ]
+    taus = flatness.kendall(pd.DataFrame(rows)).set_index("field")
+    assert taus.tau.top_hessian == pytest.approx(0.6)
+    assert taus.stderr_seeds.top_hessian == 0.0
+    assert Estimate(0.6, taus.stderr_methods.top_hessian, 5).p > 0.05
+    assert set(taus.reading) == {flatness.OPEN}
+
+
+def test_the_loss_at_the_fitted_temperature_is_the_fitted_one(tmp_path):
+    config = exhibits.needed("table-4", overrides=(f"runtime.runs={tmp_path}",))[0]
+    record(config, loss=3.0).write("curvature.json", flat(2.0, 1.0))
+    rows = pd.DataFrame(flatness.measures(config, RunDirectories(), 1.0)).query("geometry == 'plain'").set_index("state")
+    trained, fitted = rows.loc[list(flatness.STATES), ["loss", "scale", "trace_hessian"]].to_numpy().tolist()
+    assert (trained, fitted) == ([3.0, 1.0, 16.0], [2.9, 1.5, 8.0])
 
 
 def test_a_run_measures_the_curvature_of_its_final_weights(cache, tmp_path):

@@ -88,6 +88,8 @@ def test_pairs_are_compared_and_judged(exhibit):
     assert pairs.loc[("functional-sam", "log radius", 48), "bound"] == ""
     assert slopes.bound.to_dict() == {"functional-sam": "", "precond-functional-sam": ABOUT}  # at least, at both widths
     assert slopes.verdict["precond-functional-sam"] == "inconclusive"
+    assert list(pairs.loc[(slice(None), "log radius", 48), "verdict"]) == ["later", "inconclusive"]  # all seeds have the same bound
+    assert exhibit.answer == "holds in 1 of 2"  # at the largest width
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,13 @@ import dataclasses
 import gzip
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from functional_sam import exhibits
+from functional_sam import exhibits, files
 from functional_sam.config import compose, to_yaml
 from functional_sam.errors import UserError
 from functional_sam.exhibits import check
@@ -47,6 +48,26 @@ def test_a_place_that_is_no_directory_is_named(tmp_path):
     for place, words in (("file", "Not a directory|File exists"), ("nowhere", "File exists"), ("n" * 300, "File name too long")):
         with pytest.raises(UserError, match=f"cannot write .*({words}).*choose another place"):
             write_text(tmp_path / place / "config.yaml", "x")
+
+
+def test_what_takes_its_name_is_on_the_disk_before_and_the_name_after(tmp_path, monkeypatch):
+    """Else a power cut could leave the name without the content, or take a file that a later one relies on."""
+    flushed = []
+    monkeypatch.setattr(files, "sync", lambda path: flushed.append((path, (tmp_path / "new").exists())))
+
+    write_text(tmp_path / "new", "x")
+    (temporary, before), *after = flushed
+    assert (temporary.parent, temporary.suffix, before, after) == (tmp_path, ".tmp", False, [(tmp_path, True)])
+
+    (tmp_path / "new").unlink()
+    flushed.clear()
+    with files.atomic_directory(tmp_path / "new") as temporary:
+        (temporary / "part").mkdir()
+        (temporary / "part" / "file").write_text("x")
+    *contents, last = flushed
+    assert {path for path, _ in contents} == {temporary, temporary / "part", temporary / "part" / "file"}
+    assert not any(exists for _, exists in contents)
+    assert last == (tmp_path, True)
 
 
 def test_comments_and_docstrings_are_no_code():
@@ -310,7 +331,7 @@ def results(tmp_path, monkeypatch):
     return tmp_path / "results"
 
 
-def test_a_pack_gives_back_what_the_runs_hold(tmp_path, results):
+def test_a_pack_gives_back_what_the_runs_hold(tmp_path, results, monkeypatch):
     lines = [
         {"kind": "train", "step": 1, "loss": 4.0, "seconds": 0.1},
         {"kind": "decompose", "step": 1, "gradient": {"share": 1 / 3}},
@@ -348,6 +369,7 @@ def test_a_pack_gives_back_what_the_runs_hold(tmp_path, results):
     with pytest.raises(UserError, match="not among the released runs"):
         pack.summary(gone)
     whole = path.read_bytes()
+    monkeypatch.setattr(time, "time", lambda: 1e9)  # at another time the same file
     assert released.save_pack("figure-1", "quick", [run]).read_bytes() == whole
     for damaged in (whole[: len(whole) // 2], whole[:40] + b"?" + whole[41:], b"", gzip.compress(text[: len(text) // 2].encode())):
         path.write_bytes(damaged)

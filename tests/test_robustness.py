@@ -1,6 +1,7 @@
 """Changes of the final weights: rounding and noise by hand, the weights put back, the other text cut by the run's own tokenizer."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,20 +48,40 @@ def test_noise_has_its_size_and_is_one_draw():
     assert float(moved.std() / p.std()) == pytest.approx(0.1, rel=0.02)
     other = changes.jittered(2 * p, 5, 0.1, 0) - 2 * p
     assert torch.allclose(other, 2 * moved)
+    assert not torch.equal(changes.jittered(p, 6, 0.1, 0), p + moved)  # another tensor of the same shape
+
+
+def test_the_loss_under_noise_is_the_mean_over_draws_that_differ():
+    """By hand, for a loss that is the sum of all weights."""
+    task = SimpleNamespace(
+        evaluate=lambda model, split: {"loss": sum(p.detach().sum().item() for p in model.parameters())}, elsewhere=lambda: None
+    )
+    model = make_model()
+    found = changes.robustness(model, task, "cpu", torch.float64)
+    for size in changes.NOISE:
+        draws = [
+            sum(float(changes.jittered(p.detach(), index, size, draw).sum()) for index, p in enumerate(model.parameters()))
+            for draw in range(changes.DRAWS)
+        ]
+        assert len(set(draws)) == changes.DRAWS
+        assert found["noise"][f"{size:g}"] == pytest.approx(sum(draws) / changes.DRAWS)
 
 
 def test_weights_come_back_also_after_an_error():
     model = make_model()
+    model.register_buffer("seen", torch.tensor(3.0))  # as a running statistic, which training elsewhere moves
     before = {name: p.clone() for name, p in model.named_parameters()}
 
     def fail():
         with changes.changed(model, lambda p, _: p + 1):
             assert all(torch.allclose(p, before[name] + 1) for name, p in model.named_parameters())
+            model.seen.add_(1.0)
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fail()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert model.seen == 3.0
 
 
 def test_a_run_records_it_and_is_the_same_run(tmp_path):

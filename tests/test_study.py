@@ -12,11 +12,23 @@ from scipy import stats
 
 from functional_sam.config import configs_directory, load, to_yaml
 from functional_sam.errors import UserError
+from functional_sam.sharpness.methods import cost
 from functional_sam.study import design
-from functional_sam.study.compare import Estimate, Verdict, equivalent, estimate, family, holm, judged, paired_difference, verdict
+from functional_sam.study.compare import (
+    Estimate,
+    Verdict,
+    equivalent,
+    estimate,
+    family,
+    holm,
+    judged,
+    paired_difference,
+    unpaired_difference,
+    verdict,
+)
 from functional_sam.study.design import LR, RHO, Trial, load_study, make, steps_of, trials, tuning_seeds
 from functional_sam.study.report import by_seed, check, difference, frame, judge
-from functional_sam.study.tune import foreseen, plan_cell, plan_cells, smallest_of_the_best, todo
+from functional_sam.study.tune import foreseen, plan_cell, plan_cells, search, smallest_of_the_best, todo
 from functional_sam.tasks import TASKS
 
 # ---------------------------------------------------------------- comparing
@@ -58,7 +70,7 @@ def test_what_is_still_to_come_of_a_family_counts_as_null():
 
 def test_no_difference_is_two_one_sided_tests():
     values = [0.001, -0.002, 0.0005, 0.0015, -0.001]
-    for margin in (0.0005, 0.0012, 0.003, 0.01):
+    for margin in (*np.linspace(0.0005, 0.003, 26), 0.01):
         below = stats.ttest_1samp(values, margin, alternative="less").pvalue
         above = stats.ttest_1samp(values, -margin, alternative="greater").pvalue
         assert equivalent(estimate(values), margin) == (max(below, above) < 0.05)
@@ -111,6 +123,17 @@ def test_a_family_raises_the_bar():
     assert judged([one] * 2)[0] is Verdict.OPEN
 
 
+@pytest.mark.parametrize("sizes", [(3, 8), (8, 3), (5, 5)])
+def test_samples_of_two_sizes_are_compared_by_welchs_test(sizes):
+    draw = np.random.default_rng(0)
+    values, others = (draw.normal(mean, spread, n) for mean, spread, n in zip((1.0, 0.2), (0.3, 0.9), sizes, strict=True))
+    found, test = unpaired_difference(values, others), stats.ttest_ind(values, others, equal_var=False)
+    assert (found.df, found.p) == pytest.approx((test.df, test.pvalue))
+    low, high = test.confidence_interval(0.95)
+    assert (found.mean - found.half_width, found.mean + found.half_width) == pytest.approx((low, high))
+    assert found.n == min(sizes)
+
+
 # ---------------------------------------------------------------- planning and tuning
 
 
@@ -146,6 +169,27 @@ def test_every_cell_gives_equal_trials_and_keeps_seeds_apart(scale):
             assert wanted <= tokens < wanted + config.training.batch * config.model.length
 
 
+def test_a_longer_baseline_has_a_schedule_of_its_own_and_the_data_of_the_others(study):
+    """AdamW with twice the steps: warm-up and evaluations by its length, and twice the epochs of what repeats."""
+    cell = dataclasses.replace(study.cells["repeated-32"], entries=["adamw", "adamw-double"])
+    own, longer = (make(study, cell, name, Trial(((LR, 0.01),)), 5, reported=True) for name in cell.entries)
+    steps = steps_of(study, cell)
+    for config, times in ((own, 1), (longer, 2)):
+        assert config.training.steps == times * steps
+        assert config.optimizer.warmup_steps == round(study.warmup * times * steps)
+        assert config.training.eval_every == times * steps // study.evaluations
+        assert config.data.unique_tokens == steps * config.training.batch * config.model.length // cell.epochs
+
+
+def test_a_radius_is_in_the_entrys_unit_and_warms_up_with_the_rate(study):
+    cell = dataclasses.replace(study.cells["fixed-0.014M"], entries=["adamw", "sam", "asam", "sam-warmup"])
+    radii = {name: [trial.get(RHO) for trial in trials(study, cell, name, 0.02)] for name in ("sam", "asam")}
+    assert radii["asam"] == pytest.approx([10 * rho for rho in radii["sam"]])
+    assert set(radii["sam"]) == set(cell.rho)
+    config = make(study, cell, "sam-warmup", trials(study, cell, "sam-warmup", 0.02)[0], 0)
+    assert config.method.options["warmup_steps"] == config.optimizer.warmup_steps == round(study.warmup * config.training.steps)
+
+
 def test_no_run_at_the_published_sizes_reads_a_text_twice_unless_it_is_to():
     """A file of C4 has about 150 million tokens."""
     study = load_study("language", "paper")
@@ -164,7 +208,7 @@ def test_stages_follow_each_other(study):
     assert "adamw" not in {config.method.name for config in tried}
     assert {config.training.init_seed for config in centre + first + tried} == set(study.tuning_seeds)
     assert not any(config.training.test for config in centre + first + tried)
-    assert {config.training.init_seed for config in reported} == set(cell.seeds)
+    assert {(config.training.init_seed, config.training.data_seed) for config in reported} == {(seed, seed) for seed in cell.seeds}
     assert len(reported) == len(cell.entries) * len(cell.seeds)
     one = plan_cell(study, cell, source)
     assert one.complete
@@ -203,6 +247,10 @@ def test_the_centre_grows_its_grid_until_the_best_is_inside(study):
     assert len(best.trials) == 5
     study.extensions = 0
     assert plan_cell(study, cell, source).centre.best.get(LR) == 0.04
+    study.extensions, far = 1, MadeUp(bowl(best_lr=0.5))
+    while far.do(plan_cell(study, cell, far).centre.configs):
+        pass
+    assert [trial.get(LR) for trial in plan_cell(study, cell, far).centre.trials] == [0.01, 0.02, 0.04, 0.08]
 
 
 def test_a_diverged_trial_never_wins_and_a_mean_counts(study):
@@ -214,6 +262,18 @@ def test_a_diverged_trial_never_wins_and_a_mean_counts(study):
     cell, source = study.cells["fixed-0.014M"], MadeUp(loss)
     finish(study, cell, source)
     assert plan_cell(study, cell, source).searches["sam"].best.get(RHO) == 0.005
+
+
+def test_the_best_trial_has_the_lowest_mean(study):
+    """Neither the lowest loss of one seed, nor of the worst seed, nor the lowest median."""
+    losses = {0.005: (1.0, 4.1, 1.1), 0.05: (1.2, 2.6, 2.1), 0.5: (2.3, 2.3, 2.3)}
+    study.tuning_seeds = [1000, 1001, 1002]
+    tried = [Trial(((LR, 0.02), (RHO, rho))) for rho in losses]
+    cell, source = study.cells["fixed-0.014M"], MadeUp(lambda config: losses[config.method.rho][config.training.init_seed - 1000])
+    source.do(search(study, cell, "sam", tried, source).configs)
+    found = search(study, cell, "sam", tried, source)
+    assert found.scores == list(map(list, losses.values()))
+    assert found.best == tried[1]
 
 
 def test_trials_are_judged_by_their_best_checkpoint_where_it_counts(study):
@@ -316,6 +376,7 @@ def test_a_run_has_the_same_name_when_its_config_is_read_back(name, tmp_path):
 def test_smallest_rate_within_one_standard_error():
     assert smallest_of_the_best([[1.0, 1.2], [0.99, 1.21], [2.0, 2.0]]) == 0
     assert smallest_of_the_best([[1.5, 1.6], [0.99, 1.2]]) == 1
+    assert smallest_of_the_best([[2.0, 2.1, 2.0], [0.1, 2.2, 0.1]]) == 1  # of the lowest mean, though not in its worst seed
 
 
 @pytest.mark.parametrize(
@@ -377,6 +438,12 @@ def test_a_row_holds_what_the_records_say(study):
     assert row.units == steps_of(study, cell) * row.batch * 128
     base = next(row for row in data.itertuples() if row.entry == "adamw")
     assert difference(base).n == 0
+    assert (base.gradients, row.gradients) == (base.steps, cost("functional-sam", {}).gradients * row.steps)
+    lost = next(configs[0] for (name, _), configs in one.reported.items() if name == "functional-sam")
+    source.records[lost.name] = (lost, None)  # it diverged, and has no curvature
+    row = next(row for row in frame([one], source).itertuples() if row.entry == "functional-sam")
+    assert (row.n, row.diverged, row.n_curvature) == (3, 1, 0)
+    assert math.isnan(row.share_func)
 
 
 def test_a_sweep_compares_at_equal_learning_rate(study):
@@ -420,12 +487,22 @@ def test_comparisons_that_are_none_are_refused(study):
     )
     with pytest.raises(UserError, match=r"same data \(SHA-256\)"):
         check([one], source)
+    source.read = read
+    for changed, words in (({"step": 7}, r"7 updates instead of"), ({"tokens": 99}, "same size of the validation set: ")):
+        summary = source.summary
+        source.summary = lambda c, summary=summary, changed=changed: summary(c) | (changed if c.method.name == "sam" else {})
+        with pytest.raises(UserError, match=words):
+            check([one], source)
+        source.summary = summary
 
 
 def test_holm_runs_over_the_family_alone(study):
     cell, source = study.cells["dose-0.014M"], MadeUp(bowl())
     finish(study, cell, source)
     data = frame([plan_cell(study, cell, source)], source)
+    at = data.set_index(["entry", "rho"]).test
+    for row in data[data.entry == "functional-sam"].itertuples():
+        assert row.minus_sam == pytest.approx(at["functional-sam", row.rho] - at["sam", row.rho])  # of one radius
     every = judge(data, 0.005)
     few = judge(data, 0.005, family=lambda row: row.entry == "sam")
     tested = [row for row in data.itertuples() if difference(row).n and row.entry == "sam"]

@@ -10,12 +10,12 @@ from made_up import MadeUp, bowl
 
 from functional_sam.errors import UserError
 from functional_sam.exhibits import draw_plan, figure_3, figure_7, figure_11, foreseen, module_of, planned
-from functional_sam.exhibits.comparison import changed, differences, same_runs, to_come
+from functional_sam.exhibits.comparison import changed, differences, same_runs, seen, to_come
 from functional_sam.exhibits.figure_3 import DOSE_AT_FIRST, judged_paths, path_alone
 from functional_sam.exhibits.markdown import MINUS
 from functional_sam.exhibits.output import write
 from functional_sam.exhibits.spec import load_spec
-from functional_sam.exhibits.words import so_far
+from functional_sam.exhibits.words import answer, so_far
 from functional_sam.study.compare import Estimate, Verdict, judged
 from functional_sam.study.design import load_study
 from functional_sam.study.report import judge
@@ -88,6 +88,61 @@ def test_what_is_not_complete_is_named_and_the_rest_drawn(name, complete):
     assert {one.cell.name for one in plan.content} == set(runs) - {last}
     if plan.drawable:
         assert last in module_of(name).draw(plan).caption
+
+
+@functools.lru_cache(maxsize=1)
+def shifted(complete):
+    """The same with clear verdicts: SAM is much worse, preconditioned Functional-SAM much better; nothing else is chosen."""
+    more = {"sam": 0.3, "precond-functional-sam": -0.3}
+    source = MadeUp(lambda config: complete.loss(config) + more.get(config.method.name, 0.0))
+    source.records = {
+        name: (config, None if loss is None else loss + more.get(config.method.name, 0.0))
+        for name, (config, loss) in complete.records.items()
+    }
+    return source
+
+
+def tuned_once(exhibit):
+    """Of cells with the same runs the first one's."""
+    data = exhibit.frame[~exhibit.frame.cell.isin(same_runs(exhibit.plan.content))]
+    return data[data.part.isin(["fixed", "chinchilla"]) & data.entry.eq("precond-functional-sam")].verdict_baseline
+
+
+def hard_for_sam(exhibit):
+    """Of the changes that the protocol calls hard."""
+    hard = [("rounding", 3), ("rounding", 4), ("noise", 0.1), ("noise", 0.2), ("forgetting", 200)]
+    return [row.verdict for row in exhibit.frame.itertuples() if row.entry == "sam" and (row.kind, row.level) in hard]
+
+
+ASKED = {  # exhibit -> the verdicts that its claim is about, and what it claims
+    "figure-3": (lambda exhibit: exhibit.frames["path"].query("at_equal == 'rho'").verdict, Verdict.BETTER),
+    "figure-5": (tuned_once, Verdict.BETTER),
+    "figure-7": (lambda exhibit: exhibit.frame.verdict_compute, Verdict.WORSE),
+    "figure-11": (hard_for_sam, Verdict.BETTER),
+    "table-1": (lambda exhibit: exhibit.frame.query("entry == 'sam'").verdict_baseline, Verdict.WORSE),
+    "table-2": (
+        lambda exhibit: exhibit.frame.query("entry in ('precond-sam', 'precond-functional-sam')").verdict_sam,
+        Verdict.BETTER,
+    ),
+    "table-8": (lambda exhibit: exhibit.frame.query("entry == 'sam' and part == 'equal compute'").verdict_baseline, Verdict.WORSE),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_the_answer_has_the_rows_and_the_sign_of_the_claim(name, complete):
+    """README's verdict: it is neither that of other rows nor of the other sign."""
+    rows, wanted = ASKED[name]
+    exhibit = drawn(name, shifted(complete) if name in ("figure-5", "table-1", "table-8") else complete)
+    assert exhibit.answer == answer(rows(exhibit), wanted)
+    assert exhibit.answer != answer(rows(exhibit), Verdict.WORSE if wanted is Verdict.BETTER else Verdict.BETTER)
+
+
+def test_what_would_have_been_seen_is_said_of_the_inconclusive_alone():
+    verdicts = ["inconclusive", "better", "inconclusive", "no difference", "inconclusive", ""]
+    data = pd.DataFrame({"verdict_sam": verdicts, "detectable_sam": [0.02, 0.5, 0.11, 0.001, math.inf, math.nan]})
+    assert "inconclusive, an effect of 0.02 to 0.11 would have been seen in 4 of 5" in seen(data, "sam")
+    assert "an effect of 2 to 11 points would" in seen(data, "sam", 100, "points")
+    assert seen(data[1:2], "sam") == ""
 
 
 def test_verdicts_without_some_cells_are_so_far(complete):

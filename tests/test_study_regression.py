@@ -36,6 +36,8 @@ def test_measuring_a_run_ten_times_does_not_make_it_more_certain():
     X = np.stack([np.ones_like(x), x], 1)
     once, often = fit(list(y), X, range(40)), fit(list(np.tile(y, 10)), np.tile(X, (10, 1)), list(range(40)) * 10)
     assert often.coefficients == pytest.approx(once.coefficients)
+    assert (often.rows, often.clusters) == (400, 40)
+    assert often.p(1) == pytest.approx(2 * stats.t.sf(often.coefficients[1] / often.stderr[1], 39), rel=1e-6, abs=0.0)
     # But for the factor (n - 1) / (n - k), which counts rows.
     assert often.stderr == pytest.approx(once.stderr * np.sqrt(399 / 398 / (39 / 38)))
 

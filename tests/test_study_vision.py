@@ -19,12 +19,13 @@ from functional_sam.exhibits.comparison import DESCRIBED
 from functional_sam.exhibits.figure_10 import _chosen, _share, _verdicts, what_is_kept
 from functional_sam.exhibits.output import write
 from functional_sam.exhibits.vision import DOUBLES, accuracies, gained
+from functional_sam.exhibits.words import answer
 from functional_sam.jobs.launch import submit
 from functional_sam.sharpness.methods import resolve
 from functional_sam.study import design
 from functional_sam.study.compare import Verdict, ratio
 from functional_sam.study.design import LR, RHO, load_study, make, trials
-from functional_sam.study.report import frame, judge
+from functional_sam.study.report import by_seed, frame, judge
 from functional_sam.study.tune import plan_cell, score
 
 GAIN = {"sam": 0.1, "functional-sam": 0.06, "logit-sam": 0.01, "precond-sam": 0.08, "precond-functional-sam": 0.07}
@@ -89,8 +90,16 @@ def test_higher_accuracy_wins(study, complete):
     assert one.searches["sam"].best.get(RHO) == 0.2
     config = one.reported["sam", one.searches["sam"].best][0]
     assert score(config, complete, best=True) == -(1 - error(config))
+    trial = one.searches["sam"].runs[0][0]  # it tests nothing: by its own evaluations, of which the best counts
+    assert score(trial, complete, best=True) == -(1 - error(trial))
     data = judge(frame([one], complete), study.margin).set_index("entry")
     assert data.test["sam"] > data.test["adamw"]
+    assert data.validation["sam"] == pytest.approx(np.mean([1 - error(c) for c in one.by_entry["sam"]]))
+    seeds = by_seed([one], complete)
+    base = seeds[seeds.entry == "adamw"].set_index("seed").test
+    assert [row.minus_baseline for row in seeds.itertuples()] == pytest.approx(
+        [row.test - base[row.seed] for row in seeds.itertuples()]
+    )
     assert data.minus_baseline["sam"] == pytest.approx(0.04, abs=0.002)
     assert data.verdict_baseline["sam"] == str(Verdict.BETTER)
     assert data.verdict_baseline["smoothing"] == str(Verdict.SAME)
@@ -242,6 +251,10 @@ def test_figure_10_says_what_the_records_say(complete):
     assert math.isnan(kept.low["best", 0.0, "functional-sam"])  # without noise there is no gain to keep
     assert re.search(r"kept at 40 % noise by Functional-SAM (5\d|6\d) % \(", exhibit.caption)
     assert exhibit.headline.startswith("points over AdamW at 40 % label noise, best checkpoint: SAM +4.0")
+    words = data.verdict_baseline["best"]
+    assert {words[0.4, entry] for entry in ("sam", "functional-sam")} == {"better"}
+    assert {words[0.0, entry] for entry in ("sam", "functional-sam")} == {"no difference"}
+    assert exhibit.answer == "holds"  # it is of noisy labels
 
 
 def test_the_share_at_other_rates_is_not_read_as_one_of_noise():
@@ -316,6 +329,7 @@ def test_table_5_compares_with_twice_the_epochs_apart(complete):
     assert data.steps["ViT", "adamw-double"] == 2 * data.steps["ViT", "adamw"]
     assert data.minus_longer["ViT", "sam"] == pytest.approx(data.test["ViT", "sam"] - data.test["ViT", "adamw-double"])
     assert data.verdict_longer["ViT", "adamw-double"] == ""
+    assert exhibit.answer == answer(exhibit.frame.query("entry == 'sam'").verdict_baseline, Verdict.BETTER)
     methods = {line.split("|")[2].strip() for line in exhibit.markdown.splitlines() if "|" in line}
     assert methods >= {"AdamW", "SGD with momentum", "GSAM", "ASAM"}
     assert "78.1" in exhibit.markdown.partition("Published")[2]

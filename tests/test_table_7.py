@@ -9,7 +9,8 @@ from made_up import MadeUp, bowl
 from functional_sam.errors import UserError
 from functional_sam.exhibits import draw_plan, module_of, planned, table_7
 from functional_sam.exhibits.output import as_written
-from functional_sam.study.compare import Estimate, holm, paired_difference
+from functional_sam.exhibits.words import answer
+from functional_sam.study.compare import Estimate, Verdict, holm, paired_difference
 from functional_sam.study.design import Trial, load_study
 from functional_sam.study.report import difference
 from functional_sam.study.tune import plan_cell
@@ -107,6 +108,7 @@ def test_words_and_signs(quick):
     assert "| SAM | +0.18 | \N{MINUS SIGN}0.08 |" in page  # validation, test
     assert "| ASAM | +0.32 | +0.16 | below |" in page
     assert "worse: SAM" in exhibit.caption
+    assert exhibit.answer == answer(exhibit.frame.query("entry == 'asam'").verdict_baseline, Verdict.BETTER)
     assert "at equal compute" in exhibit.caption
     assert "too little to judge by" not in exhibit.caption  # the made-up BLEU is 10
     assert "Japanese to English" in exhibit.caption

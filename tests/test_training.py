@@ -1,19 +1,24 @@
 """A run: resumed equals uninterrupted bit for bit, records are complete, divergence is kept, bad directories are refused."""
 
+import itertools
 import json
 import math
+import os
 import shutil
 import signal
 import time
 import warnings
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from any_task import killed_and_resumed
 
 from functional_sam.config import compose, load, to_yaml
 from functional_sam.data.cache import silent
+from functional_sam.data.order import seed_of
 from functional_sam.errors import Interrupted, UserError
 from functional_sam.files import write_text
 from functional_sam.models import block
@@ -104,6 +109,78 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(cache, tmp_path, m
     without_time = [{k: v for k, v in run.summary().items() if k != "seconds"} for run in (whole, parts)]
     assert without_time[0] == without_time[1]
     assert {"test_loss", "best_loss", "test_best_loss"} <= set(without_time[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "optimizer_of_torch"),
+    [
+        (
+            {"optimizer.beta1": 0.8, "optimizer.beta2": 0.9, "optimizer.eps": 1e-3},
+            lambda ps: torch.optim.AdamW(ps, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.3),
+        ),
+        (
+            {"optimizer.name": "sgd", "optimizer.momentum": 0.5, "measure.ascents": "[gradient]"},
+            lambda ps: torch.optim.SGD(ps, momentum=0.5, weight_decay=0.3),
+        ),
+    ],
+    ids=["adamw", "sgd"],
+)
+def test_a_run_takes_the_steps_of_a_loop_by_hand(cache, tmp_path, settings, optimizer_of_torch):
+    """In float64, by torch alone: the rate of each step, clipping, moments, decay; and dropout is in training only."""
+    settings = {"training.precision": "float64", "model.dropout": 0.2, "optimizer.clip": 0.5, **settings}
+    run = loop.train(tiny(cache, tmp_path, "adamw", **{"optimizer.weight_decay": 0.3, **settings}))
+    config, task = run.config, prepare(run.config)
+    model, losses, norms = task.model().double(), [], []
+    optimizer = optimizer_of_torch(model.parameters())
+    for step in range(config.training.steps):
+        torch.manual_seed(seed_of("step", config.training.data_seed, step, 0))
+        sums, counts = zip(*(task.loss_fn(task.forward(model, x), y) for x, y in task.batch(step)), strict=True)
+        loss = sum(sums) / sum(counts)
+        loss.backward()
+        losses.append(loss.item())
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
+        optimizer.param_groups[0]["lr"] = learning_rate(config.optimizer, step, config.training.steps)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert max(norms) > 0.5
+    assert [line["loss"] for line in run.metrics("train")] == pytest.approx(losses, rel=1e-9)
+    saved = checkpoint.load_newest(run.directory / "checkpoint")["model"]
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(saved[name], value, rtol=1e-8, atol=1e-12)
+    assert run.summary()["loss"] == pytest.approx(task.evaluate(model.eval(), "validation")["loss"], rel=1e-9)
+
+
+def test_time_is_that_of_all_attempts(cache, tmp_path, monkeypatch):
+    """By a clock that ticks at every look, a run that was killed after a checkpoint has the seconds of one that was not."""
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    config = tiny(cache, tmp_path, "adamw", **{"measure.points": 0})
+    whole, parts = loop.train(config, tmp_path / "whole"), killed_and_resumed(config, tmp_path / "parts", 4)
+    assert [line["seconds"] for line in whole.metrics("train")] == list(range(1, 13))
+    assert parts.metrics() == whole.metrics()
+    assert parts.summary() == whole.summary()
+
+
+def test_metrics_are_on_the_disk_before_a_checkpoint_is_past_them(cache, tmp_path, monkeypatch):
+    """What a power cut takes of metrics.jsonl is measured again only where the checkpoint is of before it."""
+    config = tiny(cache, tmp_path, "adamw", **{"measure.points": 0})
+    path, flush, save = Run(config).directory / "metrics.jsonl", os.fsync, loop.save
+    flushed, steps = [b""], []
+
+    def fsync(descriptor):
+        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            flushed.append(path.read_bytes())
+        flush(descriptor)
+
+    def saved(directory, step, *rest):
+        assert flushed[-1] == path.read_bytes()
+        assert json.loads(flushed[-1].splitlines()[-1])["step"] == step
+        steps.append(step)
+        save(directory, step, *rest)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(loop, "save", saved)
+    loop.train(config)
+    assert steps == [4, 8, 12]
 
 
 def test_the_record_says_where_it_came_from(cache, tmp_path):
