@@ -205,7 +205,15 @@ def test_readme_says_what_the_tuned_tests_found():
         assert row.verdict == verdict
         assert words.format(f"{abs(row.difference):.{digits}f} ± {row.half_width:.{digits}f}") in readme
     assert tests.loc["tuned-64-short"].verdict == "inconclusive"
-    given = pd.read_csv(ROOT / "paper" / "figures" / "figure-2-laptop-tests.csv").query("cell == 'longer-256'").iloc[0]
+    tests = pd.read_csv(ROOT / "paper" / "figures" / "figure-2-laptop-tests.csv")
+    own = tests[tests.cell == "own-256"].set_index(
+        tests.run.str.split(" at ").str[0] + " minus " + tests.other.str.split(" at ").str[0]
+    )
+    sam, precond = own.loc["Functional-SAM minus SAM"], own.loc["Precond Functional-SAM minus Functional-SAM"]
+    assert (sam.verdict, precond.verdict) == ("better", "worse")
+    assert f"by {-sam.difference:.2f} ± {sam.half_width:.2f} when each has the radius that suits it" in readme
+    assert f"{precond.difference:.2f} ± {precond.half_width:.2f} above Functional-SAM where that gains" in readme
+    given = tests.query("cell == 'longer-256'").iloc[0]
     assert f"AdamW given the time is {given.difference:.2f} ± {given.half_width:.2f} below it" in readme
 
 
