@@ -136,7 +136,8 @@ def finding_above(figure: Figure, text: str, width: int = 115) -> None:
     tops = [1.0]
     for legend in figure.legends:
         tops.append(legend.get_window_extent().transformed(figure.transFigure.inverted()).y1)
-    figure.text(0.5, max(tops) + 0.01, textwrap.fill(text, width), ha="center", va="bottom", fontsize=8, fontweight="bold")
+    lines = textwrap.fill(text.replace(" \N{PLUS-MINUS SIGN} ", "\N{NO-BREAK SPACE}\N{PLUS-MINUS SIGN}\N{NO-BREAK SPACE}"), width)
+    figure.text(0.5, max(tops) + 0.01, lines, ha="center", va="bottom", fontsize=8, fontweight="bold")
 
 
 def offsets(number: int, step: float) -> list[float]:
