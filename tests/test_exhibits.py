@@ -361,6 +361,16 @@ def test_ticks_are_where_the_data_are_with_true_minus_signs():
     plt.close(figure)
 
 
+def test_a_title_breaks_no_interval():
+    figure = plt.figure()
+    for words_before in range(10, 16):
+        style.finding_above(figure, f"{'finding ' * words_before}{interval(-0.1, 0.2)} and more of it")
+        lines = figure.texts[-1].get_text().splitlines()
+        assert len(lines) > 1 or words_before < 13
+        assert not [line for line in lines if line.endswith("\N{PLUS-MINUS SIGN}") or line.startswith("\N{PLUS-MINUS SIGN}")]
+    plt.close(figure)
+
+
 def test_marks_show_the_interval_that_decides_and_one_seed_lighter():
     figure, axis = plt.subplots()
     style.marks(axis, [0, 1, 2], [Estimate(1.0, 0.5, 3), Estimate(2.0, float("nan"), 1), Estimate(float("inf"), 0, 3)], "sam")
