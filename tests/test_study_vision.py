@@ -393,8 +393,12 @@ def test_verdicts_at_equal_epochs_do_not_wait_for_twice_the_epochs(complete):
 def test_figure_10_names_the_gains_at_other_noises():
     """Of the methods that the claim is about; without noise there is nothing to gain."""
     entries = ["adamw", "sam", "functional-sam", "precond-sam"]
-    rows = [{"noise": noise, "entry": name, "minus_baseline": noise / 10} for noise in (0.4, 0.0, 0.8, 0.2) for name in entries]
+    rows = [
+        {"noise": noise, "entry": name, "minus_baseline": noise / 10 + 0.001 * (name == "functional-sam")}
+        for noise in (0.4, 0.0, 0.8, 0.2)
+        for name in entries
+    ]
     data = pd.DataFrame(rows).assign(part="noise", checkpoint="best", n=1, minus_baseline_stderr=math.nan)
     found = figure_10.headline(data)
-    gains = "; tuned, at 20 % SAM +2.0 and Functional-SAM +2.0; tuned, at 80 % SAM +8.0 and Functional-SAM +8.0"
-    assert found == f"points over AdamW at 40 % label noise, best checkpoint: SAM +4.0, Functional-SAM +4.0{gains}"
+    gains = "; tuned, SAM / Functional-SAM: 20 % +2.0 / +2.1, 80 % +8.0 / +8.1"
+    assert found == f"points over AdamW at 40 % label noise, best checkpoint: SAM +4.0, Functional-SAM +4.1{gains}"

@@ -78,10 +78,11 @@ def headline(data: pd.DataFrame) -> str:
     found = ", ".join(f"{label(row.entry)} {gained(row)}" for row in own.itertuples())
     where = f"same rate and decay, {own.n.iloc[0]} fresh seeds" if part == "control" else "best checkpoint"
     others = best[best.part.eq("noise") & best.noise.gt(0) & best.noise.ne(0.4) & best.entry.isin(["sam", "functional-sam"])]
-    more = "".join(
-        f"; tuned, at {POINTS * noise:.0f} % {' and '.join(f'{label(row.entry)} {gained(row)}' for row in rows.itertuples())}"
+    gains = [
+        f"{POINTS * noise:.0f} % {' / '.join(gained(row) for row in rows.sort_values('entry', ascending=False).itertuples())}"
         for noise, rows in others.groupby("noise")
-    )
+    ]
+    more = f"; tuned, SAM / Functional-SAM: {', '.join(gains)}" if gains else ""
     return f"points over AdamW at 40 % label noise, {where}: {found}{more}"
 
 

@@ -287,7 +287,7 @@ def _caption(plan: Plan, finding: str, further: str) -> str:
     return (
         f"{finding} (Holm over tasks and doses, margin {spec.margin:g}). Angle-SAM: "
         "gradient g + c, c along cos(phi) H_F eps + sin(phi) H_G eps and |c| = dose |g| at every step, by exact derivatives, "
-        "so that angles differ in direction alone (45 is along H eps; the scaling is ours, the paper's was not seen). Scale "
+        "so that angles differ in direction alone (45 is along H eps; the scaling is ours, the paper's was not seen); scale "
         f"{spec.scale}, not the paper's: {sizes(plan.content[0])}. Means over n={len(spec.seeds)} seeds, bars and band are 95 % t "
         "intervals, below of differences to AdamW with the same initialization and data order, filled where better or worse "
         f"after Holm's correction.{batches}"
