@@ -206,9 +206,8 @@ def test_readme_says_what_the_tuned_tests_found():
         assert words.format(f"{abs(row.difference):.{digits}f} ± {row.half_width:.{digits}f}") in readme
     assert tests.loc["tuned-64-short"].verdict == "inconclusive"
     tests = pd.read_csv(ROOT / "paper" / "figures" / "figure-2-laptop-tests.csv")
-    own = tests[tests.cell == "own-256"].set_index(
-        tests.run.str.split(" at ").str[0] + " minus " + tests.other.str.split(" at ").str[0]
-    )
+    own = tests[tests.cell == "own-256"]
+    own = own.set_index(own.run.str.split(" at ").str[0] + " minus " + own.other.str.split(" at ").str[0])
     sam, precond = own.loc["Functional-SAM minus SAM"], own.loc["Precond Functional-SAM minus Functional-SAM"]
     assert (sam.verdict, precond.verdict) == ("better", "worse")
     assert f"by {-sam.difference:.2f} ± {sam.half_width:.2f} when each has the radius that suits it" in readme
