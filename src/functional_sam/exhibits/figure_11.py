@@ -36,7 +36,7 @@ HARD: dict[str, tuple[float, ...]] = {
     "noise": (0.1, 0.2),
     "forgetting": (200,),
 }  # where the protocol predicts a difference
-HOW = {"rounding": "rounding to {} bits", "noise": "noise of {}", "forgetting": "{} steps on other text"}
+HOW = {"rounding": "{} bits", "noise": "noise {}", "forgetting": "{} steps elsewhere"}
 
 
 def draw(plan: Plan) -> Exhibit:
@@ -110,8 +110,8 @@ def headline(data: pd.DataFrame) -> str:
     hard = [row.verdict for row in told if row.level in HARD[row.kind]]
     counts = [f"{sum(word in words for word in hard)} {phrase}" for phrase, words in PHRASES.items()]
     kinds = [kind for kind in HARD if HARD[kind] and any(row.kind == kind for row in told)]
-    how = ", ".join(HOW[kind].format(" and ".join(f"{level:g}" for level in HARD[kind])) for kind in kinds)
-    return f"loss increase by {how} against AdamW's: {len(hard)} cases, {', '.join(counts)}"
+    how = ", ".join(HOW[kind].format(" or ".join(f"{level:g}" for level in HARD[kind])) for kind in kinds)
+    return f"loss increase ({how}) against AdamW's: {len(hard)} cases, {', '.join(counts)}"
 
 
 def _finished(config: Any, source: Source) -> bool:
