@@ -15,7 +15,7 @@ from functional_sam.exhibits.figure_3 import DOSE_AT_FIRST, judged_paths, path_a
 from functional_sam.exhibits.markdown import MINUS
 from functional_sam.exhibits.output import write
 from functional_sam.exhibits.spec import load_spec
-from functional_sam.exhibits.words import answer, so_far
+from functional_sam.exhibits.words import answer, so_far, tally
 from functional_sam.study.compare import Estimate, Verdict, judged
 from functional_sam.study.design import load_study
 from functional_sam.study.report import judge
@@ -309,8 +309,8 @@ def test_equal_compute_neither_runs_nor_waits_for_sizes_that_it_does_not_show(co
 def test_equal_compute_pairs_with_the_baseline_that_takes_as_long(complete):
     exhibit = drawn("table-8", complete)
     compute = exhibit.frame.part == "equal compute"
-    for own, where in ((exhibit.frame[compute], "compute"), (exhibit.frame[~compute], "steps")):
-        assert f"of {own.verdict_baseline.ne('').sum()} comparisons with AdamW at equal {where} " in exhibit.headline
+    at_compute, at_steps = (tally(own.verdict_baseline) for own in (exhibit.frame[compute], exhibit.frame[~compute]))
+    assert exhibit.headline.endswith(f" nats (all methods: {at_compute}); at equal steps {at_steps}")
     data = exhibit.frame[compute].set_index("entry")
     assert data.matched["looksam"] == "adamw-looksam"
     assert data.matched["sam"] == "adamw-double"

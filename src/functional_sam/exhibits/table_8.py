@@ -57,11 +57,12 @@ def draw(plan: Plan) -> Exhibit:
 def headline(data: pd.DataFrame) -> str:
     """SAM against AdamW with twice the steps, and how all comparisons came out, in a few words."""
     compute = data.part == EQUAL_COMPUTE
-    sam = data[compute & (data.entry == "sam")]
-    found = [f"SAM minus AdamW at equal compute {differs(row, 'baseline')} nats" for row in sam.itertuples()]
-    for own, where in ((data[compute], "at equal compute"), (data[~compute], "at equal steps")):
-        words = [word for word in own.verdict_baseline if isinstance(word, str) and word]  # nan where a CSV was read
-        found += [f"of {len(words)} comparisons with AdamW {where} {tally(words)}"] if words else []
+    at_compute, at_steps = (tally(own.verdict_baseline) for own in (data[compute], data[~compute]))
+    found = [
+        f"SAM minus AdamW at equal compute {differs(row, 'baseline')} nats (all methods: {at_compute})"
+        for row in data[compute & (data.entry == "sam")].itertuples()
+    ]
+    found += [f"at equal steps {at_steps}"] if (~compute).any() else []
     return "; ".join(found) or "nothing to compare"
 
 
